@@ -1,0 +1,322 @@
+"""RunConfig: one frozen schema for YAML files, command-line overrides and Python."""
+
+from __future__ import annotations
+
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.sizes import parse_duration, parse_size
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
+
+
+def _takes_bool(annotation: Any) -> bool:
+    if annotation is bool or annotation is Any:
+        return True
+    return any(_takes_bool(part) for part in typing.get_args(annotation))
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses unknown keys, and booleans where numbers are meant."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, data: Any) -> Any:
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and not _takes_bool(field.annotation):
+                raise ConfigError(f"'{key}' takes no boolean.", given=value, allowed=_allowed(field.annotation))
+        return data
+
+
+class QuantConfig(Section):
+    """How the frozen base weights are stored. `type` and `double_quant` concern 4 bits only."""
+
+    bits: Literal[4, 8, 16, "auto"] = 4
+    type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+
+    @model_validator(mode="after")
+    def _warn_ignored(self) -> Self:
+        ignored = sorted({"type", "double_quant"} & self.model_fields_set)
+        if self.bits in (8, 16) and ignored:
+            warnings.warn(f"quant.{' and quant.'.join(ignored)} concern 4 bits: ignored with {self.bits}", stacklevel=2)
+        return self
+
+
+class AdapterConfig(Section):
+    """The trainable weights. `method: peft` passes `peft` through to the peft library."""
+
+    method: Literal["lora", "peft"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, Positive] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    train_modules: list[str] = []
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
+    peft: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _method_and_keys_agree(self) -> Self:
+        if self.method == "peft":
+            if not self.peft or "peft_type" not in self.peft:
+                raise ConfigError(
+                    "adapter.method is peft, but adapter.peft names no method.",
+                    given=self.peft,
+                    allowed="a peft config with peft_type, for example {peft_type: IA3}",
+                    fix="set adapter.peft, or adapter.method: lora",
+                )
+            unread = sorted(self.model_fields_set - {"method", "peft", "init"})
+            if unread:
+                warnings.warn(f"adapter.{', adapter.'.join(unread)} concern method lora: ignored", stacklevel=2)
+        elif self.peft is not None:
+            raise ConfigError("adapter.peft is set, but adapter.method is lora.", fix="set adapter.method: peft")
+        return self
+
+    @property
+    def prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens (prompt, prefix or P-tuning) instead of weights."""
+        return self.peft is not None and str(self.peft["peft_type"]).upper() in PROMPT_METHODS
+
+
+class BudgetConfig(Section):
+    """Bytes the whole process may take. None: what is free when planning."""
+
+    device: str = "auto"
+    memory: Size | None = None
+    host: Size | None = None
+
+
+class DataConfig(Section):
+    """Records and how they become token sequences. `seq_len` in tokens."""
+
+    train: str | None = None
+    eval: str | None = None
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    seq_len: Annotated[int, Field(ge=8)] = 2048
+    packing: bool = True
+    assistant_only: bool = True
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+
+
+class TrainConfig(Section):
+    """The optimization. `warmup` is a share of the steps below 1, a number of steps from 1 on."""
+
+    tokens_per_step: Positive = 16384
+    epochs: Annotated[float, Field(gt=0)] = 1
+    steps: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] = 2.0e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw8bit"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    eval_every: Positive = 100
+    save_every: Positive = 100
+    keep_best: bool = True
+    max_time: Seconds | None = None
+
+
+class PolicyConfig(Section):
+    """Decisions pinned by the user; None leaves them to the planner."""
+
+    resident_blocks: Annotated[int, Field(ge=0)] | None = None
+    activations: Literal["keep", "recompute", "offload"] | None = None
+    micro_batch_tokens: Positive | None = None
+    loss_chunk_tokens: Positive | None = None
+    stream_from: Literal["host", "disk"] | None = None
+    optimizer_on: Literal["device", "host"] | None = None
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+
+
+class RunConfig(Section):
+    """Everything that a run is told. Frozen; build it with `load` or `from_dict`."""
+
+    model: str
+    quant: QuantConfig = QuantConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    budget: BudgetConfig = BudgetConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    policy: PolicyConfig = PolicyConfig()
+    output: str = "runs/default"
+    trust_remote_code: bool = False
+    cache: str | None = None  # folder for quantized weights; None writes no cache
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.adapter.prompt_learning:
+            method = str(self.adapter.peft["peft_type"]) if self.adapter.peft else ""
+            if self.data.packing:
+                raise ConfigError(
+                    f"{method} puts virtual tokens before each example, which packing cannot isolate.",
+                    given="data.packing: true",
+                    allowed="data.packing: false",
+                    fix="set data.packing: false",
+                )
+            if "PREFIX" in method.upper() and self.policy.activations not in (None, "keep"):
+                raise ConfigError(
+                    "Prefix tuning passes its weights through the key-value cache, which recomputation would drop.",
+                    given=f"policy.activations: {self.policy.activations}",
+                    allowed="keep",
+                    fix="remove policy.activations",
+                )
+        if self.train.warmup >= 1 and self.train.warmup != int(self.train.warmup):
+            raise ConfigError(
+                "train.warmup is neither a share nor a number of steps.",
+                given=self.train.warmup,
+                allowed="0 <= share < 1, or a whole number of steps",
+            )
+        return self
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+        """A config from nested keys, with `KEY=VALUE` overrides (dotted keys, YAML values) applied last.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest valid one), a wrong type or value, an impossible combination.
+        """
+        merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        for override in overrides:
+            _apply_override(merged, override)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise _explain(error) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """A config from a YAML file. Raises ConfigError also where the file is missing or no YAML mapping."""
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("The config file cannot be read.", given=f"{path} ({error})") from None
+        except yaml.YAMLError as error:
+            raise ConfigError("The config file is not YAML.", given=f"{path}: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError("The config file holds no keys.", given=str(path), allowed="a YAML mapping with `model:`")
+        return cls.from_dict(data, overrides)
+
+    def to_yaml(self) -> str:
+        """The whole config with every default filled in; `load` reads it back equal."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("An override is not KEY=VALUE.", given=override, allowed="for example train.lr=1e-4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{parent}' has no keys below it.", given=override, allowed=", ".join(_keys(RunConfig)))
+        data = inner
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError("The value of an override is not YAML.", given=override) from None
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key below `section`, parents included."""
+    found = []
+    for name, field in section.model_fields.items():
+        found.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _keys(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def _allowed(annotation: Any) -> str:
+    """An annotation in a user's words: `4 | 8 | 16 | auto`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = [f"{sign} {limit}" for part in parts[1:] for sign, limit in _bounds(part)]  # of Field(gt=...)
+        return " ".join([_allowed(parts[0]), *bounds])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _allowed(part) for part in parts)
+    if origin is list:
+        return f"a list of {_allowed(parts[0])}"
+    if origin is dict:
+        return f"a mapping of {_allowed(parts[0])} to {_allowed(parts[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"keys {', '.join(annotation.model_fields)}"
+    return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation).replace("typing.", "")
+    )
+
+
+def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
+    for item in getattr(constraint, "metadata", [constraint]):
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if getattr(item, name, None) is not None:
+                yield sign, getattr(item, name)
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """The first problem of a pydantic error, in this project's form."""
+    first = error.errors(include_url=False)[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        where = ".".join(str(part) for part in first["loc"])
+        return ConfigError(
+            f"{where}: {inner.what}" if where else inner.what, given=inner.given, allowed=inner.allowed, fix=inner.fix
+        )
+    # a union's location ends with the names of its members, which are no keys
+    known = _keys(RunConfig)
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        close = nearest(key, known) or nearest(path[-1], (name.rpartition(".")[2] for name in known))
+        siblings = [
+            name for name in known if name.count(".") == len(path) - 1 and name.startswith(key[: -len(path[-1])])
+        ]
+        return ConfigError(
+            f"Unknown key '{key}'.",
+            given=first["input"],
+            allowed=", ".join(siblings),
+            fix=f"did you mean '{close}'?" if close else "remove it",
+        )
+    while len(path) > 1 and ".".join(path) not in known:
+        path.pop()
+    key = ".".join(path)
+    if first["type"] == "missing":
+        return ConfigError(f"'{key}' is missing.", allowed=_allowed(str), fix=f"add `{key}: ...`")
+    section: Any = RunConfig
+    field = section.model_fields[path[0]]
+    for part in path[1:]:
+        field = typing.cast(type[BaseModel], field.annotation).model_fields[part]
+    limits = " and ".join(f"{sign} {limit}" for meta in field.metadata for sign, limit in _bounds(meta))
+    return ConfigError(
+        f"'{key}' has a value that is not allowed.",
+        given=repr(first["input"]),
+        allowed=" ".join(filter(None, [_allowed(field.annotation), limits])),
+        fix=first["msg"].removeprefix("Value error, "),
+    )

@@ -1,0 +1,158 @@
+"""Plan and Policy: what was decided, what it will take, and how both are written down.
+
+All sizes are bytes, all times seconds. `Plan.to_dict()` is the JSON form (schema 1) of `plan --json` and `plan.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.sizes import format_size
+
+SCHEMA = 1
+BREAKDOWN = ("base_weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "overhead")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The decisions of a plan. Token counts are per micro-batch; `accumulation` micro-batches make one step."""
+
+    bits: Literal[4, 8, 16]
+    quant: Literal["nf4", "fp4", "int8", "none"]
+    double_quant: bool
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    micro_batch_tokens: int
+    accumulation: int
+    resident_blocks: int
+    streamed_blocks: int
+    stream_from: Literal["host", "disk"]
+    keep_blocks: int
+    recompute_blocks: int
+    offload_blocks: int
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+    loss_chunk_tokens: int
+
+    def describe(self) -> str:
+        """The policy in one line."""
+        weights = self.quant + (" double-quantized" if self.double_quant and self.bits == 4 else "")
+        weights = self.compute_dtype if self.bits == 16 else weights
+        blocks = [
+            f"{count} {name}"
+            for name, count in (
+                ("keep", self.keep_blocks),
+                ("recompute", self.recompute_blocks),
+                ("offload", self.offload_blocks),
+            )
+            if count
+        ]
+        return (
+            f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
+            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed, {self.optimizer}, "
+            f"loss chunk {self.loss_chunk_tokens}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """Peaks over all phases of the run in bytes, and the speed of a training step."""
+
+    allocated_peak_bytes: int
+    reserved_peak_bytes: int
+    process_peak_bytes: int
+    host_peak_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+    step_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A policy, proven or refused for one model, device and budget.
+
+    Attributes:
+        fits: whether `predicted` stays inside `budget`; if not, it is the smallest that was found.
+        model: name, architecture, parameters, blocks, bytes of the checkpoint.
+        device: name, kind (`cpu` or `cuda`), memory and the process's bytes before anything is loaded.
+        budget: `device_bytes` and `host_bytes`.
+        phases: peak bytes of each phase (`load`, `train`, `eval`, `save`, `merge`) by tier.
+        breakdown: allocated bytes at the training peak, by what holds them.
+        alternatives: other policies that fit, each safer (smaller) than the one before.
+        config: the resolved RunConfig as a mapping.
+    """
+
+    fits: bool
+    model: dict[str, Any]
+    device: dict[str, Any]
+    budget: dict[str, int]
+    policy: Policy
+    predicted: Predicted
+    phases: dict[str, dict[str, int]]
+    breakdown: dict[str, int]
+    alternatives: tuple[Policy, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert set(self.breakdown) == set(BREAKDOWN), "a breakdown names every holder of bytes"
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The configuration this plan was made for."""
+        return RunConfig.from_dict(self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, in the order of the fields."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    def to_json(self) -> str:
+        """`to_dict()` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            ConfigError: another schema, or keys missing.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ConfigError(
+                "The plan has another schema.", given=data.get("schema"), allowed=SCHEMA, fix="plan again"
+            )
+        try:
+            fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+            fields["policy"] = Policy(**fields["policy"])
+            fields["predicted"] = Predicted(**fields["predicted"])
+            fields["alternatives"] = tuple(Policy(**policy) for policy in fields["alternatives"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError("The plan is incomplete.", given=f"{error}", fix="plan again") from None
+        return cls(**fields)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) pairs for every form in which a plan is shown."""
+        holders = [(name.replace("_", " "), format_size(size)) for name, size in self.breakdown.items() if size]
+        return [
+            ("model", f"{self.model['name']} ({self.model['architecture']}, {self.model['parameters'] / 1e6:,.1f}M)"),
+            ("device", f"{self.device['name']}"),
+            ("budget", f"{format_size(self.budget['device_bytes'])}"),
+            ("fits", "yes" if self.fits else "no"),
+            ("policy", self.policy.describe()),
+            ("predicted process peak", format_size(self.predicted.process_peak_bytes)),
+            ("predicted allocated peak", format_size(self.predicted.allocated_peak_bytes)),
+            *(("  " + name, size) for name, size in holders),
+        ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
+        return f"<table>{cells}</table>"

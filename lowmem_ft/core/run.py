@@ -1,0 +1,41 @@
+"""Run: what a finished or interrupted run says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_ft.core.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The outcome of training.
+
+    Attributes:
+        folder: the run folder (config.yaml, plan.json, metrics.jsonl, checkpoints/, adapter/).
+        status: `finished`, or `interrupted` or `out_of_time` after a checkpoint from which `--resume` goes on.
+        step: optimizer steps done.
+        eval_loss: nats per loss token on the held-out data at the last evaluation; None without `data.eval`.
+        measured: bytes measured during the run, under the names that `Plan.predicted` uses.
+    """
+
+    folder: Path
+    plan: Plan
+    status: Literal["finished", "interrupted", "out_of_time"]
+    step: int
+    eval_loss: float | None = None
+    measured: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT's format."""
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: training lines carry `loss`, evaluation lines `eval_loss`."""
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]

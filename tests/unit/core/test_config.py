@@ -1,0 +1,92 @@
+"""RunConfig: every kind of bad input is named, with the nearest valid key, before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
+
+# (override, words that the message must hold)
+REFUSED = [
+    ("trian.lr=1", ["Unknown key 'trian'", "did you mean 'train'"]),
+    ("train.lrr=1", ["Unknown key 'train.lrr'", "did you mean 'train.lr'"]),
+    ("budget.memry=1GiB", ["did you mean 'budget.memory'"]),
+    ("quant.bits=5", ["'quant.bits'", "4 | 8 | 16 | auto", "5"]),
+    ("adapter.rank=0", ["'adapter.rank'", "> 0"]),
+    ("adapter.rank=true", ["takes no boolean"]),
+    ("adapter.dropout=1.0", ["'adapter.dropout'", "< 1"]),
+    ("budget.memory=6gigs", ["budget.memory", "Not a size", "6gigs", "8GiB"]),
+    ("budget.memory=0GiB", ["Not a size"]),
+    ("policy.activations=kep", ["keep | recompute | offload"]),
+    ("train.max_time=3x", ["Not a duration", "1h30m"]),
+    ("train.lr=nan", ["'train.lr'"]),
+    ("train.warmup=2.5", ["train.warmup"]),
+    ("quant=3", ["'quant'", "keys bits, type, double_quant"]),
+    ("adapter.method=peft", ["names no method", "peft_type"]),
+    ("adapter.peft={peft_type: IA3}", ["adapter.method: peft"]),
+    ("model.x=1", ["'model' has no keys below it"]),
+    ("train.lr", ["not KEY=VALUE"]),
+    ("train.lr=[", ["not YAML"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), REFUSED)
+def test_bad_input_is_named(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict({"model": "m"}, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING", "p_tuning"])
+def test_virtual_tokens_refuse_packing(method: str) -> None:
+    adapter = {"method": "peft", "peft": {"peft_type": method}}
+    with pytest.raises(ConfigError, match="packing: false"):
+        RunConfig.from_dict({"model": "m", "adapter": adapter})
+    config = RunConfig.from_dict({"model": "m", "adapter": adapter, "data": {"packing": False}})
+    assert config.adapter.prompt_learning
+
+
+def test_prefix_tuning_refuses_recomputation() -> None:
+    keys = {"model": "m", "adapter": {"method": "peft", "peft": {"peft_type": "PREFIX_TUNING"}}}
+    with pytest.raises(ConfigError, match="key-value cache"):
+        RunConfig.from_dict(keys, ["data.packing=false", "policy.activations=recompute"])
+
+
+def test_ignored_options_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"quant\.type concern 4 bits"):
+        RunConfig.from_dict({"model": "m", "quant": {"bits": 8, "type": "fp4"}})
+    with pytest.warns(UserWarning, match=r"adapter\.rank concern method lora"):
+        RunConfig.from_dict({"model": "m", "adapter": {"method": "peft", "peft": {"peft_type": "IA3"}, "rank": 4}})
+
+
+def test_yaml_overrides_and_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\ntrain: {lr: 2e-4, steps: 10}\nbudget: {memory: 6GiB}\n")
+    config = RunConfig.load(path, ["train.steps=20", "adapter.targets=[q_proj, v_proj]", "train.max_time=1h30m"])
+    assert config.train.lr == 2e-4  # PyYAML reads 2e-4 as text, which users do write
+    assert config.train.steps == 20
+    assert config.budget.memory == 6 * 2**30
+    assert config.adapter.targets == ["q_proj", "v_proj"]
+    assert config.train.max_time == 5400
+    path.write_text(config.to_yaml())
+    assert RunConfig.load(path) == config
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "model: [", "\x00"])
+def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        RunConfig.load(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RunConfig.load(tmp_path / "missing.yaml")
+
+
+def test_a_model_is_required_and_configs_are_frozen() -> None:
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        RunConfig.from_dict({})
+    config = RunConfig.from_dict({"model": "m"})
+    with pytest.raises(Exception, match="frozen"):
+        config.model = "other"
