@@ -1,0 +1,142 @@
+"""Conversations -> text and the characters of the assistant's answers, from the structure of the chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lowmem_ft.core.errors import DataError
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ROLES = "system, user, assistant, tool"
+
+
+Spans = Sequence[tuple[int, int]]  # (start, end) in characters, in order
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as text, and where its answers stand, each with the token that ends it (None: not asked for)."""
+
+    text: str
+    answers: Spans | None
+
+
+class ChatRenderer:
+    """A tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.special_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+    def render(self, messages: object, *, tools: object = None, answers_only: bool = True) -> list[RenderedChat]:
+        """`messages` as text, with the spans of what the assistant says if `answers_only`.
+
+        A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
+        gains from the generation prompt before a turn to the end of the turn. Usually both are prefixes of the whole
+        text. A template that shows an answer differently once the conversation goes on (Qwen3 drops the reasoning of
+        earlier turns) gives one text per answer, each as the model sees it when it answers.
+
+        Raises:
+            DataError: malformed messages, no chat template, or a conversation that the template refuses or renders
+                so that the answers cannot be told from the rest.
+        """
+        template = self._template(tools)
+        checked = _checked(messages)
+        if not answers_only:
+            return [RenderedChat(template.render(checked), None)]
+        if GENERATION_BLOCK.search(template.source):
+            return [RenderedChat(*template.render_marked(checked))]
+        turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
+        whole = template.render(checked)
+        texts = [template.render(checked[: turn + 1]) for turn in turns]
+        prompts = [template.render(checked[:turn], add_generation_prompt=True) for turn in turns]
+        spans = [self._answer(*known) for known in zip(texts, prompts, turns, strict=True)]
+        if all(whole.startswith(text) for text in texts):
+            return [RenderedChat(whole, spans)]
+        return [RenderedChat(text, [span]) for text, span in zip(texts, spans, strict=True)]
+
+    def _answer(self, text: str, prompt: str, turn: int) -> tuple[int, int]:
+        """Where the answer of message `turn` stands in `text`, which ends with it, given what comes before it."""
+        if not text.startswith(prompt):
+            raise DataError(
+                f"the chat template does not show which part of message {turn + 1} is the answer: "
+                "the turn does not begin with the generation prompt.",
+                given=f"generation prompt {prompt[-40:]!r}",
+                fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
+            )
+        # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
+        body = text.rstrip()
+        ended = len(body) > len(prompt) and body.endswith(self.special_tokens)
+        return len(prompt), len(body) if ended else len(text)
+
+    def _template(self, tools: object) -> _Template:
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise DataError("'tools' is not a list of objects.", given=type(tools).__name__, allowed="JSON schemas")
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, so conversations cannot be rendered.",
+                given=self.tokenizer.name_or_path or type(self.tokenizer).__name__,
+                fix="use records of 'prompt' and 'completion', or a tokenizer with chat_template.jinja",
+            )
+        source = self.tokenizer.get_chat_template(tools=tools)
+        return _Template(source, tools, self.tokenizer.special_tokens_map)
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """One template (a tokenizer may have another for tools), with its errors told to the user."""
+
+    source: str
+    tools: list[dict[str, Any]] | None
+    variables: Mapping[str, Any]
+
+    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """The text of `messages`."""
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_marked(self, messages: Sequence[dict[str, Any]]) -> tuple[str, Spans]:
+        """The text of `messages` and the spans of its `{% generation %}` blocks."""
+        return self._render(messages, return_assistant_tokens_mask=True)
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[str, Spans]:
+        # Not through apply_chat_template: where a tokenizer trims spaces from its offsets (as Llama 3's does), its mask
+        # takes in all that follows an answer that ends with a space, and loses all answers from one that begins so.
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=self.tools,
+                chat_template=self.source,
+                **options,
+                **self.variables,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
+        return texts[0], spans[0] if spans else []
+
+
+def _checked(messages: object) -> list[dict[str, Any]]:
+    """`messages` with absent values (null) left out, as transformers hands them to a template."""
+    if not isinstance(messages, list) or not messages:
+        given = "an empty list" if messages == [] else type(messages).__name__
+        raise DataError("'messages' is not a list of messages.", given=given, allowed=f"role ({ROLES}) and content")
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"message {number} is not an object.", given=type(message).__name__, allowed="an object")
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"message {number} has no 'role'.", given=", ".join(message) or "no keys", allowed=ROLES)
+        message = {key: value for key, value in message.items() if value is not None}
+        if not isinstance(message.get("content", "" if "tool_calls" in message else None), str | list):
+            given = type(message.get("content")).__name__
+            raise DataError(
+                f"message {number} has no 'content' of text.", given=given, allowed="a string, or text parts"
+            )
+        checked.append(message)
+    return checked

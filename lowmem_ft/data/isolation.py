@@ -1,0 +1,198 @@
+"""Attention that keeps the documents of a packed row apart, and the proof that a model obeys it.
+
+Restarted position ids alone are not enough: OPT, Falcon, MPT, BLOOM, XGLM and gpt-oss read them for positions and go
+on attending across documents, without a word. So packed rows always come with an explicit mask.
+
+Shapes: B rows, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.data.packing import Batch
+
+PROBE_TOKENS = 8
+# Relative difference of the hidden states of two copies of a document in one row, which differ only by where they
+# stand. Measured on the architectures of tests/models.py (CPU, bf16 and fp32): at most 0.0005 with restarted
+# positions; without, 0.034 for rotary ones (rounding in bf16, harmless) and 0.34 for learned absolute ones.
+PROBE_TOLERANCE = 0.1
+
+
+def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments for the decoder's forward (`model.base_model`) that isolate the documents of `batch`.
+
+    A batch of one document per row needs none: padding stands behind the document, where causal attention never
+    looks, and the model takes its fast path (`is_causal`) with the positions it counts itself. Otherwise
+    `attention_mask` is a (B, 1, T, T) tensor, or a dictionary of them for a model whose layers differ
+    (`config.layer_types`), and `position_ids` is passed where the decoder takes it.
+
+    Args:
+        dtype: compute dtype, in which eager attention wants its additive mask. SDPA gets a boolean one.
+
+    Raises:
+        UnsupportedError: the attention implementation or a layer type takes no such mask.
+    """
+    if not batch.packed:
+        return {}
+    config = model.base_model.config
+    masks = {
+        kind: _in_form_for(config._attn_implementation, _allowed(batch, **limits), dtype)
+        for kind, limits in _windows(config).items()
+    }
+    inputs: dict[str, Any] = {"attention_mask": masks if getattr(config, "layer_types", None) else masks["all"]}
+    if "position_ids" in _parameters(type(model.base_model).forward):
+        inputs["position_ids"] = batch.position_ids
+    return inputs
+
+
+def _windows(config: Any) -> dict[str, dict[str, int]]:
+    """Limits on how far each layer type looks back; the one type of a uniform model is called `all`."""
+    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:
+        return {"all": {"window": sliding} if sliding is not None else {"chunk": chunk} if chunk is not None else {}}
+    known: dict[str, dict[str, Any]] = {
+        "full_attention": {},
+        "sliding_attention": {"window": sliding},
+        "chunked_attention": {"chunk": chunk},
+    }
+    if unknown := sorted(set(layer_types) - set(known)):
+        raise UnsupportedError(
+            f"Packing cannot be isolated for {config.model_type}: some layers do not attend, but carry a state along.",
+            given=", ".join(unknown),
+            allowed=", ".join(known),
+            fix="set data.packing: false",
+        )
+    return {kind: known[kind] for kind in known if kind in layer_types}
+
+
+def _allowed(batch: Batch, *, window: int | None = None, chunk: int | None = None) -> Tensor:
+    """(B, 1, T, T) bool: which positions (last axis) a position may see. Padding sees padding, so no line is empty."""
+    segment, position = batch.segment_ids, batch.position_ids
+    length = segment.shape[1]
+    reach_TT = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril_()
+    if window is not None:
+        reach_TT.triu_(1 - window)
+    allowed_BTT = segment[:, :, None] == segment[:, None, :]
+    allowed_BTT &= reach_TT
+    if chunk is not None:
+        part = position // chunk
+        allowed_BTT &= part[:, :, None] == part[:, None, :]
+    return allowed_BTT[:, None]
+
+
+def _in_form_for(attn_implementation: str, allowed_B1TT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as an attention implementation of transformers takes it."""
+    if attn_implementation == "sdpa":
+        return allowed_B1TT
+    if attn_implementation == "eager":
+        return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
+    raise UnsupportedError(
+        "This attention implementation takes no explicit mask, so packed documents cannot be isolated.",
+        given=attn_implementation,
+        allowed="sdpa, eager",
+        fix="set data.packing: false",
+    )
+
+
+@lru_cache(maxsize=64)
+def _parameters(decoder: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters of a decoder class's forward."""
+    return frozenset(inspect.signature(decoder).parameters)
+
+
+def check_isolation(model: PreTrainedModel) -> None:
+    """Prove that `attention_inputs` isolates packed documents in `model`, with a probe of 2 x 16 tokens.
+
+    Call it before adapters and activation policies are applied: it runs one forward and one backward. Weights may be
+    frozen and quantized.
+
+    Raises:
+        UnsupportedError: a gradient crosses from one document to the other, positions do not restart, or the decoder
+            does not take the mask.
+    """
+    batch = probe_batch(model)
+    dtype = model.get_input_embeddings().weight.dtype
+    try:
+        fault = isolation_fault(model, batch, attention_inputs(model, batch, dtype=dtype))
+    except (UnsupportedError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        fault = f"its decoder does not take an explicit attention mask ({type(error).__name__}: {error})"
+    if fault is not None:
+        name = model.config.model_type
+        raise UnsupportedError(f"Packing cannot be isolated for {name}: {fault}.", fix="set data.packing: false")
+
+
+def probe_batch(model: PreTrainedModel) -> Batch:
+    """The batch for `isolation_fault`: two rows, each with the same random document twice."""
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    document = torch.randint(0, embedding.num_embeddings, (PROBE_TOKENS,), generator=generator)
+    position = torch.arange(PROBE_TOKENS)
+    segment = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(PROBE_TOKENS)
+    rows = [tensor.expand(2, -1).contiguous() for tensor in (document.repeat(2), position.repeat(2), segment)]
+    input_ids, position_ids, segment_ids = rows
+    return Batch(input_ids, input_ids, position_ids, segment_ids).to(embedding.weight.device)
+
+
+def isolation_fault(model: PreTrainedModel, batch: Batch, inputs: dict[str, Any]) -> str | None:
+    """What crosses between two documents of `PROBE_TOKENS` tokens under `inputs`, or None.
+
+    The same document stands twice in a row, so equal hidden states show that positions restart, and the comparison
+    needs no second forward whose kernels (and, in a mixture of experts, whose routing) could differ by rounding. The
+    gradient of row 0 comes from its second document, that of row 1 from its first: one backward shows both ways.
+    """
+    first, second = slice(0, PROBE_TOKENS), slice(PROBE_TOKENS, 2 * PROBE_TOKENS)
+    with torch.enable_grad(), _evaluating(model), _embeddings_as_leaf(model) as leaves:
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs)
+        hidden_BTD = output[0]
+        loss = hidden_BTD[0, second].float().square().sum() + hidden_BTD[1, first].float().square().sum()
+        (gradient_BTD,) = torch.autograd.grad(loss, leaves)
+    if not (gradient_BTD[0, second].any() and gradient_BTD[1, first].any()):
+        return "its hidden states do not depend on its input embeddings"
+    if gradient_BTD[0, first].any() or gradient_BTD[1, second].any():
+        return "a packed document sees its neighbour"
+    copies_BTD = hidden_BTD.detach().float()
+    difference = (copies_BTD[:, first] - copies_BTD[:, second]).norm() / copies_BTD[:, first].norm()
+    if not difference <= PROBE_TOLERANCE:
+        return f"positions do not restart in each document (hidden states differ by {difference:.3f})"
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, each put back as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _embeddings_as_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Within, each output of the input embedding is cut from the graph, requires a gradient, and is listed."""
+    leaves: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # some decoders scale their embeddings in place
+
+    handle = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        yield leaves
+    finally:
+        handle.remove()

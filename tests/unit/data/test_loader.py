@@ -1,0 +1,137 @@
+import itertools
+import json
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.loader import BatchLoader, MicroBatches, eval_batches
+
+SEQ_LEN = 64
+SETTINGS: dict[str, Any] = {
+    "seq_len": SEQ_LEN, "packing": True, "micro_batch_tokens": 128, "tokens_per_step": 256, "seed": 3, "pad_id": 0
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    """Each of its own ids, so that it is known again in a batch."""
+    draw, ids = random.Random(0), itertools.count(1)
+    documents = [[next(ids) for _ in range(draw.randint(2, SEQ_LEN))] for _ in range(90)]
+    return [Example(document, document) for document in documents]
+
+
+def documents(step: MicroBatches) -> Counter[tuple[int, ...]]:
+    """The documents of a step."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for batch in step:
+        for ids, segments in zip(batch.input_ids, batch.segment_ids, strict=True):
+            found.update(tuple(ids[segments == s].tolist()) for s in range(1, int(segments.max()) + 1))
+    return found
+
+
+def same(one: MicroBatches, other: MicroBatches) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_epoch_has_every_example_once(examples: list[Example], packing: bool) -> None:
+    loader = BatchLoader(examples, **{**SETTINGS, "packing": packing})
+    orders = []
+    for epoch in range(3):
+        assert loader.epoch == epoch
+        steps = list(itertools.islice(loader, loader.steps_per_epoch))
+        total: Counter[tuple[int, ...]] = sum((documents(step) for step in steps), Counter())
+        assert total == Counter(tuple(example.input_ids) for example in examples)
+        orders.append([sorted(documents(step)) for step in steps])
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_steps_do_not_depend_on_the_micro_batch(examples: list[Example], packing: bool) -> None:
+    loaders = [
+        BatchLoader(examples, **{**SETTINGS, "packing": packing, "micro_batch_tokens": tokens})
+        for tokens in (1, 64, 128, 256, 4096)
+    ]
+    assert len({loader.steps_per_epoch for loader in loaders}) == 1
+    for steps in itertools.islice(zip(*loaders, strict=True), 2 * loaders[0].steps_per_epoch):
+        assert all(documents(step) == documents(steps[0]) for step in steps)
+        for loader, step in zip(loaders, steps, strict=True):
+            assert all(
+                batch.input_ids.numel() <= loader.micro_batch_tokens or len(batch.input_ids) == 1 for batch in step
+            )
+        assert len(steps[-1]) == 1
+        assert len(steps[0]) == sum(len(batch.input_ids) for batch in steps[0])
+
+
+def test_packed_steps_have_their_tokens(examples: list[Example]) -> None:
+    loader = BatchLoader(examples, **SETTINGS)
+    steps = list(itertools.islice(loader, loader.steps_per_epoch))
+    assert all(sum(batch.input_ids.numel() for batch in step) == 256 for step in steps[:-1])
+    assert all(batch.input_ids.shape == (2, SEQ_LEN) for step in steps[:-1] for batch in step)
+
+
+def test_single_steps_have_their_tokens_on_average(examples: list[Example]) -> None:
+    loader = BatchLoader(examples, **{**SETTINGS, "packing": False})
+    mean = sum(map(len, examples)) / loader.steps_per_epoch
+    assert 0.75 * 256 < mean < 1.25 * 256
+    for batch in itertools.chain.from_iterable(itertools.islice(loader, loader.steps_per_epoch)):
+        used = (batch.segment_ids != 0).sum(dim=1)
+        assert not batch.packed
+        assert batch.input_ids.shape[1] % 8 == 0
+        assert batch.input_ids.shape[1] - used.max() < 8
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resumed_goes_on_exactly(examples: list[Example], packing: bool) -> None:
+    settings = {**SETTINGS, "packing": packing}
+    whole = BatchLoader(examples, **settings)
+    for stop in (0, 1, whole.steps_per_epoch - 1, whole.steps_per_epoch, whole.steps_per_epoch + 3):
+        first, resumed = BatchLoader(examples, **settings), BatchLoader(examples, **settings)
+        list(itertools.islice(first, stop))
+        resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert (resumed.epoch, resumed.state_dict()) == (first.epoch, first.state_dict())
+        for _ in range(3):
+            assert same(next(first), next(resumed))
+
+
+def test_resuming_with_other_data_is_refused_but_not_with_other_micro_batches(examples: list[Example]) -> None:
+    state = BatchLoader(examples, **SETTINGS).state_dict()
+    BatchLoader(examples, **{**SETTINGS, "micro_batch_tokens": 64}).load_state_dict(state)
+    with pytest.raises(DataError, match="seed 4"):
+        BatchLoader(examples, **{**SETTINGS, "seed": 4}).load_state_dict(state)
+    with pytest.raises(DataError, match="examples 89"):
+        BatchLoader(examples[1:], **SETTINGS).load_state_dict(state)
+    changed = [Example(examples[0].input_ids[1:], examples[0].labels[1:]), *examples[1:]]
+    with pytest.raises(DataError, match="lengths"):
+        BatchLoader(changed, **SETTINGS).load_state_dict(state)
+
+
+def test_little_data_takes_short_rows() -> None:
+    few = [Example([1, 2, 3], [1, 2, 3])] * 5
+    loader = BatchLoader(few, **{**SETTINGS, "seq_len": 2048})
+    assert loader.steps_per_epoch == 1
+    (batch,) = next(loader)
+    assert batch.input_ids.shape == (1, 16)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_sees_each_example_once_in_one_order(examples: list[Example], packing: bool) -> None:
+    settings = {"seq_len": SEQ_LEN, "packing": packing, "micro_batch_tokens": 256, "pad_id": 0}
+    batches = eval_batches(examples, **settings)
+    assert documents(batches) == Counter(tuple(example.input_ids) for example in examples)
+    assert same(batches, eval_batches(examples, **settings))
+    assert sum(batch.loss_tokens for batch in batches) == sum(example.loss_tokens for example in examples)
+    assert [batch.input_ids.shape for batch in batches[1:3]] == [batches[i].input_ids.shape for i in (1, 2)]
+
+
+def test_bad_examples() -> None:
+    with pytest.raises(DataError, match="no examples"):
+        BatchLoader([], **SETTINGS)
+    with pytest.raises(DataError, match="longer than a row"):
+        eval_batches([Example([1] * 9, [1] * 9)], seq_len=8, packing=True, micro_batch_tokens=8, pad_id=0)
