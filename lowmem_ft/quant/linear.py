@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
@@ -37,7 +36,16 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight(x.dtype), None if bias is None else bias.to(x.dtype))
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x_NI, W_OI = x.reshape(-1, x.shape[-1]).to(dtype), weight(dtype)
+        # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
+        y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0])
+        if bias is None:
+            torch.mm(x_NI, W_OI.t(), out=y.view(-1, y.shape[-1]))
+        else:
+            torch.addmm(bias.to(dtype), x_NI, W_OI.t(), out=y.view(-1, y.shape[-1]))
+        return y
 
     @staticmethod
     @once_differentiable

@@ -37,12 +37,12 @@ def swap_quantized(model: nn.Module, *, spec: QuantSpec, skip: Collection[str]) 
         if any(path == name or path.startswith(f"{name}.") for name in skip):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if _is_expert_stack(module, parameter):
+            if is_expert_stack(module, parameter):
                 delattr(module, name)
                 stack = QuantStack(*parameter.shape, spec=spec, dtype=parameter.dtype, device=parameter.device)
                 setattr(module, name, stack)
                 swapped.append(f"{path}.{name}" if path else name)
-        if _is_plain_linear(module):
+        if is_plain_linear(module):
             if module not in replacements:  # a layer that several parents share stays shared
                 replacements[module] = _quant_linear(module, spec)
                 swapped.append(path)
@@ -63,14 +63,14 @@ def _quant_linear(module: nn.Module, spec: QuantSpec) -> QuantLinear:
     return new
 
 
-def _is_expert_stack(module: nn.Module, parameter: Tensor) -> bool:
+def is_expert_stack(module: nn.Module, parameter: Tensor) -> bool:
     """Experts as transformers 5 stores them; the attributes are those that its `use_experts_implementation` sets."""
     marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     counted = getattr(module, "num_experts", None) == parameter.shape[0] if parameter.ndim else False
     return parameter.ndim == 3 and (marked or counted)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     if isinstance(module, QuantLinear) or not isinstance(module, nn.Linear | Conv1D):
         return False
     return isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward or _computes_linear(type(module))

@@ -230,3 +230,16 @@ def test_base_weight_looks_through_wrappers() -> None:
     for act in (get_base_weight, lambda module: set_base_weight(module, random_matrix(O, I))):
         with pytest.raises(UnsupportedError, match="no base weight"):
             act(nn.LayerNorm(3))
+
+
+def test_the_output_can_be_changed_in_place() -> None:
+    layer = QuantLinear(64, 64, bias=True, spec=QuantSpec())
+    layer.load_storage(quantize(random_matrix(64, 64), QuantSpec()))
+    nn.init.zeros_(layer.bias)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y += x
+    y.sum().backward()
+    assert x.grad is not None
+    expected = layer.weight.sum(0, dtype=torch.float32) + 1
+    torch.testing.assert_close(x.grad, expected.bfloat16().expand_as(x), rtol=2**-7, atol=1e-2)  # two bf16 roundings

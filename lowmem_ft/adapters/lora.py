@@ -1,0 +1,286 @@
+"""LoRA, rsLoRA and DoRA over a frozen linear layer, as one autograd Function.
+
+The base weight is looked up through `quant.linear.get_base_weight` in forward and once more in backward, so a
+quantized weight exists in full precision only while a matmul reads it, and a streamed weight may be replaced
+between the two. The only activation saved is the layer's input, as the tensor that came in: projections that read
+the same input (q/k/v, gate/up) share one storage. `x A^T` is a rank wide and cheaper to recompute than to keep.
+
+Legend: N tokens, I in features, O out features, R rank.
+
+Hu et al. 2021, "LoRA" (arXiv:2106.09685); Kalajdzievski 2023, "rsLoRA" (arXiv:2312.03732); Liu et al. 2024,
+"DoRA" (arXiv:2402.09353), whose weight norm is treated as a constant in backward (section 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_ft.quant.linear import get_base_weight
+
+Init = Literal["default", "gaussian"]
+WeightSource = Callable[[torch.dtype], Tensor]
+
+_DORA_ROWS = 1024  # rows of W whose gradient-sized product exists at a time in the magnitude's gradient
+
+
+class LoraLinear(nn.Module):
+    """`y = x W^T + b + s (dropout(x) A^T) B^T` over a frozen linear layer; DoRA where `magnitude` is set.
+
+    Args:
+        base_layer: nn.Linear, QuantLinear or transformers' Conv1D; it is kept, never copied or changed.
+        rank: R.
+        alpha: the update is scaled by alpha / R, or by alpha / sqrt(R) with `rslora`.
+        dropout: probability of zeroing an input element on the low-rank path, in training mode.
+        dora: learn the norm of each row of W + s B A; as peft does, DoRA's dropout acts on the direction only.
+        dtype: of A and B. The magnitude is float32: in bf16 it could not even hold the norm it starts from.
+        device: of the trainable tensors, where it is not the base layer's (a base weight that is streamed).
+
+    Shapes: `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,). Input (..., I) of any float dtype; the output
+    (..., O) and the matmuls have the input's dtype.
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        init: Init = "default",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = linear_shape(base_layer)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = lora_scaling(rank, alpha, rslora=rslora)
+        self.enabled = True
+        device = device or module_device(base_layer)
+        self.lora_A = nn.Parameter(
+            initial_factor(rank, self.in_features, rank=rank, init=init, dtype=dtype, device=device)
+        )
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
+        self.register_parameter("magnitude", None)
+        if dora:
+            with torch.no_grad():
+                norm_O = torch.linalg.vector_norm(get_base_weight(base_layer), dim=1, dtype=torch.float32)
+            self.magnitude = nn.Parameter(norm_O.to(device))
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's own weight, without the adapter; for code that asks for its dtype or device."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            y: Tensor = self.base_layer(x)
+            return y
+        p = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.lora_A, self.lora_B, self.bias, self.magnitude, weight=self.base_weight, scaling=self.scaling, p=p
+        )
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """W as (O, I) of `dtype`, looked up anew at each call."""
+        return get_base_weight(self.base_layer, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, dora={self.magnitude is not None}"
+
+
+def lora_linear(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    *,
+    weight: WeightSource,
+    scaling: float,
+    p: float,
+) -> Tensor:
+    """The adapted linear map of x (..., I) to (..., O); see `LoraLinear`.
+
+    Args:
+        weight: returns W (O, I) in the dtype it is given; called in forward and again in backward.
+        scaling: s.
+        p: dropout probability, 0 for none.
+    """
+    y: Tensor = _LoraFunction.apply(  # type: ignore[no-untyped-call]
+        x, lora_A, lora_B, bias, magnitude, weight, scaling, p
+    )
+    return y
+
+
+class _LoraFunction(torch.autograd.Function):
+    """With z = d(x) W^T + s (d(x) A^T) B^T, where d is the dropout:
+
+    LoRA: y = x W^T + b + s (d(x) A^T) B^T.
+    DoRA: y = c z + (x - d(x)) W^T + b with c = magnitude / ||W + s B A||, the norm held constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        magnitude: Tensor | None,
+        weight: WeightSource,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        W_OI: Tensor = weight(x.dtype)
+        A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        ctx.weight, ctx.scaling, ctx.p = weight, scaling, p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rng_state = _rng_state(x.device) if p > 0.0 else None
+        kept_NI = _dropout_mask(x_NI, p).mul_(x_NI) if p > 0.0 else x_NI
+        norm_O = None
+        y = x.new_empty(*x.shape[:-1], W_OI.shape[0])  # not a view, which the model could not change in place (Falcon)
+        y_NO = y.view(-1, y.shape[-1])
+        if magnitude is None and bias is not None:
+            torch.addmm(bias.to(x.dtype), x_NI, W_OI.t(), out=y_NO)
+        else:
+            torch.mm(x_NI if magnitude is None else kept_NI, W_OI.t(), out=y_NO)
+        y_NO.addmm_(kept_NI @ A_RI.t(), B_OR.t(), alpha=scaling)
+        if magnitude is not None:
+            norm_O = _adapted_row_norm(W_OI, A_RI, B_OR, scaling)
+            y_NO.mul_(magnitude / norm_O)
+            if p > 0.0:
+                y_NO.addmm_(x_NI - kept_NI, W_OI.t())
+            if bias is not None:
+                y_NO.add_(bias)
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, norm_O)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, magnitude, norm_O = ctx.saved_tensors
+        need_x, need_A, need_B, need_bias, need_magnitude = ctx.needs_input_grad[:5]
+        scaling, p = ctx.scaling, ctx.p
+        x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        mask_NI = _dropout_mask(x_NI, p, replay=ctx.rng_state) if p > 0.0 else None
+        kept_NI = x_NI if mask_NI is None else mask_NI * x_NI
+        c_O1 = None if magnitude is None else (magnitude / norm_O).unsqueeze(1)
+        dyB_NR = dy_NO @ (B_OR if c_O1 is None else (B_OR * c_O1).to(x.dtype))
+        dx = dA = dB = dbias = dmagnitude = None
+        if need_A:
+            dA = (dyB_NR.t() @ kept_NI).mul_(scaling).to(lora_A.dtype)
+        if need_B or need_magnitude:
+            dyxA_OR = dy_NO.t() @ (kept_NI @ A_RI.t())
+            dB = (dyxA_OR * (scaling if c_O1 is None else scaling * c_O1)).to(lora_B.dtype)
+            if need_magnitude:
+                dyz_O = scaling * torch.linalg.vecdot(dyxA_OR.float(), B_OR.float())
+                dyz_O += _summed_products(dy_NO, kept_NI, ctx.weight(x.dtype))
+                dmagnitude = dyz_O.div_(norm_O).to(magnitude.dtype)
+        if need_bias:
+            dbias = dy_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if need_x:
+            W_OI = ctx.weight(x.dtype)
+            dx_NI = dy_NO @ (W_OI if c_O1 is None else (W_OI * c_O1).to(x.dtype))
+            if mask_NI is None:
+                dx_NI.addmm_(dyB_NR, A_RI, alpha=scaling)
+            elif c_O1 is None:
+                dx_NI.add_((dyB_NR @ A_RI).mul_(mask_NI), alpha=scaling)
+            else:
+                dx_NI.addmm_(dyB_NR, A_RI, alpha=scaling).mul_(mask_NI).add_((dy_NO @ W_OI).mul_(1 - mask_NI))
+            dx = dx_NI.view(x.shape)
+        return dx, dA, dB, dbias, dmagnitude, None, None, None
+
+
+def _summed_products(dy_NO: Tensor, x_NI: Tensor, W_OI: Tensor) -> Tensor:
+    """sum over tokens of dy * (x W^T), float32 (O,), without forming x W^T: row by row (dy^T x) . W."""
+    parts = [slice(row, row + _DORA_ROWS) for row in range(0, W_OI.shape[0], _DORA_ROWS)]
+    return torch.cat([(dy_NO[:, part].t() @ x_NI).float().mul_(W_OI[part]).sum(1) for part in parts])
+
+
+def _adapted_row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """||W + s B A|| of each row, float32 (O,), without forming the sum.
+
+    ||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i (A A^T) B_i^T: the widest temporary is (O, R).
+    """
+    A_RI, B_OR = A_RI.float(), B_OR.float()
+    cross_OR = (W_OI @ A_RI.to(W_OI.dtype).t()).float()
+    square_O = torch.linalg.vector_norm(W_OI, dim=1, dtype=torch.float32).square_()
+    square_O += torch.linalg.vecdot(B_OR, 2 * scaling * cross_OR + scaling**2 * (B_OR @ (A_RI @ A_RI.t())))
+    # rounding may leave a row that cancels just below zero
+    norm_O: Tensor = square_O.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
+    return norm_O
+
+
+def _rng_state(device: torch.device) -> Tensor:
+    """State of the device's default generator (on the host; 16 bytes on CUDA, 5 KB on CPU)."""
+    if device.type in ("cpu", "meta"):
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _dropout_mask(like_NI: Tensor, p: float, *, replay: Tensor | None = None) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), shaped as the input.
+
+    Drawn from the default generator, which it advances, so that activation checkpointing draws the same mask when
+    it recomputes; or drawn again, from the generator state `replay`, which leaves the default generator alone.
+    """
+    generator = None
+    if replay is not None:
+        generator = torch.Generator(device="cpu" if like_NI.device.type == "meta" else like_NI.device)
+        generator.set_state(replay)
+    return torch.empty_like(like_NI).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out features, in features) of a linear layer, whichever way it stores its weight."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    if isinstance(layer, nn.Linear | LoraLinear):
+        return layer.out_features, layer.in_features
+    raise TypeError(f"not a linear layer: {type(layer).__name__}")
+
+
+def lora_scaling(rank: int, alpha: float, *, rslora: bool) -> float:
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def initial_factor(
+    rows: int, columns: int, *, rank: int, init: Init, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A's start, (rows, columns); B starts at zero, so the adapted model starts as the base model.
+
+    Drawn on the host in float32, so that a seed gives the same adapter on every device.
+    """
+    start = torch.empty(rows, columns, device="meta" if device.type == "meta" else "cpu")
+    if init == "default":
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+    else:
+        nn.init.normal_(start, std=1 / rank)
+    return start.to(device=device, dtype=dtype)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where the module's tensors lie."""
+    return next(tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors).device

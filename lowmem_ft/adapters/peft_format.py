@@ -1,0 +1,304 @@
+"""Adapters in peft's own files, written so that peft reads them and read as peft writes them.
+
+`adapter_config.json` is made by `peft.LoraConfig`; `adapter_model.safetensors` holds the tensors under the names that
+peft gives them in a plain transformers model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowmem_ft.adapters.inject import adapter_at, eject_lora, inject_resolved, injection_of, is_injected
+from lowmem_ft.adapters.lora import LoraLinear, module_device
+from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora_config, to_lora_config, with_tied
+from lowmem_ft.adapters.peft_methods import is_prompt_learning
+from lowmem_ft.adapters.targets import adaptable, is_linear
+from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+
+_PREFIX = "base_model.model."
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
+_PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
+_SHOWN = 4  # keys that a message names
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str) -> None:
+    """Write the adapter in `model` as peft does. Each file appears complete or not at all.
+
+    Args:
+        model: after `inject_lora`, or what `inject_peft` returned.
+        folder: made if missing; an adapter in it is replaced.
+        base_model: path or hub id of the base model, for `adapter_config.json`.
+
+    Raises:
+        ConfigError: the model has no adapter.
+        CheckpointError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            _write(model, Path(scratch), base_model)
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == CONFIG_NAME):  # it comes last
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError("the adapter cannot be written", given=f"{folder} ({error})") from error
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """Put the adapter saved in `folder` into `model`, trainable.
+
+    Args:
+        model: plain or quantized; or with the same adapters injected, whose values are then overwritten.
+        dropout, dtype, device: of adapters that have to be injected first, as for `inject_lora`.
+
+    Returns:
+        `model`; a `peft.PeftModel` around it where the folder holds another method, or a variant of LoRA that only
+        peft has. Prompt methods go on with the virtual tokens themselves: what produced them is not in the file.
+
+    Raises:
+        CheckpointError: missing, damaged, or not made for this model; the model is then as it was.
+        UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
+    """
+    folder = Path(folder)
+    settings = read_adapter_config(folder)
+    _check_base_unchanged(settings, folder)
+    if settings["peft_type"] != "LORA" or is_variant(settings):
+        return _load_through_peft(model, settings, folder)
+    config = read_lora_config(settings, folder)
+    fresh = not is_injected(model)
+    if fresh:
+        _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
+    try:
+        _check_same(model, config, folder)
+        _fill(model, folder, tied=bool(config.ensure_weight_tying))
+    except BaseException:
+        if fresh:
+            eject_lora(model)
+        raise
+    return model
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """`adapter_config.json` of a folder that holds an adapter in safetensors.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or the weights exist as a pickle only.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG_NAME
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError("the adapter's config cannot be read", given=f"{path} ({error})") from error
+    known = [kind.value for kind in peft.PeftType]
+    if not isinstance(settings, dict) or settings.get("peft_type") not in known:
+        given = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+        raise CheckpointError(f"{path} names no peft method", given=given, allowed=", ".join(known))
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        raise CheckpointError(
+            "the adapter's weights are missing" + (" but for a pickle, which could run code" if pickled else ""),
+            given=folder / (WEIGHTS_NAME if pickled else SAFETENSORS_WEIGHTS_NAME),
+            allowed=SAFETENSORS_WEIGHTS_NAME,
+            fix="save it with peft's save_pretrained, which writes safetensors",
+        )
+    return settings
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every trained tensor (not a copy) under the key that it has in peft's file.
+
+    peft wraps a module once for each of its targeted expert stacks, the last stack outermost.
+    """
+    injection = injection_of(model)
+    tensors: dict[str, Tensor] = {}
+    depth: Counter[str] = Counter()
+    for path in reversed(injection.paths):
+        adapter = adapter_at(model, path)
+        prefix = f"{_PREFIX}{path}"
+        if not isinstance(adapter, LoraLinear):
+            parent = path.rpartition(".")[0]
+            prefix = _PREFIX + parent + ".base_layer" * depth[parent]
+            depth[parent] += 1
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = adapter.lora_A, adapter.lora_B
+        if isinstance(adapter, LoraLinear) and adapter.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = adapter.magnitude
+    trained: dict[str, Tensor] = {}
+    for path in with_tied(model, injection.trained_modules):
+        state = model.get_submodule(path).state_dict(keep_vars=True)
+        trained |= {f"{path}.{name}": tensor for name, tensor in state.items()}
+    for name, parameter in model.named_parameters():
+        if injection.bias != "none" and parameter.requires_grad and name.endswith(".bias") and name not in trained:
+            parent = next((p for p in depth if name.startswith(f"{p}.")), "")
+            tensors[_PREFIX + parent + ".base_layer" * depth[parent] + name.removeprefix(parent)] = parameter
+    return tensors | {_PREFIX + name: tensor for name, tensor in trained.items()}
+
+
+def _write(model: nn.Module, folder: Path, base_model: str) -> None:
+    if isinstance(model, peft.PeftModel):
+        model.peft_config[model.active_adapter].base_model_name_or_path = base_model
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    settings = to_lora_config(model, base_model=base_model).to_dict()
+    ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    (folder / CONFIG_NAME).write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for key, tensor in adapter_tensors(model).items():
+        tensor = tensor.detach().contiguous()
+        tensors[key] = tensor.clone() if tensor.data_ptr() in stored else tensor  # safetensors refuses tied tensors
+        stored.add(tensor.data_ptr())
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _check_base_unchanged(settings: Mapping[str, Any], folder: Path) -> None:
+    if settings["peft_type"] == "LORA" and settings.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        raise UnsupportedError(
+            "the adapter starts from changed base weights, which a quantized model does not have",
+            given=f"init_lora_weights: {settings['init_lora_weights']} in {folder / CONFIG_NAME}",
+            fix="convert it with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+
+
+def _load_through_peft(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> nn.Module:
+    file, device = folder / SAFETENSORS_WEIGHTS_NAME, module_device(model)
+    try:
+        wrapped: nn.Module = peft.PeftModel.from_pretrained(
+            model,
+            folder,
+            is_trainable=not is_prompt_learning(settings),  # peft refuses it for these, and trains them all the same
+            torch_device="cpu" if device.type == "meta" else str(device),  # where it reads the file to
+        )
+        with safe_open(file, framework="pt") as saved:
+            keys = set(saved.keys())
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})") from error
+    expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if keys != expected:  # peft only warns
+        raise CheckpointError(
+            "the adapter's tensors are not those that its config calls for",
+            given=f"{', '.join(sorted(keys ^ expected)[:_SHOWN])}: either missing or unexpected in {file}",
+        )
+    return wrapped
+
+
+def _inject(
+    model: nn.Module, config: Any, folder: Path, *, dropout: float, dtype: torch.dtype, device: torch.device | None
+) -> None:
+    found = {path: rank_and_alpha(config, path, linear=is_linear(target)) for path, target in adaptable(model).items()}
+    chosen = {path: values for path, values in found.items() if values is not None}
+    if not chosen:
+        raise CheckpointError(
+            "the adapter was made for another model: none of its targets is in this one",
+            given=f"{config.target_modules or config.target_parameters} in {folder / CONFIG_NAME}",
+        )
+    saved = config.modules_to_save or []
+    trained = [name for name, _ in model.named_modules() if any(name.endswith(end) for end in saved)]
+    inject_resolved(
+        model,
+        ranks={path: rank for path, (rank, _) in chosen.items()},
+        alphas={path: alpha for path, (_, alpha) in chosen.items()},
+        trained_modules=trained,
+        dropout=dropout,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        init="default",
+        bias=config.bias,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _check_same(model: nn.Module, config: Any, folder: Path) -> None:
+    """Refuse a file whose numbers would mean something else in the adapters that the model has."""
+    injection = injection_of(model)
+    for path in injection.paths:
+        adapter = adapter_at(model, path)
+        there = (adapter.rank, adapter.alpha, adapter.rslora, injection.dora)
+        saved = rank_and_alpha(config, path, linear=isinstance(adapter, LoraLinear))
+        here = None if saved is None else (*saved, config.use_rslora, config.use_dora)
+        if here != there:
+            raise CheckpointError(
+                f"the adapter does not fit the one in the model at {path}",
+                given="no adapter there" if here is None else "rank {}, alpha {}, rslora {}, dora {}".format(*here),
+                allowed="rank {}, alpha {}, rslora {}, dora {}".format(*there),
+                fix=f"set the adapter's options as in {folder / CONFIG_NAME}, or load into a model without adapters",
+            )
+
+
+def _fill(model: nn.Module, folder: Path, *, tied: bool) -> None:
+    """Copy the file's tensors into the model, once all of them are known to be right."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    expected = adapter_tensors(model)
+    try:
+        with safe_open(file, framework="pt") as saved:
+            # with `bias: all` peft writes the biases of its fully trained modules twice more, under its own names
+            keys = [key for key in saved.keys() if not _PEFT_COPIES.search(key)]  # noqa: SIM118  (not a dict)
+            _check_keys(keys, expected, file, tied=tied)
+            values: dict[int, tuple[str, Tensor]] = {}
+            for key in keys:
+                value = saved.get_tensor(key)
+                _check_value(key, value, expected[key], file)
+                first, same = values.setdefault(id(expected[key]), (key, value))
+                if not torch.equal(same, value):
+                    raise CheckpointError(
+                        "the adapter holds two values for what is one tied tensor of this model",
+                        given=f"{first} and {key} in {file}",
+                        fix="use the model with tie_word_embeddings: false",
+                    )
+            with torch.no_grad():
+                for key in keys:
+                    expected[key].copy_(values[id(expected[key])][1])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError("the adapter's weights cannot be read", given=f"{file} ({error})") from error
+
+
+def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, tied: bool) -> None:
+    unexpected = sorted(set(keys) - set(expected))
+    if unexpected:
+        raise CheckpointError(
+            f"the adapter has {len(unexpected)} tensors for which this model has no place",
+            given=f"{', '.join(unexpected[:_SHOWN])} in {file}",
+            fix="load it into the base model that it was trained on",
+        )
+    there = {id(expected[key]) for key in keys}
+    missing = [key for key in expected if key not in keys and not (tied and id(expected[key]) in there)]
+    if missing:
+        raise CheckpointError(
+            f"the adapter lacks {len(missing)} tensors that its config calls for",
+            given=f"no {', '.join(missing[:_SHOWN])} in {file}",
+            fix="save it again",
+        )
+
+
+def _check_value(key: str, value: Tensor, expected: Tensor, file: Path) -> None:
+    if value.shape != expected.shape:
+        raise CheckpointError(
+            "a tensor of the adapter has another shape than this model and the config give it",
+            given=f"{key} {tuple(value.shape)} in {file}",
+            allowed=tuple(expected.shape),
+            fix="load it into the base model that it was trained on",
+        )
+    if not value.isfinite().all():
+        raise CheckpointError("the adapter holds NaN or Inf", given=f"{key} in {file}", fix="use an earlier checkpoint")

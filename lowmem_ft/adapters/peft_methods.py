@@ -1,0 +1,110 @@
+"""Any method of the peft library on our (quantized) models.
+
+A quantized linear layer is an nn.Linear whose `weight` has the logical shape, which is all that peft's methods ask
+of it; stacked experts are out of their reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from lowmem_ft.core.errors import ConfigError, nearest
+
+
+def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """Put the adapter that a peft config describes into `model`, and freeze everything else.
+
+    Args:
+        model: a causal language model, changed in place.
+        config: `peft_type` and the fields of that method's config class; `task_type` is CAUSAL_LM unless given.
+
+    Returns:
+        The `peft.PeftModel` around `model`, to be used in its place: prompt methods do their work in its forward.
+        Its adapters are float32.
+
+    Raises:
+        ConfigError: no or an unknown `peft_type`, an unknown field, or values that peft refuses.
+    """
+    settings = peft_config(config)
+    try:
+        wrapped: nn.Module = peft.get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(
+            f"peft cannot put {settings.peft_type.value} into this model", given=dict(config), allowed=str(error)
+        ) from error
+    return wrapped
+
+
+def peft_config(config: Mapping[str, Any]) -> Any:
+    """The `peft.PeftConfig` that a mapping describes.
+
+    Raises:
+        ConfigError: as `inject_peft`.
+    """
+    kind = config_class(config)
+    fields = {field.name for field in dataclasses.fields(kind) if field.init} - {"peft_type"}
+    for key in config:
+        if key not in fields | {"peft_type"}:
+            close = nearest(key, fields)
+            raise ConfigError(
+                f"{kind.__name__} has no such key",
+                given=key,
+                allowed=", ".join(sorted(fields)),
+                fix=f"did you mean {close}?" if close else None,
+            )
+    values = {"task_type": "CAUSAL_LM"} | {key: value for key, value in config.items() if key != "peft_type"}
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{kind.__name__} refuses its values", given=dict(config), allowed=str(error)) from error
+
+
+def config_class(config: Mapping[str, Any]) -> type[Any]:
+    """The config class of the method that `config` names.
+
+    Raises:
+        ConfigError: no or an unknown `peft_type`.
+    """
+    names = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    name = str(config.get("peft_type", "")).upper()
+    if name not in names:
+        close = nearest(name, names)
+        raise ConfigError(
+            "peft_type names no method of the peft library" if name else "a peft config needs peft_type",
+            given=config.get("peft_type"),
+            allowed=", ".join(names),
+            fix=f"did you mean {close}?" if close else None,
+        )
+    kind: type[Any] = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+    return kind
+
+
+def is_prompt_learning(config: Mapping[str, Any]) -> bool:
+    """Whether the method trains virtual tokens before each example (prompt, prefix, P-tuning), so that examples cannot
+    be packed into one sequence.
+
+    Raises:
+        ConfigError: no or an unknown `peft_type`.
+    """
+    return issubclass(config_class(config), peft.PromptLearningConfig)
+
+
+def peft_remaps(leaf: str, model: nn.Module) -> bool:
+    """Whether peft takes a target of this name for the experts of a transformers 4 checkpoint.
+
+    It then looks for stacked experts instead of the layer (the shared expert's `gate_proj`). Such a layer is named in
+    `target_parameters`, by its weight, which gives the same adapter under the same keys.
+    """
+    probe = peft.LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:  # only one half of what transformers 5 fuses
+        return True
+    return set(probe.target_modules) != {leaf}

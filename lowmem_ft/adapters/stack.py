@@ -1,0 +1,170 @@
+"""LoRA on stacked expert weights, with the parameters of peft's `target_parameters`.
+
+Letters in shapes: E experts, R and C rows and columns of a slice as stored, K rank, T tokens. "in" and "out" are
+peft's: (R, C) of a slice where the experts module says `is_transposed`, else (C, R).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lowmem_ft.adapters.lora import Init, initial_factor, lora_linear, lora_scaling, module_device
+from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.quant.experts import QuantStack, StackSlice
+from lowmem_ft.quant.linear import get_base_weight
+
+_BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
+
+
+class DenseStack(nn.Module):
+    """A frozen 3-D parameter (E, R, C) of unquantized experts behind the protocol of QuantStack.
+
+    It holds the very parameter whose place it takes, and answers `stack[e]` and `torch.bmm(x, stack)`, so that the
+    architecture's own eager forward reaches the adapter.
+    """
+
+    adapter: nn.Module | None
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.adapter = weight, None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def base_slice(self, e: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Slice `e`, (R, C) as stored."""
+        return self.weight.detach()[e].to(dtype or self.dtype)
+
+    def matmul(self, x: Tensor, e: int, transposed: bool, bias: Tensor | None = None) -> Tensor:
+        """x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`."""
+        w_RC = self.base_slice(e, x.dtype)
+        return F.linear(x, w_RC.t() if transposed else w_RC, bias)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, e: int | Tensor) -> StackSlice:
+        return StackSlice(cast(QuantStack, self), operator.index(e))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _BATCHED and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], cls):
+            x_ETI, stack = args
+            return torch.stack([x_TI @ stack[e] for e, x_TI in enumerate(x_ETI)])
+        raise UnsupportedError(
+            f"LoRA on stacked experts does not support `{getattr(func, '__name__', func)}`",
+            allowed="F.linear(x, stack[e]), x @ stack[e], torch.bmm(x, stack)",
+            fix="set the model's experts implementation to 'eager', or leave the experts out of the targets",
+        )
+
+
+@get_base_weight.register
+def _(module: DenseStack, *, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    if index is None:
+        raise UnsupportedError("stacked experts are read one by one", allowed=f"index 0..{len(module) - 1}")
+    return module.base_slice(index, dtype)
+
+
+class LoraStack(nn.Module):
+    """Low-rank updates of every slice of a stack; set as the stack's `adapter` it computes the slices' products.
+
+    Args:
+        stack: QuantStack or DenseStack, frozen.
+        rank: K, of each expert.
+        is_transposed: whether a slice is stored as (in, out); the experts module's attribute of that name.
+        alpha, dropout, rslora, init, dtype, device: as for `LoraLinear`.
+
+    Shapes, which are peft's: `lora_A` (K * E, in), expert by expert; `lora_B` (out, K * E), all experts' first rank,
+    then all experts' second, and so on.
+    """
+
+    def __init__(
+        self,
+        stack: QuantStack | DenseStack,
+        *,
+        rank: int,
+        alpha: float,
+        is_transposed: bool,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: Init = "default",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.__dict__["stack"] = stack  # not a submodule: the stack holds this module
+        self.experts, rows, columns = stack.shape
+        self.in_features, self.out_features = (rows, columns) if is_transposed else (columns, rows)
+        self.is_transposed, self.rank, self.alpha = is_transposed, rank, alpha
+        self.dropout, self.rslora = dropout, rslora
+        self.scaling = lora_scaling(rank, alpha, rslora=rslora)
+        self.enabled = True
+        self._factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        device = device or module_device(stack)
+        ranks = rank * self.experts
+        self.lora_A = nn.Parameter(
+            initial_factor(ranks, self.in_features, rank=rank, init=init, dtype=dtype, device=device)
+        )
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, ranks, dtype=dtype, device=device))
+        self.train(stack.training)
+
+    def forward(self, x: Tensor, e: int, transposed: bool) -> Tensor:
+        """The adapted product of x (T, ...) with slice `e`: x @ W if `transposed`, else x @ W^T."""
+        stack: QuantStack | DenseStack = self.__dict__["stack"]
+        if not self.enabled:
+            return stack.matmul(x, e, transposed)
+        A_EKI, B_EOK = self._factors or self._split()
+        A_KI, B_OK = A_EKI[e], B_EOK[e]
+        if transposed != self.is_transposed:  # the product runs from peft's "out" to its "in"
+            A_KI, B_OK = B_OK.t(), A_KI.t()
+        weight = partial(_slice, stack, e, transposed)
+        p = self.dropout if self.training else 0.0
+        return lora_linear(x, A_KI, B_OK, None, None, weight=weight, scaling=self.scaling, p=p)
+
+    def attach(self, experts: nn.Module) -> list[RemovableHandle]:
+        """Split the factors once for each forward of the module that owns the stack.
+
+        One split for all experts has one backward, which writes each gradient once. A split for each expert would
+        make a gradient of the size of all experts' factors for each of them.
+        """
+        return [
+            experts.register_forward_pre_hook(self._before_forward),
+            experts.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _before_forward(self, *_: object) -> None:
+        self._factors = self._split()
+
+    def _after_forward(self, *_: object) -> None:
+        self._factors = None
+
+    def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A (K, in) and B (out, K) of each expert, as views."""
+        A_EKI = self.lora_A.view(self.experts, self.rank, self.in_features)
+        B_EOK = self.lora_B.view(self.out_features, self.rank, self.experts).permute(2, 0, 1)
+        return A_EKI.unbind(0), B_EOK.unbind(0)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def _slice(stack: QuantStack | DenseStack, e: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Slice `e` as the (outputs, inputs) matrix of the product."""
+    w_RC = get_base_weight(stack, index=e, dtype=dtype)
+    return w_RC.t() if transposed else w_RC

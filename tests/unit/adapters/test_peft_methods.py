@@ -1,0 +1,121 @@
+"""Other methods of the peft library on a quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, trainable_parameters
+from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
+from lowmem_ft.adapters.peft_methods import inject_peft, is_prompt_learning
+from lowmem_ft.core.errors import CheckpointError, ConfigError
+from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
+
+PROMPT = {"num_virtual_tokens": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "ia3": {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "vera": {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj", "o_proj"]},
+    "loha": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "lokr": {"peft_type": "LOKR", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "oft": {"peft_type": "OFT", "oft_block_size": 4, "target_modules": ["q_proj", "v_proj"]},
+    "boft": {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": ["q_proj"]},
+    "ln_tuning": {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm", "norm"]},
+    "lora_bias": {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "lora_bias": True},  # a variant of LoRA
+    "prompt": {"peft_type": "PROMPT_TUNING", **PROMPT},
+    "prefix": {"peft_type": "PREFIX_TUNING", **PROMPT},
+    "p_tuning": {"peft_type": "p_tuning", "encoder_hidden_size": 16, **PROMPT},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_trains_it_and_it_survives_saving(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = METHODS[method]
+    base = quantized_model("qwen2", dtype=dtype)  # with biases, for the variant that needs them
+    base.config.use_cache = False  # as in training
+    torch.manual_seed(0)
+    model = inject_peft(base, config).train()
+    before = [parameter.detach().clone() for _, parameter in trainable_parameters(model)]
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    for _ in range(2):  # some start with a factor of zero, which keeps the others from moving in the first step
+        optimizer.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        for _, parameter in trainable_parameters(model):
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
+        optimizer.step()
+    after = trainable_parameters(model)
+    assert after
+    assert all(not torch.equal(old, new) for old, (_, new) in zip(before, after, strict=True))
+    expected = logits(model.eval())
+    save_adapter(model, tmp_path, base_model="base")
+    again = load_adapter(quantized_model("qwen2", dtype=dtype), tmp_path)
+    assert isinstance(again, peft.PeftModel)
+    assert trainable_parameters(again)
+    assert torch.equal(logits(again.eval()), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_the_same_method_as_on_the_plain_model(method: str, tmp_path: Path) -> None:
+    quantized = quantized_model("qwen2")
+    plain = dequantized_model("qwen2", quantized)
+    model = inject_peft(quantized, METHODS[method])
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_adapter(model.eval(), tmp_path, base_model="base")
+    base = logits(quantized_model("qwen2"))
+    assert error(logits(model)[:, -base.shape[1] :], base) > 1e-3  # prompts add positions before the text
+    reference = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert error(logits(reference), logits(model)) < 1e-5  # float32; measured 0
+    with adapters_disabled(model):
+        assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_planning_on_meta_counts_the_same_parameters(method: str, tmp_path: Path) -> None:
+    model = inject_peft(quantized_model("qwen2"), METHODS[method])
+    save_adapter(model, tmp_path, base_model="base")
+    shapes = {name: parameter.shape for name, parameter in trainable_parameters(model)}
+    planned = inject_peft(quantized_model("qwen2").to("meta"), METHODS[method])
+    assert {name: parameter.shape for name, parameter in trainable_parameters(planned)} == shapes
+    loaded = load_adapter(quantized_model("qwen2").to("meta"), tmp_path)
+    assert all(parameter.is_meta for _, parameter in trainable_parameters(loaded))
+
+
+def test_prompt_learning_is_told_apart() -> None:
+    prompt = {"prompt", "prefix", "p_tuning"}
+    assert {method for method, config in METHODS.items() if is_prompt_learning(config)} == prompt
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "needs peft_type"),
+        ({"peft_type": "IA4"}, "did you mean IA3"),
+        ({"peft_type": "IA3", "target_module": ["q_proj"]}, "did you mean target_modules"),
+        ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", **PROMPT}, "refuses its values"),
+        ({"peft_type": "IA3", "target_modules": ["q_porj"], "feedforward_modules": []}, "cannot put IA3"),
+    ],
+)
+def test_bad_configs_are_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        inject_peft(plain_model("llama"), config)
+
+
+def test_a_damaged_file_of_another_method_is_refused(tmp_path: Path) -> None:
+    save_adapter(inject_peft(plain_model("llama"), METHODS["ia3"]), tmp_path, base_model="base")
+    with pytest.raises(CheckpointError, match="peft cannot load the adapter"):
+        load_adapter(plain_model("gpt2"), tmp_path)
+    with pytest.raises(CheckpointError, match="not those that its config calls for"):
+        load_adapter(plain_model("llama", num_hidden_layers=1), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="peft cannot load the adapter"):
+        load_adapter(plain_model("llama"), tmp_path)
