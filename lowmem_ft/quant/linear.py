@@ -37,7 +37,8 @@ class FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         x_NI, W_OI = x.reshape(-1, x.shape[-1]).to(dtype), weight(dtype)
         # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
         y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0])
