@@ -1,0 +1,176 @@
+"""What each block does with its activations between forward and backward: keep them, or compute them again.
+
+Recomputing is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): a block's forward runs without a graph and
+only its inputs survive; backward runs it once more, with the same random numbers, and differentiates that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import UserDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import Cache
+
+from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.runtime.blocks import find_blocks
+
+
+class ActivationPolicy:
+    """The wrapped blocks of a model. `remove()` gives every block its own forward back."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        # an accelerate hook may have put a forward of its own on the instance
+        self._before = [(block, vars(block).get("forward")) for block in blocks]
+        for block in blocks:
+            block.forward = functools.wraps(block.forward)(functools.partial(_recomputed, block, block.forward))
+
+    def remove(self) -> None:
+        for block, forward in self._before:
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+        self._before.clear()
+
+
+def apply_activation_policy(model: nn.Module, *, keep: int) -> ActivationPolicy:
+    """Let the last `keep` blocks of `model` keep their activations, and all others compute them again in backward.
+
+    The last blocks keep, because theirs are the activations that live shortest. In evaluation and under `no_grad` a
+    block runs as it is.
+
+    Raises:
+        ConfigError: `keep` is negative or exceeds the number of blocks.
+        UnsupportedError: the blocks were not found.
+    """
+    _, blocks = find_blocks(model)
+    if not 0 <= keep <= len(blocks):
+        raise ConfigError("More blocks were to keep their activations than there are.", given=keep, allowed=len(blocks))
+    return ActivationPolicy(list(blocks)[: len(blocks) - keep])
+
+
+@dataclass(slots=True)
+class _Random:
+    """The state of the generators that a block on `device` draws from."""
+
+    device: torch.device
+    host_state: Tensor = field(default_factory=torch.get_rng_state)
+    device_state: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type not in ("cpu", "meta"):
+            self.device_state = torch.get_device_module(self.device).get_rng_state(self.device)
+
+    def restored(self) -> Any:
+        """A context in which the generators are as they were; afterwards they are as before."""
+        stack = ExitStack()
+        if self.device_state is None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            stack.enter_context(torch.random.fork_rng(devices=[self.device], device_type=self.device.type))
+            torch.get_device_module(self.device).set_rng_state(self.device_state, self.device)
+        torch.set_rng_state(self.host_state)
+        return stack
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a block: everything but the tensors, which autograd holds."""
+
+    forward: Callable[..., Any]
+    leaves: list[Any]  # arguments without structure; None where a tensor stood
+    positions: list[int]  # of the tensors in `leaves`
+    spec: TreeSpec
+    random: _Random
+    autocast: list[tuple[str, torch.dtype]]
+    out_leaves: list[Any] = field(default_factory=list)
+    out_positions: list[int] = field(default_factory=list)
+    out_spec: TreeSpec | None = None
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that the block returns; what else it returns is kept in `out_leaves`."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        out, self.out_spec = tree_flatten(self.forward(*args, **kwargs))
+        self.out_positions = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor)]
+        self.out_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in out]
+        return [out[i] for i in self.out_positions]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The block's own return value around `tensors`."""
+        assert self.out_spec is not None
+        for position, tensor in zip(self.out_positions, tensors, strict=True):
+            self.out_leaves[position] = tensor
+        out = tree_unflatten(self.out_leaves, self.out_spec)
+        self.out_leaves = []  # this record lives until backward and must not hold the outputs
+        return out
+
+
+class _Recompute(torch.autograd.Function):
+    """Forward without a graph; backward builds the graph of this one block and differentiates it.
+
+    Parameters get their gradients by accumulation, so that their hooks fire as they do for a kept block. `anchor` is a
+    leaf that requires grad: without one autograd would skip the first block, whose inputs need no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        outputs = call.run(tensors)
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        wanted = ctx.needs_input_grad[2:]
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        with ExitStack() as stack:
+            stack.enter_context(call.random.restored())
+            for device_type, dtype in call.autocast:
+                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+            stack.enter_context(torch.enable_grad())
+            outputs = call.run(inputs)
+        call.out_leaves = []
+        used = [(t, g) for t, g in zip(outputs, gradients, strict=True) if g is not None and t.requires_grad]
+        del outputs
+        if used:
+            torch.autograd.backward([t for t, _ in used], [g for _, g in used])
+        return None, None, *(t.grad for t in inputs)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward`, the own forward of `block`, so that backward computes its activations again."""
+    leaves, spec = tree_flatten((args, kwargs))
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = [leaves[i] for i in positions]
+    differentiable = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in block.parameters())
+    if not (block.training and torch.is_grad_enabled() and differentiable):
+        return forward(*args, **kwargs)
+    for position in positions:
+        leaves[position] = None
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    active = [kind for kind in {device.type, "cpu"} if kind != "meta" and torch.is_autocast_enabled(kind)]
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in active]
+    call = _Call(forward, leaves, positions, spec, _Random(device), autocast)
+    anchor = torch.empty(0, requires_grad=True)
+    outputs = _Recompute.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
+    shared = [value for value in kwargs.values() if isinstance(value, (UserDict, Cache))]
+    if any(len(container) for container in shared):
+        # tensors in it bypass autograd here, and running twice changes it twice: gradients would silently be wrong
+        raise UnsupportedError(
+            "Blocks that share keys and values (prefix tuning, or the shared layers of gemma3n) cannot recompute.",
+            given=type(block).__name__,
+            fix="call the model with use_cache=False, or set policy.activations: keep",
+        )
+    return call.rebuild(outputs)

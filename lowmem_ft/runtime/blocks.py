@@ -1,0 +1,57 @@
+"""Where things are in a transformers causal language model: its decoder and the decoder's blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lowmem_ft.core.errors import UnsupportedError
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model itself: what a `peft.PeftModel` wraps, else `model`."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into the hidden states that the output head reads.
+
+    `runtime.loss.head_of` verifies the choice against the model's own forward.
+    """
+    causal = causal_model(model)
+    try:
+        decoder = causal.get_decoder()
+    except (AttributeError, NotImplementedError) as error:
+        raise UnsupportedError("This is no decoder-only language model.", given=type(causal).__name__) from error
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of `model`, in the order in which they run.
+
+    Returns:
+        The list's path inside `model` and the list.
+
+    Raises:
+        UnsupportedError: no list of modules is as long as the config's number of layers.
+    """
+    decoder = find_decoder(model)
+    count: int = causal_model(model).config.get_text_config().num_hidden_layers
+    candidates = [
+        (path.count("."), -sum(p.numel() for p in module.parameters()), path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not candidates:
+        raise UnsupportedError(
+            "The decoder layers of this architecture were not found.",
+            given=type(decoder).__name__,
+            allowed=f"models that hold a ModuleList of their {count} layers",
+        )
+    # the outermost list, and of several (gemma3n also lists projections) the one with the most weights
+    blocks = min(candidates, key=lambda candidate: candidate[:3])[3]
+    path = next(path for path, module in model.named_modules() if module is blocks)
+    return path, blocks

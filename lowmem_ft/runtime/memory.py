@@ -1,0 +1,33 @@
+"""What the process takes now and took at most, in bytes, as the operating system and the CUDA allocator count it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def process_bytes() -> int:
+    """Resident set size of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def process_peak_bytes() -> int:
+    """The largest resident set size of this process so far."""
+    if sys.platform == "linux":
+        # getrusage's ru_maxrss starts at the parent's size on Linux; VmHWM counts this program alone
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """The most bytes that the device tier held: on CUDA the allocator's reserved peak, else the process's."""
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else process_peak_bytes()

@@ -1,0 +1,269 @@
+"""Recomputed blocks give the gradients of kept ones, bit by bit, and hold less memory."""
+
+from collections import UserDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.blocks import find_blocks, find_decoder
+from lowmem_ft.runtime.gradients import GradientAccumulator
+from tests.models import ARCHITECTURES, tiny_config, tiny_model
+from tests.unit.runtime.memory import peak_bytes
+
+# every key under which the architectures know dropout; a config ignores those of others
+DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop")
+DROPOUT = dict.fromkeys(DROPOUT_KEYS, 0.2)
+
+
+def trainable(name: str, **overrides: Any) -> PreTrainedModel:
+    """A tiny model in training mode whose embeddings are frozen, and half of whose other weights are."""
+    model = tiny_model(name, **overrides).train().requires_grad_(False)
+    _, blocks = find_blocks(model)
+    for number, (_, parameter) in enumerate(blocks.named_parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    return model
+
+
+def gradients(model: PreTrainedModel, **inputs: Any) -> dict[str, Tensor]:
+    """Gradients of the trainable parameters, through an accumulator's hooks, with dropout from one seed."""
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    accumulator = GradientAccumulator(names.values())
+    ids = torch.randint(0, 131, (2, 9), generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(5)
+    hidden = find_decoder(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+    after_forward = torch.get_rng_state()
+    (hidden.float() * torch.arange(hidden.shape[-1])).sum().backward()
+    assert torch.equal(torch.get_rng_state(), after_forward), "recomputing must not use up random numbers"
+    found = {name: accumulator.gradient(p) for name, p in names.items()}
+    accumulator.remove()
+    assert any(g is not None and bool(g.any()) for g in found.values())
+    return {name: g for name, g in found.items() if g is not None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_recompute_equals_keep(name: str) -> None:
+    model = trainable(name, **DROPOUT)
+    kept = gradients(model)
+    _, blocks = find_blocks(model)
+    for keep in {0, 1, len(blocks)}:
+        policy = apply_activation_policy(model, keep=keep)
+        recomputed = gradients(model)
+        policy.remove()
+        assert recomputed.keys() == kept.keys()
+        for parameter, gradient in kept.items():
+            assert torch.equal(gradient, recomputed[parameter]), f"{parameter} with {keep} blocks kept"
+
+
+def test_dropout_is_really_on() -> None:
+    model = trainable("gpt2", **DROPOUT)
+    with_dropout = gradients(model)
+    without = gradients(model.eval())
+    assert any(not torch.equal(with_dropout[name], without[name]) for name in without)
+
+
+def test_explicit_masks_and_positions_pass_through() -> None:
+    model = trainable("llama")
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(2, 1, 9, 9)
+    inputs = {"attention_mask": mask, "position_ids": torch.arange(9).expand(2, 9) % 4}
+    kept = gradients(model, **inputs)
+    apply_activation_policy(model, keep=0)
+    recomputed = gradients(model, **inputs)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("keep", [-1, 3])
+def test_more_blocks_than_there_are(keep: int) -> None:
+    with pytest.raises(ConfigError, match="More blocks"):
+        apply_activation_policy(tiny_model("llama"), keep=keep)
+
+
+def graph_nodes(tensor: Tensor) -> set[str]:
+    """Names of all nodes of the autograd graph behind `tensor`."""
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def test_the_last_blocks_keep() -> None:
+    model = trainable("llama", num_hidden_layers=3)
+    calls: list[int] = []
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda module, args, output, index=index: calls.append(index))
+    apply_activation_policy(model, keep=1)
+    gradients(model)
+    assert calls == [0, 1, 2, 1, 0]
+
+
+def test_off_in_evaluation_without_gradients_and_after_removal() -> None:
+    model = trainable("llama")
+    before = [block.forward for block in model.model.layers]
+    policy = apply_activation_policy(model, keep=0)
+    ids = torch.randint(0, 131, (1, 5))
+    assert "_RecomputeBackward" in graph_nodes(model(input_ids=ids, use_cache=False).logits)
+    assert "_RecomputeBackward" not in graph_nodes(model.eval()(input_ids=ids, use_cache=False).logits)
+    with torch.no_grad():
+        assert not model.train()(input_ids=ids, use_cache=False).logits.requires_grad
+    model.requires_grad_(False)
+    assert not model(input_ids=ids, use_cache=False).logits.requires_grad
+    policy.remove()
+    assert [block.forward for block in model.model.layers] == before
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+def test_a_forward_that_was_on_the_instance_comes_back() -> None:
+    model = trainable("llama")
+    block = model.model.layers[0]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    hooked = block.forward
+    apply_activation_policy(model, keep=0).remove()
+    assert vars(block)["forward"] is hooked
+
+
+class Block(nn.Module):
+    """Takes and returns structures, with and without gradients in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.runs = 0
+
+    def forward(self, pair: tuple[Tensor, Tensor | None], *, extra: dict[str, Tensor], word: str) -> Any:
+        self.runs += 1
+        assert word == "as it was"
+        hidden, nothing = pair
+        assert nothing is None
+        out = hidden * self.scale + extra["weight"]
+        return {"hidden": out, "index": out.argmax(), "unused": hidden * 2, "none": None}, [out.exp(), "text"]
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block()])
+    monkeypatch.setattr("lowmem_ft.runtime.activations.find_blocks", lambda model: ("layers", model.layers))
+    return model
+
+
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+def test_structures_pass_through(blocks: nn.Module, input_requires_grad: bool) -> None:
+    def run() -> tuple[Any, Tensor | None, Tensor, Tensor]:
+        block = blocks.layers[0]
+        block.scale.grad = None
+        hidden = torch.arange(4.0).requires_grad_(input_requires_grad)
+        weight = torch.ones(4, requires_grad=True)
+        out, (exponent, text) = block((hidden, None), extra={"weight": weight}, word="as it was")
+        assert text == "text"
+        assert out["none"] is None
+        assert not out["index"].requires_grad
+        (out["hidden"].sum() + exponent.sum()).backward()
+        return out["hidden"].detach(), hidden.grad, weight.grad, block.scale.grad
+
+    plain = run()
+    apply_activation_policy(blocks, keep=0)
+    blocks.layers[0].runs = 0
+    recomputed = run()
+    assert blocks.layers[0].runs == 2
+    for ours, theirs in zip(recomputed, plain, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_autocast_is_as_it_was(blocks: nn.Module) -> None:
+    seen: list[torch.dtype] = []
+
+    class Matmul(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            seen.append(y.dtype)
+            return y
+
+    blocks.layers[0] = Matmul()
+    apply_activation_policy(blocks, keep=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = blocks.layers[0](torch.ones(2, 4))
+    out.sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_shared_container_is_refused_only_if_it_is_used(blocks: nn.Module) -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor, *, shared: Any, store: bool) -> Tensor:
+            out = x * self.scale
+            if store:
+                shared["keys"] = out
+            return out
+
+    blocks.layers[0] = Shares()
+    apply_activation_policy(blocks, keep=0)
+    blocks.layers[0](torch.ones(2), shared=UserDict(), store=False).sum().backward()
+    with pytest.raises(UnsupportedError, match="cannot recompute"):
+        blocks.layers[0](torch.ones(2), shared=UserDict(), store=True)
+
+
+def test_recomputing_holds_one_block_at_a_time() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 256}
+
+    def peak(layers: int, keep: int) -> int:
+        model = trainable("llama", num_hidden_layers=layers, **sizes)
+        apply_activation_policy(model, keep=keep)
+        ids, decoder = torch.randint(0, 131, (4, 64)), find_decoder(model)
+        return peak_bytes(lambda: decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward())
+
+    input_of_block = 4 * 64 * 64 * 2
+    trained = sum(p.numel() * 2 for p in trainable("llama", **sizes).model.layers[0].parameters() if p.requires_grad)
+    kept = (peak(8, 8) - peak(4, 4)) / 4
+    recomputed = (peak(8, 0) - peak(4, 0)) / 4
+    # beside its input, a block more holds the gradients of its own parameters and 5 KB of generator state
+    assert recomputed < input_of_block + trained + 8_000
+    assert kept > 10 * input_of_block
+
+
+def test_runs_on_fake_tensors() -> None:
+    with FakeTensorMode(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16).train()
+        model.requires_grad_(False)
+        model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+        apply_activation_policy(model, keep=1)
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+        find_decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+    assert model.model.layers[0].mlp.down_proj.weight.grad.shape == (48, 80)
+
+
+def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for an accelerator's generator, since dropout there draws from it."""
+    from lowmem_ft.runtime.activations import _Random
+
+    state = {"now": torch.tensor([1])}
+
+    def set_state(new: Tensor, device: Any = None) -> None:
+        state["now"] = new
+
+    generator = SimpleNamespace(get_rng_state=lambda device=None: state["now"], set_rng_state=set_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: generator)
+    monkeypatch.setattr(torch, "cuda", generator)
+    random = _Random(torch.device("cuda", 0))
+    state["now"] = torch.tensor([2])
+    with random.restored():
+        assert state["now"].item() == 1
+        state["now"] = torch.tensor([99])
+    assert state["now"].item() == 2

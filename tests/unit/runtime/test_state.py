@@ -1,0 +1,76 @@
+"""Checkpoints: whole or not there, exact, rotated, and refused when they are broken or another run's."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.runtime import state
+
+
+def save(folder: Path, step: int, value: float = 1.0, **meta: object) -> Path:
+    weights = {"a": nn.Parameter(torch.full((3,), value, dtype=torch.bfloat16))}
+    return state.save_checkpoint(
+        folder, step=step, weights=weights, optimizer_tensors={"0.m": torch.arange(3)}, meta=meta, retain=2
+    )
+
+
+def test_round_trip_restores_weights_and_random_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    path = save(tmp_path, 7, 2.5, cursor={"epoch": 1})
+    expected = torch.rand(4)
+    tensors, meta = state.read_checkpoint(path)
+    target = {"a": nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))}
+    state.restore_weights(target, tensors)
+    state.restore_random(tensors)
+    assert torch.equal(target["a"], torch.full((3,), 2.5, dtype=torch.bfloat16))
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(state.below(tensors, "optimizer")["0.m"], torch.arange(3))
+    assert meta == {"step": 7, "cursor": {"epoch": 1}}
+
+
+def test_old_checkpoints_go_and_order_is_by_step(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        save(tmp_path, step)
+    assert [path.name for path in state.checkpoints(tmp_path)] == [
+        "step-00000010.safetensors",
+        "step-00000100.safetensors",
+    ]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save(tmp_path, 1)
+    before = good.read_bytes()
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    assert good.read_bytes() == before
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    tensors, _ = state.read_checkpoint(path)
+    with pytest.raises(CheckpointError, match="other trainable weights"):
+        state.restore_weights({"b": nn.Parameter(torch.zeros(3))}, tensors)
+    with pytest.raises(CheckpointError, match="another shape"):
+        state.restore_weights({"a": nn.Parameter(torch.zeros(4))}, tensors)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        state.read_checkpoint(path)
+
+
+def test_metadata_is_json_in_the_header(tmp_path: Path) -> None:
+    path = save(tmp_path, 3, scale=2.0)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert json.loads(header["__metadata__"]["state"]) == {"step": 3, "scale": 2.0}
