@@ -35,7 +35,7 @@ class Ready(Protocol):
     @property
     def compute_dtype(self) -> torch.dtype: ...
     @property
-    def head(self) -> Head | None: ...
+    def head(self) -> Head: ...
     @property
     def loss_chunk_tokens(self) -> int: ...
     @property
@@ -77,7 +77,6 @@ def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResu
         LowMemError: loss or gradients are not finite, and there is no loss scale to lower. Nothing was updated.
     """
     head, accumulator, optimizer = ready.head, ready.accumulator, ready.optimizer
-    assert head is not None, "only a model on the meta device is assembled without its head"
     assert accumulator is not None, "assembled without training"
     assert optimizer is not None, "assembled without training"
     counts = [batch.loss_tokens for batch in batches]
@@ -113,7 +112,6 @@ def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResu
 @torch.no_grad()
 def eval_step(ready: Ready, batch: Batch) -> tuple[float, int]:
     """(summed loss in nats, number of loss tokens) of `batch`, with the model in evaluation mode."""
-    assert ready.head is not None, "only a model on the meta device is assembled without its head"
     count, training = batch.loss_tokens, ready.model.training
     ready.model.eval()
     try:

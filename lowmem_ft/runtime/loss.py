@@ -21,6 +21,9 @@ from lowmem_ft.runtime.blocks import causal_model, find_decoder
 # fp32 logits are made for this many elements at a time (8 MiB). On the CPU that stays in the cache: measured on one
 # Zen 4 core at V = 32000, 25% faster than a chunk at once; on a GPU a kernel over it takes longer than its launch.
 _SLAB = 1 << 21
+# Rows of a chunk are filled up to this multiple, so that steps with other numbers of loss tokens multiply matrices of
+# the same few sizes: oneDNN compiles a kernel for each new one and keeps it (1 MB more after each step otherwise).
+_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,31 +156,34 @@ def cross_entropy_and_gradients(
     grad_ND = torch.zeros_like(hidden_ND) if hidden_grad else None
     differentiate = hidden_grad or weight_grad is not None or bias_grad is not None
     rows_K = torch.nonzero_static(in_loss_N, size=kept).squeeze(1)
-    chunk = min(chunk_tokens, kept)
+    chunk = min(chunk_tokens, -(-kept // _ROWS) * _ROWS)
     logits_CV = head.weight.new_empty(chunk, vocabulary)
+    hidden_CD = head.weight.new_empty(chunk, hidden_ND.shape[1])
     slab = head.weight.new_empty(min(chunk, max(1, _SLAB // vocabulary)), vocabulary, dtype=torch.float32)
     slope = None if head.softcap is None else torch.empty_like(slab)
     for start in range(0, kept, max(chunk, 1)):
         rows_C = rows_K[start : start + chunk]
-        hidden_CD = hidden_ND.index_select(0, rows_C).to(head.weight.dtype)
+        count = len(rows_C)
+        hidden_CD[:count] = hidden_ND.index_select(0, rows_C)
+        hidden_CD[count:] = 0.0
         labels_C1 = labels_N.index_select(0, rows_C).unsqueeze(1)
-        part_CV = logits_CV[: len(rows_C)]
         if head.bias is None:
-            torch.mm(hidden_CD, head.weight.t(), out=part_CV)
+            torch.mm(hidden_CD, head.weight.t(), out=logits_CV)
         else:
-            torch.addmm(head.bias, hidden_CD, head.weight.t(), out=part_CV)
-        for at in range(0, len(rows_C), len(slab)):
-            logits_RV, labels_R1 = part_CV[at : at + len(slab)], labels_C1[at : at + len(slab)]
+            torch.addmm(head.bias, hidden_CD, head.weight.t(), out=logits_CV)
+        for at in range(0, count, len(slab)):
+            logits_RV, labels_R1 = logits_CV[at : min(at + len(slab), count)], labels_C1[at : at + len(slab)]
             loss += _rows(logits_RV, labels_R1, slab, slope, head, grad_scale if differentiate else None)
+        logits_CV[count:] = 0.0
         if grad_ND is not None:
-            grad_ND.index_copy_(0, rows_C, torch.mm(part_CV, head.weight).to(grad_ND.dtype))
+            grad_ND.index_copy_(0, rows_C, torch.mm(logits_CV, head.weight)[:count].to(grad_ND.dtype))
         if weight_grad is not None:
             # in pieces, because the product comes in the compute dtype before it is added in fp32
             height = max(1, _SLAB // weight_grad.shape[1])
             for at in range(0, vocabulary, height):
-                weight_grad[at : at + height].add_(part_CV[:, at : at + height].t() @ hidden_CD)
+                weight_grad[at : at + height].add_(logits_CV[:, at : at + height].t() @ hidden_CD)
         if bias_grad is not None:
-            bias_grad.add_(part_CV.sum(0, dtype=torch.float32))
+            bias_grad.add_(logits_CV.sum(0, dtype=torch.float32))
     assert tokens == labels_N.shape[0]
     return loss, grad_ND
 
