@@ -87,6 +87,8 @@ def load_adapter(
         return _load_through_peft(model, settings, folder)
     config = read_lora_config(settings, folder)
     fresh = not is_injected(model)
+    if fresh and _unties(model, config):
+        return _load_through_peft(model, settings, folder)
     if fresh:
         _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
     try:
@@ -213,13 +215,11 @@ def _inject(
             "the adapter was made for another model: none of its targets is in this one",
             given=f"{config.target_modules or config.target_parameters} in {folder / CONFIG_NAME}",
         )
-    saved = config.modules_to_save or []
-    trained = [name for name, _ in model.named_modules() if any(name.endswith(end) for end in saved)]
     inject_resolved(
         model,
         ranks={path: rank for path, (rank, _) in chosen.items()},
         alphas={path: alpha for path, (_, alpha) in chosen.items()},
-        trained_modules=trained,
+        trained_modules=_trained_modules(model, config),
         dropout=dropout,
         rslora=config.use_rslora,
         dora=config.use_dora,
@@ -228,6 +228,18 @@ def _inject(
         dtype=dtype,
         device=device,
     )
+
+
+def _trained_modules(model: nn.Module, config: Any) -> list[str]:
+    """Paths of the modules of which the file holds trained copies."""
+    saved = config.modules_to_save or []
+    return [name for name, _ in model.named_modules() if any(name.endswith(end) for end in saved)]
+
+
+def _unties(model: nn.Module, config: Any) -> bool:
+    """Whether the file has a trained copy of one of two tied modules: peft keeps such a copy apart from its twin."""
+    trained = _trained_modules(model, config)
+    return not config.ensure_weight_tying and set(with_tied(model, trained)) != set(trained)
 
 
 def _check_same(model: nn.Module, config: Any, folder: Path) -> None:

@@ -1,0 +1,23 @@
+"""The command line: `lowmem-ft demo | plan | train | eval | generate`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from lowmem_ft.core.errors import LowMemError
+
+
+def main() -> None:
+    """Run the command line; exits with 0 done, 2 bad input, 3 nothing fits, 130 interrupted."""
+    # it recommends, at import, a kernel from the network that this package does not use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from lowmem_ft.cli.app import app
+
+    try:
+        app()
+    except LowMemError as error:
+        print(f"lowmem-ft: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,181 @@
+"""(config, policy, device) -> ready model. Used by training and by planning, so that the two cannot drift."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_ft.adapters.inject import inject_lora, parameter_groups, trainable_parameters
+from lowmem_ft.adapters.lora import Init
+from lowmem_ft.adapters.peft_format import load_adapter
+from lowmem_ft.adapters.peft_methods import inject_peft
+from lowmem_ft.core.config import AdapterConfig, RunConfig
+from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.isolation import check_isolation
+from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.quant.loader import effective_spec, head_path, load_weights, meta_model
+from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.quant.swap import swap_quantized
+from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.gradients import GradientAccumulator
+from lowmem_ft.runtime.loss import Head, head_of
+from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.runtime.scaler import LossScaler
+
+Progress = Callable[[int, int], None]  # (done, total) bytes or steps
+
+
+@dataclass(kw_only=True)
+class Assembled:
+    """A model under its policy, with what a step needs. `optimizer` and `accumulator` are None without training."""
+
+    model: Any  # a transformers causal language model, or the peft wrapper of one
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    compute_dtype: torch.dtype
+    attn_implementation: str
+    head: Head
+    loss_chunk_tokens: int
+    grad_clip: float | None
+    optimizer: AdamW | None = None
+    accumulator: GradientAccumulator | None = None
+    scaler: LossScaler | None = None
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the model's order."""
+        return dict(trainable_parameters(self.model))
+
+
+def assemble(
+    config: RunConfig,
+    policy: Policy,
+    device: torch.device,
+    *,
+    adapter: bool | str | Path = True,
+    optimizer: bool = True,
+    progress: Progress | None = None,
+) -> Assembled:
+    """Build, load and equip the model of `config` as `policy` says.
+
+    Args:
+        device: where the model lives. On `meta` nothing is read and no byte is taken: that is how planning
+            counts what training will hold.
+        adapter: True for a fresh one (or `adapter.init`), False for none, or the folder of a saved one.
+        optimizer: whether optimizer state and gradient buffers are made.
+        progress: called with (bytes done, bytes in all) while weights load.
+
+    Raises:
+        CheckpointError, UnsupportedError, ConfigError: as the parts find them.
+    """
+    dtype: torch.dtype = getattr(torch, policy.compute_dtype)
+    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
+    model = meta_model(checkpoint, dtype=dtype, attn_implementation=_attention(checkpoint.config))
+    spec = QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
+    if device.type == "meta":
+        head_module = head_path(model)
+        stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
+        swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
+    else:
+        cache = Path(config.cache) if config.cache else None
+
+        load_weights(
+            model,
+            checkpoint,
+            spec=spec,
+            dtype=dtype,
+            place=lambda name, tensor: tensor.to(device),
+            progress=progress,
+            cache=cache,
+            device=device,
+        )
+    model.config.use_cache = False
+    if optimizer and config.data.packing and device.type != "meta":
+        check_isolation(model)  # now: adapters and recomputation would only blur what it sees
+    attention = model.config._attn_implementation
+    equipped = _equip(model, config.adapter, adapter, dtype)
+    ready = Assembled(
+        model=equipped,
+        tokenizer=load_tokenizer(checkpoint.folder),
+        device=device,
+        compute_dtype=dtype,
+        attn_implementation=attention,
+        head=head_of(equipped),  # after the adapter, which may have put a trained copy in its place
+        loss_chunk_tokens=policy.loss_chunk_tokens,
+        grad_clip=config.train.grad_clip,
+    )
+    apply_activation_policy(model, keep=policy.keep_blocks)
+    if optimizer:
+        _add_optimizer(ready, config, policy)
+    ready.model.train()
+    return ready
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model folder, or None where the folder holds none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("The tokenizer cannot be loaded.", given=f"{folder} ({error})") from error
+
+
+def _attention(config: Any) -> str | None:
+    """transformers' own choice, but eager where scores are soft-capped, which its SDPA path leaves out."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _equip(
+    model: PreTrainedModel, settings: AdapterConfig, adapter: bool | str | Path, compute_dtype: torch.dtype
+) -> Any:
+    """Put the adapter that was asked for into `model`."""
+    if adapter is False:
+        return model
+    # fp16 keeps too few digits for weights that learn by small steps; fp32 runs keep everything in fp32
+    dtype = torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
+    saved = adapter if isinstance(adapter, (str, Path)) else settings.init
+    if saved not in get_args(Init):
+        return load_adapter(model, saved, dropout=settings.dropout, dtype=dtype)
+    if settings.method == "peft":
+        assert settings.peft is not None, "the config refuses method peft without its keys"
+        return inject_peft(model, settings.peft)
+    inject_lora(
+        model,
+        targets=settings.targets,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+        dora=settings.dora,
+        init=cast(Init, settings.init),
+        bias=settings.bias,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        layers=settings.layers,
+        train_modules=settings.train_modules,
+        dtype=dtype,
+    )
+    return model
+
+
+def _add_optimizer(ready: Assembled, config: RunConfig, policy: Policy) -> None:
+    train = config.train
+    groups = parameter_groups(
+        ready.model, lr=train.lr, lora_plus_ratio=config.adapter.lora_plus_ratio, weight_decay=train.weight_decay
+    )
+    paged = policy.optimizer.startswith("paged_")
+    if paged and ready.device.type == "cpu":
+        warnings.warn(f"{policy.optimizer}: paging needs CUDA; on the CPU the state stays in RAM", stacklevel=3)
+        paged = False
+    ready.optimizer = AdamW(groups, lr=train.lr, bits=8 if policy.optimizer.endswith("8bit") else 32, paged=paged)
+    ready.accumulator = GradientAccumulator([p for group in groups for p in group["params"]])
+    ready.scaler = LossScaler() if ready.compute_dtype == torch.float16 else None

@@ -1,0 +1,182 @@
+"""The commands. Each turns its arguments into a RunConfig and calls what Python users call.
+
+What pulls in PyTorch is imported when a command needs it, so that help and wrong arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.report.progress import Reporter
+
+if TYPE_CHECKING:
+    from lowmem_ft.assemble import Assembled
+    from lowmem_ft.core.plan import Plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune large language models inside the memory budget you name.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("lowmem-ft-demo"),
+    budget: Annotated[str, typer.Option(help="Memory for the whole process.")] = "2GiB",
+) -> None:
+    """The whole job, offline, on the embedded model: quantize, fine-tune, save, reload, compare."""
+    from lowmem_ft.cli.demo import run_demo
+
+    run_demo(out, budget, Reporter(console=Console()))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Memory of the device, such as 8GiB.")] = None,
+    host_budget: Annotated[str | None, typer.Option(help="RAM, when the device is a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of an optimizer update.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model can be fine-tuned within a budget, and how. Reads no weights."""
+    options = {
+        "budget.memory": budget,
+        "budget.host": host_budget,
+        "budget.device": device,
+        "data.seq_len": seq_len,
+        "train.tokens_per_step": tokens_per_step,
+    }
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config = RunConfig.from_dict({"model": model}, [*given, *(overrides or [])])
+
+    from lowmem_ft.planner.solver import make_plan, require_fit
+    from lowmem_ft.report.tables import plan_table
+
+    made = make_plan(config)
+    if as_json:
+        print(made.to_json())
+    else:
+        Console().print(plan_table(made))
+    require_fit(made)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+) -> None:
+    """Fine-tune as a config file says."""
+    reporter = Reporter()
+    settings = RunConfig.load(config, overrides or [])
+
+    from lowmem_ft.report.tables import memory_table
+    from lowmem_ft.trainer import loop
+
+    run = loop.train(settings, resume=resume, reporter=reporter)
+    if run.status == "interrupted":
+        raise typer.Exit(130)
+    if run.status == "finished":
+        reporter.say(memory_table(run))
+        reporter.say(f"Adapter: {run.adapter}")
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run folder, or a config file.")],
+    overrides: Overrides = None,
+    adapter: Annotated[str | None, typer.Option(help="An adapter folder, or `none`.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Records; default: the config's data.eval.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss of a run's adapter, in the micro-batches it was trained with."""
+    config, made, chosen = _open_run(target, overrides or [], adapter)
+    file = str(data) if data is not None else config.data.eval
+    if file is None:
+        raise ConfigError("There is nothing to evaluate on.", allowed="a JSONL file", fix="--data FILE, or data.eval")
+
+    from lowmem_ft.trainer import loop
+
+    reporter = Reporter(quiet=as_json)
+    examples = loop.read_split(config, file, reporter)
+    ready = _assemble(config, made, chosen, reporter)
+    loss = loop.evaluate(ready, config, made, examples, reporter)
+    print(json.dumps({"eval_loss": loss, "examples": len(examples)}) if as_json else f"held-out loss {loss:.6f}")
+
+
+@app.command()
+def generate(
+    target: Annotated[Path, typer.Argument(help="A run folder, or a config file.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Default: one prompt per line of stdin.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="An adapter folder, or `none`.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answers of a run's model to prompts."""
+    config, made, chosen = _open_run(target, [], adapter)
+    texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+
+    from lowmem_ft.generate import generate as generate_texts
+
+    ready = _assemble(config, made, chosen, Reporter(quiet=as_json))
+    answers = generate_texts(
+        ready.model,
+        ready.tokenizer,
+        texts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for prompt, answer in zip(texts, answers, strict=True):
+        print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
+
+
+def _open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
+    """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file."""
+    from lowmem_ft.core.plan import Plan
+    from lowmem_ft.planner.solver import make_plan, require_fit
+
+    if target.is_dir():
+        config = RunConfig.load(target / "config.yaml", overrides)
+        plan_file = target / "plan.json"
+        made = Plan.from_dict(json.loads(plan_file.read_text())) if plan_file.exists() else make_plan(config)
+        chosen: bool | Path = target / "adapter"
+    else:
+        config = RunConfig.load(target, overrides)
+        made, chosen = require_fit(make_plan(config)), False
+    if adapter is not None:
+        chosen = False if adapter == "none" else Path(adapter)
+    return config, made, chosen
+
+
+def _assemble(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:
+    from lowmem_ft.assemble import assemble
+    from lowmem_ft.planner.device import find_device
+
+    device = find_device(config.budget.device).torch_device
+    with reporter.task("Loading weights", unit="B") as update:
+        ready = assemble(config, made.policy, device, adapter=adapter, optimizer=False, progress=update)
+    ready.model.eval()
+    return ready

@@ -1,0 +1,110 @@
+"""The machine that a plan is made for: its memory, what the process holds already, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.runtime.memory import process_bytes
+
+# The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
+# until `profiles measure` has measured the card.
+CUDA_CONTEXT_BYTES = 670 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """Facts of one device; sizes in bytes, speed in floating-point operations per second.
+
+    Attributes:
+        process_bytes: what the process takes of the device before a model is loaded.
+        compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
+    """
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    index: int
+    memory_bytes: int
+    free_bytes: int
+    process_bytes: int
+    compute_dtype: Literal["bfloat16", "float16"]
+    flops: float
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as PyTorch names it."""
+        return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON holds them."""
+        return asdict(self)
+
+
+def find_device(name: str) -> Device:
+    """The device called `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UnsupportedError: no such device on this machine.
+    """
+    kind, _, index = name.partition(":")
+    if name == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    present = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if kind == "cpu" and not index:
+        return _cpu()
+    if kind == "cuda" and (index or "0").isdigit() and f"cuda:{index or 0}" in present:
+        return _cuda(int(index or 0))
+    raise UnsupportedError(
+        "No such device.", given=name, allowed=", ".join(present), fix="set budget.device, or leave it at auto"
+    )
+
+
+def _cpu() -> Device:
+    memory = psutil.virtual_memory()
+    taken = process_bytes()
+    return Device(
+        name=f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)",
+        kind="cpu",
+        index=0,
+        memory_bytes=int(memory.total),
+        free_bytes=int(memory.available) + taken,
+        process_bytes=taken,
+        compute_dtype="bfloat16",
+        flops=_matmul_flops(torch.device("cpu"), torch.bfloat16),
+    )
+
+
+def _cuda(index: int) -> Device:
+    free, total = torch.cuda.mem_get_info(index)
+    bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
+    return Device(
+        name=torch.cuda.get_device_name(index),
+        kind="cuda",
+        index=index,
+        memory_bytes=total,
+        free_bytes=free,
+        process_bytes=CUDA_CONTEXT_BYTES,
+        compute_dtype="bfloat16" if bf16 else "float16",
+        flops=_matmul_flops(torch.device("cuda", index), torch.bfloat16 if bf16 else torch.float16),
+    )
+
+
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product of the size of a small model's layer, the best of three."""
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

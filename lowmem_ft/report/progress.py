@@ -1,0 +1,90 @@
+"""How a run tells what it is doing: bars on a terminal, plain lines when piped, nothing when asked to be quiet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from lowmem_ft.core.sizes import format_size
+
+LINE_SECONDS = 10.0  # between two lines of one task when there is no terminal
+
+
+class Update(Protocol):
+    """Tells how far a task is: `done` of `total`, with a short note such as the loss."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class Reporter:
+    """Prints what a run tells. Everything goes to `console`; with `quiet` nothing does."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+
+    def say(self, text: object) -> None:
+        """One message or rich renderable."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+
+    @contextmanager
+    def task(self, name: str, *, unit: str) -> Iterator[Update]:
+        """A piece of work with rate and time left. `unit` is `B` for bytes, else a word in the plural."""
+        if self.quiet:
+            yield lambda done, total, note="": None
+        elif self.console.is_terminal:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                _Amount(unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            ) as progress:
+                task = progress.add_task(name, total=None, note="")
+                yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
+        else:
+            yield _Lines(self.console, name, unit)
+
+
+class _Amount(ProgressColumn):
+    """`1.2 GiB/4.5 GiB, 310 MiB/s` or `12/300 steps, 5.2/s`."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(_amount(int(task.completed), int(task.total or 0), task.finished_speed or task.speed, self.unit))
+
+
+class _Lines:
+    """A task told in lines: the first when it has taken a second, then every `LINE_SECONDS`, and its end."""
+
+    def __init__(self, console: Console, name: str, unit: str) -> None:
+        self.console, self.name, self.unit = console, name, unit
+        self.start = time.monotonic()
+        self.next_line = self.start + 1.0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now < self.next_line:
+            return
+        self.next_line = now + LINE_SECONDS
+        rate = done / (now - self.start)
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        amount = _amount(done, total, rate, self.unit)
+        self.console.print(f"{self.name}: {amount}{left} {note}".rstrip(), highlight=False, soft_wrap=True)
+
+
+def _amount(done: int, total: int, rate: float | None, unit: str) -> str:
+    if unit == "B":
+        return f"{format_size(done)}/{format_size(total)}" + (f", {format_size(rate)}/s" if rate else "")
+    return f"{done}/{total} {unit}" + (f", {rate:.1f}/s" if rate else "")

@@ -1,0 +1,101 @@
+"""The run folder: where everything lies, and metrics that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run, and the small text files in it. Text is written under a temporary name and renamed."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The trainable weights of the evaluation with the lowest loss."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        """Written last: its presence says that the run is complete."""
+        return self.path / "result.json"
+
+    def start(self, config: RunConfig, *, resume: bool) -> None:
+        """Make the folder and write config.yaml.
+
+        Raises:
+            ConfigError: the folder holds a run already and `resume` is not asked for.
+        """
+        if self.metrics.exists() and not resume:
+            raise ConfigError(
+                "The output folder holds a run already.",
+                given=str(self.path),
+                fix="--resume goes on with it; or set output to another folder, or delete this one",
+            )
+        self.write("config.yaml", config.to_yaml())
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file in one piece.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        target = self.path / name
+        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError("A file could not be written.", given=f"{target} ({error})") from error
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write plan.json."""
+        self.write("plan.json", plan.to_json())
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged after `step`: the steps that a resumed run does again."""
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break  # the line that a killed run was writing
+        self.write("metrics.jsonl", "".join(kept))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Mark the run as complete."""
+        self.write(self.finished.name, json.dumps(result, indent=2))
+
+    def result(self) -> dict[str, Any]:
+        """What a finished run wrote of itself."""
+        result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
+        return result

@@ -1,0 +1,299 @@
+"""The training loop: config in, run folder out."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowmem_ft.adapters.peft_format import save_adapter
+from lowmem_ft.assemble import Assembled, assemble, load_tokenizer
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.core.plan import Plan
+from lowmem_ft.core.run import Run
+from lowmem_ft.data.examples import Example, read_examples
+from lowmem_ft.data.loader import BatchLoader, eval_batches
+from lowmem_ft.planner.solver import make_plan, require_fit
+from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.report.page import run_page
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime import state
+from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
+from lowmem_ft.step import eval_step, train_step
+from lowmem_ft.trainer.folder import RunFolder
+from lowmem_ft.trainer.schedule import learning_rate
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, plan: Plan | None = None, reporter: Reporter | None = None
+) -> Run:
+    """Fine-tune as `config` says and leave everything in the run folder `config.output`.
+
+    Args:
+        resume: go on from the newest complete checkpoint of the run folder; without one, start over; a finished
+            run is returned as it is.
+        plan: the plan to follow; made from `config` if it is None.
+        reporter: told what goes on; None prints to stderr.
+
+    Returns:
+        the Run; its status is `interrupted` after Ctrl-C and `out_of_time` after `train.max_time`, both with a
+        checkpoint from which `resume` continues.
+
+    Raises:
+        LowMemError: bad input, in any of its kinds; BudgetError where nothing fits.
+    """
+    reporter = reporter or Reporter()
+    folder = RunFolder(Path(config.output))
+    if resume and folder.finished.exists():
+        result = folder.result()
+        reporter.say(f"{folder.path} is finished: nothing to do.")
+        return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
+    train_examples, eval_examples = load_examples(config, reporter)
+    plan = require_fit(plan or make_plan(config))
+    folder.start(config, resume=resume)
+    folder.write_plan(plan)
+    torch.manual_seed(config.train.seed)  # decides how fresh adapters start
+    with reporter.task("Loading weights", unit="B") as update:
+        ready = assemble(config, plan.policy, _device(plan), progress=update)
+    return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
+
+
+def load_examples(config: RunConfig, reporter: Reporter) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples of a run; the second list is empty without `data.eval`.
+
+    Raises:
+        ConfigError: `data.train` is missing.
+        DataError: records that cannot be used.
+    """
+    if config.data.train is None:
+        raise ConfigError("'data.train' is missing.", allowed="a JSONL file", fix="add `data: {train: FILE}`")
+    return (
+        read_split(config, config.data.train, reporter),
+        read_split(config, config.data.eval, reporter) if config.data.eval else [],
+    )
+
+
+def read_split(config: RunConfig, file: str, reporter: Reporter) -> list[Example]:
+    """The examples of one JSONL file, tokenized as `config.data` says."""
+    tokenizer = load_tokenizer(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).folder)
+    if tokenizer is None:
+        raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=config.model)
+    data = config.data
+    with reporter.task(f"Reading {Path(file).name}", unit="B") as update:
+        examples, report = read_examples(
+            Path(file),
+            tokenizer,
+            format=data.format,
+            seq_len=data.seq_len,
+            assistant_only=data.assistant_only,
+            overlong=data.overlong,
+            progress=update,
+        )
+    for note in report.notes():
+        reporter.say(note)
+    return examples
+
+
+def evaluate(ready: Assembled, config: RunConfig, plan: Plan, examples: list[Example], reporter: Reporter) -> float:
+    """Mean loss in nats per loss token over `examples`, in the micro-batches of the plan."""
+    batches = eval_batches(
+        examples,
+        seq_len=config.data.seq_len,
+        packing=config.data.packing,
+        micro_batch_tokens=plan.policy.micro_batch_tokens,
+        pad_id=_pad_id(ready),
+    )
+    total, tokens = 0.0, 0
+    with reporter.task("Evaluating", unit="batches") as update:
+        for done, batch in enumerate(batches, start=1):
+            loss, count = eval_step(ready, batch)
+            total, tokens = total + loss, tokens + count
+            update(done, len(batches))
+    return total / tokens
+
+
+def _device(plan: Plan) -> torch.device:
+    return torch.device("cuda", plan.device["index"]) if plan.device["kind"] == "cuda" else torch.device("cpu")
+
+
+def _pad_id(ready: Assembled) -> int:
+    """Any id will do: padding is told by segments, never by its id."""
+    pad = ready.tokenizer.pad_token_id if ready.tokenizer is not None else None
+    return int(pad) if pad is not None else 0
+
+
+@dataclass
+class _Loop:
+    config: RunConfig
+    plan: Plan
+    ready: Assembled
+    folder: RunFolder
+    train_examples: list[Example]
+    eval_examples: list[Example]
+    reporter: Reporter
+    step: int = 0
+    eval_loss: float | None = None  # of the newest evaluation
+    best_loss: float = math.inf
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self, *, resume: bool) -> Run:
+        settings = self.config.train
+        loader = BatchLoader(
+            self.train_examples,
+            seq_len=self.config.data.seq_len,
+            packing=self.config.data.packing,
+            micro_batch_tokens=self.plan.policy.micro_batch_tokens,
+            tokens_per_step=settings.tokens_per_step,
+            seed=settings.seed,
+            pad_id=_pad_id(self.ready),
+        )
+        total = settings.steps or max(1, math.ceil(loader.steps_per_epoch * settings.epochs))
+        newest = state.checkpoints(self.folder.checkpoints)[-1:] if resume else []
+        if newest:
+            self._restore(newest[0], loader)
+        self.folder.forget_after(self.step if newest else -1)
+        if not newest:
+            self._evaluate()
+        with _stop_on_interrupt() as stop, self.reporter.task("Training", unit="steps") as update:
+            update(self.step, total)
+            batches = iter(loader)
+            while self.step < total:
+                self._train_step(batches, total, update)
+                done = self.step == total
+                if done or self.step % settings.eval_every == 0:
+                    self._evaluate()
+                stopped: Literal["interrupted", "out_of_time"] | None = None
+                if stop.is_set():
+                    stopped = "interrupted"
+                elif settings.max_time is not None and self._seconds() >= settings.max_time:
+                    stopped = "out_of_time"
+                if done or stopped or self.step % settings.save_every == 0:
+                    self._save(loader)
+                if stopped and not done:
+                    self.reporter.say(f"Stopped at step {self.step} of {total} with a checkpoint; --resume goes on.")
+                    return self._result(stopped)
+        return self._finish()
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _train_step(self, batches: Iterator[Any], total: int, update: Any) -> None:
+        settings = self.config.train
+        start = time.perf_counter()
+        rate = learning_rate(
+            self.step, total=total, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
+        )
+        result = train_step(self.ready, next(batches), lr=rate)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        self.folder.log(
+            {
+                "step": self.step,
+                "loss": result.loss,
+                "tokens": result.tokens,
+                "lr": rate,
+                "grad_norm": result.grad_norm,
+                "seconds": seconds,
+                "tokens_per_second": result.tokens / seconds,
+                "device_peak_bytes": device_peak_bytes(self.ready.device),
+                "host_peak_bytes": process_peak_bytes(),
+                **({"skipped": True} if result.skipped else {}),
+            }
+        )
+        update(self.step, total, f"loss {result.loss:.4f}")
+
+    def _evaluate(self) -> None:
+        if not self.eval_examples:
+            return
+        self.ready.model.eval()
+        self.eval_loss = evaluate(self.ready, self.config, self.plan, self.eval_examples, self.reporter)
+        self.ready.model.train()
+        self.folder.log({"step": self.step, "eval_loss": self.eval_loss})
+        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
+        if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
+            self.best_loss = self.eval_loss
+            weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}
+            state.write_tensors(self.folder.best, weights)
+
+    def _save(self, loader: BatchLoader) -> None:
+        assert self.ready.optimizer is not None, "training assembles an optimizer"
+        state.save_checkpoint(
+            self.folder.checkpoints,
+            step=self.step,
+            weights=self.ready.trainable,
+            optimizer_tensors=self.ready.optimizer.state_tensors(),
+            meta={
+                "optimizer": self.ready.optimizer.state_meta(),
+                "data": loader.state_dict(),
+                "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
+                "eval_loss": self.eval_loss,
+                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            },
+        )
+
+    def _restore(self, checkpoint: Path, loader: BatchLoader) -> None:
+        assert self.ready.optimizer is not None, "training assembles an optimizer"
+        tensors, meta = state.read_checkpoint(checkpoint)
+        state.restore_weights(self.ready.trainable, tensors)
+        self.ready.optimizer.load_state(state.below(tensors, "optimizer"), meta["optimizer"])
+        if self.ready.scaler is not None and meta["scaler"] is not None:
+            self.ready.scaler.load_state_dict(meta["scaler"])
+        loader.load_state_dict(meta["data"])
+        state.restore_random(tensors)
+        self.step, self.eval_loss = meta["step"], meta["eval_loss"]
+        self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
+        self.reporter.say(f"Going on from step {self.step}.")
+
+    def _finish(self) -> Run:
+        if self.eval_examples and self.config.train.keep_best and self.folder.best.exists():
+            state.restore_weights(self.ready.trainable, state.read_checkpoint(self.folder.best)[0])
+            self.eval_loss = self.best_loss
+        save_adapter(self.ready.model, self.folder.adapter, base_model=self.config.model)
+        run = self._result("finished")
+        self.folder.write("report.html", run_page(run))
+        result = {"plan": self.plan.to_dict(), "status": run.status, "step": run.step}
+        self.folder.write_result({**result, "eval_loss": run.eval_loss, "measured": run.measured})
+        return run
+
+    def _result(self, status: Literal["finished", "interrupted", "out_of_time"]) -> Run:
+        measured = {"process_peak_bytes": process_peak_bytes(), "host_peak_bytes": process_peak_bytes()}
+        if self.ready.device.type == "cuda":
+            measured["reserved_peak_bytes"] = torch.cuda.max_memory_reserved(self.ready.device)
+            measured["allocated_peak_bytes"] = torch.cuda.max_memory_allocated(self.ready.device)
+            del measured["process_peak_bytes"]  # on CUDA the process's share of the card, which PyTorch cannot tell
+        return Run(
+            folder=self.folder.path,
+            plan=self.plan,
+            status=status,
+            step=self.step,
+            eval_loss=self.eval_loss,
+            measured=measured,
+        )
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the step under way ends; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread only
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,140 @@
+"""The command line from outside: exit codes, output, interruption, and the demo that the README promises."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from tests.models import save_tiny
+
+ASSETS = Path(str(files("lowmem_ft") / "assets"))
+COMMAND = [sys.executable, "-m", "lowmem_ft"]
+
+
+def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file with a small share of the embedded data."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, lines in (("train", 60), ("eval", 8)):
+        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(text[:lines]))
+    (folder / "config.yaml").write_text(
+        f"model: {ASSETS / 'doclm-7m'}\n"
+        f"data: {{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}, seq_len: 64}}\n"
+        "train: {tokens_per_step: 256, steps: 4, lr: 1e-3, eval_every: 2}\n"
+        f"output: {folder / 'run'}\n"
+    )
+    return folder
+
+
+def test_train_eval_generate(folder: Path) -> None:
+    trained = run("train", folder / "config.yaml", "adapter.rank=4")
+    assert trained.returncode == 0, trained.stderr
+    assert "process peak" in trained.stderr
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+
+    measured = run("eval", folder / "run", "--json")
+    assert json.loads(measured.stdout) == {"eval_loss": min(held_out[1:]), "examples": 8}
+    without = run("eval", folder / "run", "--adapter", "none", "--json")
+    assert json.loads(without.stdout)["eval_loss"] == held_out[0]
+
+    said = run(
+        "generate", folder / "run", "--max-new-tokens", "4", "--json", stdin="What does ls do?\n\nWhat is cat?\n"
+    )
+    answers = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["What does ls do?", "What is cat?"]
+    assert all(answer["answer"] for answer in answers)
+
+    again = run("train", folder / "config.yaml", "adapter.rank=4", "--resume")
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+
+
+def test_interrupting_saves_and_resume_goes_on(folder: Path) -> None:
+    output = folder / "interrupted"
+    arguments = ["train", str(folder / "config.yaml"), f"output={output}", "train.steps=1000", "train.eval_every=1000"]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert list((output / "checkpoints").glob("step-*.safetensors"))
+    steps = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    resumed = run(*arguments[:3], f"train.steps={steps + 1}", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Going on from step {steps}" in resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], "cannot be read"),
+        (["train", "CONFIG", "trian.lr=1"], "did you mean 'train'?"),
+        (["train", "CONFIG", "train.optimizer=adam"], "adamw | adamw8bit"),
+        (["plan", "no/such-model"], "given:   no/such-model"),
+        (["plan", "MODEL", "--budget", "6gigs"], "Not a size"),
+        (["plan", "MODEL", "--device", "tpu"], "No such device"),
+        (["eval", "CONFIG", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["generate", "CONFIG", "hello", "--adapter", "/nowhere"], "/nowhere"),
+        (["frobnicate"], "frobnicate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_exits_2_with_one_message(folder: Path, arguments: list[str], words: str) -> None:
+    names = {"CONFIG": str(folder / "config.yaml"), "MODEL": str(ASSETS / "doclm-7m")}
+    done = run(*(names.get(word, word) for word in arguments))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_plan_needs_no_tokenizer_and_prints_json_only(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    fits = run("plan", model, "--budget", "4GiB", "--seq-len", "64", "--json")
+    assert fits.returncode == 0, fits.stderr
+    assert json.loads(fits.stdout)["fits"] is True
+    text = run("plan", model, "--budget", "4GiB", "--seq-len", "64", "quant.bits=8")
+    assert "int8 weights" in text.stdout.replace("\n", " ")
+    nothing = run("plan", model, "--budget", "10MiB", "--seq-len", "64", "--json")
+    assert nothing.returncode == 3
+    assert json.loads(nothing.stdout)["fits"] is False
+    assert "Nothing fits the budget" in nothing.stderr
+
+
+def test_demo(tmp_path: Path) -> None:
+    done = run("demo", "--out", tmp_path / "demo", "--budget", "2GiB")
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert min(held_out) <= 0.75 * held_out[0]
+    for words in ("Plan", "nf4 double-quantized", "before", "after", "Planned against measured", "in a fresh process"):
+        assert words in done.stdout
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert result["measured"]["process_peak_bytes"] <= result["plan"]["budget"]["device_bytes"] == 2 * 2**30
+    assert result["measured"]["process_peak_bytes"] <= result["plan"]["predicted"]["process_peak_bytes"]
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, lowmem_ft; assert 'torch' not in sys.modules; assert callable(lowmem_ft.plan)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

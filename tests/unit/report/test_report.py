@@ -1,0 +1,89 @@
+"""Progress, tables and the run page."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lowmem_ft.core.run import Run
+from lowmem_ft.report import progress
+from lowmem_ft.report.page import run_page
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.report.tables import memory_table, plan_table
+from tests.unit.core.test_plan import PLAN
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None)
+
+
+def text(reporter: Reporter) -> str:
+    assert isinstance(reporter.console.file, io.StringIO)
+    return reporter.console.file.getvalue()
+
+
+def test_piped_progress_is_lines_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    reporter = Reporter(console=console(terminal=False))
+    with reporter.task("Training", unit="steps") as update:
+        for done in range(1, 31):
+            now += 1.0
+            update(done, 30, f"loss {done}")
+    lines = text(reporter).splitlines()
+    assert lines[0] == "Training: 1/30 steps, 1.0/s, 29 s left loss 1"
+    assert lines[1] == "Training: 11/30 steps, 1.0/s, 19 s left loss 11"
+    assert len(lines) == 3
+
+
+def test_a_task_under_a_second_prints_no_line() -> None:
+    reporter = Reporter(console=console(terminal=False))
+    with reporter.task("Loading", unit="B") as update:
+        update(5, 10)
+    assert text(reporter) == ""
+
+
+def test_terminal_progress_shows_amounts() -> None:
+    reporter = Reporter(console=console(terminal=True))
+    with reporter.task("Loading", unit="B") as update:
+        update(2**20, 2**21)
+    assert "1.00 MiB/2.00 MiB" in text(reporter)
+
+
+def test_quiet_says_nothing() -> None:
+    reporter = Reporter(console=console(terminal=False), quiet=True)
+    reporter.say("hello")
+    with reporter.task("Loading", unit="B") as update:
+        update(1, 1)
+    assert text(reporter) == ""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    lines = [
+        {"step": 0, "eval_loss": 4.5},
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 2, "eval_loss": 3.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Run(folder=tmp_path, plan=PLAN, status="finished", step=2, eval_loss=3.5, measured={"process_peak_bytes": 2})
+
+
+def test_tables_hold_planned_and_measured(run: Run) -> None:
+    reporter = Reporter(console=console(terminal=False))
+    reporter.say(plan_table(PLAN))
+    reporter.say(memory_table(run))
+    for words in ("6 keep + 2 recompute", "process peak", "67%"):
+        assert words in text(reporter)
+
+
+def test_the_page_is_self_contained_and_escapes(run: Run) -> None:
+    page = run_page(run)
+    assert page.count("<polyline") == 2
+    assert "http" not in page
+    assert "finished" in page
+    (run.folder / "metrics.jsonl").write_text("")
+    assert "No step was recorded" in run_page(run)

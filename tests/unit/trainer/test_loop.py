@@ -1,0 +1,194 @@
+"""The loop on the embedded model: what a run leaves, that stopping and resuming change nothing, what is refused."""
+
+import dataclasses
+import json
+import signal
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import BudgetError, ConfigError, DataError, LowMemError
+from lowmem_ft.core.run import Run
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime import state
+from lowmem_ft.trainer import loop
+
+ASSETS = Path(str(files("lowmem_ft") / "assets"))
+QUIET = Reporter(quiet=True)
+EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A small share of the embedded data."""
+    for name, lines in (("train", 60), ("eval", 8)):
+        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(text[:lines]))
+    return tmp_path
+
+
+def config(folder: Path, output: str = "run", **sections: Any) -> RunConfig:
+    keys: dict[str, Any] = {
+        "model": str(ASSETS / "doclm-7m"),
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
+        "train": {"tokens_per_step": 256, "steps": 6, "lr": 1e-3, "eval_every": 3, "save_every": 2},
+        "adapter": {"rank": 4, "dropout": 0.1},
+        "output": str(folder / output),
+    }
+    for name, value in sections.items():
+        keys[name] = {**keys[name], **value} if isinstance(value, dict) and name in keys else value
+    return RunConfig.from_dict(keys)
+
+
+def exact(run: Run) -> list[dict[str, Any]]:
+    """The metrics that must not depend on how a run was interrupted."""
+    return [{key: line[key] for key in EXACT if key in line} for line in run.metrics]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loop.train(config(data, "whole", train={"optimizer": optimizer}), reporter=QUIET)
+    assert whole.status == "finished"
+    assert exact(whole)[0] == {"step": 0, "eval_loss": pytest.approx(5.0, abs=0.5)}
+    assert [line["step"] for line in whole.metrics if "eval_loss" in line] == [0, 3, 6]
+    assert whole.eval_loss is not None
+    assert whole.eval_loss < exact(whole)[0]["eval_loss"]
+
+    original = loop.train_step
+    calls = 0
+
+    def interrupted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", interrupted_step)
+    settings = config(data, "stopped", train={"optimizer": optimizer})
+    stopped = loop.train(settings, reporter=QUIET)
+    assert (stopped.status, stopped.step) == ("interrupted", 4)
+    torch.manual_seed(999)  # whatever a new process would start from
+    resumed = loop.train(settings, resume=True, reporter=QUIET)
+    assert resumed.status == "finished"
+    assert exact(resumed) == exact(whole)
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    last = [state.read_checkpoint(state.checkpoints(run.folder / "checkpoints")[-1]) for run in (resumed, whole)]
+    assert all(torch.equal(last[0][0][name], last[1][0][name]) for name in last[1][0])
+    assert last[0][1] == last[1][1]
+
+
+def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loop.train(config(data, "whole"), reporter=QUIET)
+    original = loop.train_step
+    calls = 0
+
+    def dying_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise SystemExit
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", dying_step)
+    with pytest.raises(SystemExit):
+        loop.train(config(data, "killed"), reporter=QUIET)
+    with (data / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    resumed = loop.train(config(data, "killed"), resume=True, reporter=QUIET)
+    assert exact(resumed) == exact(whole)
+
+
+def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: Path) -> None:
+    settings = config(data, train={"steps": 1})
+    first = loop.train(settings, resume=True, reporter=QUIET)
+    before = (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    again = loop.train(settings, resume=True, reporter=QUIET)
+    assert (again.status, again.eval_loss, again.measured) == ("finished", first.eval_loss, first.measured)
+    assert (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="holds a run already"):
+        loop.train(settings, reporter=QUIET)
+
+
+def test_out_of_time_stops_with_a_checkpoint(data: Path) -> None:
+    run = loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    assert (run.status, run.step) == ("out_of_time", 1)
+    assert state.checkpoints(run.folder / "checkpoints")
+    assert not run.adapter.exists()
+
+
+def test_what_a_run_leaves(data: Path) -> None:
+    run = loop.train(config(data, train={"steps": 2}), reporter=QUIET)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "report.html",
+        "result.json",
+    }
+    assert RunConfig.load(run.folder / "config.yaml") == config(data, train={"steps": 2})
+    assert json.loads((run.folder / "plan.json").read_text())["fits"] is True
+    step = next(line for line in run.metrics if "loss" in line)
+    assert set(step) == {
+        *("step", "loss", "tokens", "lr", "grad_norm", "seconds"),
+        *("tokens_per_second", "device_peak_bytes", "host_peak_bytes"),
+    }
+    assert run.measured["process_peak_bytes"] > 0
+
+
+def test_keep_best_restores_the_best_evaluation(data: Path) -> None:
+    # the second half is wrecked by a rate that no model survives
+    settings = config(data, train={"steps": 4, "eval_every": 2, "lr": 0.5, "warmup": 0, "schedule": "constant"})
+    run = loop.train(settings, reporter=QUIET)
+    losses = [line["eval_loss"] for line in run.metrics if "eval_loss" in line][1:]
+    assert run.eval_loss == min(losses)
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    best = load_file(run.folder / "checkpoints" / "best.safetensors")
+    name = next(name for name in best if name.endswith("lora_B"))
+    path = name.removeprefix("weights/").removesuffix("lora_B")
+    assert torch.equal(saved[f"base_model.model.{path}lora_B.weight"], best[name])
+
+
+def test_a_budget_too_small_stops_before_anything_is_written(data: Path) -> None:
+    with pytest.raises(BudgetError):
+        loop.train(config(data, budget={"memory": "10MB"}), reporter=QUIET)
+    assert not (data / "run").exists()
+
+
+def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
+    (data / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "only a question"}]}\n')
+    with pytest.raises(DataError):
+        loop.train(config(data), reporter=QUIET)
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        loop.train(config(data, data={"train": None}), reporter=QUIET)
+    assert not (data / "run").exists()
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    with pytest.raises(LowMemError, match=r"another shape|other trainable"):
+        loop.train(config(data, adapter={"rank": 8}), resume=True, reporter=QUIET)
+
+
+def test_training_goes_on_from_a_saved_adapter(data: Path) -> None:
+    first = loop.train(config(data, "first"), reporter=QUIET)
+    second = loop.train(config(data, "second", adapter={"init": str(first.adapter)}), reporter=QUIET)
+    assert exact(second)[0]["eval_loss"] == first.eval_loss
+
+
+def test_fields_of_a_run_survive_its_result_file(data: Path) -> None:
+    run = loop.train(config(data, train={"steps": 1}), reporter=QUIET)
+    again = loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    assert dataclasses.asdict(again) == dataclasses.asdict(run)
