@@ -18,7 +18,7 @@ from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.footprint import Footprint
 
 LOSS_CHUNK_BYTES = 64 * 2**20  # logits of one chunk in fp32 and in the compute dtype stay under this
-PROCESS_SLACK = 128 * 2**20  # modules imported later, thread stacks, compiled kernels (measured on the demo: 60-100 MiB)
+PROCESS_SLACK = 128 * 2**20  # later imports, thread stacks, compiled kernels (60-100 MiB measured on the demo)
 FRAGMENTATION = 1.07  # reserved exceeds allocated by 1-7% (design.md)
 DEQUANTIZE_TOKENS = 64  # dequantizing a matrix takes about as long as multiplying this many tokens with it
 
