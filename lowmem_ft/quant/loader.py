@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.quant.architecture import Template, conversion_plan, meta_model, template_of
 from lowmem_ft.quant.cache import CacheEntry, CacheWriter
 from lowmem_ft.quant.checkpoint import Checkpoint, StoredSource, TensorSource
@@ -155,19 +154,17 @@ class _Trimmer:
     """Gives freed memory back to the system after every few MiB of work.
 
     glibc puts the many short-lived tensors of quantization between those that stay, and keeps the holes: the peak of
-    the same load varied by 90 MiB from run to run. Elsewhere than on glibc this does nothing.
+    the same load varied by 90 MiB from run to run.
     """
 
     def __init__(self, every_bytes: int = 8 << 20) -> None:
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._trim: Callable[[int], int] | None = getattr(libc, "malloc_trim", None)
         self._every, self._since = every_bytes, 0
 
     def worked(self, nbytes: int) -> None:
         """Call it after work on `nbytes`. Costs some 0.3 ms when it does something."""
         self._since += nbytes
-        if self._since >= self._every and self._trim is not None:
-            self._trim(0)
+        if self._since >= self._every:
+            release_freed_memory()
             self._since = 0
 
 

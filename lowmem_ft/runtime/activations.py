@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import Cache
 
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.runtime.blocks import find_blocks
 
 
@@ -146,6 +147,8 @@ class _Recompute(torch.autograd.Function):
         del outputs
         if used:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used])
+        if call.random.device.type == "cpu":
+            release_freed_memory()  # what this block computed anew is larger than all that recomputing keeps
         return None, None, *(t.grad for t in inputs)
 
 
