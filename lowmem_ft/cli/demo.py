@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.resources import as_file, files
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.errors import ConfigError, LowMemError
 from lowmem_ft.generate import generate
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
@@ -50,6 +51,8 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
     """
     with as_file(files("lowmem_ft") / "assets") as assets:
         config = demo_config(assets, out, budget)
+        if _is_demo(out, config):
+            shutil.rmtree(out)
         plan = require_fit(make_plan(config))
         reporter.say(plan_table(plan))
         questions = _questions(assets / "whatis-eval.jsonl")
@@ -62,12 +65,14 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
         run = loop.train(config, plan=plan, reporter=reporter)
         losses = [line["eval_loss"] for line in run.metrics if "eval_loss" in line]
 
-        reporter.say("Reloading the adapter in a fresh process ...")
         command = [sys.executable, "-m", "lowmem_ft"]
-        again = json.loads(_output([*command, "eval", str(out), "--json"]))["eval_loss"]
-        lines = _output(
-            [*command, "generate", str(out), "--max-new-tokens", "24", "--json", *(q for q, _ in questions)]
-        )
+        asked = [question for question, _ in questions]
+        with reporter.task("Reloading in fresh processes", unit="commands") as update:
+            update(0, 2)
+            again = json.loads(_output([*command, "eval", str(out), "--json"]))["eval_loss"]
+            update(1, 2)
+            lines = _output([*command, "generate", str(out), "--max-new-tokens", "24", "--json", *asked])
+            update(2, 2)
         after = [json.loads(line)["answer"] for line in lines.splitlines()]
 
     answers = Table("question", "before", "after", "manual page", title="Answers on held-out questions")
@@ -87,6 +92,15 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
             fix="this is a bug of lowmem-ft: please report it with the run folder",
         )
     reporter.say(f"Everything is in {out}: adapter/ (PEFT format), metrics.jsonl, plan.json, report.html")
+
+
+def _is_demo(out: Path, config: RunConfig) -> bool:
+    """Whether `out` holds an earlier run of the demo, and so nothing that a user would miss."""
+    try:
+        found = RunConfig.load(out / "config.yaml")
+    except ConfigError:
+        return False
+    return (found.model, found.data, found.train) == (config.model, config.data, config.train)
 
 
 def _questions(file: Path) -> list[tuple[str, str]]:

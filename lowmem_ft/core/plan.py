@@ -78,7 +78,7 @@ class Plan:
 
     Attributes:
         fits: whether `predicted` stays inside `budget`; if not, it is the smallest that was found.
-        model: name, architecture, parameters, blocks, bytes of the checkpoint.
+        model: name, path, architecture, parameters (of the base), trainable_parameters, blocks.
         device: name, kind (`cpu` or `cuda`), memory and the process's bytes before anything is loaded.
         budget: `device_bytes` and `host_bytes`.
         phases: peak bytes of each phase (`load`, `train`, `eval`, `save`, `merge`) by tier.

@@ -11,10 +11,10 @@ import psutil
 import torch
 
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.runtime.memory import process_bytes
+from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
 
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
-# until `profiles measure` has measured the card.
+# where nvidia-ml-py (extra `gpu`) is not there to measure it.
 CUDA_CONTEXT_BYTES = 670 * 10**6
 
 
@@ -83,15 +83,16 @@ def _cpu() -> Device:
 def _cuda(index: int) -> Device:
     free, total = torch.cuda.mem_get_info(index)
     bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
+    flops = _matmul_flops(torch.device("cuda", index), torch.bfloat16 if bf16 else torch.float16)  # makes the context
     return Device(
         name=torch.cuda.get_device_name(index),
         kind="cuda",
         index=index,
         memory_bytes=total,
         free_bytes=free,
-        process_bytes=CUDA_CONTEXT_BYTES,
+        process_bytes=(cuda_process_bytes(index) or CUDA_CONTEXT_BYTES) - torch.cuda.memory_reserved(index),
         compute_dtype="bfloat16" if bf16 else "float16",
-        flops=_matmul_flops(torch.device("cuda", index), torch.bfloat16 if bf16 else torch.float16),
+        flops=flops,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,26 @@ def process_peak_bytes() -> int:
     import resource
 
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
+
+
+def cuda_process_bytes(index: int) -> int | None:
+    """What this process takes of CUDA device `index`, context included, as `nvidia-smi` shows it.
+
+    Returns:
+        None without nvidia-ml-py (extra `gpu`), or where the driver does not tell (containers that hide process ids).
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    pynvml.nvmlInit()
+    try:
+        # by UUID, because CUDA_VISIBLE_DEVICES numbers the cards anew
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+        mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    finally:
+        pynvml.nvmlShutdown()
+    return int(mine[0]) if mine and mine[0] else None
 
 
 def device_peak_bytes(device: torch.device) -> int:

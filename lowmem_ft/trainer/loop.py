@@ -63,7 +63,7 @@ def train(
     folder.write_plan(plan)
     torch.manual_seed(config.train.seed)  # decides how fresh adapters start
     with reporter.task("Loading weights", unit="B") as update:
-        ready = assemble(config, plan.policy, _device(plan), progress=update)
+        ready = assemble(config, plan.policy, device_of(plan), progress=update)
     return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
 
 
@@ -121,7 +121,8 @@ def evaluate(ready: Assembled, config: RunConfig, plan: Plan, examples: list[Exa
     return total / tokens
 
 
-def _device(plan: Plan) -> torch.device:
+def device_of(plan: Plan) -> torch.device:
+    """The device that a plan was made for."""
     return torch.device("cuda", plan.device["index"]) if plan.device["kind"] == "cuda" else torch.device("cpu")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lowmem_ft.assemble import assemble
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from tests.unit.trainer.test_loop import config, data
@@ -67,5 +68,5 @@ def test_train_and_load_again(data: Path, name: str) -> None:
     assert losses[1] < losses[0], "four steps lower the held-out loss"
     settings = run.plan.run_config
     examples = loop.read_split(settings, str(settings.data.eval), QUIET)
-    ready = loop.assemble(settings, run.plan.policy, loop._device(run.plan), adapter=run.adapter, optimizer=False)
+    ready = assemble(settings, run.plan.policy, loop.device_of(run.plan), adapter=run.adapter, optimizer=False)
     assert loop.evaluate(ready, settings, run.plan, examples, QUIET) == run.eval_loss

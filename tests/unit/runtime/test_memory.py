@@ -1,0 +1,43 @@
+"""What the process takes, as the system counts it."""
+
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.runtime.memory import cuda_process_bytes, device_peak_bytes, process_bytes, process_peak_bytes
+
+
+def test_the_peak_follows_what_was_taken_and_freed() -> None:
+    before = process_peak_bytes()
+    block = torch.ones(before // 4 + (64 << 20))  # fp32: at least the peak again
+    taken = process_bytes()
+    assert taken >= block.nbytes
+    del block
+    release_freed_memory()
+    assert process_bytes() < taken
+    assert process_peak_bytes() >= taken - (1 << 20)  # the kernel counts pages per thread, and sums them now and then
+    assert device_peak_bytes(torch.device("cpu")) == process_peak_bytes()
+
+
+@pytest.mark.parametrize(("pid", "expected"), [(os.getpid(), 12345), (-1, None)])
+def test_cuda_process_bytes_are_this_process_s(monkeypatch: pytest.MonkeyPatch, pid: int, expected: int | None) -> None:
+    nvml: Any = ModuleType("pynvml")
+    nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-abc": "card"}[uuid]
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda card: [
+        SimpleNamespace(pid=0, usedGpuMemory=1),
+        SimpleNamespace(pid=pid, usedGpuMemory=12345),
+    ]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abc"))
+    assert cuda_process_bytes(0) == expected
+
+
+def test_without_nvml_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert cuda_process_bytes(0) is None

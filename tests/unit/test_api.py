@@ -1,0 +1,67 @@
+"""The Python surface: plan, load, generate, and a model that transformers.Trainer takes."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import lowmem_ft
+from lowmem_ft.data.examples import read_examples
+from tests.models import save_tiny
+
+MODEL = str(files("lowmem_ft") / "assets" / "doclm-7m")
+DATA = str(files("lowmem_ft") / "assets" / "whatis-eval.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plan() -> lowmem_ft.Plan:
+    return lowmem_ft.plan(MODEL, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=256, adapter={"rank": 4})
+
+
+def test_plan_takes_sections_by_name(plan: lowmem_ft.Plan) -> None:
+    assert plan.fits
+    assert plan.budget["device_bytes"] == 4 * 2**30
+    assert plan.run_config.adapter.rank == 4
+    with pytest.raises(lowmem_ft.LowMemError, match=r"adapter\.rank"):
+        lowmem_ft.plan(MODEL, adapter={"rnak": 4})
+
+
+def test_load_and_generate(plan: lowmem_ft.Plan) -> None:
+    model, tokenizer = lowmem_ft.load(MODEL, plan)
+    state = torch.get_rng_state()
+    greedy = lowmem_ft.generate(model, tokenizer, ["What is ls?"], max_new_tokens=5)
+    sampled = [lowmem_ft.generate(model, tokenizer, ["What is ls?"], temperature=1.0, seed=s)[0] for s in (1, 1, 2)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert greedy[0]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert model.training
+
+
+def test_load_needs_no_tokenizer_but_the_right_plan(plan: lowmem_ft.Plan, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    tiny = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64)
+    model, tokenizer = lowmem_ft.load(folder, tiny, adapter=False)
+    assert tokenizer is None
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(lowmem_ft.LowMemError, match="no tokenizer"):
+        lowmem_ft.generate(model, tokenizer, ["hello"])
+    with pytest.raises(lowmem_ft.LowMemError, match="another model"):
+        lowmem_ft.load(folder, plan)
+
+
+def test_transformers_trainer_takes_the_model(plan: lowmem_ft.Plan, tmp_path: Path) -> None:
+    model, tokenizer = lowmem_ft.load(MODEL, plan)
+    assert tokenizer is not None
+    examples, _ = read_examples(DATA, tokenizer, seq_len=64)
+    records = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples[:32]]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=8, learning_rate=5e-3, use_cpu=True,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=records, data_collator=collator)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
