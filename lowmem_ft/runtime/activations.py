@@ -145,9 +145,12 @@ class _Recompute(torch.autograd.Function):
         call.out_leaves = []
         used = [(t, g) for t, g in zip(outputs, gradients, strict=True) if g is not None and t.requires_grad]
         del outputs
+        on_host = call.random.device.type == "cpu"
+        if on_host:
+            release_freed_memory()  # what the forward pass freed, before the backward pass allocates at other places
         if used:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used])
-        if call.random.device.type == "cpu":
+        if on_host:
             release_freed_memory()  # what this block computed anew is larger than all that recomputing keeps
         return None, None, *(t.grad for t in inputs)
 

@@ -24,18 +24,18 @@ def test_the_peak_follows_what_was_taken_and_freed() -> None:
     assert device_peak_bytes(torch.device("cpu")) == process_peak_bytes()
 
 
-@pytest.mark.parametrize(("pid", "expected"), [(os.getpid(), 12345), (-1, None)])
-def test_cuda_process_bytes_are_this_process_s(monkeypatch: pytest.MonkeyPatch, pid: int, expected: int | None) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_cuda_process_bytes_are_this_process_s(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
     nvml: Any = ModuleType("pynvml")
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-abc": "card"}[uuid]
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda card: [
         SimpleNamespace(pid=0, usedGpuMemory=1),
-        SimpleNamespace(pid=pid, usedGpuMemory=12345),
+        SimpleNamespace(pid=os.getpid() if listed else -1, usedGpuMemory=12345),
     ]
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abc"))
-    assert cuda_process_bytes(0) == expected
+    assert cuda_process_bytes(0) == (12345 if listed else None)
 
 
 def test_without_nvml_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
