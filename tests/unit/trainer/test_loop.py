@@ -1,8 +1,11 @@
 """The loop on the embedded model: what a run leaves, that stopping and resuming change nothing, what is refused."""
 
 import dataclasses
+import itertools
 import json
 import signal
+import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,18 @@ def exact(run: Run) -> list[dict[str, Any]]:
     return [{key: line[key] for key in EXACT if key in line} for line in run.metrics]
 
 
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Call `action` when training step `number` begins."""
+    original, calls = loop.train_step, itertools.count(1)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = loop.train(config(data, "whole", train={"optimizer": optimizer}), reporter=QUIET)
@@ -59,17 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, m
     assert whole.eval_loss is not None
     assert whole.eval_loss < exact(whole)[0]["eval_loss"]
 
-    original = loop.train_step
-    calls = 0
-
-    def interrupted_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", interrupted_step)
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
     settings = config(data, "stopped", train={"optimizer": optimizer})
     stopped = loop.train(settings, reporter=QUIET)
     assert (stopped.status, stopped.step) == ("interrupted", 4)
@@ -89,17 +94,7 @@ def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = loop.train(config(data, "whole"), reporter=QUIET)
-    original = loop.train_step
-    calls = 0
-
-    def dying_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise SystemExit
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", dying_step)
+    at_step(monkeypatch, 4, sys.exit)
     with pytest.raises(SystemExit):
         loop.train(config(data, "killed"), reporter=QUIET)
     with (data / "killed" / "metrics.jsonl").open("a") as file:
