@@ -94,6 +94,9 @@ def write_model(task: Task) -> Result:
 
 def ours(task: Task) -> Callable[[], Train]:
     """lowmem-ft: plan, assemble, step."""
+    from lowmem_ft.core.host import prefer_huge_pages
+
+    prefer_huge_pages()  # as the command line does
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  otherwise imported when the model is built
 
@@ -134,6 +137,9 @@ def peer(task: Task) -> Callable[[], Train]:
 
     Two sides are references for the losses: `float32` reads and computes everything in float32; `bfloat16` leaves out
     `prepare_model_for_kbit_training`, which casts embeddings, norms and head (and so all hidden states) to float32.
+
+    The peer's 4-bit layers compute in bfloat16 where the CPU multiplies it. Elsewhere (AVX2) bitsandbytes would run
+    into PyTorch's own loops, up to 200 times slower, so there they compute in float32, the faster choice for the peer.
     """
     import torch
     import transformers.integrations.bitsandbytes
@@ -143,10 +149,13 @@ def peer(task: Task) -> Callable[[], Train]:
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from lowmem_ft.quant.products import multiplies
+
     dtype = torch.float32 if task.side == "float32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype if multiplies(dtype) else torch.float32,
+    )  # fmt: skip
 
     def build() -> Train:
         model = AutoModelForCausalLM.from_pretrained(task.folder / "model", quantization_config=nf4, dtype=dtype)

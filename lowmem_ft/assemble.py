@@ -18,6 +18,7 @@ from lowmem_ft.adapters.peft_format import load_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft
 from lowmem_ft.core.config import AdapterConfig, RunConfig
 from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.host import map_large_tensors
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from lowmem_ft.quant.loader import effective_spec, head_path, load_weights, meta
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.swap import swap_quantized
 from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.attention import use_attention
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
@@ -67,8 +69,8 @@ def assemble(
     """Build, load and equip the model of `config` as `policy` says.
 
     Args:
-        device: where the model lives. On `meta` nothing is read and no byte is taken: that is how planning
-            counts what training will hold.
+        device: where the model lives. On `meta` no weight is read and no byte is taken: that is how planning
+            counts what training will hold. Only config.json is needed then.
         adapter: True for a fresh one (or `adapter.init`), False for none, or the folder of a saved one.
         optimizer: whether optimizer state and gradient buffers are made.
         progress: called with (bytes done, bytes in all) while weights load.
@@ -76,11 +78,15 @@ def assemble(
     Raises:
         CheckpointError, UnsupportedError, ConfigError: as the parts find them.
     """
+    if device.type == "cpu":
+        map_large_tensors()
     dtype: torch.dtype = getattr(torch, policy.compute_dtype)
-    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
+    simulated = device.type == "meta"
+    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=_attention(checkpoint.config))
+    use_attention(model)
     spec = QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
-    if device.type == "meta":
+    if simulated:
         head_module = head_path(model)
         stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
         swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
@@ -98,13 +104,13 @@ def assemble(
             device=device,
         )
     model.config.use_cache = False
-    if optimizer and config.data.packing and device.type != "meta":
+    if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
     attention = model.config._attn_implementation
     equipped = _equip(model, config.adapter, adapter, dtype)
     ready = Assembled(
         model=equipped,
-        tokenizer=load_tokenizer(checkpoint.folder),
+        tokenizer=None if simulated else load_tokenizer(checkpoint.folder),
         device=device,
         compute_dtype=dtype,
         attn_implementation=attention,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem_ft.core.errors import DataError, LowMemError
-from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.isolation import attention_inputs
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime.blocks import causal_model, find_decoder
@@ -148,8 +147,6 @@ def _backward(
         bias_grad=_buffer(accumulator, head.bias),
     )
     if grad_ND is not None:
-        if ready.device.type == "cpu":
-            release_freed_memory()  # what forward and loss freed, before backward allocates at other places
         torch.autograd.backward(hidden_ND, grad_ND)
     return loss
 

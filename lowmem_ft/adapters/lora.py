@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.quant.products import mm, mm_low_rank
 
 Init = Literal["default", "gaussian"]
 WeightSource = Callable[[torch.dtype], Tensor]
@@ -47,6 +48,7 @@ class LoraLinear(nn.Module):
     """
 
     magnitude: nn.Parameter | None
+    unread = False  # set while nobody reads the values of the output, see runtime.activations
 
     def __init__(
         self,
@@ -96,8 +98,9 @@ class LoraLinear(nn.Module):
             return y
         p = self.dropout if self.training else 0.0
         return lora_linear(
-            x, self.lora_A, self.lora_B, self.bias, self.magnitude, weight=self.base_weight, scaling=self.scaling, p=p
-        )
+            x, self.lora_A, self.lora_B, self.bias, self.magnitude,
+            weight=self.base_weight, scaling=self.scaling, p=p, unread=self.unread,
+        )  # fmt: skip
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """W as (O, I) of `dtype`, looked up anew at each call."""
@@ -117,6 +120,7 @@ def lora_linear(
     weight: WeightSource,
     scaling: float,
     p: float,
+    unread: bool = False,
 ) -> Tensor:
     """The adapted linear map of x (..., I) to (..., O); see `LoraLinear`.
 
@@ -124,9 +128,10 @@ def lora_linear(
         weight: returns W (O, I) in the dtype it is given; called in forward and again in backward.
         scaling: s.
         p: dropout probability, 0 for none.
+        unread: the output's values are not wanted, only its gradients: it stays uninitialised where those allow it.
     """
     y: Tensor = _LoraFunction.apply(  # type: ignore[no-untyped-call]
-        x, lora_A, lora_B, bias, magnitude, weight, scaling, p
+        x, lora_A, lora_B, bias, magnitude, weight, scaling, p, unread
     )
     return y
 
@@ -149,27 +154,33 @@ class _LoraFunction(torch.autograd.Function):
         weight: WeightSource,
         scaling: float,
         p: float,
+        unread: bool,
     ) -> Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
-        W_OI: Tensor = weight(x.dtype)
-        A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         ctx.weight, ctx.scaling, ctx.p = weight, scaling, p
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rng_state = _rng_state(x.device) if p > 0.0 else None
+        # not a view, which the model could not change in place (Falcon)
+        y = x.new_empty(*x.shape[:-1], lora_B.shape[0])
+        if unread and magnitude is None and p == 0.0:
+            ctx.save_for_backward(x, lora_A, lora_B, None, None)
+            return y
+        x_NI = x.reshape(-1, x.shape[-1])
+        W_OI: Tensor = weight(x.dtype)
+        A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         kept_NI = _dropout_mask(x_NI, p).mul_(x_NI) if p > 0.0 else x_NI
         norm_O = None
-        y = x.new_empty(*x.shape[:-1], W_OI.shape[0])  # not a view, which the model could not change in place (Falcon)
         y_NO = y.view(-1, y.shape[-1])
-        if magnitude is None and bias is not None:
-            torch.addmm(bias.to(x.dtype), x_NI, W_OI.t(), out=y_NO)
+        xA_NR = mm(kept_NI, A_RI.t()) if p > 0.0 else None
+        update: dict[str, Any] = {"by": A_RI.t(), "out": y_NO} if xA_NR is None else {"c_NR": xA_NR, "out": y_NO}
+        if magnitude is None:
+            start = None if bias is None else bias.to(x.dtype)
+            mm_low_rank(x_NI, W_OI.t(), B_OR.t(), scaling, bias=start, **update)
         else:
-            torch.mm(x_NI if magnitude is None else kept_NI, W_OI.t(), out=y_NO)
-        y_NO.addmm_(kept_NI @ A_RI.t(), B_OR.t(), alpha=scaling)
-        if magnitude is not None:
+            mm_low_rank(kept_NI, W_OI.t(), B_OR.t(), scaling, **update)
             norm_O = _adapted_row_norm(W_OI, A_RI, B_OR, scaling)
             y_NO.mul_(magnitude / norm_O)
             if p > 0.0:
-                y_NO.addmm_(x_NI - kept_NI, W_OI.t())
+                y_NO.add_(mm(x_NI - kept_NI, W_OI.t()))
             if bias is not None:
                 y_NO.add_(bias)
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, norm_O)
@@ -186,12 +197,26 @@ class _LoraFunction(torch.autograd.Function):
         mask_NI = _dropout_mask(x_NI, p, replay=ctx.rng_state) if p > 0.0 else None
         kept_NI = x_NI if mask_NI is None else mask_NI * x_NI
         c_O1 = None if magnitude is None else (magnitude / norm_O).unsqueeze(1)
-        dyB_NR = dy_NO @ (B_OR if c_O1 is None else (B_OR * c_O1).to(x.dtype))
+        B_scaled_OR = B_OR if c_O1 is None else (B_OR * c_O1).to(x.dtype)
         dx = dA = dB = dbias = dmagnitude = None
+        if need_x:
+            W_OI = ctx.weight(x.dtype)
+            scaled_OI = W_OI if c_O1 is None else (W_OI * c_O1).to(x.dtype)
+            if mask_NI is not None and c_O1 is None:
+                dyB_NR = mm(dy_NO, B_OR)
+                dx_NI = mm(dy_NO, W_OI).add_(mm(dyB_NR, A_RI).mul_(mask_NI), alpha=scaling)
+            else:
+                dx_NI, dyB_NR = mm_low_rank(dy_NO, scaled_OI, A_RI, scaling, by=B_scaled_OR)
+            if mask_NI is not None and c_O1 is not None:
+                dx_NI.mul_(mask_NI).add_(mm(dy_NO, W_OI).mul_(1 - mask_NI))
+            dx = dx_NI.view(x.shape)
+            del W_OI, scaled_OI
+        else:
+            dyB_NR = mm(dy_NO, B_scaled_OR)
         if need_A:
-            dA = (dyB_NR.t() @ kept_NI).mul_(scaling).to(lora_A.dtype)
+            dA = mm(dyB_NR.t(), kept_NI).mul_(scaling).to(lora_A.dtype)
         if need_B or need_magnitude:
-            dyxA_OR = dy_NO.t() @ (kept_NI @ A_RI.t())
+            dyxA_OR = mm(dy_NO.t(), mm(kept_NI, A_RI.t()))
             dB = (dyxA_OR * (scaling if c_O1 is None else scaling * c_O1)).to(lora_B.dtype)
             if need_magnitude:
                 dyz_O = scaling * torch.linalg.vecdot(dyxA_OR.float(), B_OR.float())
@@ -199,23 +224,13 @@ class _LoraFunction(torch.autograd.Function):
                 dmagnitude = dyz_O.div_(norm_O).to(magnitude.dtype)
         if need_bias:
             dbias = dy_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if need_x:
-            W_OI = ctx.weight(x.dtype)
-            dx_NI = dy_NO @ (W_OI if c_O1 is None else (W_OI * c_O1).to(x.dtype))
-            if mask_NI is None:
-                dx_NI.addmm_(dyB_NR, A_RI, alpha=scaling)
-            elif c_O1 is None:
-                dx_NI.add_((dyB_NR @ A_RI).mul_(mask_NI), alpha=scaling)
-            else:
-                dx_NI.addmm_(dyB_NR, A_RI, alpha=scaling).mul_(mask_NI).add_((dy_NO @ W_OI).mul_(1 - mask_NI))
-            dx = dx_NI.view(x.shape)
-        return dx, dA, dB, dbias, dmagnitude, None, None, None
+        return dx, dA, dB, dbias, dmagnitude, None, None, None, None
 
 
 def _summed_products(dy_NO: Tensor, x_NI: Tensor, W_OI: Tensor) -> Tensor:
     """sum over tokens of dy * (x W^T), float32 (O,), without forming x W^T: row by row (dy^T x) . W."""
     parts = [slice(row, row + _DORA_ROWS) for row in range(0, W_OI.shape[0], _DORA_ROWS)]
-    return torch.cat([(dy_NO[:, part].t() @ x_NI).float().mul_(W_OI[part]).sum(1) for part in parts])
+    return torch.cat([mm(dy_NO[:, part].t(), x_NI).float().mul_(W_OI[part]).sum(1) for part in parts])
 
 
 def _adapted_row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
@@ -224,7 +239,7 @@ def _adapted_row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) 
     ||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i (A A^T) B_i^T: the widest temporary is (O, R).
     """
     A_RI, B_OR = A_RI.float(), B_OR.float()
-    cross_OR = (W_OI @ A_RI.to(W_OI.dtype).t()).float()
+    cross_OR = mm(W_OI, A_RI.to(W_OI.dtype).t()).float()
     square_O = torch.linalg.vector_norm(W_OI, dim=1, dtype=torch.float32).square_()
     square_O += torch.linalg.vecdot(B_OR, 2 * scaling * cross_OR + scaling**2 * (B_OR @ (A_RI @ A_RI.t())))
     # rounding may leave a row that cancels just below zero

@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lowmem_ft.adapters.lora import Init, initial_factor, lora_linear, lora_scaling, module_device
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack, StackSlice
-from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.quant.linear import FrozenLinear, get_base_weight
 
 _BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
 
@@ -51,8 +50,8 @@ class DenseStack(nn.Module):
 
     def matmul(self, x: Tensor, e: int, transposed: bool, bias: Tensor | None = None) -> Tensor:
         """x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`."""
-        w_RC = self.base_slice(e, x.dtype)
-        return F.linear(x, w_RC.t() if transposed else w_RC, bias)
+        result: Tensor = FrozenLinear.apply(x, partial(_slice, self, e, transposed), bias)  # type: ignore[no-untyped-call]
+        return result
 
     def __len__(self) -> int:
         return self.shape[0]

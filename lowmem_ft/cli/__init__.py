@@ -7,6 +7,7 @@ import os
 import sys
 
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.host import prefer_huge_pages
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     # Threads that wait for each other must not hold their cores: where something else runs on one of two cores, steps
     # of the demo take 14 s with libgomp's spinning, 0.4 s without (0.26 s on idle cores). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prefer_huge_pages()
     # it recommends, at import, a kernel from the network that this package does not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lowmem_ft.cli.app import app

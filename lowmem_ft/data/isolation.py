@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.data.packing import Batch
 
+ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
 PROBE_TOKENS = 8
 # Relative difference of the hidden states of two copies of a document in one row, which differ only by where they
 # stand. Measured on the architectures of tests/models.py (CPU, bf16 and fp32): at most 0.0005 with restarted
@@ -93,7 +94,7 @@ def _allowed(batch: Batch, *, window: int | None = None, chunk: int | None = Non
 
 def _in_form_for(attn_implementation: str, allowed_B1TT: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as an attention implementation of transformers takes it."""
-    if attn_implementation == "sdpa":
+    if attn_implementation in ("sdpa", ATTENTION):
         return allowed_B1TT
     if attn_implementation == "eager":
         return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
@@ -143,7 +144,9 @@ def probe_batch(model: PreTrainedModel) -> Batch:
     segment = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(PROBE_TOKENS)
     rows = [tensor.expand(2, -1).contiguous() for tensor in (document.repeat(2), position.repeat(2), segment)]
     input_ids, position_ids, segment_ids = rows
-    return Batch(input_ids, input_ids, position_ids, segment_ids).to(embedding.weight.device)
+    count = input_ids.numel()
+    batch = Batch(input_ids, input_ids, position_ids, segment_ids, tokens=count, loss_tokens=count)
+    return batch.to(embedding.weight.device)
 
 
 def isolation_fault(model: PreTrainedModel, batch: Batch, inputs: dict[str, Any]) -> str | None:

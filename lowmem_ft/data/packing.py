@@ -27,24 +27,19 @@ class Batch:
             loss. The last position of each document has none, so no document predicts its neighbour.
         position_ids: (B, T) int64, from 0 in each document and in the padding.
         segment_ids: (B, T) int32: 1, 2, ... for the documents of a row, 0 for padding.
-        packed: whether a row may hold several documents. It is known here without looking at tensors on a device.
+        tokens: positions that are not padding.
+        loss_tokens: positions whose prediction is in the loss.
+        packed: whether a row may hold several documents. Like both counts it is known here without looking at tensors,
+            which may lie on a device or be fake.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     segment_ids: Tensor
+    tokens: int
+    loss_tokens: int
     packed: bool = True
-
-    @property
-    def tokens(self) -> int:
-        """Positions that are not padding."""
-        return int((self.segment_ids != 0).sum())
-
-    @property
-    def loss_tokens(self) -> int:
-        """Positions whose prediction is in the loss."""
-        return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -109,4 +104,9 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, length: int | Non
             segment_ids[b, start:end] = segment
             start = end
         position_ids[b, start:] = torch.arange(width - start)
-    return Batch(input_ids, labels, position_ids, segment_ids, packed=any(len(row) > 1 for row in rows))
+    return Batch(
+        *(input_ids, labels, position_ids, segment_ids),
+        tokens=sum(len(example) for row in rows for example in row),
+        loss_tokens=int((labels != IGNORE_INDEX).sum()),
+        packed=any(len(row) > 1 for row in rows),
+    )

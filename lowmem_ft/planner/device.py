@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
 
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
@@ -104,7 +105,7 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     for _ in range(4):  # the first one warms up
         start = time.perf_counter()
-        torch.mm(a, a, out=out)
+        mm(a, a, out=out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -60,7 +60,7 @@ class Footprint:
             vocab=config.vocab_size,
             itemsize=itemsize,
             kept_per_token=_kept_per_token(block, config, itemsize),
-            attention_scores_per_token_pair=0 if ready.attn_implementation == "sdpa" else heads * (4 + 2 * itemsize),
+            attention_scores_per_token_pair=0 if ready.attn_implementation != "eager" else heads * (4 + 2 * itemsize),
             largest_matrix=max(_one_matrix(module) for module in model.modules() if _is_matrix(module)),
             parameters=sum(elements for elements, _ in matrices) + _nbytes_other(model, itemsize) // itemsize,
             flops_per_token=sum(2.0 * elements * share for elements, share in matrices),

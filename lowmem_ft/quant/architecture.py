@@ -58,7 +58,7 @@ def meta_model(
     """
     config = text_config(checkpoint)
     model = _build(checkpoint, config, dtype, attn_implementation)
-    if model.all_tied_weights_keys:
+    if model.all_tied_weights_keys and checkpoint.tensors:
         plan = conversion_plan(checkpoint, template_of(checkpoint, model.config, dtype=dtype))
         if not _stored_ties_agree(checkpoint, model, plan):
             config.tie_word_embeddings = False

@@ -97,24 +97,30 @@ class Checkpoint:
     trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, path_or_hub_id: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Checkpoint:
+    def open(
+        cls, path_or_hub_id: str | os.PathLike[str], *, trust_remote_code: bool = False, weights: bool = True
+    ) -> Checkpoint:
         """Find and check a checkpoint. No weight is read.
 
         Args:
             path_or_hub_id: a local folder, or a repository on the Hugging Face hub (`HF_HUB_OFFLINE` is honoured, and
                 only safetensors and small text files are downloaded).
             trust_remote_code: run Python code that comes with the checkpoint. Never done unless asked.
+            weights: False for planning, which needs only config.json: weight files are checked where they are, and not
+                downloaded where they are not. Without them `tensors` is empty.
 
         Raises:
             CheckpointError: nothing there, only pickle files, or broken files (shard missing or truncated, index that
                 does not match the shards).
             UnsupportedError: the architecture is unknown to transformers, or is remote code that is not trusted.
         """
-        folder = _find_folder(path_or_hub_id)
+        folder = _find_folder(path_or_hub_id, weights=weights)
         config = _read_config(folder, trust_remote_code=trust_remote_code)
         if (folder / OWN_INDEX).exists():
             raise UnsupportedError("this is an entry of the cache of quantized weights, not a model of its own",
                                    given=folder, fix="give the checkpoint; the cache is found by itself")  # fmt: skip
+        if not weights and not any(folder.glob("*.safetensors*")):
+            return cls(folder, str(path_or_hub_id), config, {}, (), {}, trust_remote_code)
         files, tensors, metadata = scan(folder)
         return cls(folder, str(path_or_hub_id), config, tensors, files, metadata, trust_remote_code)
 
@@ -286,7 +292,7 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool = True) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -296,20 +302,22 @@ def _find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
                               fix=f"give its folder: {folder.parent}")  # fmt: skip
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("the model folder does not exist", given=name)
-    return _download(name)
+    return _download(name, weights=weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     small = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=["*/*"]))
+        if not weights:
+            return folder
         index = folder / INDEX
-        weights = sorted(set(_weight_map(index).values())) if index.exists() else [SINGLE]
+        files = sorted(set(_weight_map(index).values())) if index.exists() else [SINGLE]
         # the very same revision, and only the files that make up the model: many repositories hold it twice
-        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *weights],
+        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
                                       ignore_patterns=["*/*"]))  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.ops import Kind, Layout, QuantSpec, dequantize, layout, quantize
+from lowmem_ft.quant.products import mm
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -28,32 +29,36 @@ class FrozenLinear(torch.autograd.Function):
         x: (..., I).
         weight: dtype -> W of shape (O, I) in that dtype.
         bias: (O,) or None; gets a gradient if it requires one.
+        columns: O where nobody reads the values of the output, only its gradients: then it stays uninitialised. Else 0.
 
     Returns:
         (..., O) in the dtype of x, or in that of the active autocast.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None, columns: int = 0
+    ) -> Tensor:
         ctx.weight = weight
         kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if columns:
+            return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
         x_NI, W_OI = x.reshape(-1, x.shape[-1]).to(dtype), weight(dtype)
         # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
         y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0])
-        if bias is None:
-            torch.mm(x_NI, W_OI.t(), out=y.view(-1, y.shape[-1]))
-        else:
-            torch.addmm(bias.to(dtype), x_NI, W_OI.t(), out=y.view(-1, y.shape[-1]))
+        mm(x_NI, W_OI.t(), bias=None if bias is None else bias.to(dtype), out=y.view(-1, y.shape[-1]))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        dx = dy @ ctx.weight(dy.dtype) if ctx.needs_input_grad[0] else None
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        dy_NO, dx = dy.reshape(-1, dy.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            dx = mm(dy_NO, ctx.weight(dy.dtype)).view(*dy.shape[:-1], -1)
+        dbias = dy_NO.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None
 
 
 class QuantLinear(nn.Linear):
@@ -71,6 +76,7 @@ class QuantLinear(nn.Linear):
     """
 
     _is_hf_initialized = True  # transformers leaves such modules alone when it initialises weights
+    unread = False  # set while nobody reads the values of the output, see runtime.activations
 
     def __init__(
         self,
@@ -124,7 +130,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        result: Tensor = FrozenLinear.apply(x, self.dequantize, self.bias)  # type: ignore[no-untyped-call]
+        columns = self.out_features if self.unread else 0
+        result: Tensor = FrozenLinear.apply(x, self.dequantize, self.bias, columns)  # type: ignore[no-untyped-call]
         return result
 
     def reset_parameters(self) -> None:

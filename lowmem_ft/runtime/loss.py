@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.blocks import causal_model, find_decoder
 
 # fp32 logits are made for this many elements at a time (8 MiB). On the CPU that stays in the cache: measured on one
@@ -167,21 +168,18 @@ def cross_entropy_and_gradients(
         hidden_CD[:count] = hidden_ND.index_select(0, rows_C)
         hidden_CD[count:] = 0.0
         labels_C1 = labels_N.index_select(0, rows_C).unsqueeze(1)
-        if head.bias is None:
-            torch.mm(hidden_CD, head.weight.t(), out=logits_CV)
-        else:
-            torch.addmm(head.bias, hidden_CD, head.weight.t(), out=logits_CV)
+        mm(hidden_CD, head.weight.t(), bias=head.bias, out=logits_CV)
         for at in range(0, count, len(slab)):
             logits_RV, labels_R1 = logits_CV[at : min(at + len(slab), count)], labels_C1[at : at + len(slab)]
             loss += _rows(logits_RV, labels_R1, slab, slope, head, grad_scale if differentiate else None)
         logits_CV[count:] = 0.0
         if grad_ND is not None:
-            grad_ND.index_copy_(0, rows_C, torch.mm(logits_CV, head.weight)[:count].to(grad_ND.dtype))
+            grad_ND.index_copy_(0, rows_C, mm(logits_CV, head.weight)[:count].to(grad_ND.dtype))
         if weight_grad is not None:
             # in pieces, because the product comes in the compute dtype before it is added in fp32
             height = max(1, _SLAB // weight_grad.shape[1])
             for at in range(0, vocabulary, height):
-                weight_grad[at : at + height].add_(logits_CV[:, at : at + height].t() @ hidden_CD)
+                weight_grad[at : at + height].add_(mm(logits_CV[:, at : at + height].t(), hidden_CD))
         if bias_grad is not None:
             bias_grad.add_(logits_CV.sum(0, dtype=torch.float32))
     assert tokens == labels_N.shape[0]

@@ -31,7 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "adapter": {"peft": {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}}
     },
     "vera": {"adapter": {"peft": {"peft_type": "VERA", "target_modules": ["q_proj"], "r": 8}}, "train": {"lr": 0.03}},
-    "loha": {"adapter": {"peft": {"peft_type": "LOHA", "target_modules": ["q_proj"], "r": 4}}},
+    "loha": {
+        "adapter": {"peft": {"peft_type": "LOHA", "target_modules": ["q_proj"], "r": 4}},
+        "train": {"lr": 0.03},  # a product of two small matrices moves too little in four smaller steps
+    },
     "ln tuning": {
         "adapter": {"peft": {"peft_type": "LN_TUNING", "target_modules": ["norm"]}},
         "train": {"lr": 0.03},  # a bf16 norm weight near one takes no smaller step than 2^-8

@@ -306,17 +306,6 @@ def test_prompt_methods_of_peft(method: str, name: str) -> None:
         torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-6)
 
 
-@dataclasses.dataclass(frozen=True)
-class CountedBatch(Batch):
-    """A batch of fake tensors, whose tokens cannot be counted."""
-
-    tokens: int = 0
-    loss_tokens: int = 0
-
-    def to(self, device: torch.device | str) -> "CountedBatch":
-        return self
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
 def test_the_same_code_runs_on_fake_tensors(name: str) -> None:
     # torch.tensor(..., device="meta") makes no fake tensor, and gemma2 keeps one
@@ -327,7 +316,7 @@ def test_the_same_code_runs_on_fake_tensors(name: str) -> None:
         apply_activation_policy(model, keep=1)
         ready = make_ready(model, bits=8, grad_clip=1.0)
         ids = torch.zeros(2, 16, dtype=torch.int64)
-        batch = CountedBatch(ids, ids, ids, torch.ones(2, 16, dtype=torch.int32), packed=True, tokens=32, loss_tokens=9)
+        batch = Batch(ids, ids, ids, torch.ones(2, 16, dtype=torch.int32), tokens=32, loss_tokens=9)
         result = train_step(ready, [batch, batch], lr=1e-3)
         assert eval_step(ready, batch) == (0.0, 9)
     assert (result.tokens, result.loss_tokens, result.skipped) == (64, 18, False)

@@ -17,6 +17,7 @@ from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.loader import head_path, meta_model
 from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.quant.products import multiplies
 from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny
 from tests.unit.quant.loading import BF16, NF4, dequantized_reference, load, logits, reference, relative
 
@@ -34,6 +35,11 @@ ROUND: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 64},
 }  # fmt: skip
 UNLIKE_BITSANDBYTES = {"falcon"}  # transformers does not convert its own linear class
+
+# Relative difference of logits on the same bf16 weights. Measured: bit-equal where the CPU multiplies bf16 (AVX-512),
+# so that both sides run the same products; at most 2e-3 on AVX2, where ours sum in float32 (`quant.products`) and
+# PyTorch's own loops round in another order.
+SAME_WEIGHTS = 1e-3 if multiplies(torch.bfloat16) else 1e-2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -61,8 +67,7 @@ def test_logits_are_those_of_the_dequantized_weights(name: str, tmp_path: Path) 
         key = path if isinstance(model.get_submodule(path), QuantStack) else f"{path}.weight"
         # NF4's error on normal weights is 0.09 (0.087 to 0.097 here); wrong, transposed or swapped ones give 1.4
         assert 0.05 < relative(dequantized.get_parameter(key), plain.get_parameter(key)) < 0.12
-    # Measured: bit-equal on all of them, since both run the same products on the same bf16 weights.
-    assert relative(logits(model), logits(dequantized)) < 1e-3
+    assert relative(logits(model), logits(dequantized)) < SAME_WEIGHTS
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -121,7 +126,7 @@ def test_other_formats(name: str, spec: QuantSpec, tmp_path: Path) -> None:
     assert {type(model.get_submodule(path)) for path in report.quantized} <= {QuantLinear, QuantStack}
     assert bool(report.quantized) == (spec != BF16)
     expected = reference(folder) if spec == BF16 else dequantized_reference(folder, model)
-    assert relative(logits(model), logits(expected)) < 1e-3  # measured: bit-equal
+    assert relative(logits(model), logits(expected)) < SAME_WEIGHTS
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe"])
@@ -140,7 +145,7 @@ def test_tied_and_untied_heads(name: str, tmp_path: Path) -> None:
         model, _ = load(folder, NF4)
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert (head is embedding) == tied
-        assert relative(logits(model), logits(dequantized_reference(folder, model))) < 1e-3  # measured: bit-equal
+        assert relative(logits(model), logits(dequantized_reference(folder, model))) < SAME_WEIGHTS
 
 
 def _bitsandbytes(folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:

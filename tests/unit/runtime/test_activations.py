@@ -1,6 +1,8 @@
 """Recomputed blocks give the gradients of kept ones, bit by bit, and hold less memory."""
 
+import re
 from collections import UserDict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from tests.models import ARCHITECTURES, tiny_config, tiny_model
+from tests.unit.adapters.helpers import quantized_model, shake
 from tests.unit.runtime.memory import peak_bytes
 
 # every key under which the architectures know dropout; a config ignores those of others
@@ -59,6 +63,58 @@ def test_recompute_equals_keep(name: str) -> None:
         assert recomputed.keys() == kept.keys()
         for parameter, gradient in kept.items():
             assert torch.equal(gradient, recomputed[parameter]), f"{parameter} with {keep} blocks kept"
+
+
+LAST = {  # the layers that feed the sum at a block's end; Falcon adds both branches at once
+    "llama": {"mlp.down_proj"},
+    "gpt2": {"mlp.c_proj"},
+    "gemma2": set(),  # a norm reads the down projection
+    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},
+    "mixtral": set(),
+}
+
+
+def silence(model: nn.Module) -> None:
+    """No dropout in training mode."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that was not written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("targets", ["all-linear", ".*(q_proj|query_key_value|c_attn|Wqkv|qkv_proj|q_b_proj)"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_that_nobody_reads_are_left_out(name: str, targets: str) -> None:
+    model = quantized_model(name, dtype=torch.bfloat16)
+    silence(model)
+    if targets != "all-linear" and not any(re.fullmatch(targets, path) for path, _ in model.named_modules()):
+        pytest.skip("the architecture has no layer of these names")
+    inject_lora(model, targets=targets, rank=2)
+    shake(model)
+    model.train()
+    kept = gradients(model)
+    policy = apply_activation_policy(model, keep=0)
+    first, second = gradients(model), gradients(model)
+    left_out = [layer for unread in policy.unread for layer in unread.layers or ()]
+    policy.remove()
+    for found in (first, second):
+        assert all(torch.equal(found[key], gradient) for key, gradient in kept.items())
+    if name in LAST and targets == "all-linear":
+        paths = {path for path, module in model.named_modules() if any(module is layer for layer in left_out)}
+        assert {path.split(".", 3)[-1] for path in paths} == LAST[name]
+        assert len(paths) == 2 * len(LAST[name])
+    assert not any(getattr(module, "unread", False) for module in model.modules())
 
 
 def test_dropout_is_really_on() -> None:

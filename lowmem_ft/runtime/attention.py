@@ -1,0 +1,239 @@
+"""Attention as one operator whose memory is known: the same one in training and in planning.
+
+Which kernel PyTorch picks inside `scaled_dot_product_attention` depends on device, dtype, mask and strides, and on fake
+tensors it is another one than in the run that is planned. So the kernel is called by name here. On a CPU it works on
+a few heads of one row at a time: where the processor does not multiply 16-bit floats (`quant.products`) only those
+exist in fp32, and with grouped queries keys and values are repeated for those only.
+
+Registered with transformers as the attention implementation `ATTENTION`, for training and evaluation; whatever else a
+model asks for (a key-value cache, dropout, sinks) goes to transformers' own SDPA function.
+
+Letters in shapes: B rows, H query heads, G key-value heads, T positions, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lowmem_ft.data.isolation import ATTENTION
+from lowmem_ft.quant.products import multiplies
+
+_TILE_BYTES = 8 << 20  # of queries at a time, on a CPU
+_PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_cache", "cache_position"})
+
+
+def use_attention(model: PreTrainedModel) -> None:
+    """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA."""
+    if model.config._attn_implementation == "sdpa" and type(model)._supports_attention_backend:
+        AttentionInterface.register(ATTENTION, _transformers_attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.config._attn_implementation = ATTENTION
+
+
+def attention(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v for each head, causal where there is no mask; (B, T, H, E) in the dtype of q.
+
+    Args:
+        mask: boolean (B or 1, 1 or H, T, T), true where a position (third axis) sees another (last axis).
+
+    H is a multiple of G: query heads that follow each other share a key-value head.
+    """
+    result: Tensor = _Attention.apply(q_BHTE, k_BGTE, v_BGTE, mask, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, the output and one number per query; backward recomputes the scores (arXiv:2205.14135)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        gradients = torch.ops.lowmem_ft.attention_backward.default(dout, q, k, v, mask, out, lse, ctx.scale)
+        return *gradients, None, None
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E)."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    shapes = query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.shape[2] > 1
+    masked = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
+    asked = any(value is not None and value is not False for name, value in kwargs.items() if name not in _PLAIN)
+    if not shapes or dropout > 0 or asked or not (masked or (attention_mask is None and causal)):
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return result
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, attention_mask, scale), None
+
+
+torch.library.define(
+    "lowmem_ft::attention", "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "lowmem_ft::attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("lowmem_ft::attention")  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("lowmem_ft::attention_backward")  # type: ignore[untyped-decorator]
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _output(q_BHTE: Tensor) -> Tensor:
+    """Heads behind positions, as the output projection reads them."""
+    batch, heads, length, size = q_BHTE.shape
+    return q_BHTE.new_empty(batch, length, heads, size)
+
+
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for row, heads, groups, bias in _tiles(q, k, mask):
+        tile = _widened(q[row, heads], k[row, groups], v[row, groups])
+        out_tile, lse_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+            *tile, 0.0, mask is None, attn_mask=bias, scale=scale
+        )
+        out[row, :, heads] = out_tile[0].transpose(0, 1)
+        lse[row, heads] = lse_tile[0]
+    return out, lse
+
+
+def attention_backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for row, heads, groups, bias in _tiles(q, k, mask):
+        q_tile, k_tile, v_tile = _widened(q[row, heads], k[row, groups], v[row, groups])
+        dout_tile, out_tile = (t[row : row + 1, :, heads].transpose(1, 2).to(q_tile.dtype) for t in (dout, out))
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+            *(dout_tile, q_tile, k_tile, v_tile, out_tile, lse[row : row + 1, heads], 0.0, mask is None),
+            attn_mask=bias,
+            scale=scale,
+        )
+        dq[row, heads] = gradients[0][0]
+        for whole, repeated in ((dk, gradients[1]), (dv, gradients[2])):
+            if q.shape[1] == k.shape[1]:
+                whole[row, groups] = repeated[0]
+            else:  # summed in the kernel's dtype over the query heads that share a key-value head
+                whole[row, groups] = repeated[0].unflatten(0, (groups.stop - groups.start, -1)).sum(1)
+    return dq, dk, dv
+
+
+def _widened(q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> list[Tensor]:
+    """The heads of one row for the CPU kernel: in a dtype that it multiplies, keys and values for each query head."""
+    dtype = q_HTE.dtype if multiplies(q_HTE.dtype) else torch.float32
+    share = q_HTE.shape[0] // k_GTE.shape[0]
+    repeated = [t if share == 1 else t.repeat_interleave(share, 0) for t in (k_GTE.to(dtype), v_GTE.to(dtype))]
+    return [t.unsqueeze(0) for t in (q_HTE.to(dtype), *repeated)]
+
+
+def _tiles(q: Tensor, k: Tensor, mask: Tensor | None) -> Any:
+    """(row, its query heads, its key-value heads, additive mask or None) of each piece that is computed at once."""
+    share = q.shape[1] // k.shape[1]
+    at_once = max(1, _TILE_BYTES // (4 * share * q.shape[2] * q.shape[3]))
+    dtype = q.dtype if multiplies(q.dtype) else torch.float32
+    bias: Tensor | None = None
+    for row in range(q.shape[0]):
+        if mask is not None and (row == 0 or mask.shape[0] > 1):
+            bias = None  # freed before the next one is made
+            seen = mask[row : row + 1]
+            bias = torch.zeros(seen.shape, dtype=dtype, device=q.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        for first in range(0, k.shape[1], at_once):
+            groups = slice(first, min(first + at_once, k.shape[1]))
+            heads = slice(groups.start * share, groups.stop * share)
+            yield row, heads, groups, bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
+
+
+torch.library.impl("lowmem_ft::attention", "CPU", attention_cpu)
+torch.library.impl("lowmem_ft::attention_backward", "CPU", attention_backward_cpu)
+
+
+@torch.library.impl("lowmem_ft::attention", "CUDA")
+def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if _flash(q, mask):
+        result = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, False, scale=scale)
+    else:
+        k, v = _repeated(q, k), _repeated(q, v)
+        result = torch.ops.aten._scaled_dot_product_efficient_attention.default(
+            q, k, v, _bias(q, mask), True, 0.0, mask is None, scale=scale
+        )
+    return result[0].transpose(1, 2).contiguous(), result[1]
+
+
+@torch.library.impl("lowmem_ft::attention_backward", "CUDA")
+def _attention_backward_cuda(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    length, none = q.shape[2], torch.zeros(2, dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
+    if _flash(q, mask):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+        dq, dk, dv = flash(
+            *(dout, q, k, v, out, lse, None, None, length, length, 0.0, True, none, none[0]), scale=scale
+        )
+        return dq, dk, dv
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    dq, dk, dv, _ = efficient(
+        *(dout, q, _repeated(q, k), _repeated(q, v), _bias(q, mask), out, lse, none[0], none[1], 0.0),
+        *([True, True, True, False], mask is None),
+        scale=scale,
+    )
+    groups = k.shape[1]
+    return dq, *(t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
+
+
+def _flash(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether FlashAttention takes it: no mask, 16-bit floats, Ampere or newer, head sizes it is built for."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return mask is None and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _repeated(q: Tensor, k: Tensor) -> Tensor:
+    """Keys or values, one for each query head."""
+    share = q.shape[1] // k.shape[1]
+    return k if share == 1 else k.repeat_interleave(share, 1)
+
+
+def _bias(q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as the memory-efficient kernel wants it: additive, lines aligned to 16 elements, one for each head."""
+    if mask is None:
+        return None
+    length = q.shape[2]
+    lines = q.new_zeros(*mask.shape[:3], -(-length // 16) * 16)[..., :length]
+    lines.masked_fill_(~mask, torch.finfo(q.dtype).min)
+    return lines.expand(q.shape[0], q.shape[1], length, length)
