@@ -33,7 +33,7 @@ def plan(
     Args:
         model: a local folder or a hub id.
         budget: bytes that the process may take of the device, such as `8GiB`; None for what is free.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of a profile (`lowmem-ft profiles list`).
         seq_len: tokens of a sequence.
         tokens_per_step: tokens of an optimizer update.
         host_budget: bytes that the process may take of RAM when the device is a GPU.

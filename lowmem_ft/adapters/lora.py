@@ -249,8 +249,10 @@ def _adapted_row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) 
 
 def _rng_state(device: torch.device) -> Tensor:
     """State of the device's default generator (on the host; 16 bytes on CUDA, 5 KB on CPU)."""
-    if device.type in ("cpu", "meta"):
+    if device.type == "cpu":
         return torch.get_rng_state()
+    if device.type == "meta":  # simulated: as large, and seen by whoever traces
+        return torch.empty_like(torch.get_rng_state())
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
@@ -262,8 +264,8 @@ def _dropout_mask(like_NI: Tensor, p: float, *, replay: Tensor | None = None) ->
     it recomputes; or drawn again, from the generator state `replay`, which leaves the default generator alone.
     """
     generator = None
-    if replay is not None:
-        generator = torch.Generator(device="cpu" if like_NI.device.type == "meta" else like_NI.device)
+    if replay is not None and not like_NI.is_meta:
+        generator = torch.Generator(device=like_NI.device)
         generator.set_state(replay)
     return torch.empty_like(like_NI).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 

@@ -1,4 +1,4 @@
-"""The command line: `lowmem-ft demo | plan | train | eval | generate`."""
+"""The command line: `lowmem-ft demo | plan | train | eval | generate | profiles`."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.report.progress import Reporter
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune large language models inside the memory budget you name.",
 )
+
+app.add_typer(profiles_app, name="profiles")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
@@ -51,7 +54,7 @@ def plan(
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory of the device, such as 8GiB.")] = None,
     host_budget: Annotated[str | None, typer.Option(help="RAM, when the device is a GPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, or a profile's name.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of an optimizer update.")] = None,
     as_json: Json = False,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 
-from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.errors import UnsupportedError, nearest
+from lowmem_ft.planner.profile import Profile, load_profile, profile_names
 from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
 
@@ -26,6 +28,7 @@ class Device:
     Attributes:
         process_bytes: what the process takes of the device before a model is loaded.
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
+        present: False for a device that is known from its profile only: one can plan for it, not train on it.
     """
 
     name: str
@@ -36,10 +39,21 @@ class Device:
     process_bytes: int
     compute_dtype: Literal["bfloat16", "float16"]
     flops: float
+    present: bool = True
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as PyTorch names it."""
+        """The device as PyTorch names it.
+
+        Raises:
+            UnsupportedError: it is known from its profile only.
+        """
+        if not self.present:
+            raise UnsupportedError(
+                "This device is known from its profile only: one can plan for it here, not run on it.",
+                given=self.name,
+                fix="set budget.device: auto",
+            )
         return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,10 +62,13 @@ class Device:
 
 
 def find_device(name: str) -> Device:
-    """The device called `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
+    """The device called `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N`, or a profile's name.
+
+    `cpu` is always this machine's; the profile of that name describes another.
 
     Raises:
-        UnsupportedError: no such device on this machine.
+        UnsupportedError: no such device on this machine, and no such profile.
+        ConfigError: the profile's file is not valid.
     """
     kind, _, index = name.partition(":")
     if name == "auto":
@@ -61,8 +78,28 @@ def find_device(name: str) -> Device:
         return _cpu()
     if kind == "cuda" and (index or "0").isdigit() and f"cuda:{index or 0}" in present:
         return _cuda(int(index or 0))
+    if name in profile_names() or Path(name).suffix in (".yaml", ".yml"):
+        return _from_profile(load_profile(name))
+    close = nearest(name, [*present, *profile_names()])
     raise UnsupportedError(
-        "No such device.", given=name, allowed=", ".join(present), fix="set budget.device, or leave it at auto"
+        "No such device.",
+        given=name,
+        allowed=f"{', '.join(present)}, or a profile (`lowmem-ft profiles list`)",
+        fix=f"did you mean '{close}'?" if close else "set budget.device, or leave it at auto",
+    )
+
+
+def _from_profile(profile: Profile) -> Device:
+    return Device(
+        name=profile.name,
+        kind=profile.kind,
+        index=0,
+        memory_bytes=profile.memory_bytes.value,
+        free_bytes=profile.memory_bytes.value - profile.display_bytes.value,
+        process_bytes=profile.context_bytes.value,
+        compute_dtype=profile.fastest_dtype,
+        flops=profile.flops[profile.fastest_dtype].value,
+        present=False,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -78,13 +79,14 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def _computes_linear(cls: type[nn.Linear]) -> bool:
     """Whether the subclass's own forward, run on a small nn.Linear, does what nn.Linear does."""
-    for bias in (True, False):
-        probe = nn.Linear(3, 2, bias=bias, dtype=torch.float64, device="cpu")
-        x = torch.linspace(-1, 1, 12, dtype=torch.float64, device="cpu").view(4, 3)
-        try:
-            same = torch.allclose(cls.forward(probe, x), F.linear(x, probe.weight, probe.bias))
-        except Exception:  # it needs what an nn.Linear does not have, or returns something else: not plain
-            return False
-        if not same:
-            return False
-    return True
+    with unset_fake_temporarily():  # planning assembles under a fake mode, where no value can be compared
+        return all(_computes(cls, bias=bias) for bias in (True, False))
+
+
+def _computes(cls: type[nn.Linear], *, bias: bool) -> bool:
+    probe = nn.Linear(3, 2, bias=bias, dtype=torch.float64, device="cpu")
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64, device="cpu").view(4, 3)
+    try:
+        return torch.allclose(cls.forward(probe, x), F.linear(x, probe.weight, probe.bias))
+    except Exception:  # it needs what an nn.Linear does not have, or returns something else: not plain
+        return False

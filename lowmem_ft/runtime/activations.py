@@ -69,12 +69,18 @@ class _Random:
     device_state: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.device.type == "meta":  # simulated: as large, and seen by whoever traces
+            self.host_state = torch.empty_like(self.host_state, device="cpu")
         if self.device.type not in ("cpu", "meta"):
             self.device_state = torch.get_device_module(self.device).get_rng_state(self.device)
 
     def restored(self) -> Any:
         """A context in which the generators are as they were; afterwards they are as before."""
         stack = ExitStack()
+        if self.device.type == "meta":
+            before = torch.empty_like(self.host_state)
+            stack.callback(before.size)  # held until then, as `fork_rng` holds it
+            return stack
         if self.device_state is None:
             stack.enter_context(torch.random.fork_rng(devices=[]))
         else:

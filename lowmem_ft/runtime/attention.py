@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask, sliding_window_causal_mask_function
 
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.quant.products import multiplies
@@ -33,7 +33,7 @@ def use_attention(model: PreTrainedModel) -> None:
     """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA."""
     if model.config._attn_implementation == "sdpa" and type(model)._supports_attention_backend:
         AttentionInterface.register(ATTENTION, _transformers_attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION, _transformers_mask)
         model.config._attn_implementation = ATTENTION
 
 
@@ -91,6 +91,22 @@ def _transformers_attention(
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(query, key, value, attention_mask, scale), None
+
+
+def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' SDPA mask: none where plain causal attention is meant, and one for all rows where a window is.
+
+    To see which, transformers looks at the values of position ids, which a simulated run does not have: there it would
+    make a mask for each row. Packed rows never come here, since their masks are made by us.
+    """
+    window = kwargs.get("local_size")
+    simulated = torch.device(kwargs.get("device", "cpu")).type == "meta"
+    if simulated and kwargs.get("attention_mask") is None:
+        if window is None or kwargs["kv_length"] < window:
+            return None
+        kwargs["mask_function"] = sliding_window_causal_mask_function(window)
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
 
 
 torch.library.define(

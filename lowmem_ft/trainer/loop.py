@@ -22,6 +22,7 @@ from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.loader import BatchLoader, eval_batches
+from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.page import run_page
@@ -122,8 +123,8 @@ def evaluate(ready: Assembled, config: RunConfig, plan: Plan, examples: list[Exa
 
 
 def device_of(plan: Plan) -> torch.device:
-    """The device that a plan was made for."""
-    return torch.device("cuda", plan.device["index"]) if plan.device["kind"] == "cuda" else torch.device("cpu")
+    """The device that a plan was made for. Raises UnsupportedError if it is not on this machine."""
+    return Device(**plan.device).torch_device
 
 
 def _pad_id(ready: Assembled) -> int:

@@ -14,6 +14,7 @@ from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.footprint import Footprint
 from lowmem_ft.planner.solver import make_plan, require_fit
+from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
 GIB = 2**30
@@ -117,6 +118,19 @@ def test_devices() -> None:
     assert cpu.kind == "cpu"
     assert 0 < cpu.process_bytes < cpu.free_bytes <= cpu.memory_bytes + cpu.process_bytes
     assert cpu.flops > 1e9
+    assert find_device("cpu").torch_device == torch.device("cpu")
     for name in ("cuda:99", "tpu", "cpu:1", "cuda:x"):
         with pytest.raises(UnsupportedError, match="No such device"):
             find_device(name)
+
+
+def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:
+    plan = make_plan(config(models["llama"], budget={"device": "colab-t4-16gb"}))
+    assert plan.fits
+    assert plan.device["kind"] == "cuda"
+    assert plan.policy.compute_dtype == "float16", "a T4 has no bf16"
+    assert plan.budget["device_bytes"] < 16 * GIB
+    with pytest.raises(UnsupportedError, match="known from its profile only"):
+        loop.device_of(plan)
+    with pytest.raises(UnsupportedError, match="did you mean 'rtx-3060-12gb'"):
+        find_device("rtx-3060-12g")

@@ -294,7 +294,7 @@ def test_recomputing_holds_one_block_at_a_time() -> None:
 
 
 def test_runs_on_fake_tensors() -> None:
-    with FakeTensorMode(), torch.device("meta"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16).train()
         model.requires_grad_(False)
         model.model.layers[0].mlp.down_proj.weight.requires_grad_()

@@ -1,0 +1,104 @@
+"""`lowmem-ft profiles list | show`: the devices that a plan can be made for without having one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_ft.core.sizes import format_size
+from lowmem_ft.planner.profile import Bytes, Profile, Rate, load_profile, profile_names
+
+profiles_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Facts of devices that plans are made for.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+
+
+@profiles_app.command("list")
+def list_profiles(as_json: Json = False) -> None:
+    """The shipped profiles."""
+    profiles = [load_profile(name) for name in profile_names()]
+    if as_json:
+        print(json.dumps([_summary(profile) for profile in profiles]))
+        return
+    header = ("name", "device", "memory", "dtype", "compute", "bandwidth")
+    _print([_row(profile) for profile in profiles], header, title="Device profiles")
+
+
+@profiles_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name from `profiles list`, or a YAML file.")], as_json: Json = False
+) -> None:
+    """Every figure of a profile, with how it was found, when and where."""
+    profile = load_profile(name)
+    if as_json:
+        print(json.dumps(profile.model_dump(mode="json")))
+        return
+    facts = [profile.title, f"kind {profile.kind}", f"architecture {profile.architecture}"]
+    if profile.compute_capability is not None:
+        facts += [f"compute capability {profile.compute_capability}", f"{profile.sm_count} SMs"]
+    rows = [
+        (key, format_figure(key, figure), figure.how, figure.date.isoformat(), figure.source)
+        for key, figure in profile.figures().items()
+    ]
+    print(f"{profile.name}: {', '.join(facts)}")
+    _print(rows, ("figure", "value", "how", "date", "source"))
+
+
+def format_figure(key: str, figure: Bytes | Rate) -> str:
+    """A figure with its unit: `11.63 GiB`, `25.5 TFLOP/s`, `360 GB/s`."""
+    if isinstance(figure, Bytes):
+        return format_size(figure.value)
+    unit = "FLOP/s" if key.startswith("flops.") else "B/s"
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        # bandwidths are compared in GB/s, also above a thousand
+        if figure.value >= factor and not (prefix == "T" and unit == "B/s"):
+            return f"{figure.value / factor:.4g} {prefix}{unit}"
+    return f"{figure.value:.4g} {unit}"
+
+
+def _row(profile: Profile) -> tuple[str, ...]:
+    dtype = profile.fastest_dtype
+    return (
+        profile.name,
+        profile.title,
+        format_figure("memory_bytes", profile.memory_bytes),
+        dtype,
+        format_figure("flops.", profile.flops[dtype]),
+        format_figure("memory_bandwidth", profile.memory_bandwidth),
+    )
+
+
+def _summary(profile: Profile) -> dict[str, str | int | float]:
+    return {
+        "name": profile.name,
+        "title": profile.title,
+        "kind": profile.kind,
+        "architecture": profile.architecture,
+        "memory_bytes": profile.memory_bytes.value,
+        "dtype": profile.fastest_dtype,
+        "flops": profile.flops[profile.fastest_dtype].value,
+        "memory_bandwidth": profile.memory_bandwidth.value,
+    }
+
+
+def _print(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], title: str | None = None) -> None:
+    """A table on a terminal; piped, one line per row with tabs between the columns."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
