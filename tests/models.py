@@ -123,3 +123,14 @@ def save_tiny(name: str, folder: Path, *, max_shard_size: str = "5GB", seed: int
     """Write a tiny checkpoint (config and safetensors, no tokenizer) into `folder` and return it."""
     tiny_model(name, seed=seed, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, in which training mode drops nothing."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -85,15 +84,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scratch, self._whole = scratch, whole
         self._alive: dict[int, tuple[weakref.ref[Any], int, Tier]] = {}  # by the storage's address
         self._op, self._keys = "", 0
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Name what happens within."""
-        before, self.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.phase = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

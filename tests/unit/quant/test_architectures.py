@@ -18,7 +18,7 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.loader import head_path, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.products import multiplies
-from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny
+from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny, without_dropout
 from tests.unit.quant.loading import BF16, NF4, dequantized_reference, load, logits, reference, relative
 
 # Sizes that bitsandbytes' CPU kernel dequantizes rightly (rows a multiple of 64), for comparisons with it
@@ -151,11 +151,4 @@ def test_tied_and_untied_heads(name: str, tmp_path: Path) -> None:
 def _bitsandbytes(folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
     """transformers + bitsandbytes in train mode without dropout: its eval path repacks weights and loses precision."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
-    model.train()
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(module, key, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    return without_dropout(model.train())

@@ -17,7 +17,7 @@ from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from tests.models import ARCHITECTURES, tiny_config, tiny_model
+from tests.models import ARCHITECTURES, tiny_config, tiny_model, without_dropout
 from tests.unit.adapters.helpers import quantized_model, shake
 from tests.unit.runtime.memory import peak_bytes
 
@@ -74,16 +74,6 @@ LAST = {  # the layers that feed the sum at a block's end; Falcon adds both bran
 }
 
 
-def silence(model: nn.Module) -> None:
-    """No dropout in training mode."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(module, key, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Memory that was not written holds NaN."""
@@ -97,7 +87,7 @@ def poison() -> Iterator[None]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_products_that_nobody_reads_are_left_out(name: str, targets: str) -> None:
     model = quantized_model(name, dtype=torch.bfloat16)
-    silence(model)
+    without_dropout(model)
     if targets != "all-linear" and not any(re.fullmatch(targets, path) for path, _ in model.named_modules()):
         pytest.skip("the architecture has no layer of these names")
     inject_lora(model, targets=targets, rank=2)
