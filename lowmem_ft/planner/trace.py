@@ -44,10 +44,9 @@ class Event:
 
 @dataclass(slots=True)
 class Trace:
-    """Events in order, and the number of operators that ran."""
+    """Events in order."""
 
     events: list[Event] = field(default_factory=list)
-    ops: int = 0
 
     def curve(self, tier: Tier | None = None) -> Iterator[int]:
         """Bytes held after each event; of both tiers together without `tier` (a CPU, where they are the same)."""
@@ -90,7 +89,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         self._op = str(func)
-        self.trace.ops += 1
         implementation = self._whole.get(func)
         if implementation is not None:
             with self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,11 +24,7 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
     before = held_bytes() - sum(tensor.nbytes for batch in batches for tensor in _tensors(batch))
     ready = assemble(config, policy, torch.device("cpu"))
     held = held_bytes() - before
-    level = peak = 0
-    for nbytes in allocator_events(lambda: train_step(ready, batches, lr=1e-4)):
-        level += nbytes
-        peak = max(peak, level)
-    return held + peak
+    return held + max(accumulate(allocator_events(lambda: train_step(ready, batches, lr=1e-4))))
 
 
 def held_bytes() -> int:
@@ -45,7 +42,8 @@ def allocator_events(function: Callable[[], object]) -> list[int]:
     """Bytes that `function` takes (> 0) and gives back (< 0) on the CPU, in order."""
     gc.collect()  # what an earlier step left must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
+        kept = function()  # what it returns counts as held
+    del kept
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

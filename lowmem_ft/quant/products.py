@@ -111,16 +111,7 @@ def _product(
 
 
 @torch.library.register_fake("lowmem_ft::product")  # type: ignore[untyped-decorator]
-def _(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    c: Tensor | None,
-    by: Tensor | None,
-    d: Tensor | None,
-    alpha: float,
-) -> None:
+def _(out: Tensor, a: Tensor, b: Tensor, *_: object) -> None:
     assert a.ndim == b.ndim == 2
     assert a.dtype == b.dtype == out.dtype, (a.dtype, b.dtype, out.dtype)
     assert (a.shape[0], a.shape[1], b.shape[1]) == (out.shape[0], b.shape[0], out.shape[1])
