@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.allocator import CachingAllocator, OutOfDeviceMemory
-from tests.unit.planner.test_allocator import random_trace
+from tests.unit.planner.test_allocator_traces import random_trace
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent.parent
