@@ -25,8 +25,9 @@ from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.loader import effective_spec, head_path, load_weights, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.swap import swap_quantized
-from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.activations import ActivationPolicy, apply_activation_policy
 from lowmem_ft.runtime.attention import use_attention
+from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
@@ -47,6 +48,7 @@ class Assembled:
     head: Head
     loss_chunk_tokens: int
     grad_clip: float | None
+    activations: ActivationPolicy
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -85,6 +87,7 @@ def assemble(
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=_attention(checkpoint.config))
     use_attention(model)
+    use_experts(model)
     spec = QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
     if simulated:
         head_module = head_path(model)
@@ -117,8 +120,8 @@ def assemble(
         head=head_of(equipped),  # after the adapter, which may have put a trained copy in its place
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
+        activations=apply_activation_policy(model, keep=policy.keep_blocks),
     )
-    apply_activation_policy(model, keep=policy.keep_blocks)
     if optimizer:
         _add_optimizer(ready, config, policy)
     ready.model.train()

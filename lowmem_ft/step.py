@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem_ft.core.errors import DataError, LowMemError
 from lowmem_ft.data.isolation import attention_inputs
@@ -193,7 +192,7 @@ def _prompted_hidden_states(model: Any, causal: Any, decoder: nn.Module, batch: 
 
 def _values(*scalars: Tensor) -> list[float]:
     """The numbers in fp32 scalars, waiting for the device once. A simulated step has none: they read as zero."""
-    if any(isinstance(scalar, FakeTensor) for scalar in scalars):
+    if any(scalar.is_meta for scalar in scalars):
         return [0.0] * len(scalars)
     values: list[float] = torch.stack(scalars).tolist()
     return values

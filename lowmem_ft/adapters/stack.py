@@ -128,7 +128,7 @@ class LoraStack(nn.Module):
         stack: QuantStack | DenseStack = self.__dict__["stack"]
         if not self.enabled:
             return stack.matmul(x, e, transposed)
-        A_EKI, B_EOK = self._factors or self._split()
+        A_EKI, B_EOK = self.factors()
         A_KI, B_OK = A_EKI[e], B_EOK[e]
         if transposed != self.is_transposed:  # the product runs from peft's "out" to its "in"
             A_KI, B_OK = B_OK.t(), A_KI.t()
@@ -152,6 +152,10 @@ class LoraStack(nn.Module):
 
     def _after_forward(self, *_: object) -> None:
         self._factors = None
+
+    def factors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A (K, in) and B (out, K) of each expert."""
+        return self._factors or self._split()
 
     def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A (K, in) and B (out, K) of each expert, as views."""

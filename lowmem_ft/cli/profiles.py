@@ -1,9 +1,10 @@
-"""`lowmem-ft profiles list | show`: the devices that a plan can be made for without having one."""
+"""`lowmem-ft profiles list | show | measure`: the devices that a plan can be made for without having one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.planner.profile import Bytes, Profile, Rate, load_profile, profile_names
+from lowmem_ft.planner.profile import Bytes, Profile, Rate, load_profile, profile_names, write_profile
+from lowmem_ft.report.progress import Reporter
 
 profiles_app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +21,12 @@ profiles_app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Facts of devices that plans are made for.",
 )
+
+# of figures by a part of their key; all others are bytes per second
+UNITS = {
+    **dict.fromkeys(("flops.", "attention", "loops"), "FLOP/s"),
+    **dict.fromkeys(("dequantize", "updates", "draws", "calls"), "/s"),
+}
 
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
@@ -32,6 +40,23 @@ def list_profiles(as_json: Json = False) -> None:
         return
     header = ("name", "device", "memory", "dtype", "compute", "bandwidth")
     _print([_row(profile) for profile in profiles], header, title="Device profiles")
+
+
+@profiles_app.command("measure")
+def measure_device(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Default: the profile's name and .yaml.")] = None,
+) -> None:
+    """Measure this machine in under a minute, and write a profile that `plan --device FILE` takes."""
+    from lowmem_ft.planner.device import find_device
+    from lowmem_ft.planner.measure import measure
+
+    found = find_device(device)
+    with Reporter().task(f"Measuring {found.name}", unit="figures") as update:
+        profile = measure(found, done=update)
+    path = out or Path(f"{profile.name}.yaml")
+    write_profile(profile, path)
+    print(f"{path}: {len(profile.figures())} figures. Plan for it with --device {path}")
 
 
 @profiles_app.command()
@@ -58,8 +83,8 @@ def format_figure(key: str, figure: Bytes | Rate) -> str:
     """A figure with its unit: `11.63 GiB`, `25.5 TFLOP/s`, `360 GB/s`."""
     if isinstance(figure, Bytes):
         return format_size(figure.value)
-    unit = "FLOP/s" if key.startswith("flops.") else "B/s"
-    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    unit = next((unit for part, unit in UNITS.items() if part in key), "B/s")
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         # bandwidths are compared in GB/s, also above a thousand
         if figure.value >= factor and not (prefix == "T" and unit == "B/s"):
             return f"{figure.value / factor:.4g} {prefix}{unit}"

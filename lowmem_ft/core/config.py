@@ -140,9 +140,15 @@ class TrainConfig(Section):
 
 
 class PolicyConfig(Section):
-    """Decisions pinned by the user; None leaves them to the planner."""
+    """What the planner goes for, and decisions pinned by the user; None leaves them to the planner.
 
+    `objective`: the fastest step (speed), the longest sequence that fits (context; it takes the place of data.seq_len),
+    the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones.
+    """
+
+    objective: Literal["speed", "context", "batch", "memory"] = "speed"
     resident_blocks: Annotated[int, Field(ge=0)] | None = None
+    keep_blocks: Annotated[int, Field(ge=0)] | None = None
     activations: Literal["keep", "recompute", "offload"] | None = None
     micro_batch_tokens: Positive | None = None
     loss_chunk_tokens: Positive | None = None

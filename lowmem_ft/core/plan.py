@@ -9,7 +9,7 @@ import dataclasses
 import html
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -72,6 +72,35 @@ class Predicted:
     tokens_per_second: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A policy that was weighed, and its price: peak bytes and the speed of a training step."""
+
+    policy: Policy
+    allocated_peak_bytes: int
+    process_peak_bytes: int
+    step_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One change of the config that makes a run fit which does not, and what it then takes."""
+
+    key: str  # dotted, as in YAML and on the command line
+    value: Any
+    process_peak_bytes: int
+    tokens_per_second: float
+
+
+class Sample(NamedTuple):
+    """Allocated device bytes at one moment of a training step; `block` is the decoder layer at work."""
+
+    nbytes: int
+    phase: str  # load, forward, loss, backward, update
+    block: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A policy, proven or refused for one model, device and budget.
@@ -84,6 +113,10 @@ class Plan:
         phases: peak bytes of each phase (`load`, `train`, `eval`, `save`, `merge`) by tier.
         breakdown: allocated bytes at the training peak, by what holds them.
         alternatives: other policies that fit, each safer (smaller) than the one before.
+        reason: why this policy, or what binds where nothing fits; one sentence.
+        changes: where nothing fits, the cheapest changes of the config that would make it fit.
+        frontier: of all policies that were weighed those that no other beats in both memory and speed, by memory.
+        timeline: of one training step of the policy, in order; thinned, but every block's peak is in it.
         config: the resolved RunConfig as a mapping.
     """
 
@@ -95,7 +128,11 @@ class Plan:
     predicted: Predicted
     phases: dict[str, dict[str, int]]
     breakdown: dict[str, int]
-    alternatives: tuple[Policy, ...] = ()
+    alternatives: tuple[Candidate, ...] = ()
+    reason: str = ""
+    changes: tuple[Change, ...] = ()
+    frontier: tuple[Candidate, ...] = ()
+    timeline: tuple[Sample, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +166,10 @@ class Plan:
             fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             fields["policy"] = Policy(**fields["policy"])
             fields["predicted"] = Predicted(**fields["predicted"])
-            fields["alternatives"] = tuple(Policy(**policy) for policy in fields["alternatives"])
+            for name in ("alternatives", "frontier"):
+                fields[name] = tuple(_candidate(item) for item in fields[name])
+            fields["changes"] = tuple(Change(**item) for item in fields["changes"])
+            fields["timeline"] = tuple(Sample(*item) for item in fields["timeline"])
         except (KeyError, TypeError) as error:
             raise ConfigError("The plan is incomplete.", given=f"{error}", fix="plan again") from None
         return cls(**fields)
@@ -156,3 +196,7 @@ class Plan:
     def _repr_html_(self) -> str:
         cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
         return f"<table>{cells}</table>"
+
+
+def _candidate(data: dict[str, Any]) -> Candidate:
+    return Candidate(**{**data, "policy": Policy(**data["policy"])})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,16 @@ import psutil
 import torch
 
 from lowmem_ft.core.errors import UnsupportedError, nearest
+from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import Profile, load_profile, profile_names
+from lowmem_ft.planner.trace import Cost
 from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
 
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
 # where nvidia-ml-py (extra `gpu`) is not there to measure it.
 CUDA_CONTEXT_BYTES = 670 * 10**6
+SIMILAR_TO_CUDA = "rtx-3090-24gb"  # whose ratios of bandwidth to arithmetic are taken for a card without a profile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ class Device:
     Attributes:
         process_bytes: what the process takes of the device before a model is loaded.
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
+        profile: name or file of its profile, if that is where the facts come from.
         present: False for a device that is known from its profile only: one can plan for it, not train on it.
     """
 
@@ -40,6 +44,7 @@ class Device:
     compute_dtype: Literal["bfloat16", "float16"]
     flops: float
     present: bool = True
+    profile: str | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -79,7 +84,7 @@ def find_device(name: str) -> Device:
     if kind == "cuda" and (index or "0").isdigit() and f"cuda:{index or 0}" in present:
         return _cuda(int(index or 0))
     if name in profile_names() or Path(name).suffix in (".yaml", ".yml"):
-        return _from_profile(load_profile(name))
+        return _from_profile(load_profile(name), name)
     close = nearest(name, [*present, *profile_names()])
     raise UnsupportedError(
         "No such device.",
@@ -89,7 +94,18 @@ def find_device(name: str) -> Device:
     )
 
 
-def _from_profile(profile: Profile) -> Device:
+def cost_of(device: Device) -> Cost:
+    """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, in proportion."""
+    profile = load_profile(device.profile or ("cpu" if device.kind == "cpu" else SIMILAR_TO_CUDA))
+    rates = Rates.of(profile)
+    if device.profile is None:
+        faster = device.flops / profile.flops[device.compute_dtype].value
+        products = {dtype: rate * faster for dtype, rate in rates.products.items()}
+        rates = replace(rates, products=products)
+    return CostModel(rates, kind=device.kind).seconds
+
+
+def _from_profile(profile: Profile, name: str) -> Device:
     return Device(
         name=profile.name,
         kind=profile.kind,
@@ -100,6 +116,7 @@ def _from_profile(profile: Profile) -> Device:
         compute_dtype=profile.fastest_dtype,
         flops=profile.flops[profile.fastest_dtype].value,
         present=False,
+        profile=name,
     )
 
 

@@ -51,6 +51,31 @@ class Rate(Figure):
     value: Annotated[float, Field(gt=0)]
 
 
+class Measured(Section):
+    """What the device reaches in the operations of a training step, by `lowmem-ft profiles measure`.
+
+    Attributes:
+        attention_forward, attention_backward: floating-point operations per second of the attention kernel.
+        elementwise: bytes per second, read and written.
+        dequantize_4bit, dequantize_8bit: values per second.
+        updates: elements per second that 8-bit AdamW updates.
+        draws: random values per second, as dropout draws them.
+        calls: operations per second on tensors so small that only the call counts.
+        loops: floating-point operations per second of PyTorch's own bf16 products, where the processor has no bf16
+            units; None where it has.
+    """
+
+    attention_forward: Rate
+    attention_backward: Rate
+    elementwise: Rate
+    dequantize_4bit: Rate
+    dequantize_8bit: Rate
+    updates: Rate
+    draws: Rate
+    calls: Rate
+    loops: Rate | None = None
+
+
 class Profile(Section):
     """Facts of one device. Each figure's number is its `.value`.
 
@@ -65,6 +90,7 @@ class Profile(Section):
         memory_bandwidth: bytes per second between the device's memory and its processor.
         link_to_device, link_to_host: bytes per second of pinned copies, one direction at a time.
         disk_read: bytes per second, sequential, not from the page cache.
+        measured: then `flops`, too, are what was reached, not a datasheet's; None for a device that nobody measured.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -81,6 +107,7 @@ class Profile(Section):
     link_to_device: Rate
     link_to_host: Rate
     disk_read: Rate
+    measured: Measured | None = None
 
     @model_validator(mode="after")
     def _facts_agree(self) -> Self:
@@ -129,6 +156,8 @@ class Profile(Section):
                 found[key] = value
             elif isinstance(value, dict):
                 found |= {f"{key}.{name}": figure for name, figure in value.items()}
+            elif isinstance(value, Measured):
+                found |= {f"{key}.{name}": figure for name, figure in value if figure is not None}
         return found
 
 

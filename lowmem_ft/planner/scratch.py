@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowmem_ft.planner.trace import Scratch
+from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
 
 
@@ -20,6 +22,11 @@ def scratch_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Scratch]:
 def whole_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Callable[..., Any]]:
     """Our own operators that are traced as their implementation for the device, with all that it allocates."""
     return _WHOLE_CPU if kind == "cpu" else {}
+
+
+def _overloads(names: Iterable[str]) -> list[Any]:
+    """aten's operators of these names, `op.overload`."""
+    return [getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in names]
 
 
 def _flash_blocks(q: Tensor) -> tuple[int, int, int]:
@@ -41,12 +48,79 @@ def _flash_backward(dout: Tensor, q: Tensor, *_: Any, **__: Any) -> list[int]:
     return [8 * threads * queries * keys, rounded, 4 * queries]
 
 
+def _product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    c: Tensor | None,
+    by: Tensor | None,
+    d: Tensor | None,
+    *_: Any,
+) -> list[int]:
+    """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats."""
+    if c is None or multiplies(a.dtype):
+        return []
+    factors = [4 * factor.numel() for factor in (by, d) if factor is not None]
+    return [*factors, 4 * min(TILE, c.shape[0]) * c.shape[1]]
+
+
 def _vector_norm(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> list[int]:
     """On the CPU a norm in another dtype is taken of a copy."""
     return [] if dtype in (None, x.dtype) else [x.numel() * dtype.itemsize]
 
 
+def _sum(
+    x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> list[int]:
+    """On the CPU a sum in another dtype is taken of a copy. One of 16-bit floats, too, if it goes over more than the
+    two innermost dimensions: aten/native/ReduceOps.cpp (`should_use_acc_buffer`) then adds up a copy in fp32.
+    """
+    if dtype not in (None, x.dtype):
+        return [x.numel() * dtype.itemsize]
+    if x.dtype not in (torch.bfloat16, torch.float16) or not _reduces_outer_dimension(x, dims):
+        return []
+    reduced = {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
+    kept = math.prod(size for dim, size in enumerate(x.shape) if dim not in reduced)
+    return [4 * kept, 4 * x.numel()]
+
+
+def _reduces_outer_dimension(x: Tensor, dims: Sequence[int] | None) -> bool:
+    """Whether it is summed over a dimension beyond the two innermost, neighbours merged as PyTorch does."""
+    reduced = {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
+    order = sorted((x.stride(dim), dim) for dim in range(x.ndim) if x.shape[dim] > 1)
+    merged: list[tuple[int, bool]] = []  # stride of the next dimension that would continue this one, reduced
+    for stride, dim in order:
+        if merged and merged[-1] == (stride, dim in reduced):
+            merged.pop()
+        merged.append((stride * x.shape[dim], dim in reduced))
+    return any(summed for _, summed in merged[2:])
+
+
+def _scatter(x: Tensor, *_: Any, **__: Any) -> list[int]:
+    """On the CPU 16-bit floats are scattered into a copy in fp32 (aten/native/cpu/ScatterGatherKernel.cpp)."""
+    return [4 * x.numel()] if x.dtype in (torch.bfloat16, torch.float16) else []
+
+
+def _sort(x: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Values and positions are sorted in place; one more copy of the values was measured."""
+    return [x.nbytes]
+
+
+_SCATTERS = (
+    "scatter.src",
+    "scatter.value",
+    "scatter_.src",
+    "scatter_.value",
+    "scatter_add.default",
+    "scatter_add_.default",
+)
 _CPU: Mapping[Any, Scratch] = {
+    **dict.fromkeys(_overloads(_SCATTERS), _scatter),
+    torch.ops.lowmem_ft.product.default: _product,
+    torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten.sum.dim_IntList: _sum,
+    torch.ops.aten.sum.default: _sum,
     torch.ops.aten.linalg_vector_norm.default: _vector_norm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,

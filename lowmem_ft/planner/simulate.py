@@ -1,27 +1,28 @@
-"""A run on fake tensors: the trainer's own code, without weights and without the device that is planned for.
+"""A run without data: the trainer's own code, without weights and without the device that is planned for.
 
-`assemble` and `train_step` run unchanged under FakeTensorMode. What lies on the device is on `meta`, what lies on the
-host on `cpu`; where the device is a CPU both are the same memory.
+`assemble` and `train_step` run unchanged on tensors that have a shape and no data. What lies on the device is on
+`meta`, what lies on the host on `cpu`; where the device is a CPU both are the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.planner.scratch import scratch_of, whole_of
-from lowmem_ft.planner.trace import Trace, Tracer
-from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.planner.sdpa import planned_attention
+from lowmem_ft.planner.trace import Cost, Trace, Tracer
+from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.step import eval_step, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
@@ -35,7 +36,7 @@ class Simulation:
     """What a simulated run allocated, in bytes.
 
     Attributes:
-        trace: of loading, one training step and one evaluation step.
+        trace: of one training step and one evaluation step, after the births of what is held.
         held: by the weights, the adapter, its gradients and the optimizer, before the step.
         train_peak, eval_peak: the most held at once, on the device and the host together.
         unseen: what is in both peaks beside the trace's own.
@@ -63,7 +64,7 @@ class Simulation:
 def simulate(
     config: RunConfig, policy: Policy, *, kind: Literal["cpu", "cuda"], loss_tokens: int | None = None
 ) -> Simulation:
-    """Run one step of `config` under `policy` on fake tensors.
+    """Run one step of `config` under `policy` without data.
 
     The step has one micro-batch: all of them allocate the same, and what the others hold (their token ids) is added.
 
@@ -71,28 +72,172 @@ def simulate(
         kind: of the device that is planned for.
         loss_tokens: of each micro-batch; by default all of its tokens, which is the most.
     """
-    tracer = Tracer(scratch_of(kind), whole_of(kind))
-    with FakeTensorMode(allow_non_fake_inputs=True), tracer:
-        ready = assemble(config, policy, torch.device("meta"))
-        held = sum(event.nbytes for event in tracer.trace.events)
-        with _marked(tracer, ready.model), torch.device("cpu"):
-            tracer.phase = "forward"
-            batch = _batch(config, policy, kind, loss_tokens)
-            train_step(ready, [batch], lr=1e-4)
-            trained = len(tracer.trace.events)
-        tracer.phase, tracer.block = "eval", None
-        with torch.device("cpu"):
-            eval_step(ready, batch)
-    levels = list(tracer.trace.curve())
-    others = (policy.accumulation - 1) * policy.micro_batch_tokens * BATCH_BYTES_PER_TOKEN
-    unseen = UNSEEN_BYTES + others
+    stage = Stage(config, policy, kind=kind)
+    trace = stage.step(policy, keep=policy.keep_blocks, loss_tokens=loss_tokens)
+    trained = len(trace.events)
+    stage.evaluate(policy, loss_tokens=loss_tokens)
+    levels = list(trace.curve())
+    unseen = unseen_bytes(policy)
     return Simulation(
-        trace=tracer.trace,
-        held=held,
+        trace=trace,
+        held=stage.held,
         train_peak=max(levels[:trained]) + unseen,
         eval_peak=max(levels[trained:]) + unseen,
         unseen=unseen,
     )
+
+
+def unseen_bytes(policy: Policy) -> int:
+    """What a step under `policy` holds beside its trace."""
+    return UNSEEN_BYTES + (policy.accumulation - 1) * policy.micro_batch_tokens * BATCH_BYTES_PER_TOKEN
+
+
+class Stage:
+    """A model that is assembled once without data, and steps of it under different decisions.
+
+    Args:
+        policy: of it precision, compute dtype and optimizer hold for all steps.
+        kind: of the device that is planned for.
+        cost: see `Tracer`.
+
+    Attributes:
+        ready: the assembled model.
+        held: bytes of weights, adapter, gradients and optimizer.
+        blocks: the decoder layers.
+    """
+
+    def __init__(
+        self, config: RunConfig, policy: Policy, *, kind: Literal["cpu", "cuda"], cost: Cost | None = None
+    ) -> None:
+        self.config, self.kind = config, kind
+        self.tracer = Tracer(scratch_of(kind), whole_of(kind), cost)
+        with self.tracer:
+            self.ready = assemble(config, policy, torch.device("meta"))
+        self.ready.activations.remove()  # each step decides anew
+        self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
+        self.held = sum(event.nbytes for event in self.tracer.trace.events)
+        self.blocks = find_blocks(self.ready.model)[1]
+        self._unread: dict[nn.Module, list[Any] | None] = {}  # by block, as backward has found them
+
+    def step(
+        self,
+        policy: Policy,
+        *,
+        keep: int,
+        only: Sequence[int] | None = None,
+        update: bool = True,
+        settled: bool = False,
+        loss_tokens: int | None = None,
+    ) -> Trace:
+        """The trace of a training step with one micro-batch, after the births of all that is held.
+
+        Args:
+            policy: of it micro-batch and loss chunk hold; `keep` takes the place of its count.
+            keep: blocks that keep their activations, the last ones.
+            only: the blocks that run; by default all. The update is always that of all.
+            update: without it the optimizer does nothing, as it depends on neither micro-batch nor activations.
+            settled: as a later micro-batch, in which recomputing leaves out what an earlier backward found unread.
+        """
+        tracer = self.tracer
+        with only_blocks(self.ready.model, only), planned_attention(find_blocks(self.ready.model)[1], self.kind):
+            activations = apply_activation_policy(causal_model(self.ready.model), keep=keep)
+            recomputing = list(zip(find_blocks(self.ready.model)[1], activations.unread, strict=False))
+            if settled:
+                for block, unread in recomputing:
+                    unread.layers = self._unread.get(block)
+            tracer.begin()
+            with tracer, _marked(tracer, self.ready.model):
+                tracer.phase, tracer.block = "forward", None
+                ready: Any = replace(self.ready, loss_chunk_tokens=policy.loss_chunk_tokens)
+                ready.optimizer = _Update(self, run=update)
+                train_step(ready, [_batch(self.config, policy, self.kind, loss_tokens)], lr=1e-4)
+            self._unread.update((block, unread.layers) for block, unread in recomputing)
+            activations.remove()
+        return tracer.trace
+
+    def evaluate(self, policy: Policy, *, only: Sequence[int] | None = None, loss_tokens: int | None = None) -> Trace:
+        """The same trace, gone on with an evaluation step."""
+        tracer, ready = self.tracer, replace(self.ready, loss_chunk_tokens=policy.loss_chunk_tokens)
+        with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
+            tracer.phase, tracer.block = "eval", None
+            eval_step(ready, _batch(self.config, policy, self.kind, loss_tokens))
+        return tracer.trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A stage's optimizer, which marks its work in the trace and updates also what no gradient has reached."""
+
+    stage: Stage
+    run: bool
+
+    def set_lr(self, lr: float) -> None:
+        assert self.stage.ready.optimizer is not None
+        self.stage.ready.optimizer.set_lr(lr)
+
+    def step(self, *, gradient: Callable[[nn.Parameter], Tensor | None]) -> None:
+        optimizer, accumulator = self.stage.ready.optimizer, self.stage.ready.accumulator
+        assert optimizer is not None
+        assert accumulator is not None
+        self.stage.tracer.phase, self.stage.tracer.block = "update", None
+        if self.run:
+            optimizer.step(gradient=accumulator.buffer)
+
+
+@contextmanager
+def only_blocks(model: nn.Module, only: Sequence[int] | None) -> Iterator[None]:
+    """Within it `model` has these of its blocks alone, and a config that says so."""
+    if only is None:
+        yield
+        return
+    path, blocks = find_blocks(model)
+    parent_path, _, name = path.rpartition(".")
+    parent, text = model.get_submodule(parent_path), causal_model(model).config.get_text_config()
+    per_layer = {key: value for key, value in vars(text).items() if _one_each(value, len(blocks))}
+    count = text.num_hidden_layers
+    setattr(parent, name, nn.ModuleList([blocks[index] for index in only]))
+    text.num_hidden_layers = len(only)
+    for key, value in per_layer.items():
+        setattr(text, key, [value[index] for index in only])
+    try:
+        yield
+    finally:
+        setattr(parent, name, blocks)
+        text.num_hidden_layers = count
+        for key, value in per_layer.items():
+            setattr(text, key, value)
+
+
+def block_kinds(model: nn.Module) -> list[int]:
+    """A number for each block of `model`, the same for blocks that compute the same.
+
+    Equal are names, classes, sizes and plain settings of all their modules, and what the config lists for the layer.
+    """
+    _, blocks = find_blocks(model)
+    settings = vars(causal_model(model).config.get_text_config()).values()
+    lists = [value for value in settings if _one_each(value, len(blocks))]
+    numbers: dict[Hashable, int] = {}
+    found = []
+    for at, block in enumerate(blocks):
+        modules = tuple(_module_kind(name, module, at) for name, module in block.named_modules())
+        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules), len(numbers)))
+    return found
+
+
+def _module_kind(name: str, module: nn.Module, index: int) -> Hashable:
+    """Of a module in block `index`, whose own number (`layer_idx`, `layer_id`) is no setting."""
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    shapes = tuple((key, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for key, tensor in tensors)
+    settings = tuple(
+        (key, repr(value))
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str)) and not (key.startswith("layer") and value == index)
+    )
+    return name, type(module), shapes, settings
+
+
+def _one_each(value: object, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count
 
 
 def _batch(config: RunConfig, policy: Policy, kind: str, loss_tokens: int | None) -> Batch:

@@ -1,70 +1,77 @@
-"""A budget goes in, a plan comes out: the fastest policy whose predicted peak stays under the budget."""
+"""A budget goes in, a plan comes out: the fastest policy whose predicted peak stays under the budget.
+
+Every policy in the space is weighed by an estimate that takes microseconds (`planner.weigh`). In the order of the
+objective those that seem to fit are then weighed exactly, and the first that fits is the plan.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
-import torch
-
-from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
-from lowmem_ft.core.plan import Plan, Policy, Predicted
+from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.planner.device import Device, find_device
-from lowmem_ft.planner.footprint import Footprint
+from lowmem_ft.planner.answer import Answer, Option, write_plan
+from lowmem_ft.planner.changes import cheapest_changes
+from lowmem_ft.planner.device import Device, cost_of, find_device
+from lowmem_ft.planner.reserve import process_estimate, process_peak
+from lowmem_ft.planner.weigh import Scales, Weighed
 
-LOSS_CHUNK_BYTES = 64 * 2**20  # logits of one chunk in fp32 and in the compute dtype stay under this
-PROCESS_SLACK = 128 * 2**20  # later imports, thread stacks, compiled kernels (60-100 MiB measured on the demo)
-FRAGMENTATION = 1.07  # reserved exceeds allocated by 1-7% (design.md)
-DEQUANTIZE_TOKENS = 64  # dequantizing a matrix takes about as long as multiplying this many tokens with it
+LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
+NEAR = 1.02  # estimates this much above the budget are weighed too
+TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
+CONTEXT_STEP = 256  # the longest sequence is found to this many tokens
 
 
 def make_plan(config: RunConfig, *, device: Device | None = None) -> Plan:
     """Plan a run. Nothing is read but the model's config and the headers of its files.
 
     Returns:
-        the fastest policy that fits with safer ones as alternatives, or the smallest one with `fits` False.
+        the policy that fits and serves `policy.objective` best, with safer ones as alternatives; or the smallest one
+        with `fits` False.
 
     Raises:
         UnsupportedError: the config pins what this version cannot run.
     """
     _refuse_what_cannot_run(config)
     device = device or find_device(config.budget.device)
+    if config.policy.objective == "context":
+        config = _with_longest_sequence(config, device)
+    answer = solve(config, device)
+    if not answer.fits:
+        size = _smallest(Search(config, device, answer.weighed.policy.bits))
+        answer = replace(answer, changes=cheapest_changes(config, answer.budget, size))
+    return write_plan(answer)
+
+
+def solve(config: RunConfig, device: Device) -> Answer:
+    """The best policy of `config` on `device`, or the smallest if none fits."""
     budget = min(config.budget.memory or device.free_bytes, device.free_bytes)
-    candidates: list[tuple[float, int, Policy, Footprint]] = []
-    ready: Assembled | None = None
-    for bits in (16, 8, 4) if config.quant.bits == "auto" else (config.quant.bits,):
-        start = _first_policy(config, device, bits)
-        ready = assemble(config, start, torch.device("meta"))
-        footprint = Footprint.of(ready)
-        for policy in _policies(config, start, footprint):
-            peak = _process_peak(footprint, policy, config.data.seq_len, device)
-            candidates.append((_relative_seconds(policy, footprint), peak, policy, footprint))
-        if any(peak <= budget for _, peak, _, _ in candidates):
+    for bits in _precisions(config):
+        search = Search(config, device, bits)
+        answer = search.best(budget)
+        if answer.fits:
             break  # the highest precision that fits
-    assert ready is not None, "there is at least one precision"
-    fitting = sorted((c for c in candidates if c[1] <= budget), key=lambda c: (c[0], c[1]))
-    _, peak, policy, footprint = fitting[0] if fitting else min(candidates, key=lambda c: c[1])
-    safer = sorted((c for c in fitting if c[1] < peak), key=lambda c: -c[1])
-    return Plan(
-        fits=bool(fitting),
-        model=_describe(config, ready, footprint),
-        device=device.to_dict(),
-        budget={"device_bytes": budget, "host_bytes": config.budget.host or device.free_bytes},
-        policy=policy,
-        predicted=_predict(footprint, policy, config, device),
-        phases=_phases(footprint, policy, config.data.seq_len, device),
-        breakdown={
-            **footprint.breakdown(policy, config.data.seq_len),
-            "overhead": device.process_bytes + PROCESS_SLACK,
-        },
-        alternatives=tuple(c[2] for c in safer[:8]),
-        config=config.model_dump(mode="json"),
-    )
+    return answer
+
+
+def _smallest(search: Search) -> Callable[[RunConfig], tuple[int, float]]:
+    """Process bytes and tokens per second of a config's smallest policy; `search` serves its neighbours in length."""
+
+    def of(config: RunConfig) -> tuple[int, float]:
+        nonlocal search
+        if config.model_copy(update={"data": search.config.data}) == search.config:
+            search.lengthen(config)
+        else:
+            search = Search(config, search.device, _precisions(config)[-1])
+        weighed = search.scales.weigh(search.least, timed=False)
+        return process_estimate(search.device, weighed.allocated), search.tokens / weighed.seconds
+
+    return of
 
 
 def require_fit(plan: Plan) -> Plan:
@@ -76,33 +83,117 @@ def require_fit(plan: Plan) -> Plan:
     if plan.fits:
         return plan
     largest = max(plan.breakdown.items(), key=lambda item: item[1])
+    changes = "; ".join(f"{change.key}={change.value}" for change in plan.changes)
     raise BudgetError(
         "Nothing fits the budget.",
         given=f"{format_size(plan.budget['device_bytes'])} on {plan.device['name']}",
         allowed=f"at least {format_size(plan.predicted.process_peak_bytes)} ({plan.policy.describe()})",
-        fix=f"raise budget.memory, or shrink what binds most: {largest[0]} ({format_size(largest[1])}); "
-        "data.seq_len, adapter.rank and quant.bits are what shrinks it",
+        fix=f"what binds most is {largest[0]} ({format_size(largest[1])}); "
+        + (f"any one of these fits: {changes}" if changes else "raise budget.memory"),
     )
 
 
-def _refuse_what_cannot_run(config: RunConfig) -> None:
-    pinned = config.policy
-    refused = {
-        "policy.activations: offload": pinned.activations == "offload",
-        "policy.optimizer_on: host": pinned.optimizer_on == "host",
-        "policy.stream_from": pinned.stream_from is not None,
-        "policy.resident_blocks": pinned.resident_blocks is not None,
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise UnsupportedError(
-                f"{what} needs streaming, which this version does not have.",
-                allowed="every block resident, activations keep or recompute, the optimizer on the device",
-                fix=f"remove {what.partition(':')[0]}",
-            )
+class Search:
+    """All policies of one precision that this version can run.
+
+    Attributes:
+        scales: weigh them.
+        tokens: of a step.
+    """
+
+    def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> None:
+        self.config, self.device = config, device
+        self._start = first_policy(config, device, bits)
+        self.scales = Scales(config, self._start, kind=device.kind, cost=cost_of(device))
+        self._keep = self._keep_choices()
+        self.scales.keep = self._keep
+        self._size(config)
+
+    def lengthen(self, config: RunConfig) -> None:
+        """Go on with another sequence length, of which the model does not depend."""
+        self.config = self.scales.stage.config = config
+        self._start = replace(self._start, micro_batch_tokens=config.data.seq_len)
+        self._size(config)
+
+    def _size(self, config: RunConfig) -> None:
+        seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
+        rows = max(1, config.train.tokens_per_step // seq_len)
+        self.tokens = rows * seq_len
+        choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
+        self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
+
+    def best(self, budget: int) -> Answer:
+        """The policy that serves the objective best within `budget` bytes of the process."""
+        options = list(self.options())
+        for option in self._in_order(options, budget):
+            weighed = self.scales.weigh(option.policy)
+            answer = self._answer(weighed, options, budget)
+            if answer.fits:
+                return answer
+        # where the loss takes little, the last block may as well keep: its backward is the first thing that follows
+        small = (self.scales.weigh(self._blocks(self.least, keep)) for keep in self._keep[:2])
+        return self._answer(min(small, key=lambda it: it.allocated), options, budget)
+
+    @property
+    def least(self) -> Policy:
+        """The policy with the smallest peak, give or take the last block."""
+        fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
+        chunk = self._chunks(fewest.micro_batch_tokens)[0]
+        return self._blocks(replace(fewest, loss_chunk_tokens=chunk), self._keep[0])
+
+    def options(self) -> Iterator[Option]:
+        """Every policy with its estimate."""
+        seq_len = self.config.data.seq_len
+        sizes = self._rows[0] * seq_len, self._rows[-1] * seq_len
+        for rows in self._rows:
+            sized = replace_rows(self._start, rows, seq_len, self.tokens)
+            for chunk in self._chunks(rows * seq_len):
+                for keep in self._keep:
+                    policy = self._blocks(replace(sized, loss_chunk_tokens=chunk), keep)
+                    weighed = self.scales.estimate(policy, *sizes)
+                    process = process_estimate(self.device, weighed.allocated)
+                    yield Option(policy, weighed.allocated, process, weighed.seconds)
+
+    def _in_order(self, options: Sequence[Option], budget: int) -> list[Option]:
+        """Those that may fit, the best first, as many as are worth an exact weighing."""
+        order: Callable[[Option], tuple[float, float]] = {
+            "speed": lambda it: (it.seconds, it.process),
+            "memory": lambda it: (it.process, it.seconds),
+            "batch": lambda it: (-it.policy.micro_batch_tokens, it.seconds),
+            "context": lambda it: (it.seconds, it.process),
+        }[self.config.policy.objective]
+        near = sorted((it for it in options if it.process <= NEAR * budget), key=order)
+        certain = [it for it in near if it.process <= budget]
+        return [*near[:TRIES], *[it for it in certain if it not in near[:TRIES]][:TRIES]]
+
+    def _answer(self, weighed: Weighed, options: Sequence[Option], budget: int) -> Answer:
+        process = process_peak(self.device, self.scales, weighed)
+        evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy))
+        return Answer(
+            config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
+            process=max(process.process, evaluation), reserved=process.reserved, evaluation=evaluation,
+            options=tuple(options), tokens=self.tokens,
+        )  # fmt: skip
+
+    def _keep_choices(self) -> Sequence[int]:
+        pinned, depth = self.config.policy, self.scales.depth
+        if self.config.adapter.prompt_learning or pinned.activations == "keep":
+            return (depth,)
+        if pinned.activations == "recompute":
+            return (0,)
+        return range(depth + 1) if pinned.keep_blocks is None else (min(pinned.keep_blocks, depth),)
+
+    def _chunks(self, tokens: int) -> list[int]:
+        pinned = self.config.policy.loss_chunk_tokens
+        return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS})
+
+    def _blocks(self, policy: Policy, keep: int) -> Policy:
+        depth = self.scales.depth
+        return replace(policy, resident_blocks=depth, keep_blocks=keep, recompute_blocks=depth - keep)
 
 
-def _first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
+def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
+    """What all policies of one precision have in common, with one row per micro-batch."""
     names: dict[int, Literal["nf4", "fp4", "int8", "none"]] = {4: config.quant.type, 8: "int8", 16: "none"}
     return Policy(
         bits=bits,
@@ -122,89 +213,53 @@ def _first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) ->
     )
 
 
-def _policies(config: RunConfig, start: Policy, footprint: Footprint) -> Iterator[Policy]:
-    """Every micro-batch (whole rows, halving from the step's) with every number of kept blocks."""
-    seq_len, pinned = config.data.seq_len, config.policy
-    rows_per_step = max(1, config.train.tokens_per_step // seq_len)
-    if pinned.micro_batch_tokens is not None:
-        choices = [max(1, pinned.micro_batch_tokens // seq_len)]
-    else:
-        choices = sorted({math.ceil(rows_per_step / 2**power) for power in range(rows_per_step.bit_length())})
-    keep = range(footprint.blocks + 1)
-    if pinned.activations is not None or config.adapter.prompt_learning:
-        keep = range(footprint.blocks, footprint.blocks + 1) if pinned.activations != "recompute" else range(1)
-    row_bytes = footprint.vocab * (4 + footprint.itemsize)
-    chunk = pinned.loss_chunk_tokens or max(16, min(1024, 2 ** int(math.log2(max(1, LOSS_CHUNK_BYTES // row_bytes)))))
-    for rows in choices:
-        for kept in keep:
-            yield Policy(
-                **{name: getattr(start, name) for name in ("bits", "quant", "double_quant", "compute_dtype")},
-                micro_batch_tokens=rows * seq_len,
-                accumulation=math.ceil(rows_per_step / rows),
-                resident_blocks=footprint.blocks,
-                streamed_blocks=0,
-                stream_from=start.stream_from,
-                keep_blocks=kept,
-                recompute_blocks=footprint.blocks - kept,
-                offload_blocks=0,
-                optimizer=start.optimizer,
-                loss_chunk_tokens=min(chunk, rows * seq_len),
+def replace_rows(policy: Policy, rows: int, seq_len: int, tokens: int) -> Policy:
+    """`policy` in micro-batches of so many rows, as many as a step of `tokens` needs."""
+    return replace(policy, micro_batch_tokens=rows * seq_len, accumulation=math.ceil(tokens / (rows * seq_len)))
+
+
+def _precisions(config: RunConfig) -> tuple[Literal[4, 8, 16], ...]:
+    return (16, 8, 4) if config.quant.bits == "auto" else (config.quant.bits,)
+
+
+def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
+    """`config` with the longest sequences whose smallest policy fits; as it is if not even the shortest does."""
+    budget = min(config.budget.memory or device.free_bytes, device.free_bytes)
+
+    def of(steps: int) -> RunConfig:
+        data = config.data.model_copy(update={"seq_len": steps * CONTEXT_STEP})
+        tokens = max(steps * CONTEXT_STEP, config.train.tokens_per_step)
+        train = config.train.model_copy(update={"tokens_per_step": tokens})
+        return config.model_copy(update={"data": data, "train": train})
+
+    search = Search(of(1), device, _precisions(config)[-1])
+    low, high = 0, search.scales.longest // CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        search.lengthen(of(middle))
+        if process_estimate(device, search.scales.weigh(search.least, timed=False).allocated) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    search.lengthen(of(max(low, 1)))
+    while low and process_peak(device, search.scales, search.scales.weigh(search.least, timed=False)).process > budget:
+        low -= max(1, low // 64)  # the estimate was too low
+        search.lengthen(of(max(low, 1)))
+    return search.config if low else config
+
+
+def _refuse_what_cannot_run(config: RunConfig) -> None:
+    pinned = config.policy
+    refused = {
+        "policy.activations: offload": pinned.activations == "offload",
+        "policy.optimizer_on: host": pinned.optimizer_on == "host",
+        "policy.stream_from": pinned.stream_from is not None,
+        "policy.resident_blocks": pinned.resident_blocks is not None,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UnsupportedError(
+                f"{what} needs streaming, which this version does not have.",
+                allowed="every block resident, activations keep or recompute, the optimizer on the device",
+                fix=f"remove {what.partition(':')[0]}",
             )
-
-
-def _process_peak(footprint: Footprint, policy: Policy, seq_len: int, device: Device) -> int:
-    allocated = sum(footprint.breakdown(policy, seq_len).values())
-    return device.process_bytes + int(allocated * FRAGMENTATION) + PROCESS_SLACK
-
-
-def _relative_seconds(policy: Policy, footprint: Footprint) -> float:
-    """Seconds per token up to a factor: a frozen base costs a forward and a backward, recomputing one more forward."""
-    recomputed = policy.recompute_blocks / footprint.blocks
-    return (2 + recomputed) * (1 + DEQUANTIZE_TOKENS / policy.micro_batch_tokens)
-
-
-def _predict(footprint: Footprint, policy: Policy, config: RunConfig, device: Device) -> Predicted:
-    allocated = sum(footprint.breakdown(policy, config.data.seq_len).values())
-    process = _process_peak(footprint, policy, config.data.seq_len, device)
-    flops_per_second = device.flops
-    seconds_per_token = footprint.flops_per_token * _relative_seconds(policy, footprint) / flops_per_second
-    tokens = policy.micro_batch_tokens * policy.accumulation
-    checkpoint = footprint.adapter + footprint.optimizer
-    return Predicted(
-        allocated_peak_bytes=allocated,
-        reserved_peak_bytes=int(allocated * FRAGMENTATION),
-        process_peak_bytes=process,
-        host_peak_bytes=process if device.kind == "cpu" else device.process_bytes + footprint.largest_matrix * 8,
-        pinned_bytes=0,
-        disk_bytes=3 * checkpoint + 2 * footprint.adapter,  # two checkpoints and one being written, best and adapter
-        step_seconds=tokens * seconds_per_token,
-        tokens_per_second=1 / seconds_per_token,
-    )
-
-
-def _phases(footprint: Footprint, policy: Policy, seq_len: int, device: Device) -> dict[str, dict[str, int]]:
-    train = sum(footprint.breakdown(policy, seq_len).values())
-    stored = footprint.base_weights + footprint.adapter + footprint.gradients + footprint.optimizer
-    loading = footprint.base_weights + footprint.largest_matrix * (footprint.itemsize + 8)
-    allocated = {
-        "load": loading,
-        "train": train,
-        "eval": footprint.evaluation_bytes(policy, seq_len),
-        "save": stored + footprint.adapter + footprint.optimizer,
-    }
-    return {
-        **{name: {"device_bytes": device.process_bytes + size} for name, size in allocated.items()},
-        "merge": {},  # planned by `merge`, which this run does not do
-    }
-
-
-def _describe(config: RunConfig, ready: Assembled, footprint: Footprint) -> dict[str, Any]:
-    model = ready.model.get_base_model() if hasattr(ready.model, "get_base_model") else ready.model
-    return {
-        "name": Path(config.model).name,
-        "path": config.model,
-        "architecture": type(model).__name__,
-        "parameters": footprint.parameters,
-        "trainable_parameters": sum(p.numel() for p in ready.trainable.values()),
-        "blocks": footprint.blocks,
-    }

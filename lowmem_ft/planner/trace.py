@@ -1,4 +1,4 @@
-"""The allocation trace of code that runs on fake tensors: which op took how many bytes, when, for how long.
+"""The allocation trace of code that runs on tensors without data: which op took how many bytes, when, for how long.
 
 Tensors of the device tier lie on `meta` and those of the host on `cpu`. A storage is born with the op that returns it
 first and dies with its last reference, as under PyTorch's own reference counts. What an op takes inside, and gives back
@@ -8,17 +8,24 @@ before it returns, is not seen this way: `planner.scratch` knows it.
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Tier: TypeAlias = Literal["device", "host"]
 Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
+Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+
+
+_ASK = torch.ops.aten._local_scalar_dense.default
+# PyTorch's derivative formulas work in place, unless a dispatch mode such as the Tracer watches them
+_IN_PLACE: Mapping[Any, Any] = {torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,7 @@ class Event:
     Attributes:
         key: the same for both events of a piece.
         op: the operator at work, such as `aten.mm.default`.
-        phase: load, forward, loss (all that follows the last block), backward, or eval.
+        phase: load, forward, loss (all that follows the last block), backward, update, or eval.
         block: the decoder layer at work, or None outside of them.
         inside: the op gives it back before it returns.
     """
@@ -69,37 +76,64 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it every op on fake tensors is written to `trace`.
+    """Within it every op on tensors without data is written to `trace`.
 
     Args:
         scratch: op -> what it takes inside.
         whole: ops that run as their own Python implementation here, so that what happens inside is seen too.
+        cost: (op, args, kwargs, result) -> predicted seconds, summed in `seconds` by phase and block.
     """
 
-    def __init__(self, scratch: Mapping[Any, Scratch], whole: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        scratch: Mapping[Any, Scratch],
+        whole: Mapping[Any, Callable[..., Any]],
+        cost: Cost | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.seconds: dict[tuple[str, int | None], float] = defaultdict(float)
         self.phase, self.block = "load", None  # type: tuple[str, int | None]
-        self._scratch, self._whole = scratch, whole
-        self._alive: dict[int, tuple[weakref.ref[Any], int, Tier]] = {}  # by the storage's address
+        self._scratch, self._whole, self._cost = scratch, whole, cost
+        self._alive: dict[int, tuple[weakref.ref[Any], Event]] = {}  # by the storage's address
+        self._names: dict[Any, str] = {}  # of ops: asking each time takes as long as the rest
         self._op, self._keys = "", 0
+
+    def begin(self) -> None:
+        """Start a new trace, whose first events are the births of what is alive, and a new sum of seconds."""
+        self.trace = Trace(self.alive())
+        self.seconds = defaultdict(float)
+
+    def alive(self) -> list[Event]:
+        """The births of all that is held now."""
+        return [birth for _, birth in self._alive.values()]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._op = str(func)
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = str(func)
+        self._op = name
         implementation = self._whole.get(func)
         if implementation is not None:
             with self:
                 return implementation(*args, **kwargs)
+        if func is _ASK and args[0].is_meta:
+            # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
+            return {torch.bool: True}.get(args[0].dtype, 1)
+        if self.phase == "backward":
+            func = _IN_PLACE.get(func, func)
         out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, FakeTensor):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor):
                 self._see(leaf)
         inside = self._scratch.get(func)
         if inside is not None:
             self._pass_through(inside(*args, **kwargs))
+        if self._cost is not None:
+            self.seconds[self.phase, self.block] += self._cost(func, args, kwargs, out)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -111,23 +145,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nbytes = storage.nbytes()
         if nbytes == 0:
             return
-        tier: Tier = "device" if tensor.device.type == "meta" else "host"
-        key = self._record(nbytes, tier)
+        birth = self._record(nbytes, "device" if tensor.device.type == "meta" else "host")
 
-        def died(_: Any, address: int = address, key: int = key, nbytes: int = nbytes) -> None:
+        def died(_: Any) -> None:
             current = self._alive.get(address)
-            if current is not None and current[1] == key:
+            if current is not None and current[1] is birth:
                 del self._alive[address]
-            self.trace.events.append(Event(key, -nbytes, tier, self._op, self.phase, self.block))
+            self._free(birth)
 
-        self._alive[address] = weakref.ref(storage, died), key, tier
+        self._alive[address] = weakref.ref(storage, died), birth
 
-    def _pass_through(self, pieces: list[int], tier: Tier = "device") -> None:
-        taken = [(self._record(nbytes, tier, inside=True), nbytes) for nbytes in pieces if nbytes]
-        for key, nbytes in reversed(taken):
-            self.trace.events.append(Event(key, -nbytes, tier, self._op, self.phase, self.block, inside=True))
+    def _pass_through(self, pieces: list[int]) -> None:
+        for birth in reversed([self._record(nbytes, "device", inside=True) for nbytes in pieces if nbytes]):
+            self._free(birth)
 
-    def _record(self, nbytes: int, tier: Tier, *, inside: bool = False) -> int:
+    def _record(self, nbytes: int, tier: Tier, *, inside: bool = False) -> Event:
         self._keys += 1
-        self.trace.events.append(Event(self._keys, nbytes, tier, self._op, self.phase, self.block, inside))
-        return self._keys
+        birth = Event(self._keys, nbytes, tier, self._op, self.phase, self.block, inside)
+        self.trace.events.append(birth)
+        return birth
+
+    def _free(self, birth: Event) -> None:
+        self.trace.events.append(
+            Event(birth.key, -birth.nbytes, birth.tier, self._op, self.phase, self.block, birth.inside)
+        )

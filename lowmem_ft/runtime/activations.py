@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,10 +231,14 @@ def unread_layers(outputs: Sequence[Tensor]) -> list[nn.Module]:
                 todo.append(source)
             users[source].append(node)
 
-    def unread(node: Any) -> bool:
-        return all(user.name() in _SUMS and unread(user) for user in users[node])
-
     owners = [(node, getattr(getattr(node, "weight", None), "__self__", None)) for node in users]
     return [
-        layer for node, layer in owners if isinstance(layer, nn.Module) and hasattr(layer, "unread") and unread(node)
+        layer
+        for node, layer in owners
+        if isinstance(layer, nn.Module) and hasattr(layer, "unread") and _only_summed(node, users)
     ]
+
+
+def _only_summed(node: Any, users: Mapping[Any, Sequence[Any]]) -> bool:
+    # a function of its own: one that calls itself from within another holds the graph until garbage is collected
+    return all(user.name() in _SUMS and _only_summed(user, users) for user in users[node])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lowmem_ft.core.errors import UnsupportedError
@@ -230,7 +229,7 @@ def head_of(model: nn.Module) -> Head:
         linear = linear.modules_to_save[linear.active_adapters[0]]
     if type(linear) is not nn.Linear:
         raise _unsupported(causal, f"its head is {type(linear).__name__}, not a plain linear layer")
-    with unset_fake_temporarily(), torch.no_grad():
+    with torch.no_grad():
         factor, softcap = _measure(causal, find_decoder(model), linear)
     return Head(weight=linear.weight, bias=linear.bias, softcap=softcap, scale=factor)
 

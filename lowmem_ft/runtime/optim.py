@@ -12,7 +12,6 @@ from typing import Any, Literal
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 
@@ -181,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         elements = parameter.numel()
         if not self.paged or elements < _MIN_PAGED:
             return torch.zeros(elements, dtype=dtype, device=parameter.device)
-        if parameter.device.type != "cuda" or isinstance(parameter, FakeTensor):  # simulated: counted as host memory
+        if parameter.device.type != "cuda":  # simulated: counted as host memory
             return torch.zeros(elements, dtype=dtype, device="cpu")
         paged: Tensor = bnb.get_paged(elements, dtype=dtype, device=parameter.device)
         return paged.zero_()
@@ -248,10 +247,8 @@ def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor) -> None:
 
 def _code(device: torch.device, *, signed: bool) -> Tensor:
     """bitsandbytes' dynamic 8-bit code: 256 fp32 values."""
-    with unset_fake_temporarily(), torch.device("cpu"):
-        values = bnb.create_dynamic_map(signed=signed).tolist()
-    # in two moves: made on meta at once it would be no fake tensor
-    return torch.tensor(values, dtype=torch.float32, device="cpu").to(device)
+    values: Tensor = bnb.create_dynamic_map(signed=signed)
+    return values.to(device)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -6,13 +6,16 @@ import pytest
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
-from lowmem_ft.core.plan import BREAKDOWN, Plan, Policy, Predicted
+from lowmem_ft.core.plan import BREAKDOWN, Candidate, Change, Plan, Policy, Predicted, Sample
 
 POLICY = Policy(
     bits=4, quant="nf4", double_quant=True, compute_dtype="bfloat16", micro_batch_tokens=512, accumulation=4,
     resident_blocks=8, streamed_blocks=0, stream_from="host", keep_blocks=6, recompute_blocks=2, offload_blocks=0,
     optimizer="adamw8bit", loss_chunk_tokens=256,
 )  # fmt: skip
+CANDIDATE = Candidate(
+    policy=POLICY, allocated_peak_bytes=1, process_peak_bytes=2, step_seconds=0.5, tokens_per_second=4096.0
+)
 PLAN = Plan(
     fits=True,
     model={"name": "m", "architecture": "LlamaForCausalLM", "parameters": 7_000_000, "blocks": 8, "bytes": 14_000_000},
@@ -25,7 +28,11 @@ PLAN = Plan(
     ),
     phases={"load": {}, "train": {}, "eval": {}, "save": {}, "merge": {}},
     breakdown=dict.fromkeys(BREAKDOWN, 7),
-    alternatives=(POLICY,),
+    alternatives=(CANDIDATE,),
+    reason="Because.",
+    changes=(Change(key="quant.bits", value=4, process_peak_bytes=5, tokens_per_second=6.0),),
+    frontier=(CANDIDATE, CANDIDATE),
+    timeline=(Sample(1, "forward", None), Sample(2, "backward", 7)),
     config=RunConfig.from_dict({"model": "m"}).model_dump(mode="json"),
 )  # fmt: skip
 
@@ -34,7 +41,7 @@ def test_json_form_has_the_keys_of_the_contract() -> None:
     data = json.loads(PLAN.to_json())
     assert list(data) == [
         *("schema", "fits", "model", "device", "budget", "policy"),
-        *("predicted", "phases", "breakdown", "alternatives", "config"),
+        *("predicted", "phases", "breakdown", "alternatives", "reason", "changes", "frontier", "timeline", "config"),
     ]
     assert data["schema"] == 1
     assert set(data["budget"]) == {"device_bytes", "host_bytes"}

@@ -1,4 +1,4 @@
-"""The closed-form planner: stored bytes are exact, the budget is kept, pins are followed, and nothing fits is said."""
+"""The solver: the best that fits, by brute force too; stored bytes are exact; pins, objectives, and what to change."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,9 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner.device import Device, find_device
-from lowmem_ft.planner.footprint import Footprint
-from lowmem_ft.planner.solver import make_plan, require_fit
+from lowmem_ft.planner.reserve import process_peak
+from lowmem_ft.planner.solver import Search, make_plan, require_fit
+from lowmem_ft.planner.stored import Stored
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
@@ -28,7 +29,8 @@ DEVICE = Device(
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: save_tiny(name, folder / name) for name in ("llama", "mixtral", "gpt2")}
+    found = {name: save_tiny(name, folder / name) for name in ("llama", "mixtral", "gpt2")}
+    return {**found, "long": save_tiny("llama", folder / "long", max_position_embeddings=2048)}
 
 
 def config(model: Path, **sections: Any) -> RunConfig:
@@ -59,7 +61,7 @@ def test_stored_bytes_are_those_of_the_real_model(models: dict[str, Path], name:
     policy = make_plan(settings, device=DEVICE).policy
     real = assemble(settings, policy, torch.device("cpu"))
     assert real.optimizer is not None
-    planned = Footprint.of(assemble(settings, policy, torch.device("meta")))
+    planned = Stored.of(assemble(settings, policy, torch.device("meta")))
     trainable = set(real.trainable.values())
     held = {*real.model.parameters(), *real.model.buffers()}
     assert planned.base_weights == sum(t.nbytes for t in held if t not in trainable)
@@ -68,18 +70,108 @@ def test_stored_bytes_are_those_of_the_real_model(models: dict[str, Path], name:
 
 
 def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) -> None:
-    settings = config(models["llama"], data={"seq_len": 1024}, train={"tokens_per_step": 8192})
+    settings = config(models["llama"], data={"seq_len": 512}, train={"tokens_per_step": 4096})
     roomy = make_plan(settings, device=DEVICE)
     assert roomy.fits
     assert roomy.policy.recompute_blocks == 0
-    assert roomy.policy.micro_batch_tokens == 8192
+    assert roomy.policy.micro_batch_tokens == 4096
     by_memory = sorted(p.predicted.process_peak_bytes for p in map(with_budget(settings), range(*BUDGETS)))
     tight = with_budget(settings)(by_memory[0])
     assert tight.fits
     assert tight.predicted.process_peak_bytes <= by_memory[0] < roomy.predicted.process_peak_bytes
-    assert tight.policy.micro_batch_tokens < 8192
-    assert tight.policy.micro_batch_tokens * tight.policy.accumulation == 8192
-    assert [p.keep_blocks + p.recompute_blocks for p in roomy.alternatives] == [2] * len(roomy.alternatives)
+    assert tight.policy.micro_batch_tokens < 4096
+    assert tight.policy.micro_batch_tokens * tight.policy.accumulation == 4096
+    alternatives = [candidate.policy for candidate in roomy.alternatives]
+    assert alternatives
+    assert all(policy.keep_blocks + policy.recompute_blocks == 2 for policy in alternatives)
+    sizes = [candidate.process_peak_bytes for candidate in roomy.alternatives]
+    assert sizes == sorted(sizes, reverse=True)
+    assert roomy.predicted.process_peak_bytes > sizes[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], name: str) -> None:
+    """Every policy of a small space is weighed exactly; for budgets all over the range the plan is as fast as any."""
+    settings = config(models[name], train={"tokens_per_step": 256}, policy={"loss_chunk_tokens": 32})
+    search = Search(settings, DEVICE, 4)
+    exact = []
+    for option in search.options():
+        weighed = search.scales.weigh(option.policy)
+        exact.append((process_peak(DEVICE, search.scales, weighed).process, weighed.seconds))
+    sizes = sorted(size for size, _ in exact)
+    assert len(sizes) == 9
+    for budget in (sizes[0], sizes[3], sizes[6], sizes[-1]):
+        plan = with_budget(settings)(budget)
+        best = min(seconds for size, seconds in exact if size <= budget)
+        assert plan.fits
+        assert plan.predicted.process_peak_bytes <= budget
+        # estimates order what is weighed; with tiny models they are off by a few tiles (7% measured, 0 with large ones)
+        assert plan.predicted.step_seconds <= 1.1 * best
+    assert not with_budget(settings)(sizes[0] - 2**16).fits
+
+
+def test_objectives(models: dict[str, Path]) -> None:
+    plans = {
+        objective: make_plan(config(models["llama"], policy={"objective": objective}), device=DEVICE)
+        for objective in ("speed", "memory", "batch")
+    }
+    peaks = {objective: plan.predicted.process_peak_bytes for objective, plan in plans.items()}
+    assert peaks["memory"] == min(peaks.values())
+    assert plans["memory"].policy.micro_batch_tokens == 64
+    assert plans["batch"].policy.micro_batch_tokens == 512
+    assert plans["speed"].predicted.step_seconds == min(plan.predicted.step_seconds for plan in plans.values())
+
+
+def test_the_longest_sequence_that_fits(models: dict[str, Path]) -> None:
+    folder = models["long"]
+    roomy = make_plan(config(folder, policy={"objective": "context"}), device=DEVICE)
+    assert roomy.config["data"]["seq_len"] == 2048, "all positions of the model"
+    of_1024 = {"data": {"seq_len": 1024}, "train": {"tokens_per_step": 1024}}
+    budget = make_plan(config(folder, policy={"objective": "memory"}, **of_1024), device=DEVICE)
+    budget_bytes = budget.predicted.process_peak_bytes
+    tight = make_plan(config(folder, policy={"objective": "context"}, budget={"memory": budget_bytes}), device=DEVICE)
+    assert tight.fits
+    assert tight.predicted.process_peak_bytes <= budget_bytes
+    assert tight.run_config.data.seq_len == 1024, "training reads it from the plan"
+
+
+def test_what_to_change_where_nothing_fits(models: dict[str, Path]) -> None:
+    settings = config(models["long"], data={"seq_len": 2048}, train={"optimizer": "adamw"}, quant={"bits": 16})
+    smallest = with_budget(settings)(1)
+    assert not smallest.fits
+    plan = with_budget(settings)(smallest.predicted.process_peak_bytes - 2**16)
+    assert not plan.fits
+    assert 0 < len(plan.changes) <= 3
+    with pytest.raises(BudgetError, match=f"{plan.changes[0].key}={plan.changes[0].value}"):
+        require_fit(plan)
+    for change in plan.changes:
+        assert change.process_peak_bytes <= plan.budget["device_bytes"]
+        section, _, key = change.key.partition(".")
+        again = config(
+            models["long"],
+            **{
+                **{"data": {"seq_len": 2048}, "train": {"optimizer": "adamw"}, "quant": {"bits": 16}},
+                section: {key: change.value},
+                "budget": {"memory": plan.budget["device_bytes"]},
+            },
+        )
+        assert make_plan(again, device=DEVICE).fits, change
+
+
+def test_a_plan_says_why_and_when(models: dict[str, Path]) -> None:
+    plan = make_plan(config(models["llama"]), device=DEVICE)
+    assert sum(plan.breakdown.values()) == plan.predicted.process_peak_bytes
+    assert plan.reason.startswith("Of ")
+    assert max(sample.nbytes for sample in plan.timeline) <= plan.predicted.allocated_peak_bytes
+    assert max(sample.nbytes for sample in plan.timeline) > 0.98 * plan.predicted.allocated_peak_bytes
+    assert plan.timeline[0].phase == "forward"
+    assert {s.phase for s in plan.timeline} == {"forward", "loss", "backward", "update"}
+    assert {s.block for s in plan.timeline} == {None, 0, 1}
+    sizes = [candidate.process_peak_bytes for candidate in plan.frontier]
+    speeds = [candidate.step_seconds for candidate in plan.frontier]
+    assert sizes == sorted(sizes)
+    assert speeds == sorted(speeds, reverse=True)
+    assert set(plan.phases) == {"load", "train", "eval", "save", "merge"}
 
 
 def test_nothing_fits_says_the_smallest_budget_that_does(models: dict[str, Path]) -> None:

@@ -1,0 +1,166 @@
+"""Predicted seconds of a training step beside real ones, on the CPU of this machine.
+
+The machine is measured (`profiles measure`) in the same run, then models of 2M to 100M parameters with random weights
+are trained for a few steps each, under settings that a seed draws. The prediction reads no weights.
+
+    python benchmarks/step_time.py --out benchmarks/results/step_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 64},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+WIDTHS = {256: (4, 704), 512: (6, 1408), 768: (8, 2048)}  # hidden size -> layers, inner size
+
+
+def draw(generator: random.Random) -> dict[str, Any]:
+    """One configuration: a model's shape and the settings of a run."""
+    kind, hidden = generator.choice(sorted(KINDS)), generator.choice(sorted(WIDTHS))
+    return {
+        "kind": kind,
+        "hidden": hidden,
+        "vocab": generator.choice([8192, 32000]),
+        "bits": generator.choice([4, 4, 8, 16]),
+        "activations": generator.choice(["keep", "recompute"]),
+        "seq_len": generator.choice([128, 256, 512]),
+        "rows": generator.choice([1, 2, 4]),
+        "rank": generator.choice([4, 16]),
+        "dropout": generator.choice([0.0, 0.0, 0.1]),
+        "dora": generator.random() < 0.2,
+    }
+
+
+def compare(drawn: dict[str, Any], folder: Path, profile: Path, steps: int) -> dict[str, Any]:
+    """Predicted and measured seconds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowmem_ft.assemble import assemble
+    from lowmem_ft.core.config import RunConfig
+    from lowmem_ft.data.examples import Example
+    from lowmem_ft.data.packing import collate
+    from lowmem_ft.planner.device import find_device
+    from lowmem_ft.planner.solver import make_plan
+    from lowmem_ft.step import train_step
+
+    layers, inner = WIDTHS[drawn["hidden"]]
+    shape = {
+        "hidden_size": drawn["hidden"], "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": drawn["hidden"] // 64, "num_key_value_heads": drawn["hidden"] // 64,
+        "vocab_size": drawn["vocab"], "max_position_embeddings": 512, "tie_word_embeddings": False,
+    }  # fmt: skip
+    own = dict(KINDS[drawn["kind"]])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(own.pop("model_type"), **shape, **own))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    del model
+    tokens = drawn["seq_len"] * drawn["rows"]
+    config = RunConfig.from_dict(
+        {
+            "model": str(folder),
+            "quant": {"bits": drawn["bits"]},
+            "adapter": {name: drawn[name] for name in ("rank", "dropout", "dora")}
+            | ({"dora": False} if drawn["kind"] == "mixtral" else {}),
+            "data": {"seq_len": drawn["seq_len"]},
+            "train": {"tokens_per_step": tokens},
+            "policy": {"activations": drawn["activations"], "micro_batch_tokens": tokens},
+        }
+    )
+    plan = make_plan(config, device=find_device(str(profile)))
+    ready = assemble(config, plan.policy, torch.device("cpu"))
+    generator, times = torch.Generator().manual_seed(0), []
+    for _ in range(steps + 1):
+        ids = torch.randint(3, drawn["vocab"], (drawn["rows"], drawn["seq_len"]), generator=generator).tolist()
+        half = drawn["seq_len"] // 2  # two documents in each row
+        parts = [[Example(row[:half], row[:half]), Example(row[half:], row[half:])] for row in ids]
+        batch = collate(parts, pad_id=0)
+        start = time.perf_counter()
+        train_step(ready, [batch], lr=1e-4)
+        times.append(time.perf_counter() - start)
+    measured = statistics.median(times[1:])
+    ratio = plan.predicted.step_seconds / measured
+    return {
+        **drawn,
+        "parameters": parameters,
+        "predicted": plan.predicted.step_seconds,
+        "seconds": measured,
+        "ratio": ratio,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="predicted step times beside real ones, on the CPU")
+    parser.add_argument("--count", type=int, default=24, help="configurations")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each, after one that warms up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    options = parser.parse_args()
+    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    warnings.simplefilter("ignore")
+
+    from lowmem_ft.core.host import prefer_huge_pages
+
+    prefer_huge_pages()
+    import torch
+
+    from lowmem_ft.planner.device import find_device
+    from lowmem_ft.planner.measure import measure
+    from lowmem_ft.planner.profile import write_profile
+
+    generator, found = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory(prefix="lowmem-ft-time-") as name:
+        profile = Path(name) / "this.yaml"
+        measured = measure(find_device("cpu"))
+        write_profile(measured, profile)
+        for index in range(options.count):
+            found.append(compare(draw(generator), Path(name) / str(index), profile, options.steps))
+            last = found[-1]
+            print(
+                f"{last['ratio']:6.2f}  {last['predicted']:7.3f} of {last['seconds']:7.3f} s  {last}",
+                file=sys.stderr,
+                flush=True,
+            )
+    off = sorted(abs(one["ratio"] - 1) for one in found)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "threads": options.threads, "torch": torch.__version__},
+        "settings": {name: getattr(options, name) for name in ("count", "seed", "steps")},
+        "profile": {key: figure.value for key, figure in measured.figures().items()},
+        "within_20_percent": sum(error <= 0.2 for error in off),
+        "median_error": statistics.median(off),
+        "largest_error": off[-1],
+        "configurations": found,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        scratch = options.out.with_name(options.out.name + ".part")
+        scratch.write_text(text + "\n", encoding="utf-8")
+        os.replace(scratch, options.out)
+
+
+if __name__ == "__main__":
+    main()

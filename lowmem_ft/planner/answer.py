@@ -1,0 +1,194 @@
+"""The solver's answer, written down as a Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Candidate, Change, Plan, Policy, Predicted, Sample
+from lowmem_ft.core.sizes import format_size
+from lowmem_ft.planner.compose import Place, unroll
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.stored import Stored
+from lowmem_ft.planner.trace import Trace
+from lowmem_ft.planner.weigh import Scales, Weighed
+from lowmem_ft.runtime.blocks import causal_model
+
+LOADING_SCRATCH = 64 << 20
+ALTERNATIVES, FRONTIER = 8, 60  # at most so many in a plan
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A policy with its estimated price: bytes of tensors and of the process, and seconds of a step."""
+
+    policy: Policy
+    allocated: int
+    process: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The policy that was chosen and what was found about it.
+
+    Attributes:
+        budget, process, reserved, evaluation: bytes of the device: allowed to the process, its peak, what PyTorch's
+            allocator holds then, and the process's peak during evaluation.
+        options: all policies that were estimated.
+        tokens: of a step.
+    """
+
+    config: RunConfig
+    device: Device
+    budget: int
+    scales: Scales
+    weighed: Weighed
+    process: int
+    reserved: int
+    evaluation: int
+    options: tuple[Option, ...]
+    tokens: int
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.process <= self.budget
+
+    def candidate(self, option: Option) -> Candidate:
+        """An option in the plan's form."""
+        return Candidate(
+            policy=option.policy,
+            allocated_peak_bytes=option.allocated,
+            process_peak_bytes=option.process,
+            step_seconds=option.seconds,
+            tokens_per_second=self.tokens / option.seconds,
+        )
+
+
+def write_plan(answer: Answer) -> Plan:
+    """The plan that says so."""
+    weighed, device = answer.weighed, answer.device
+    stored = Stored.of(answer.scales.stage.ready)
+    frontier = pareto(answer.options)
+    safer = [option for option in reversed(frontier) if option.process < answer.process and answer.fits]
+    checkpoint = stored.adapter + stored.optimizer
+    # the loader's bound: what is stored, one matrix in 32 bits, and scratch; tests/unit/quant holds it to that
+    matrix = 4 * stored.largest_matrix + LOADING_SCRATCH
+    host = device.process_bytes if device.kind == "cuda" else 0
+    tiers: dict[str, dict[str, int]] = {
+        "load": {"device_bytes": device.process_bytes + stored.base_weights + matrix, "host_bytes": host + matrix},
+        "train": {"device_bytes": answer.process, "host_bytes": host},
+        "eval": {"device_bytes": answer.evaluation, "host_bytes": host},
+        "save": {
+            "device_bytes": device.process_bytes + stored.total + (0 if host else checkpoint),
+            "host_bytes": host + checkpoint,
+            "disk_bytes": 3 * checkpoint + 2 * stored.adapter,  # two checkpoints, one being written; best, and adapter
+        },
+    }
+    if device.kind == "cpu":  # there the device is the host
+        for sizes in tiers.values():
+            del sizes["host_bytes"]
+    return Plan(
+        fits=answer.fits,
+        model=_describe(answer, stored),
+        device=device.to_dict(),
+        budget={"device_bytes": answer.budget, "host_bytes": answer.config.budget.host or device.free_bytes},
+        policy=weighed.policy,
+        predicted=Predicted(
+            allocated_peak_bytes=weighed.allocated,
+            reserved_peak_bytes=answer.reserved,
+            process_peak_bytes=answer.process,
+            host_peak_bytes=max(sizes.get("host_bytes", answer.process) for sizes in tiers.values()),
+            pinned_bytes=0,
+            disk_bytes=tiers["save"]["disk_bytes"],
+            step_seconds=weighed.seconds,
+            tokens_per_second=answer.tokens / weighed.seconds,
+        ),
+        phases={**tiers, "merge": {}},  # planned by `merge`, which this run does not do
+        breakdown=_breakdown(answer, stored),
+        alternatives=tuple(answer.candidate(option) for option in _thinned(safer, ALTERNATIVES)),
+        reason=_reason(answer, frontier),
+        changes=answer.changes,
+        frontier=tuple(answer.candidate(option) for option in _thinned(frontier, FRONTIER)),
+        timeline=tuple(_timeline(answer.scales.held, weighed.places)),
+        config=answer.config.model_dump(mode="json"),
+    )
+
+
+def pareto(options: Sequence[Option]) -> list[Option]:
+    """Those that no other beats in both memory and speed, by memory."""
+    best: list[Option] = []
+    for option in sorted(options, key=lambda it: (it.process, it.seconds)):
+        if not best or option.seconds < best[-1].seconds:
+            best.append(option)
+    return best
+
+
+def _thinned(options: Sequence[Option], count: int) -> list[Option]:
+    """At most `count` of them, evenly, with the first and the last."""
+    if len(options) <= count:
+        return list(options)
+    return [options[round(at * (len(options) - 1) / (count - 1))] for at in range(count)]
+
+
+def _describe(answer: Answer, stored: Stored) -> dict[str, Any]:
+    ready = answer.scales.stage.ready
+    return {
+        "name": Path(answer.config.model).name,
+        "path": answer.config.model,
+        "architecture": type(causal_model(ready.model)).__name__,
+        "parameters": stored.parameters,
+        "trainable_parameters": sum(p.numel() for p in ready.trainable.values()),
+        "blocks": answer.scales.depth,
+    }
+
+
+def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
+    """Bytes at the training peak by what holds them; together they are the process's."""
+    found = {"loss": 0, "workspace": 0}
+    for event in Trace(unroll(answer.weighed.places, answer.scales.depth)).alive_at_peak():
+        if event.inside:
+            found["workspace"] += event.nbytes
+        elif event.phase == "loss":
+            found["loss"] += event.nbytes
+    return {
+        "base_weights": stored.base_weights,
+        "adapter": stored.adapter,
+        "gradients": stored.gradients,
+        "optimizer": stored.optimizer,
+        "activations": answer.weighed.allocated - stored.total - sum(found.values()),
+        **found,
+        "overhead": answer.process - answer.weighed.allocated,
+    }
+
+
+def _reason(answer: Answer, frontier: Sequence[Option]) -> str:
+    count, budget = len(answer.options), format_size(answer.budget)
+    if not answer.fits:
+        return f"None of {count} policies fits {budget}: the smallest takes {format_size(answer.process)}."
+    goal = {
+        "speed": "the fastest",
+        "memory": "the smallest",
+        "batch": "of the largest micro-batch the fastest",
+        "context": f"with {answer.config.data.seq_len} tokens the longest sequences, and then the fastest,",
+    }[answer.config.policy.objective]
+    faster = next((option for option in frontier if option.process > answer.budget), None)
+    sentence = f"Of {count} policies {goal} that fits {budget}"
+    if faster is None or answer.config.policy.objective != "speed":
+        return f"{sentence}."
+    gain = answer.weighed.seconds / faster.seconds - 1
+    return f"{sentence}; {format_size(faster.process)} would buy {gain:.0%} more speed."
+
+
+def _timeline(held: int, places: Sequence[Place]) -> Iterator[Sample]:
+    """Three samples of each segment: begin, peak and end."""
+    level = held
+    for place in places:
+        phase = {"start": "forward", "end": "backward"}.get(place.segment.part, place.segment.part)
+        for nbytes in (level, level + place.segment.high, level + place.segment.delta):
+            yield Sample(nbytes, phase, place.at)
+        level += place.segment.delta

@@ -1,0 +1,73 @@
+"""Where nothing fits: the cheapest changes of the config that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Change
+
+COUNT = 3
+SHORTEST = 256  # tokens of a sequence
+LOWEST_RANK = 4
+
+
+def cheapest_changes(
+    config: RunConfig, budget: int, smallest: Callable[[RunConfig], tuple[int, float]]
+) -> tuple[Change, ...]:
+    """Up to three single changes that fit, what costs quality least first; else the first sum of them that fits.
+
+    Args:
+        budget: bytes of the process.
+        smallest: process bytes and tokens per second of a config's smallest policy.
+    """
+    fitting: list[Change] = []
+    for group in _groups(config):
+        for key, value in group:
+            size, speed = smallest(_changed(config, key, value))
+            if size <= budget:
+                fitting.append(Change(key=key, value=value, process_peak_bytes=size, tokens_per_second=speed))
+                break  # a larger change of the same key is no better
+        if len(fitting) == COUNT:
+            return tuple(fitting)
+    return tuple(fitting) or _together(config, budget, smallest)
+
+
+def _together(config: RunConfig, budget: int, smallest: Callable[[RunConfig], tuple[int, float]]) -> tuple[Change, ...]:
+    """The farthest change of every key, one after the other, until it fits."""
+    before = ""
+    for group in _groups(config):
+        *_, (key, value) = group
+        config = _changed(config, key, value)
+        size, speed = smallest(config)
+        if size <= budget:
+            return (Change(key=before + key, value=value, process_peak_bytes=size, tokens_per_second=speed),)
+        before += f"{key}={value} "
+    return ()
+
+
+def _groups(config: RunConfig) -> Iterator[list[tuple[str, Any]]]:
+    """Changes by key, small ones first; the keys whose change costs the result least come first."""
+    groups: list[list[tuple[str, Any]]] = [
+        [("train.optimizer", config.train.optimizer + "8bit")] if not config.train.optimizer.endswith("8bit") else [],
+        [("quant.bits", bits) for bits in (8, 4) if config.quant.bits != "auto" and bits < config.quant.bits],
+        [("data.seq_len", length) for length in _halved(config.data.seq_len, SHORTEST)],
+        [("adapter.rank", rank) for rank in _halved(config.adapter.rank, LOWEST_RANK)]
+        if config.adapter.method == "lora"
+        else [],
+    ]
+    yield from (group for group in groups if group)
+
+
+def _halved(value: int, least: int) -> list[int]:
+    found = []
+    while value // 2 >= least:
+        value //= 2
+        found.append(value)
+    return found
+
+
+def _changed(config: RunConfig, key: str, value: Any) -> RunConfig:
+    section, _, name = key.partition(".")
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})

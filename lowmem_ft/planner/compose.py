@@ -1,0 +1,251 @@
+"""A deep model's step from that of a few of its blocks.
+
+What a decoder layer allocates depends on what kind it is, what it does with its activations, and on the same of its two
+neighbours (whose inputs and gradients change hands). So one block of each such window is traced, and a step of any
+depth is put together from their segments: forward through every block, the loss, backward through every block.
+`tests/unit/planner/test_compose.py` holds the result against whole traces, event by event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal, TypeAlias, cast
+
+from lowmem_ft.planner.trace import Event, Tier, Trace
+
+Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
+Part: TypeAlias = Literal["load", "start", "forward", "loss", "backward", "end", "update"]
+_OUTSIDE: tuple[Part, ...] = ("start", "loss", "end", "update")
+_WITHOUT_BLOCK = frozenset({"loss", "update"})
+
+
+def windows(classes: Sequence[Hashable]) -> list[Window]:
+    """Each block's class between those of its neighbours."""
+    padded = [None, *classes, None]
+    return [(padded[i], padded[i + 1], padded[i + 2]) for i in range(len(classes))]
+
+
+def shorten(classes: Sequence[Hashable]) -> list[int]:
+    """Indices of a few blocks that, one after the other, have every window that all of them have."""
+    kept = list(range(len(classes)))
+    wanted = set(windows(classes))
+    while True:
+        now = windows([classes[i] for i in kept])
+        cuts = ((i, j) for i in range(len(kept)) for j in range(len(kept) - 1, i, -1) if now[i] == now[j])
+        # what lies between two equal windows can go, if what it holds is found elsewhere
+        for i, j in sorted(cuts, key=lambda cut: cut[0] - cut[1]):
+            if set(now[: i + 1] + now[j + 1 :]) == wanted:
+                del kept[i + 1 : j + 1]
+                break
+        else:
+            return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """Where a piece of memory was taken: in a segment of which block, and as its which piece.
+
+    Attributes:
+        distance: in blocks from the one that gives it back; from the last one in the loss, from the first in the
+            update; None: taken outside of the blocks.
+    """
+
+    part: Part
+    distance: int | None
+    ordinal: int
+
+
+Step: TypeAlias = tuple[Event, Birth | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What happens between two marks of a step.
+
+    Attributes:
+        block: the decoder layer at work, in the model that was traced.
+        events: in order; beside each that gives a piece back, where that was taken.
+        delta, high: bytes held at the end and at most, more than at its begin, in the tiers that were asked for.
+        seconds: predicted.
+    """
+
+    part: Part
+    block: int | None
+    events: tuple[Step, ...]
+    delta: int
+    high: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A segment standing at block `at` of a composed step."""
+
+    segment: Segment
+    at: int | None
+
+
+def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier: Tier | None = None) -> list[Segment]:
+    """The segments of one traced step, in order. Loading and evaluation are left out.
+
+    What is made before the first block, such as masks, goes back to the allocator with the last block that used it;
+    here at the end of the backward pass, because in another depth that is another block. There, too, goes what is left
+    to the update, so that an update fits every backward pass.
+
+    Args:
+        seconds: by phase and block, as the Tracer sums them.
+        tier: whose bytes are counted; None for both together (a CPU, where they are the same memory).
+    """
+    births: dict[int, tuple[Part, int | None, int]] = {}  # by key
+    groups: list[tuple[Part, int | None, list[Step]]] = [("start", None, [])]
+    end: list[Step] = []
+    last = max((event.block for event in trace.events if event.block is not None), default=0)
+    ordinal = 0
+    for event in trace.events:
+        if event.phase not in ("forward", "loss", "backward", "update"):
+            if event.nbytes > 0:
+                births[event.key] = "load", None, event.key
+            continue
+        part, block, steps = groups[-1]
+        now: tuple[Part, int | None] = part, block
+        if event.phase in _WITHOUT_BLOCK:
+            now = cast(Part, event.phase), None
+        elif event.block is not None:
+            now = cast(Part, event.phase), event.block
+        if now != (part, block):
+            (part, block), steps, ordinal = now, [], 0
+            groups.append((part, block, steps))
+        if event.nbytes > 0:
+            births[event.key] = part, block, ordinal
+            ordinal += 1
+            steps.append((event, None))
+            continue
+        there, at, number = births[event.key]
+        origin = block if block is not None else last if part == "loss" else 0
+        birth = Birth(there, None if at is None else at - origin, number)
+        early = (part == "backward" and there == "start") or (part == "update" and there not in ("load", "update"))
+        (end if early else steps).append((event, birth))
+    groups.insert(len(groups) - (groups[-1][0] == "update"), ("end", None, end))
+    phases = {"start": "forward"}
+    return [
+        segment_of(part, block, steps, seconds.get((phases.get(part, part), block), 0.0), tier)
+        for part, block, steps in groups
+    ]
+
+
+def segment_of(part: Part, block: int | None, steps: Sequence[Step], seconds: float, tier: Tier | None) -> Segment:
+    """A segment of these events, with its sizes in `tier`."""
+    levels = list(accumulate(event.nbytes for event, _ in steps if tier is None or event.tier == tier))
+    return Segment(part, block, tuple(steps), levels[-1] if levels else 0, max([0, *levels]), seconds)
+
+
+class Pieces:
+    """Segments of traced steps by window, from which steps of any depth are put together.
+
+    All traces must be of the same micro-batch and loss chunk.
+    """
+
+    def __init__(self) -> None:
+        self.outside: dict[Part, Segment] = {}
+        self.by_window: dict[tuple[Part, Window], Segment] = {}
+
+    def add(self, classes: Sequence[Hashable], found: Sequence[Segment]) -> None:
+        """The segments of a traced step through blocks of these classes."""
+        at = windows(classes)
+        for segment in found:
+            if segment.block is None:
+                self.outside.setdefault(segment.part, segment)
+            else:
+                self.by_window.setdefault((segment.part, at[segment.block]), segment)
+
+    def step(self, classes: Sequence[Hashable]) -> list[Place]:
+        """A whole step through these blocks.
+
+        A window that was not traced is taken from a block of the same class with other neighbours, which is close, and
+        exact but for what neighbours exchange.
+        """
+        at = windows(classes)
+        blocks = [Place(self._nearest("forward", window), i) for i, window in enumerate(at)]
+        back = [Place(self._nearest("backward", window), i) for i, window in enumerate(at)]
+        start, loss, end, update = (Place(self.outside[part], None) for part in _OUTSIDE)
+        return [start, *blocks, loss, *reversed(back), end, update]
+
+    def know(self, classes: Sequence[Hashable]) -> bool:
+        """Whether a block of each class was traced."""
+        return {window[1] for _, window in self.by_window} >= set(classes)
+
+    def take_seconds(self, other: Pieces) -> None:
+        """Let what `other` has too take as long as it does there."""
+        for part in self.outside.keys() & other.outside.keys():
+            self.outside[part] = replace(self.outside[part], seconds=other.outside[part].seconds)
+        for key in self.by_window.keys() & other.by_window.keys():
+            self.by_window[key] = replace(self.by_window[key], seconds=other.by_window[key].seconds)
+
+    def with_loss(self, loss: Segment) -> Pieces:
+        """The same pieces with the loss of another chunk size."""
+        made = Pieces()
+        made.outside, made.by_window = {**self.outside, "loss": loss}, self.by_window
+        return made
+
+    def between(self, other: Pieces, share: float) -> Pieces:
+        """Between this micro-batch (`share` 0) and a larger one: sizes and times grow in proportion to tokens.
+
+        What is made so has sizes and times alone, no events.
+        """
+        made = Pieces()
+        for part in self.outside.keys() & other.outside.keys():
+            made.outside[part] = _between(self.outside[part], other.outside[part], share)
+        for key in self.by_window.keys() & other.by_window.keys():
+            made.by_window[key] = _between(self.by_window[key], other.by_window[key], share)
+        return made
+
+    def _nearest(self, part: Part, window: Window) -> Segment:
+        exact = self.by_window.get((part, window))
+        if exact is not None:
+            return exact
+        same = [(w, segment) for (p, w), segment in self.by_window.items() if p == part and w[1] == window[1]]
+        assert same, "a block of each class was traced"
+        return max(same, key=lambda item: sum(a == b for a, b in zip(item[0], window, strict=True)))[1]
+
+
+def _between(a: Segment, b: Segment, share: float) -> Segment:
+    def mix(x: float, y: float) -> float:
+        return x + (y - x) * share
+
+    return Segment(
+        a.part, a.block, (), round(mix(a.delta, b.delta)), round(mix(a.high, b.high)), mix(a.seconds, b.seconds)
+    )
+
+
+def peak(places: Iterable[Place]) -> int:
+    """The most bytes held, more than before the step."""
+    level = most = 0
+    for place in places:
+        most = max(most, level + place.segment.high)
+        level += place.segment.delta
+    return most
+
+
+def unroll(places: Iterable[Place], depth: int) -> list[Event]:
+    """The events of a composed step, as if it had been traced whole.
+
+    What is born in a block's segment and given back in its own or a neighbour's keeps that distance. What was there
+    before the step has the negative key that it had when it was traced.
+    """
+    born: dict[tuple[Part, int | None, int], int] = {}  # part, block, ordinal -> key
+    result: list[Event] = []
+    for place in places:
+        ordinal = 0
+        origin = place.at if place.at is not None else depth - 1 if place.segment.part == "loss" else 0
+        for event, birth in place.segment.events:
+            if birth is None:
+                key = len(result) + 1
+                born[place.segment.part, place.at, ordinal] = key
+                ordinal += 1
+            else:
+                at = None if birth.distance is None else origin + birth.distance
+                key = -birth.ordinal if birth.part == "load" else born[birth.part, at, birth.ordinal]
+            result.append(replace(event, key=key, block=place.at))
+    return result

@@ -1,0 +1,194 @@
+"""How long each operation of a step takes: the roofline of Williams et al. 2009 (doi:10.1145/1498765.1498785).
+
+An operation takes the longer of its arithmetic at the device's rate and its bytes at the device's bandwidth, plus what
+every call costs. Products, attention and dequantization have rates of their own, because what a device reaches in them
+is far from its datasheet. Copies between tiers overlap with arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_ft.planner.profile import Profile
+from lowmem_ft.quant.products import multiplies
+
+# What fallback figures are of the datasheet's, for profiles without a `measured` section. Assumed, from the usual
+# efficiency of large products and streaming kernels; not yet measured on a GPU.
+PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.35, 0.75
+BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales included
+BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
+BYTES_PER_DRAW = 4.0
+CALL_SECONDS = 8e-6
+LOOPS_SHARE = 0.006  # PyTorch's own 16-bit loops on a CPU without such units: 0.8 of 136 GFLOP/s (quant/products.py)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What a device reaches; per second but for `call`.
+
+    Attributes:
+        products: floating-point operations of large matrix products, by dtype.
+        loops: of 16-bit products outside of our operator on a CPU that has no units for them.
+        attention_forward, attention_backward: floating-point operations of the attention kernel.
+        elementwise: bytes read and written by element-wise operations.
+        dequantize: values, by the bits they were stored in.
+        updates: elements that the optimizer updates.
+        draws: random values.
+        call: seconds that any operation takes at least.
+        to_device, to_host: bytes of copies.
+    """
+
+    products: Mapping[torch.dtype, float]
+    loops: float
+    attention_forward: float
+    attention_backward: float
+    elementwise: float
+    dequantize: Mapping[int, float]
+    updates: float
+    draws: float
+    call: float
+    to_device: float
+    to_host: float
+
+    @classmethod
+    def of(cls, profile: Profile) -> Rates:
+        """The measured rates of a profile, or shares of its datasheet's."""
+        flops = {getattr(torch, name): rate.value for name, rate in profile.flops.items()}
+        fastest = max(flops.values())
+        bandwidth = profile.memory_bandwidth.value
+        links = {"to_device": profile.link_to_device.value, "to_host": profile.link_to_host.value}
+        found = profile.measured
+        if found is None:
+            return cls(
+                products={dtype: PRODUCT_SHARE * rate for dtype, rate in flops.items()},
+                loops=LOOPS_SHARE * fastest,
+                attention_forward=ATTENTION_SHARE * fastest,
+                attention_backward=ATTENTION_SHARE * fastest,
+                elementwise=BANDWIDTH_SHARE * bandwidth,
+                dequantize={bits: BANDWIDTH_SHARE * bandwidth / size for bits, size in BYTES_PER_DEQUANTIZED.items()},
+                updates=BANDWIDTH_SHARE * bandwidth / BYTES_PER_UPDATE,
+                draws=BANDWIDTH_SHARE * bandwidth / BYTES_PER_DRAW,
+                call=CALL_SECONDS,
+                **links,
+            )
+        return cls(
+            products=flops,
+            loops=found.loops.value if found.loops is not None else fastest,
+            attention_forward=found.attention_forward.value,
+            attention_backward=found.attention_backward.value,
+            elementwise=found.elementwise.value,
+            dequantize={4: found.dequantize_4bit.value, 8: found.dequantize_8bit.value},
+            updates=found.updates.value,
+            draws=found.draws.value,
+            call=1 / found.calls.value,
+            **links,
+        )
+
+
+def overlapped(compute: float, copy: float, blocks: int) -> float:
+    """Seconds for `blocks` blocks, each of which computes while the next one's weights are copied in."""
+    return copy + (blocks - 1) * max(compute, copy) + compute if blocks else 0.0
+
+
+class CostModel:
+    """Seconds of operations on tensors without data, on a device with these rates."""
+
+    def __init__(self, rates: Rates, *, kind: str) -> None:
+        self._rates = rates
+        self._native = kind == "cuda" or multiplies(torch.bfloat16)
+        self._rules: dict[Any, Callable[..., float] | None] = {
+            torch.ops.lowmem_ft.product.default: self._product,
+            torch.ops.lowmem_ft.attention.default: self._attention,
+            torch.ops.lowmem_ft.attention_backward.default: self._attention_backward,
+            torch.ops.lowmem_ft.dequantize_4bit.default: self._dequantize_4bit,
+            torch.ops.lowmem_ft.dequantize_int8.default: self._dequantize_8bit,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: self._flash,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: self._flash_backward,
+            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: self._update,
+            torch.ops.bitsandbytes.optimizer_update_32bit.default: self._update,
+            torch.ops.aten.bernoulli_.float: self._draw,
+            torch.ops.aten.mm.default: self._mm,
+            torch.ops.aten.bmm.default: self._mm,
+            torch.ops.aten.addmm.default: self._addmm,
+            torch.ops.aten.baddbmm.default: self._addmm,
+        }
+
+    def seconds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+        """What the Tracer adds up."""
+        if func not in self._rules:
+            self._rules[func] = None if _takes_no_time(func) else self._elementwise
+        rule = self._rules[func]
+        return 0.0 if rule is None else self._rates.call + rule(out, *args)
+
+    def _elementwise(self, out: Any, *args: Any) -> float:
+        moved = 0
+        for value in (out, *args):
+            if isinstance(value, Tensor):
+                moved += value.numel() * value.element_size()
+            elif isinstance(value, (tuple, list)):
+                moved += sum(t.numel() * t.element_size() for t in value if isinstance(t, Tensor))
+        return moved / self._rates.elementwise
+
+    def _product(
+        self, _: None, out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Tensor | None, by: Any, d: Any, *rest: Any
+    ) -> float:
+        work = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+        if c is not None:
+            work += 2.0 * a.shape[0] * c.shape[1] * (b.shape[1] + (a.shape[1] if by is not None else 0))
+        return work / self._rates.products.get(a.dtype, self._rates.loops)
+
+    def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
+        work = 2.0 * math.prod(out.shape) * a.shape[-1]
+        fast = self._native or a.dtype == torch.float32
+        return work / (self._rates.products.get(a.dtype, self._rates.loops) if fast else self._rates.loops)
+
+    def _addmm(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
+        return self._mm(out, a, b)
+
+    def _attention(self, out: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> float:
+        return _attention_work(q, causal=mask is None) / self._rates.attention_forward
+
+    def _attention_backward(
+        self, out: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any
+    ) -> float:
+        return 2.5 * _attention_work(q, causal=mask is None) / self._rates.attention_backward
+
+    def _flash(self, out: Any, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, causal: bool = False) -> float:
+        return _attention_work(q, causal=causal) / self._rates.attention_forward
+
+    def _flash_backward(
+        self, out: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Any, lse: Any, p: float, causal: bool
+    ) -> float:
+        return 2.5 * _attention_work(q, causal=causal) / self._rates.attention_backward
+
+    def _dequantize_4bit(self, out: Tensor, *_: Any) -> float:
+        return out.numel() / self._rates.dequantize[4]
+
+    def _dequantize_8bit(self, out: Tensor, *_: Any) -> float:
+        return out.numel() / self._rates.dequantize[8]
+
+    def _update(self, out: Any, name: str, gradient: Tensor, *_: Any) -> float:
+        return gradient.numel() / self._rates.updates
+
+    def _draw(self, out: Tensor, *_: Any) -> float:
+        return out.numel() / self._rates.draws
+
+
+def _attention_work(q: Tensor, *, causal: bool) -> float:
+    """Floating-point operations of q k^T and of its product with v; half of them where the future is left out."""
+    batch, heads, length, size = q.shape
+    return 4.0 * batch * heads * length * length * size * (0.5 if causal else 1.0)
+
+
+def _takes_no_time(func: Any) -> bool:
+    """Whether an op only makes a view, or memory that nothing is written to."""
+    if func.name().startswith(("aten::empty", "aten::new_empty", "aten::_local", "profiler::", "prim::")):
+        return True
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

@@ -1,0 +1,255 @@
+"""Measure the machine at hand: a profile whose figures are what a training step's operations reach on it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_ft.adapters.lora import LoraLinear
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate
+from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
+from lowmem_ft.quant.products import mm, multiplies
+from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.optim import AdamW
+
+Done = Callable[[int, int], None]  # measurements done, in all
+
+# Shapes of a 7B model's layer on a GPU, and of a 0.5B model's on a CPU: rows, inputs and outputs of a product; rows,
+# heads, positions and size of attention; elements of what streams through memory
+SHAPES: dict[str, dict[str, Any]] = {
+    "cuda": {"product": (2048, 4096, 4096), "attention": (1, 32, 2048, 128), "stream": 1 << 26},
+    "cpu": {"product": (1024, 1024, 4096), "attention": (1, 12, 512, 64), "stream": 1 << 25},
+}
+DISK_BYTES = 256 << 20
+SECONDS = 1.5  # for each of about sixteen figures, but that each is taken three times at least
+
+
+def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
+    """The profile of a device of this machine.
+
+    Args:
+        done: told how far it is.
+
+    Returns:
+        a profile in which all figures are measured, for `profile.write_profile`.
+    """
+    bench = _Bench(device.torch_device)
+    capability = torch.cuda.get_device_capability(device.index) if device.kind == "cuda" else None
+    steps: dict[str, Callable[[], float]] = {
+        **{f"flops.{name}": bench.product_of(name) for name in _dtypes(capability)},
+        "memory_bandwidth": bench.reading,
+        "link_to_device": bench.to_device,
+        "link_to_host": bench.to_host,
+        "disk_read": bench.disk,
+        "attention_forward": bench.attention_forward,
+        "attention_backward": bench.attention_backward,
+        "elementwise": bench.elementwise,
+        "dequantize_4bit": lambda: bench.dequantizing(4),
+        "dequantize_8bit": lambda: bench.dequantizing(8),
+        "updates": bench.updates,
+        "draws": bench.draws,
+        "calls": bench.calls,
+    }
+    if device.kind == "cpu" and not multiplies(torch.bfloat16):
+        steps["loops"] = bench.loops
+    found: dict[str, float] = {}
+    for at, (name, step) in enumerate(steps.items()):
+        done(at, len(steps))
+        found[name] = step()
+    done(len(steps), len(steps))
+    where = f"measured on {device.name} with PyTorch {torch.__version__}: the best of several"
+    today = datetime.datetime.now(datetime.UTC).date()
+
+    def rate(name: str) -> Rate:
+        return Rate(value=found[name], how="measured", source=f"{where}; lowmem_ft/planner/measure.py", date=today)
+
+    def size(value: int, what: str) -> Bytes:
+        return Bytes(value=value, how="measured", source=f"{what} on {device.name}", date=today)
+
+    return Profile(
+        name=re.sub(r"[^a-z0-9]+", "-", f"{platform.node()}-{device.name}".lower()).strip("-")[:60].strip("-"),
+        title=device.name,
+        kind=device.kind,
+        architecture="cpu" if capability is None else _architecture(capability),
+        compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+        sm_count=None if capability is None else torch.cuda.get_device_properties(device.index).multi_processor_count,
+        memory_bytes=size(device.memory_bytes, "what the driver lets programs have"),
+        display_bytes=size(device.memory_bytes - device.free_bytes, "what was taken by others"),
+        context_bytes=size(device.process_bytes, "what the process took before its first tensor"),
+        flops={name: rate(f"flops.{name}") for name in _dtypes(capability)},
+        memory_bandwidth=rate("memory_bandwidth"),
+        link_to_device=rate("link_to_device"),
+        link_to_host=rate("link_to_host"),
+        disk_read=rate("disk_read"),
+        measured=Measured(**{name: rate(name) for name in Measured.model_fields if name in found}),
+    )
+
+
+def _dtypes(capability: tuple[int, int] | None) -> tuple[Dtype, ...]:
+    return ("bfloat16", "float16", "float32") if capability is None or capability >= (8, 0) else ("float16", "float32")
+
+
+def _architecture(capability: tuple[int, int]) -> Any:
+    names = {
+        (7, 0): "volta",
+        (7, 5): "turing",
+        (8, 9): "ada",
+        8: "ampere",
+        9: "hopper",
+        10: "blackwell",
+        12: "blackwell",
+    }
+    return names.get(capability) or names.get(capability[0], "blackwell")
+
+
+class _Bench:
+    """The single measurements, each of which returns operations, values or bytes per second."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._shapes = SHAPES[device.type]
+
+    def _best(self, function: Callable[[], object]) -> float:
+        """The shortest of its times, after one that warms up."""
+        times: list[float] = []
+        end = time.perf_counter() + SECONDS
+        while len(times) < 4 or time.perf_counter() < end:
+            start = time.perf_counter()
+            function()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def _random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=self._device, dtype=torch.float32).to(dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) < (8, 0):
+            return torch.float16
+        return torch.bfloat16
+
+    def product_of(self, name: str) -> Callable[[], float]:
+        dtype: torch.dtype = getattr(torch, name)
+
+        def run() -> float:
+            rows, inputs, outputs = self._shapes["product"]
+            a, b = self._random(rows, inputs, dtype=dtype), self._random(outputs, inputs, dtype=dtype).t()
+            out = torch.empty(rows, outputs, dtype=dtype, device=self._device)
+            return float(2.0 * rows * inputs * outputs / self._best(lambda: mm(a, b, out=out)))
+
+        return run
+
+    def loops(self) -> float:
+        a = self._random(64, 256)
+        return 2.0 * 64 * 256 * 64 / self._best(lambda: torch.mm(a, a.t()))
+
+    def reading(self) -> float:
+        x = self._random(self._shapes["stream"], dtype=torch.float32)
+        return float(x.nbytes / self._best(x.sum))
+
+    def elementwise(self) -> float:
+        a = self._random(self._shapes["stream"], dtype=self._dtype)
+        return float(3.0 * a.nbytes / self._best(lambda: a * a))
+
+    def to_device(self) -> float:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        there = torch.empty_like(host, device=self._device)
+        return host.nbytes / self._best(lambda: there.copy_(host, non_blocking=True))
+
+    def to_host(self) -> float:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        there = torch.empty_like(host, device=self._device)
+        return host.nbytes / self._best(lambda: host.copy_(there, non_blocking=True))
+
+    def disk(self) -> float:
+        block = os.urandom(1 << 20) * 8
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "read"
+            with path.open("wb") as file:
+                for _ in range(DISK_BYTES // len(block)):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            best = 0.0
+            for _ in range(2):
+                with path.open("rb", buffering=0) as file:
+                    if hasattr(os, "posix_fadvise"):  # else the page cache may answer
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    start = time.perf_counter()
+                    while file.read(len(block)):
+                        continue
+                    best = max(best, DISK_BYTES / (time.perf_counter() - start))
+        return best
+
+    def _attention_step(self, *, backward: bool) -> float:
+        batch, heads, length, size = self._shapes["attention"]
+        q, k, v = (self._random(batch, heads, length, size, dtype=self._dtype).requires_grad_() for _ in range(3))
+        out = attention(q, k, v, None, size**-0.5)
+        work = 2.0 * batch * heads * length * length * size  # causal: half of q k^T and of its product with v
+        if not backward:
+            with torch.no_grad():
+                return float(work) / self._best(lambda: attention(q, k, v, None, size**-0.5))
+        gradient = torch.ones_like(out)
+        return float(2.5 * work) / self._best(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True))
+
+    def attention_forward(self) -> float:
+        return self._attention_step(backward=False)
+
+    def attention_backward(self) -> float:
+        return self._attention_step(backward=True)
+
+    def dequantizing(self, bits: Any) -> float:
+        _, inputs, outputs = self._shapes["product"]
+        spec = QuantSpec(bits=bits)
+        stored = quantize(self._random(outputs, inputs, dtype=self._dtype), spec)
+        shape, dtype = (outputs, inputs), self._dtype
+        return float(outputs * inputs) / self._best(
+            lambda: dequantize(stored, kind=spec.kind, shape=shape, dtype=dtype)
+        )
+
+    def updates(self) -> float:
+        parameter = nn.Parameter(self._random(1 << 20))
+        optimizer = AdamW([parameter], lr=1e-4, bits=8)
+        gradient = torch.ones_like(parameter, dtype=torch.float32)
+        return parameter.numel() / self._best(lambda: optimizer.step(gradient=lambda _: gradient))
+
+    def draws(self) -> float:
+        x = self._random(self._shapes["stream"] // 4, dtype=self._dtype)
+        return x.numel() / self._best(lambda: x.bernoulli_(0.5))
+
+    def calls(self) -> float:
+        """Operations per second of layers so small that only calls count, forward and backward through autograd."""
+        parts: list[nn.Module] = []
+        for _ in range(8):
+            linear = nn.Linear(16, 16, dtype=self._dtype, device=self._device).requires_grad_(False)
+            parts += [nn.LayerNorm(16, dtype=self._dtype, device=self._device), LoraLinear(linear, rank=2, alpha=4)]
+        layer = nn.Sequential(*parts, nn.GELU())
+        x = self._random(4, 16, dtype=self._dtype).requires_grad_()
+        counter = _Counter()  # type: ignore[no-untyped-call]
+        with counter:
+            layer(x).sum().backward()
+        return counter.count / self._best(lambda: layer(x).sum().backward())
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,55 @@
+"""From bytes in tensors to bytes that the process takes of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowmem_ft.planner.allocator import CachingAllocator
+from lowmem_ft.planner.compose import unroll
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.trace import Event
+from lowmem_ft.planner.weigh import Scales, Weighed
+
+FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
+PROCESS_SLACK = 128 << 20  # on a CPU: later imports, thread stacks, compiled kernels (60-100 MiB measured on the demo)
+BLAS_WORKSPACE = 32 << 20  # cuBLAS keeps 8.1 MiB in the pool, 32 MiB on Hopper (design.md)
+REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes that the allocator holds and that the process takes of the device at its peak."""
+
+    reserved: int
+    process: int
+
+
+def process_estimate(device: Device, allocated: int) -> int:
+    """What the process takes when its tensors take `allocated`, about."""
+    if device.kind == "cpu":
+        return device.process_bytes + allocated + PROCESS_SLACK
+    return device.process_bytes + int(allocated * FRAGMENTATION)
+
+
+def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
+    """What the process takes during a training step of the policy that was weighed."""
+    if device.kind == "cpu":
+        return Peak(weighed.allocated, process_estimate(device, weighed.allocated))
+    reserved = reserved_peak(scales.stage.tracer.alive(), unroll(weighed.places, scales.depth))
+    return Peak(reserved, device.process_bytes + reserved)
+
+
+def reserved_peak(base: Iterable[Event], step: Iterable[Event]) -> int:
+    """The most that PyTorch's caching allocator reserves, with the pieces of `base` held during steps."""
+    allocator = CachingAllocator()
+    allocator.allocate(BLAS_WORKSPACE)
+    handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
+    events = [event for event in step if event.tier == "device"]
+    for _ in range(REPEATS):
+        for event in events:
+            if event.nbytes > 0:
+                handles[event.key] = allocator.allocate(event.nbytes)
+            else:
+                allocator.free(handles.pop(event.key, 0))
+    return allocator.reserved_peak

@@ -1,0 +1,173 @@
+"""What a policy takes and how long its step lasts, from steps of a few blocks without data.
+
+Two ways: `estimate` puts a policy together from what was traced for the smallest and the largest micro-batch, in
+microseconds; `weigh` traces the blocks that it needs at its own micro-batch, and is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.planner.compose import Pieces, Place, Segment, peak, segment_of, segments, shorten
+from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
+from lowmem_ft.planner.trace import Cost, Tier, Trace
+from lowmem_ft.runtime.blocks import causal_model
+
+LONGEST = 1 << 17  # positions of models whose config names none
+_NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all further ones are like the first
+_LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A policy and its price.
+
+    Attributes:
+        allocated: peak bytes in tensors of the device during a training step.
+        seconds: of a whole step with all its micro-batches.
+        places: the composed step of one micro-batch.
+    """
+
+    policy: Policy
+    allocated: int
+    seconds: float
+    places: Sequence[Place]
+
+
+class Scales:
+    """Weighs the policies of one precision for one device.
+
+    Args:
+        start: of it precision, compute dtype and optimizer hold for all.
+        kind: of the device.
+        cost: of its operations, see `Tracer`.
+
+    Attributes:
+        stage: the model without data.
+        depth: number of blocks.
+        held: bytes of the device before a step.
+        longest: positions that the model knows.
+        keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
+    """
+
+    def __init__(self, config: RunConfig, start: Policy, *, kind: Literal["cpu", "cuda"], cost: Cost) -> None:
+        self.stage = Stage(config, start, kind=kind, cost=cost)
+        self.depth = len(self.stage.blocks)
+        self._tier: Tier | None = None if kind == "cpu" else "device"
+        self.held = next(reversed(list(self.stage.tracer.trace.curve(self._tier))))
+        text = causal_model(self.stage.ready.model).config.get_text_config()
+        self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
+        self._kinds = block_kinds(self.stage.ready.model)
+        self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
+        self.keep: Sequence[int] = range(self.depth + 1)
+        self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
+        self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
+        self._between: dict[tuple[int, int], Pieces] = {}
+        self._update: Segment | None = None
+
+    def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
+        """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
+        tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
+        if (tokens, chunk) not in self._between:
+            low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
+            share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
+            self._between[tokens, chunk] = low.between(high, share)
+        return self._weighed(policy, self._between[tokens, chunk].step(self._classes(policy.keep_blocks)))
+
+    def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
+        """The price of `policy`: the peak of its first micro-batch, which is the highest, and the time of the later.
+
+        Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
+        """
+        classes, pieces = self._classes(policy.keep_blocks), Pieces()
+        if timed and policy.keep_blocks < self.depth:
+            self._trace_both(pieces, policy, classes)
+        else:
+            self._trace(pieces, policy, classes, settled=False)
+        return self._weighed(policy, pieces.step(classes))
+
+    def evaluation_peak(self, policy: Policy) -> int:
+        """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
+        self.stage.tracer.begin()
+        in_loss = min(policy.micro_batch_tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
+        only = None if self._whole else shorten(self._kinds)
+        trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
+        longer = policy.micro_batch_tokens / in_loss
+        listed = {event.key for event in trace.events if event.op == _LISTING}
+        events = [replace(e, nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
+        return max(Trace(events).curve(self._tier)) + unseen_bytes(policy)
+
+    def _classes(self, keep: int) -> list[tuple[int, bool]]:
+        return [(kind, at >= self.depth - keep) for at, kind in enumerate(self._kinds)]
+
+    def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
+        """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
+        sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
+        pieces = self._sized.get(tokens)
+        if pieces is None:
+            pieces = self._sized[tokens] = Pieces()
+            mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
+            for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
+                if not pieces.know(self._classes(keep)):
+                    self._trace_both(pieces, sized, self._classes(keep))
+            self._losses[tokens, chunk] = pieces.outside["loss"]
+        if (tokens, chunk) not in self._losses:
+            one = Pieces()
+            self._trace(one, sized, self._classes(0)[-1:], settled=False)
+            self._losses[tokens, chunk] = one.outside["loss"]
+        return pieces.with_loss(self._losses[tokens, chunk])
+
+    def _trace_both(self, pieces: Pieces, policy: Policy, classes: Sequence[tuple[int, bool]]) -> None:
+        """Add segments with the sizes of a first micro-batch and the times of the later ones."""
+        later = Pieces()
+        self._trace(pieces, policy, classes, settled=False)
+        self._trace(later, policy, classes, settled=True)
+        pieces.take_seconds(later)
+
+    def _trace(self, pieces: Pieces, policy: Policy, classes: Sequence[tuple[int, bool]], *, settled: bool) -> None:
+        """Add the segments of a step through blocks of `classes`, the last ones of the model."""
+        first = self.depth - len(classes)
+        only = list(range(len(classes))) if self._whole else shorten(classes)
+        taken = [classes[at] for at in only]
+        tokens = policy.micro_batch_tokens
+        in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
+        trace = self.stage.step(
+            policy,
+            keep=sum(kept for _, kept in taken),
+            only=None if self._whole else [first + at for at in only],
+            update=self._update is None,
+            settled=settled,
+            loss_tokens=in_loss,
+        )
+        found = [
+            self._with_whole_loss(it, tokens, in_loss) for it in segments(trace, self.stage.tracer.seconds, self._tier)
+        ]
+        if self._update is None:
+            self._update = next(segment for segment in found if segment.part == "update")
+        pieces.add(taken, [*(segment for segment in found if segment.part != "update"), self._update])
+
+    def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:
+        """The loss of all `tokens` from that of fewer: the list of their positions is longer."""
+        if segment.part != "loss":
+            return segment
+        factor = tokens / in_loss
+        listed = {event.key for event, _ in segment.events if event.op == _LISTING}
+        steps = [
+            (replace(event, nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
+            for event, birth in segment.events
+        ]
+        return segment_of("loss", None, steps, segment.seconds * factor, self._tier)
+
+    def _weighed(self, policy: Policy, places: Sequence[Place]) -> Weighed:
+        allocated = self.held + peak(places) + unseen_bytes(policy)
+        return Weighed(policy, allocated, self._seconds(policy, places), places)
+
+    def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
+        """Micro-batches in proportion to their tokens, and one update."""
+        one = sum(place.segment.seconds for place in places[:-1])
+        tokens = max(self.stage.config.train.tokens_per_step, policy.micro_batch_tokens)
+        return one * tokens / policy.micro_batch_tokens + places[-1].segment.seconds

@@ -1,0 +1,98 @@
+"""A step composed of few blocks is the step that was traced whole, and a step leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner.compose import Pieces, peak, segments, shorten, unroll, windows
+from lowmem_ft.planner.simulate import Stage, block_kinds
+from lowmem_ft.planner.trace import Event
+from tests.models import tiny_config
+from tests.unit.planner.policies import policy
+
+DEPTH = 12
+DEEP: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": DEPTH},
+    "gemma2": {"num_hidden_layers": DEPTH},
+    "gemma3": {"num_hidden_layers": DEPTH},
+    "deepseek_v3": {"num_hidden_layers": DEPTH},
+    "gpt_oss": {"num_hidden_layers": DEPTH},
+    "falcon": {"num_hidden_layers": DEPTH},
+    "gpt2": {"n_layer": DEPTH},
+    "gpt_neo": {"num_layers": DEPTH, "attention_types": [[["global", "local"], DEPTH // 2]]},
+}
+
+
+def stage(name: str, folder: Path, **sections: Any) -> Stage:
+    """A deep tiny model of architecture `name`, of which there is a config only."""
+    tiny_config(name, **DEEP[name]).save_pretrained(folder)
+    config = RunConfig.from_dict({"model": str(folder), "data": {"seq_len": 64}, **sections})
+    return Stage(config, policy(), kind="cpu")
+
+
+def seen(events: list[Event]) -> list[tuple[int, str, str]]:
+    """What must agree: all but the host's states of random generators, which all live to the end of the step."""
+    return [(e.nbytes, e.op, e.phase) for e in events if e.tier == "device"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, DEPTH])
+@pytest.mark.parametrize("name", DEEP)
+def test_a_composed_step_is_the_whole_step(name: str, keep: int, tmp_path: Path) -> None:
+    made = stage(name, tmp_path)
+    classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
+    only = shorten(classes)
+    assert len(only) < DEPTH
+    whole = made.step(policy(), keep=keep)
+    wanted = [event for event, _ in chain.from_iterable(segment.events for segment in segments(whole, {}))]
+    pieces = Pieces()
+    few = made.step(policy(), keep=sum(kept for _, kept in only_classes(classes, only)), only=only)
+    pieces.add(only_classes(classes, only), segments(few, {}))
+    places = pieces.step(classes)
+    found = unroll(places, DEPTH)
+    assert made.held + peak(places) == max(whole.curve())
+    assert seen(found) == seen(wanted)
+    keys: dict[int, int] = {}
+    device = [[event for event in events if event.tier == "device"] for events in (found, wanted)]
+    for composed, traced in zip(*device, strict=True):
+        if traced.nbytes > 0:
+            keys[traced.key] = composed.key
+        else:
+            assert composed.key == keys.get(traced.key, -traced.key), "the same piece is given back"
+
+
+def only_classes(classes: list[tuple[int, bool]], only: list[int]) -> list[tuple[int, bool]]:
+    return [classes[at] for at in only]
+
+
+def test_shortening_keeps_every_window() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        period = [generator.randrange(3) for _ in range(generator.randint(1, 6))]
+        depth, keep = generator.randint(1, 60), generator.randint(0, 60)
+        classes = [(period[at % len(period)], at >= depth - keep) for at in range(depth)]
+        only = shorten(classes)
+        assert only == sorted(set(only))
+        assert set(windows(only_classes(classes, only))) == set(windows(classes))
+    assert shorten([0] * 80) == [0, 1, 79]
+
+
+@pytest.mark.parametrize("keep", [0, DEPTH])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "falcon"])
+def test_a_step_leaves_nothing_for_the_garbage_collector(name: str, keep: int, tmp_path: Path) -> None:
+    """What only a collection frees would be held for an unknown while, and no plan could say how much it is."""
+    made = stage(name, tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        made.step(policy(), keep=keep)
+        left = [(event.op, event.nbytes) for event in made.tracer.alive() if event.phase != "load"]
+    finally:
+        gc.enable()
+    assert left == []

@@ -1,0 +1,95 @@
+"""The cost model: arithmetic and bytes of known operations, views for nothing, a whole step in closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner.cost import CostModel, Rates, overlapped
+from lowmem_ft.planner.profile import load_profile
+from lowmem_ft.planner.simulate import Stage
+from tests.models import tiny_config
+from tests.unit.planner.policies import policy
+
+ENDLESS = 1e30
+FREE: dict[str, Any] = {
+    "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": ENDLESS, "attention_forward": ENDLESS,
+    "attention_backward": ENDLESS, "elementwise": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
+    "draws": ENDLESS, "call": 0.0, "to_device": 1.0, "to_host": 1.0,
+}  # fmt: skip
+
+
+def seconds(func: Any, *args: Any, kind: str = "cuda", **rates: Any) -> float:
+    """Of one operation, when all takes no time but what `rates` names."""
+    out = func(*args)
+    return CostModel(Rates(**{**FREE, **rates}), kind=kind).seconds(func, args, {}, out)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_arithmetic_of_known_operations() -> None:
+    aten, ours = torch.ops.aten, torch.ops.lowmem_ft
+    one = {"products": {torch.bfloat16: 1.0}}
+    assert seconds(aten.mm.default, meta(3, 5), meta(5, 7), **one) == 2 * 3 * 5 * 7
+    assert seconds(aten.bmm.default, meta(2, 3, 5), meta(2, 5, 7), **one) == 2 * 2 * 3 * 5 * 7
+    assert seconds(aten.addmm.default, meta(7), meta(3, 5), meta(5, 7), **one) == 2 * 3 * 5 * 7
+    low_rank = (meta(3, 7), meta(3, 5), meta(5, 7), None, meta(3, 2), meta(5, 2), meta(2, 7), 1.0)
+    assert seconds(ours.product.default, *low_rank, **one) == 2 * 3 * 5 * 7 + 2 * 3 * 2 * (5 + 7)
+    qkv = (meta(2, 4, 16, 8), meta(2, 2, 16, 8), meta(2, 2, 16, 8))
+    causal = 2 * 2 * 4 * 16 * 16 * 8
+    assert seconds(ours.attention.default, *qkv, None, 1.0, attention_forward=1.0) == causal
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool, device="meta")
+    assert seconds(ours.attention.default, *qkv, mask, 1.0, attention_forward=1.0) == 2 * causal
+    assert seconds(aten.bernoulli_.float, meta(6), 0.5, draws=2.0) == 3
+
+
+def test_bytes_calls_and_views() -> None:
+    aten = torch.ops.aten
+    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
+    assert seconds(aten.add_.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
+    assert seconds(aten.add.Tensor, meta(10), meta(10), call=0.5) == 0.5
+    for func, args in (
+        (aten.view.default, (meta(4, 4), [16])),
+        (aten.transpose.int, (meta(4, 4), 0, 1)),
+        (aten.slice.Tensor, (meta(4, 4),)),
+        (aten.new_empty.default, (meta(4), [1 << 20])),
+    ):
+        assert seconds(func, *args, elementwise=1e-9, call=1.0) == 0, func
+
+
+def test_copies_hide_behind_arithmetic() -> None:
+    assert overlapped(3.0, 1.0, 4) == 1 + 4 * 3, "the first copy alone is seen"
+    assert overlapped(1.0, 3.0, 4) == 4 * 3 + 1, "the last block's arithmetic alone is seen"
+    assert overlapped(1.0, 3.0, 0) == 0
+
+
+def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:
+    """Forward and backward of every matrix once each (the base is frozen), and the head's twice."""
+    hidden, inner, vocab, layers, tokens = 64, 128, 256, 3, 128
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocab, "num_hidden_layers": layers}
+    tiny_config("llama", **shape).save_pretrained(tmp_path)
+    config = RunConfig.from_dict(
+        {"model": str(tmp_path), "data": {"seq_len": 64}, "adapter": {"rank": 1, "targets": ["q_proj"]}}
+    )
+    rates = Rates(**{**FREE, "products": {torch.bfloat16: 1.0}})
+    stage = Stage(config, policy(keep=layers, depth=layers), kind="cuda", cost=CostModel(rates, kind="cuda").seconds)
+    stage.step(policy(keep=layers, depth=layers), keep=layers)
+    matrices = layers * (2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * inner)
+    low_rank = layers * 3 * 2 * tokens * 2 * hidden
+    expected = 2 * 2 * tokens * (matrices + hidden * vocab)
+    # below the first adapter no gradient is needed: the first block's q, k and v have no backward
+    saved = 2 * tokens * (2 * hidden * hidden)
+    assert expected - saved <= sum(stage.tracer.seconds.values()) <= expected + low_rank
+
+
+@pytest.mark.parametrize("name", ["rtx-3060-12gb", "colab-t4-16gb", "cpu"])
+def test_a_profile_that_nobody_measured_has_rates_too(name: str) -> None:
+    rates = Rates.of(load_profile(name))
+    assert all(0 < rate < 1e16 for rate in (*rates.products.values(), *rates.dequantize.values()))
+    assert rates.elementwise < load_profile(name).memory_bandwidth.value

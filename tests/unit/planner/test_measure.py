@@ -1,0 +1,36 @@
+"""Measuring this machine gives a profile that plans are made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lowmem_ft.cli.app import app
+from lowmem_ft.planner import measure as module
+from lowmem_ft.planner.cost import Rates
+from lowmem_ft.planner.device import cost_of, find_device
+from lowmem_ft.planner.profile import load_profile
+
+
+def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"product": (64, 64, 128), "attention": (1, 2, 32, 16), "stream": 1 << 12}
+    monkeypatch.setitem(module.SHAPES, "cpu", small)
+    monkeypatch.setattr(module, "DISK_BYTES", 16 << 20)
+    monkeypatch.setattr(module, "SECONDS", 0.01)
+    file = tmp_path / "this.yaml"
+    result = CliRunner().invoke(app, ["profiles", "measure", "--device", "cpu", "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    profile = load_profile(file)
+    assert all(figure.how == "measured" for figure in profile.figures().values())
+    assert profile.measured is not None
+    rates = Rates.of(profile)
+    assert rates.call == 1 / profile.measured.calls.value
+    assert rates.products.keys() == {getattr(module.torch, name) for name in ("bfloat16", "float16", "float32")}
+    device = find_device(str(file))
+    assert device.kind == "cpu"
+    assert not device.present
+    assert cost_of(device)
+    shown = CliRunner().invoke(app, ["profiles", "show", str(file)])
+    assert "measured.dequantize_4bit" in shown.output

@@ -1,0 +1,77 @@
+"""Weighing by a few blocks agrees with simulating the whole model, and estimates agree with weighing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner.compose import unroll
+from lowmem_ft.planner.reserve import reserved_peak
+from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.weigh import Scales
+from tests.models import tiny_config
+from tests.unit.planner.policies import policy
+from tests.unit.planner.test_compose import DEEP, DEPTH
+
+SEQ_LEN = 128
+
+
+def scales(name: str, folder: Path, kind: Any = "cpu", **sections: Any) -> tuple[RunConfig, Scales]:
+    tiny_config(name, **DEEP[name]).save_pretrained(folder)
+    keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 8 * SEQ_LEN}, **sections}
+    config = RunConfig.from_dict({"model": str(folder), **keys})
+    return config, Scales(config, policy(), kind=kind, cost=lambda *_: 1e-6)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, DEPTH - 1, DEPTH])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_weighing_few_blocks_is_simulating_all(name: str, keep: int, tmp_path: Path) -> None:
+    config, made = scales(name, tmp_path)
+    asked = policy(rows=3, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=3, loss_chunk_tokens=64)
+    whole = simulate(config, asked, kind="cpu")
+    assert made.weigh(asked).allocated == whole.train_peak
+    assert made.evaluation_peak(asked) == whole.eval_peak
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_estimates_are_close_and_grow(name: str, tmp_path: Path) -> None:
+    _, made = scales(name, tmp_path)
+    before = 0
+    for rows, keep in ((1, 0), (2, 0), (3, 4), (4, 9), (8, DEPTH)):
+        asked = policy(rows=rows, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=math.ceil(8 / rows))
+        estimate, exact = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN), made.weigh(asked)
+        # measured on these: -0.2% to +1.3%; tiles and rounding are not proportional to the rows
+        assert abs(estimate.allocated / exact.allocated - 1) < 0.02
+        assert estimate.allocated > before
+        before = estimate.allocated
+
+
+def test_seconds_are_those_of_all_blocks_and_micro_batches(tmp_path: Path) -> None:
+    """With a microsecond per operation, time counts operations: the same for any split into micro-batches of equal
+    shape, and in proportion to how many there are."""
+    config, made = scales("llama", tmp_path)
+    asked = policy(rows=1, seq_len=SEQ_LEN, keep=5, depth=DEPTH, accumulation=8)
+    once = made.stage.step(asked, keep=5, settled=False)
+    assert once.events
+    seconds = made.stage.tracer.seconds
+    update = seconds["update", None]
+    micro_batch = sum(seconds.values()) - update
+    weighed = made.weigh(asked, timed=False).seconds
+    loss_of_chunks = micro_batch * config.train.tokens_per_step / SEQ_LEN + update
+    assert weighed == pytest.approx(loss_of_chunks, rel=0.02)  # the loss is scaled from two of its chunks
+    assert made.weigh(asked).seconds < weighed, "later micro-batches recompute less"
+
+
+def test_reserved_is_above_allocated_and_counts_the_device_alone(tmp_path: Path) -> None:
+    _, made = scales("llama", tmp_path, kind="cuda")
+    weighed = made.weigh(policy(rows=8, seq_len=SEQ_LEN, keep=0, depth=DEPTH))
+    step, base = unroll(weighed.places, DEPTH), made.stage.tracer.alive()
+    reserved = reserved_peak(base, step)
+    assert reserved > weighed.allocated
+    on_device = [event for event in step if event.tier == "device"]
+    assert len(on_device) < len(step), "the batch comes from the host"
+    assert reserved_peak(base, on_device) == reserved
