@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from lowmem_ft.adapters.stack import LoraStack
-
 EXPERTS = "lowmem_ft"
 _LEAST_ROWS = 256  # of a tile: dequantizing a slice takes about as long as multiplying 64 rows with it
 
@@ -102,10 +100,10 @@ def _touch_the_rest(experts: nn.Module, x_PD: Tensor, used: set[int]) -> Tensor:
     """Without data: let the factors of experts that have no tile get gradients, as with data all experts' do."""
     factors: list[Tensor] = []
     for module in experts.modules():
-        if isinstance(module, LoraStack):
-            factors += [
-                factor for e, pair in enumerate(zip(*module.factors(), strict=True)) if e not in used for factor in pair
-            ]
+        split = getattr(module, "factors", None)  # of the adapter of a stack
+        if split is not None:
+            pairs = enumerate(zip(*split(), strict=True))
+            factors += [factor for e, pair in pairs if e not in used for factor in pair]
     result: Tensor = _Touched.apply(x_PD, *factors) if factors else x_PD  # type: ignore[no-untyped-call]
     return result
 
