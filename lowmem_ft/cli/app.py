@@ -16,6 +16,8 @@ from rich.console import Console
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.files import write_text
+from lowmem_ft.core.sizes import parse_count
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -58,8 +60,14 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of an optimizer update.")] = None,
     as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Write the plan to this file as a page.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run one real step here, and compare.")] = False,
+    dataset_tokens: Annotated[
+        str | None, typer.Option(help="Tokens of an epoch, such as 50M: how long it takes.")
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of the device: what an epoch costs.")] = None,
 ) -> None:
-    """Say whether a model can be fine-tuned within a budget, and how. Reads no weights."""
+    """Say whether a model can be fine-tuned within a budget, and how. Reads no weights, but with --verify."""
     options = {
         "budget.memory": budget,
         "budget.host": host_budget,
@@ -71,13 +79,23 @@ def plan(
     config = RunConfig.from_dict({"model": model}, [*given, *(overrides or [])])
 
     from lowmem_ft.planner.solver import make_plan, require_fit
-    from lowmem_ft.report.tables import plan_table
+    from lowmem_ft.report.plan_page import plan_page
+    from lowmem_ft.report.tables import plan_table, verified_table
 
     made = make_plan(config)
+    tokens = None if dataset_tokens is None else parse_count(dataset_tokens)
+    if verify and made.fits:
+        from lowmem_ft.planner.verify import verified
+
+        made = verified(made)
     if as_json:
         print(made.to_json())
     else:
-        Console().print(plan_table(made))
+        Console().print(plan_table(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
+        if made.measured:
+            Console().print(verified_table(made))
+    if html is not None:
+        write_text(html, plan_page(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
     require_fit(made)
 
 

@@ -116,6 +116,7 @@ class Plan:
         reason: why this policy, or what binds where nothing fits; one sentence.
         changes: where nothing fits, the cheapest changes of the config that would make it fit.
         frontier: of all policies that were weighed those that no other beats in both memory and speed, by memory.
+        measured: what real steps took, under the keys of `predicted`; empty where none was run.
         timeline: of one training step of the policy, in order; thinned, but every block's peak is in it.
         config: the resolved RunConfig as a mapping.
     """
@@ -133,6 +134,7 @@ class Plan:
     changes: tuple[Change, ...] = ()
     frontier: tuple[Candidate, ...] = ()
     timeline: tuple[Sample, ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,7 +147,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, in the order of the fields."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        data = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        if not self.measured:
+            del data["measured"]
+        return data
 
     def to_json(self) -> str:
         """`to_dict()` as indented JSON text."""
@@ -163,7 +168,8 @@ class Plan:
                 "The plan has another schema.", given=data.get("schema"), allowed=SCHEMA, fix="plan again"
             )
         try:
-            fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+            fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "measured"}
+            fields["measured"] = data.get("measured", {})
             fields["policy"] = Policy(**fields["policy"])
             fields["predicted"] = Predicted(**fields["predicted"])
             for name in ("alternatives", "frontier"):

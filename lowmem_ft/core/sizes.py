@@ -33,6 +33,18 @@ def parse_size(text: str | int) -> int:
     return round(float(match[1]) * factor)
 
 
+def parse_count(text: str | int) -> int:
+    """A number such as `50M`, `2B`, `800k` or a plain one.
+
+    Raises:
+        ConfigError: the text is no number, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", str(text))
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError("Not a number.", given=repr(text), allowed="a positive number: 50M, 2B, 800k or 1234567")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+
+
 def format_size(size: int | float) -> str:
     """`size` bytes in the largest binary unit that keeps it above one: 6442450944 -> `6.00 GiB`."""
     value = float(size)

@@ -74,7 +74,7 @@ def write_plan(answer: Answer) -> Plan:
     weighed, device = answer.weighed, answer.device
     stored = Stored.of(answer.scales.stage.ready)
     frontier = pareto(answer.options)
-    safer = [option for option in reversed(frontier) if option.process < answer.process and answer.fits]
+    safer = [it for it in reversed(frontier) if it.process < answer.process and it.policy != weighed.policy]
     checkpoint = stored.adapter + stored.optimizer
     # the loader's bound: what is stored, one matrix in 32 bits, and scratch; tests/unit/quant holds it to that
     matrix = 4 * stored.largest_matrix + LOADING_SCRATCH

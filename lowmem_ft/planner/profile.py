@@ -6,7 +6,6 @@ which an installed package holds as `lowmem_ft/profiles/`.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import typing
@@ -20,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from lowmem_ft.core.config import Section
 from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.files import write_text
 from lowmem_ft.core.sizes import parse_size
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -205,18 +205,8 @@ def write_profile(profile: Profile, path: str | Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True, width=110)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ConfigError(
-            "The profile cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder"
-        ) from None
+    write_text(Path(path), text)
 
 
 def _folder() -> Traversable:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.trace import Scratch
+from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
 
@@ -97,6 +98,32 @@ def _reduces_outer_dimension(x: Tensor, dims: Sequence[int] | None) -> bool:
     return any(summed for _, summed in merged[2:])
 
 
+def _promoted(a: Tensor, b: Any, *_: Any, **__: Any) -> list[int]:
+    """On the CPU operands in another dtype than the one that is computed in are copied to that first."""
+    if not isinstance(b, Tensor) or a.dtype == b.dtype or not b.is_floating_point():
+        return []
+    common = torch.result_type(a, b)
+    return [t.numel() * common.itemsize for t in (a, b) if t.dtype != common and t.ndim > 0]
+
+
+def _promoted_in_place(a: Tensor, b: Any, *_: Any, **__: Any) -> list[int]:
+    """The same, and the result too is made in that dtype before it is copied back."""
+    copies = _promoted(a, b)
+    return [*copies, *([a.numel() * torch.result_type(a, b).itemsize] if a.dtype != torch.result_type(a, b) else [])]
+
+
+def _dequantize_int8(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> list[int]:
+    """The CPU's product copies both operands to fp32, chunk by chunk; it needs no copy of the result in fp32."""
+    rows = min(qweight.shape[0], max(1, CHUNK // qweight.shape[1]))
+    chunk = 4 * rows * qweight.shape[1]
+    return [scale.nbytes, chunk, *([] if dtype == torch.float32 else [chunk])]
+
+
+def _dequantize_4bit(qweight: Tensor, absmax: Tensor, kind: str, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """Where the last block is short, the packed values are copied to fill it up."""
+    return [] if math.prod(shape) == absmax.numel() * BLOCK else [absmax.numel() * BLOCK // 2]
+
+
 def _scatter(x: Tensor, *_: Any, **__: Any) -> list[int]:
     """On the CPU 16-bit floats are scattered into a copy in fp32 (aten/native/cpu/ScatterGatherKernel.cpp)."""
     return [4 * x.numel()] if x.dtype in (torch.bfloat16, torch.float16) else []
@@ -115,7 +142,12 @@ _SCATTERS = (
     "scatter_add.default",
     "scatter_add_.default",
 )
+_POINTWISE = ("add", "sub", "mul", "div")
 _CPU: Mapping[Any, Scratch] = {
+    **dict.fromkeys(_overloads(f"{name}.Tensor" for name in _POINTWISE), _promoted),
+    **dict.fromkeys(_overloads(f"{name}_.Tensor" for name in _POINTWISE), _promoted_in_place),
+    torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
+    torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
     **dict.fromkeys(_overloads(_SCATTERS), _scatter),
     torch.ops.lowmem_ft.product.default: _product,
     torch.ops.aten.sort.stable: _sort,

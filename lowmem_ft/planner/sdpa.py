@@ -68,10 +68,11 @@ def _on_cpu(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """The flash kernel where aten/native/transformers/sdp_utils_cpp.cpp takes it, else None."""
-    alike = query.shape[:2] == key.shape[:2] == value.shape[:2] and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    heads = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
+    alike = heads and key.shape[:2] == value.shape[:2] and query.shape[-1] == key.shape[-1] == value.shape[-1]
     strided = all(tensor.stride(-1) == 1 for tensor in (query, key, value))
     learned = attn_mask is not None and attn_mask.requires_grad
-    if dropout_p > 0 or query.ndim != 4 or enable_gqa or learned or not (alike and strided):
+    if dropout_p > 0 or query.ndim != 4 or learned or not (alike and strided):
         return None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_full((), float("-inf")))

@@ -71,7 +71,7 @@ class Trace:
             if event.nbytes > 0:
                 alive[event.key] = event
             else:
-                del alive[event.key]
+                alive.pop(event.key, None)  # of what was there before, if the trace does not begin with it
         return list(alive.values())
 
 

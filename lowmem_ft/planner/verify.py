@@ -1,19 +1,73 @@
-"""One real step beside its simulation, by PyTorch's own allocator events."""
+"""One real step beside its plan: by PyTorch's allocator events on the CPU, by the allocator's statistics on CUDA."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lowmem_ft.assemble import assemble
+from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.plan import Policy
-from lowmem_ft.data.packing import Batch
-from lowmem_ft.step import train_step
+from lowmem_ft.core.plan import Plan, Policy
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.planner.device import Device
+from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
+from lowmem_ft.step import eval_step, train_step
+
+
+def verified(plan: Plan) -> Plan:
+    """`plan` with what two real steps on random tokens took here, under the keys of `predicted`.
+
+    Raises:
+        UnsupportedError: the plan is for a device that is not here.
+        LowMemError: as loading finds it.
+    """
+    device = Device(**plan.device)
+    where, config = device.torch_device, plan.run_config
+    batches = full_batches(config, plan.policy, vocabulary=256)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        ready = assemble(config, plan.policy, where)
+        train_step(ready, batches, lr=1e-4)
+        measured: dict[str, float] = {
+            "allocated_peak_bytes": torch.cuda.max_memory_allocated(where),
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(where),
+        }
+        total = cuda_process_bytes(device.index)
+        if total is not None:
+            measured["process_peak_bytes"] = total
+    else:
+        ready, allocated = _measured_peak(
+            config, plan.policy, batches[:1], lambda it: train_step(it, batches[:1], lr=1e-4)
+        )
+        measured = {"allocated_peak_bytes": allocated}
+    start = time.perf_counter()
+    train_step(ready, batches, lr=1e-4)
+    measured["step_seconds"] = time.perf_counter() - start
+    measured["tokens_per_second"] = sum(batch.tokens for batch in batches) / measured["step_seconds"]
+    if where.type == "cpu":
+        measured["process_peak_bytes"] = process_peak_bytes()
+    return replace(plan, measured=measured)
+
+
+def full_batches(config: RunConfig, policy: Policy, *, vocabulary: int) -> list[Batch]:
+    """A step's micro-batches of random tokens without padding; rows of two documents where they are packed."""
+    length = config.data.seq_len
+    shape = (max(1, policy.micro_batch_tokens // length), length)
+    half = length // 2
+    found = []
+    for index in range(policy.accumulation):
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(3, vocabulary, shape, generator=generator).tolist()
+        parts = [[row[:half], row[half:]] if config.data.packing else [row] for row in ids]
+        found.append(collate([[Example(part, part) for part in row] for row in parts], pad_id=0))
+    return found
 
 
 def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> int:
@@ -21,10 +75,21 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
 
     What other tensors exist in the process is left out.
     """
+    return _measured_peak(config, policy, batches, lambda ready: train_step(ready, batches, lr=1e-4))[1]
+
+
+def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
+    """The same during one evaluation step, with the optimizer in memory as it is during training."""
+    return _measured_peak(config, policy, [batch], lambda ready: eval_step(ready, batch))[1]
+
+
+def _measured_peak(
+    config: RunConfig, policy: Policy, batches: Sequence[Batch], step: Callable[[Assembled], object]
+) -> tuple[Assembled, int]:
     before = held_bytes() - sum(tensor.nbytes for batch in batches for tensor in _tensors(batch))
     ready = assemble(config, policy, torch.device("cpu"))
     held = held_bytes() - before
-    return held + max(accumulate(allocator_events(lambda: train_step(ready, batches, lr=1e-4))))
+    return ready, held + max(accumulate(allocator_events(lambda: step(ready))))
 
 
 def held_bytes() -> int:

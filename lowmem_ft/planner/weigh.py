@@ -116,8 +116,8 @@ class Scales:
                     self._trace_both(pieces, sized, self._classes(keep))
             self._losses[tokens, chunk] = pieces.outside["loss"]
         if (tokens, chunk) not in self._losses:
-            one = Pieces()
-            self._trace(one, sized, self._classes(0)[-1:], settled=False)
+            one, classes = Pieces(), self._classes(self.keep[0])
+            self._trace(one, sized, classes if self._whole else classes[-1:], settled=False)
             self._losses[tokens, chunk] = one.outside["loss"]
         return pieces.with_loss(self._losses[tokens, chunk])
 

@@ -27,7 +27,7 @@ Layout: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64  # values that share one scale; what transformers + bitsandbytes use
 NESTED_BLOCK = 256  # scales that share one second-level scale
-_CHUNK = 1 << 18  # values quantized at a time: bitsandbytes takes 17 bytes of scratch per value, so about 4 MiB
+CHUNK = 1 << 18  # values quantized at a time: bitsandbytes takes 17 bytes of scratch per value, so about 4 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,13 +191,13 @@ def _block_chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows = weight.view(-1, 1) if weight.is_contiguous() else weight.flatten(1)
     width = rows.shape[1]
     step = BLOCK // gcd(width, BLOCK)  # the fewest rows that end on a block's end
-    step *= max(1, _CHUNK // (step * width))
+    step *= max(1, CHUNK // (step * width))
     for first in range(0, rows.shape[0], step):
         yield first * width, rows[first : first + step].reshape(-1)
 
 
 def _row_chunks(shape: Sequence[int]) -> Iterator[slice]:
-    step = max(1, _CHUNK // prod(shape[1:]))
+    step = max(1, CHUNK // prod(shape[1:]))
     return (slice(first, first + step) for first in range(0, shape[0], step))
 
 

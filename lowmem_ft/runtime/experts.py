@@ -13,6 +13,7 @@ Letters in shapes: T tokens, K experts per token, E experts, P = T * K pairs, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 EXPERTS = "lowmem_ft"
-_LEAST_ROWS = 256  # of a tile: dequantizing a slice takes about as long as multiplying 64 rows with it
+_ROWS = 64  # of a tile a multiple of it: on a CPU dequantizing a slice takes as long as multiplying so many rows
 
 
 def use_experts(model: PreTrainedModel) -> None:
@@ -36,41 +37,52 @@ def use_experts(model: PreTrainedModel) -> None:
 def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's experts, (T, D). An index of E or more belongs to no expert."""
     pairs, top_k = top_k_index_TK.numel(), top_k_index_TK.shape[-1]
-    order_P = top_k_index_TK.reshape(-1).argsort(stable=True)
-    tiles = list(_tiles(_counts(top_k_index_TK, experts.num_experts), tile_rows(pairs, experts.num_experts)))
+    expert_P, order_P = top_k_index_TK.reshape(-1).sort(stable=True)
+    # a token goes to each expert once at most, so that no expert has more rows than there are tokens
+    most = min(hidden_TD.shape[0], tile_rows(pairs, experts.num_experts, hidden_TD.shape[1]))
+    counts = _counts(expert_P, experts.num_experts, most)
+    del expert_P
+    tiles = list(_tiles(counts, most))
     rows = [rows for _, rows in tiles]
     order_P = order_P[: sum(rows)]
     token_P = order_P.div(top_k, rounding_mode="floor")
-    x_PD = hidden_TD.index_select(0, token_P)
-    weights_P = top_k_weights_TK.reshape(-1).index_select(0, order_P)
-    if hidden_TD.is_meta:
-        x_PD = _touch_the_rest(experts, x_PD, {expert for expert, _ in tiles})
-    done = [
-        (_expert(experts, expert, x_RD) * weights_R.unsqueeze(1)).to(hidden_TD.dtype)
-        for (expert, _), x_RD, weights_R in zip(
-            tiles, torch.split(x_PD, rows), torch.split(weights_P, rows), strict=True
-        )
-    ]
-    return torch.zeros_like(hidden_TD).index_add_(0, token_P, torch.cat(done))
+    parts = (
+        torch.split(hidden_TD.index_select(0, token_P), rows),  # one gather, whose backward is one scatter
+        torch.split(top_k_weights_TK.reshape(-1).index_select(0, order_P), rows),
+        torch.split(token_P, rows),
+    )
+    out_TD = torch.zeros_like(hidden_TD)
+    # What is kept for backward depends on the number of pairs alone. What a tile takes beside that grows with its rows,
+    # and comes on top of everything kept if the tile is the last in forward, the first in backward. In every routing
+    # some expert has as many rows as a balanced one gives to each: with the highest tile last, all take the same.
+    for (expert, _), x_RD, weights_R, token_R in sorted(zip(tiles, *parts, strict=True), key=_height):
+        # within a tile each token is there once, so that the sum does not depend on the order of CUDA's threads
+        done_RD = _expert(experts, expert, x_RD) * weights_R.unsqueeze(1)
+        out_TD = out_TD.index_add_(0, token_R, done_RD.to(hidden_TD.dtype))
+    return _touch_factors(experts, out_TD) if hidden_TD.is_meta else out_TD
 
 
-def tile_rows(pairs: int, experts: int) -> int:
-    """The most rows that are worked on at once: about as many as each expert has when all have the same."""
-    balanced: int = -(-pairs // experts)
-    return max(_LEAST_ROWS, 1 << (balanced - 1).bit_length())
+def tile_rows(pairs: int, experts: int, hidden: int) -> int:
+    """The most rows that are worked on at once.
 
-
-def _counts(top_k_index_TK: Tensor, experts: int) -> list[int]:
-    """Pairs of each expert.
-
-    Without data the routing is unknown, and one is assumed that takes the most memory: tiles as high as they get. A
-    token goes to each expert once at most, so no expert has more rows than there are tokens.
+    About as many as each expert has when all have the same, and 1/128 of all pairs, so that the few rows more that most
+    routings give to some experts need no second tile, and still a tile's height changes the layer's memory by less than
+    1%. At least D / 4, with which a tile takes about the memory of the slice that is dequantized for it: in training
+    (D + 5 I) numbers a row and 2 * D * I of the slice, for I of 0.3 to 3.5 D as published models have.
     """
-    if not top_k_index_TK.is_meta:
-        return top_k_index_TK.reshape(-1).bincount(minlength=experts)[:experts].tolist()
-    tokens, pairs = top_k_index_TK.shape[0], top_k_index_TK.numel()
-    most = min(tokens, tile_rows(pairs, experts))
-    return [min(most, max(0, pairs - expert * most)) for expert in range(experts)]
+    return _ROWS * -(-max(-(-pairs // experts) + pairs // 128, hidden // 4) // _ROWS)
+
+
+def _counts(expert_P: Tensor, experts: int, most: int) -> list[int]:
+    """Pairs of each expert, from the pairs' experts in order; the one time that the device is waited for.
+
+    Without data the routing is unknown, and one with tiles as high as they get is assumed.
+    """
+    if not expert_P.is_meta:
+        starts = torch.searchsorted(expert_P, torch.arange(experts + 1, device=expert_P.device)).tolist()
+        return [end - start for start, end in pairwise(starts)]
+    full, rest = divmod(expert_P.numel(), most)
+    return [most] * full + ([rest] if rest else [])
 
 
 def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
@@ -78,6 +90,10 @@ def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
     for expert, count in enumerate(counts):
         for start in range(0, count, most):
             yield expert, min(most, count - start)
+
+
+def _height(tile: tuple[tuple[int, int], Tensor, Tensor, Tensor]) -> int:
+    return tile[0][1]
 
 
 def _expert(experts: Any, e: int, x_RD: Tensor) -> Tensor:
@@ -96,16 +112,15 @@ def _product(experts: Any, name: str, e: int, x: Tensor) -> Tensor:
     return out + getattr(experts, f"{name}_bias")[e] if experts.has_bias else out
 
 
-def _touch_the_rest(experts: nn.Module, x_PD: Tensor, used: set[int]) -> Tensor:
-    """Without data: let the factors of experts that have no tile get gradients, as with data all experts' do."""
-    factors: list[Tensor] = []
-    for module in experts.modules():
-        split = getattr(module, "factors", None)  # of the adapter of a stack
-        if split is not None:
-            pairs = enumerate(zip(*split(), strict=True))
-            factors += [factor for e, pair in pairs if e not in used for factor in pair]
-    result: Tensor = _Touched.apply(x_PD, *factors) if factors else x_PD  # type: ignore[no-untyped-call]
-    return result
+def _touch_factors(experts: nn.Module, out_TD: Tensor) -> Tensor:
+    """Without data: let all experts' adapters have their gradients before any tile's backward.
+
+    With data they get them one by one, and may have them so early: with a few rows for each expert but the first.
+    """
+    adapters: list[Any] = [module for module in experts.modules() if hasattr(module, "factors")]  # as LoraStack has
+    factors = [factor for adapter in adapters for split in adapter.factors() for factor in split]
+    touched: Tensor = _Touched.apply(out_TD, *factors)  # type: ignore[no-untyped-call]
+    return touched
 
 
 class _Touched(torch.autograd.Function):

@@ -247,7 +247,8 @@ def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor) -> None:
 
 def _code(device: torch.device, *, signed: bool) -> Tensor:
     """bitsandbytes' dynamic 8-bit code: 256 fp32 values."""
-    values: Tensor = bnb.create_dynamic_map(signed=signed)
+    with torch.device("cpu"):
+        values: Tensor = bnb.create_dynamic_map(signed=signed)
     return values.to(device)
 
 

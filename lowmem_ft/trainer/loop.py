@@ -20,6 +20,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
+from lowmem_ft.core.sizes import format_size
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.planner.device import Device
@@ -32,6 +33,8 @@ from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
 from lowmem_ft.step import eval_step, train_step
 from lowmem_ft.trainer.folder import RunFolder
 from lowmem_ft.trainer.schedule import learning_rate
+
+PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
 
 
 def train(
@@ -58,8 +61,11 @@ def train(
         result = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
         return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
-    train_examples, eval_examples = load_examples(config, reporter)
     plan = require_fit(plan or make_plan(config))
+    if config.policy.objective == "context":  # then the plan decides how long sequences are
+        planned = plan.run_config
+        config = config.model_copy(update={"data": planned.data, "train": planned.train})
+    train_examples, eval_examples = load_examples(config, reporter)
     folder.start(config, resume=resume)
     folder.write_plan(plan)
     torch.manual_seed(config.train.seed)  # decides how fresh adapters start
@@ -146,6 +152,7 @@ class _Loop:
     eval_loss: float | None = None  # of the newest evaluation
     best_loss: float = math.inf
     started: float = field(default_factory=time.monotonic)
+    compared: bool = False  # the plan with what the first step took
 
     def run(self, *, resume: bool) -> Run:
         settings = self.config.train
@@ -212,6 +219,9 @@ class _Loop:
             }
         )
         update(self.step, total, f"loss {result.loss:.4f}")
+        if not self.compared:
+            self.compared = True
+            self.reporter.say(planned_against_measured(self.plan, device_peak_bytes(self.ready.device)))
 
     def _evaluate(self) -> None:
         if not self.eval_examples:
@@ -280,6 +290,18 @@ class _Loop:
             eval_loss=self.eval_loss,
             measured=measured,
         )
+
+
+def planned_against_measured(plan: Plan, measured: int) -> str:
+    """What to say after the first step, in which memory peaks: on CUDA of what is reserved, on a CPU of the process."""
+    predicted = plan.predicted
+    planned = predicted.reserved_peak_bytes if plan.device["kind"] == "cuda" else predicted.process_peak_bytes
+    error = measured / planned - 1
+    words = f"After the first step: {format_size(measured)} of {format_size(planned)} planned ({error:+.1%})."
+    if abs(error) <= PLAN_TOLERANCE:
+        return words
+    direction = "more" if error > 0 else "less"
+    return f"{words} Warning: over {PLAN_TOLERANCE:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_ft.adapters.inject import inject_lora, trainable_parameters
@@ -307,9 +306,8 @@ def test_prompt_methods_of_peft(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
-def test_the_same_code_runs_on_fake_tensors(name: str) -> None:
-    # torch.tensor(..., device="meta") makes no fake tensor, and gemma2 keeps one
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+def test_the_same_code_runs_without_data(name: str) -> None:
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.bfloat16).requires_grad_(False)
         for parameter in find_blocks(model)[1].parameters():
             parameter.requires_grad_(parameter.dim() > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -81,27 +82,54 @@ class Experts(nn.Module):
         return torch.nn.functional.silu(gate) * up
 
 
+TOKENS, EXPERTS_COUNT, TOP_K = 2048, 8, 2
+
+
+def skewed() -> Tensor:
+    """One token in 64 to each expert in turn, all others to the first two: many low tiles beside the high ones."""
+    index_TK = torch.tensor([[0, 1]]).repeat(TOKENS, 1)
+    few = torch.arange(0, TOKENS, 64)
+    index_TK[few, 1] = 2 + torch.arange(len(few)) % (EXPERTS_COUNT - 2)
+    return index_TK
+
+
 ROUTINGS = {
-    "all to the same": lambda tokens: torch.tensor([[0, 1]]).expand(tokens, 2).contiguous(),
-    "balanced": lambda tokens: torch.stack([torch.arange(tokens) % 8, (torch.arange(tokens) + 1) % 8], 1),
-    "random": lambda tokens: torch.rand(tokens, 8, generator=torch.Generator().manual_seed(0)).topk(2).indices,
+    "all to the same": torch.tensor([[0, 1]]).repeat(TOKENS, 1),
+    "all to the last": torch.tensor([[7, 6]]).repeat(TOKENS, 1),
+    "balanced": torch.stack([torch.arange(TOKENS) % 8, (torch.arange(TOKENS) + 1) % 8], 1),
+    "random": torch.rand(TOKENS, EXPERTS_COUNT, generator=torch.Generator().manual_seed(0)).topk(TOP_K).indices,
+    "skewed": skewed(),
 }
 
 
-def test_memory_does_not_depend_on_the_routing() -> None:
-    torch.manual_seed(0)
-    experts, tokens = Experts(8, 64, 128), 2048
+def layer_peaks(experts: Any, hidden: int) -> dict[str, int]:
+    """Of a forward and a backward under each routing, without what was there before."""
     peaks = {}
-    for name, routing in ROUTINGS.items():
-        hidden_TD = torch.randn(tokens, 64, requires_grad=True)
-        index_TK, weights_TK = routing(tokens), torch.rand(tokens, 2)
+    for name, index_TK in ROUTINGS.items():
+        hidden_TD = torch.randn(TOKENS, hidden, requires_grad=True)
+        weights_TK = torch.rand(TOKENS, TOP_K, requires_grad=True)
 
         def step(hidden_TD: Tensor = hidden_TD, index_TK: Tensor = index_TK, weights_TK: Tensor = weights_TK) -> None:
-            experts_forward(experts, hidden_TD, index_TK, weights_TK).sum().backward()
+            experts(hidden_TD, index_TK, weights_TK).sum().backward()
 
-        step()
+        step()  # gradients are there afterwards, and added to
         peaks[name] = max(accumulate(allocator_events(step)))
-    assert max(peaks.values()) / min(peaks.values()) < 1.01, peaks  # 1.000 measured; transformers' eager: 1.163
+    return peaks
+
+
+def test_memory_of_plain_experts_does_not_depend_on_the_routing() -> None:
+    torch.manual_seed(0)
+    peaks = layer_peaks(partial(experts_forward, Experts(EXPERTS_COUNT, 64, 128)), 64)
+    assert max(peaks.values()) / min(peaks.values()) < 1.01, peaks  # MEASURED_PLAIN
+
+
+def test_memory_of_quantized_adapted_experts_does_not_depend_on_the_routing(tmp_path: Path) -> None:
+    save_tiny("olmoe", tmp_path, num_experts=EXPERTS_COUNT, num_experts_per_tok=TOP_K)
+    model = load(tmp_path, 4)
+    use_experts(model)
+    inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
+    peaks = layer_peaks(model.model.layers[0].mlp.experts, 48)
+    assert max(peaks.values()) / min(peaks.values()) < 1.01, peaks  # MEASURED_ADAPTED
 
 
 def test_an_index_beyond_the_experts_belongs_to_none() -> None:
@@ -116,6 +144,8 @@ def test_an_index_beyond_the_experts_belongs_to_none() -> None:
 
 
 def test_tiles_follow_from_shapes_alone() -> None:
-    assert tile_rows(16384, 128) == 256
-    assert tile_rows(16384, 8) == 2048
-    assert tile_rows(3 * 2048, 4) == 2048
+    assert tile_rows(16384, 128, 64) == 256
+    assert tile_rows(64, 128, 64) == 64
+    assert tile_rows(16384, 8, 64) == 2048 + 128
+    assert tile_rows(16384, 128, 2048) == 512
+    assert tile_rows(129, 2, 64) == 128

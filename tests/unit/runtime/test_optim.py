@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.runtime import optim
@@ -222,11 +221,10 @@ def test_state_is_there_from_the_start_and_counts_up_in_the_plan() -> None:
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("paged", [False, True])
-def test_same_way_on_fake_tensors(bits: Any, paged: bool) -> None:
-    with FakeTensorMode():
-        owned = [nn.Parameter(torch.empty(400, 300, dtype=torch.bfloat16, device="meta"))]
-        optimizer = AdamW(owned, lr=1e-3, bits=bits, paged=paged)
-        optimizer.step(gradient=lambda parameter: torch.empty(400, 300, device="meta"))
+def test_same_way_without_data(bits: Any, paged: bool) -> None:
+    owned = [nn.Parameter(torch.empty(400, 300, dtype=torch.bfloat16, device="meta"))]
+    optimizer = AdamW(owned, lr=1e-3, bits=bits, paged=paged)
+    optimizer.step(gradient=lambda parameter: torch.empty(400, 300, device="meta"))
     state = optimizer.state[owned[0]]
     assert state["step"] == 1
     assert state["state1"].device.type == ("cpu" if paged else "meta"), "paged moments count as host memory"
