@@ -295,15 +295,11 @@ def benchmark(options: argparse.Namespace) -> Result:
         for _ in range(options.rounds):
             for side, mode in sides:
                 runs[f"{side}, {mode}"].append(run(side, mode, folder, options))
-        float32 = run("float32", "keep", folder, options)["losses"]
-        # a stock bf16 model would run for hours where the CPU does not multiply bf16
-        stock = "bfloat16" if multiplies_bfloat16() else "rounded"
-        noise = {stock: run(stock, "keep", folder, options)["losses"]}
+        float32, noise = references(folder, options)
     modes: dict[str, Result] = {
         mode: compare(runs[f"ours, {mode}"], runs["peer, recompute"], TARGETS[mode]) for mode in TARGETS
     }
     modes["keep, peer too"] = compare(runs["ours, keep"], runs["peer, keep"], {})
-    curves = {f"{name}, round {at}": one["losses"] for name, done in runs.items() for at, one in enumerate(done, 1)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     peers = ("torch", "transformers", "peft", "bitsandbytes")
     return {
@@ -334,9 +330,33 @@ def benchmark(options: argparse.Namespace) -> Result:
             **parameters,
         },
         "modes": modes,
-        "losses": compare_losses(curves, float32, noise),
+        "losses": compare_losses(curves_of(runs), float32, noise),
         "runs": runs,
     }
+
+
+def references(folder: Path, options: argparse.Namespace) -> tuple[list[float], dict[str, list[float]]]:
+    """The float32 curve, and the one whose distance from it is the noise."""
+    # a stock bf16 model would run for hours where the CPU does not multiply bf16
+    stock = "bfloat16" if multiplies_bfloat16() else "rounded"
+    float32, noisy = (run(side, "keep", folder, options)["losses"] for side in ("float32", stock))
+    return float32, {stock: noisy}
+
+
+def curves_of(runs: dict[str, list[Result]]) -> dict[str, list[float]]:
+    return {f"{name}, round {at}": one["losses"] for name, done in runs.items() for at, one in enumerate(done, 1)}
+
+
+def compare_losses_again(file: Path, options: argparse.Namespace) -> Result:
+    """What `file` holds, its curves held against references that run now (on the same kind of machine)."""
+    before: Result = json.loads(file.read_text(encoding="utf-8"))
+    options.steps = before["settings"]["steps"]
+    with tempfile.TemporaryDirectory(prefix="lowmem-ft-peers-") as name:
+        run("write", "keep", Path(name), options)
+        float32, noise = references(Path(name), options)
+    losses = compare_losses(curves_of(before["runs"]), float32, noise)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**before, "losses": {"date": date, **losses}}
 
 
 def multiplies_bfloat16() -> bool:
@@ -360,6 +380,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of each process; the first one warms up and has no time")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    parser.add_argument(
+        "--losses", type=Path, help="measure the noise of the losses in this result again, nothing else"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it runs")
     for internal in ("--child", "--mode", "--folder"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -372,7 +395,8 @@ def main() -> None:
         task = Task(side=options.child, mode=options.mode, folder=folder, shape=shape, steps=options.steps)
         print(json.dumps(write_model(task) if task.side == "write" else measure(task)))
         return
-    text = json.dumps(benchmark(options), indent=1)
+    result = benchmark(options) if options.losses is None else compare_losses_again(options.losses, options)
+    text = json.dumps(result, indent=1)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ from lowmem_ft.planner.device import Device
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
 from lowmem_ft.step import eval_step, train_step
 
+SMALLEST_VOCABULARY = 64  # the tokens of a real step are drawn from ids that every model has
+
 
 def verified(plan: Plan) -> Plan:
     """`plan` with what two real steps on random tokens took here, under the keys of `predicted`.
@@ -30,7 +32,7 @@ def verified(plan: Plan) -> Plan:
     """
     device = Device(**plan.device)
     where, config = device.torch_device, plan.run_config
-    batches = full_batches(config, plan.policy, vocabulary=256)
+    batches = full_batches(config, plan.policy, vocabulary=SMALLEST_VOCABULARY)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         ready = assemble(config, plan.policy, where)

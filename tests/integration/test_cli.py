@@ -121,6 +121,26 @@ def test_plan_needs_no_tokenizer_and_prints_json_only(tmp_path: Path) -> None:
     assert "Nothing fits the budget" in nothing.stderr
 
 
+def test_plan_as_a_page_and_verified(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    page = tmp_path / "plan.html"
+    arguments = ("plan", model, "--device", "cpu", "--budget", "4GiB", "--seq-len", "64", "--tokens-per-step", "256")
+    done = run(*arguments, "--json", "--verify", "--html", page)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    measured, predicted = data["measured"], data["predicted"]
+    assert set(measured) == {"allocated_peak_bytes", "process_peak_bytes", "step_seconds", "tokens_per_second"}
+    assert 1 <= predicted["allocated_peak_bytes"] / measured["allocated_peak_bytes"] < 1.02
+    assert "fits" in page.read_text()
+    assert [file.name for file in tmp_path.iterdir() if "plan" in file.name] == ["plan.html"], "no half-written file"
+    shown = run(*arguments, "--verify", "--dataset-tokens", "50M", "--price-per-hour", "0.4").stdout
+    for words in ("Verified", "What fills it", "50,000,000 tokens take", "an hour"):
+        assert words in shown
+    nowhere = run(*arguments, "--html", tmp_path / "no" / "plan.html")
+    assert nowhere.returncode == 2
+    assert "cannot be written" in nowhere.stderr
+
+
 def test_demo(tmp_path: Path) -> None:
     done = run("demo", "--out", tmp_path / "demo", "--budget", "2GiB")
     assert done.returncode == 0, done.stderr + done.stdout

@@ -21,7 +21,7 @@ from tests.unit.planner.test_solver import DEVICE
 
 SEED = 0
 COUNT = 24
-SHAPE = (96, 160, 3, 199)  # hidden and inner size, blocks, vocabulary
+SHAPE = (96, 160, 2, 199)  # hidden and inner size, blocks, vocabulary
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -70,17 +70,17 @@ def test_stored_bytes_are_those_of_the_real_model(models: dict[str, Path], name:
 
 
 def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) -> None:
-    settings = config(models["llama"], data={"seq_len": 512}, train={"tokens_per_step": 4096})
+    settings = config(models["llama"], data={"seq_len": 512}, train={"tokens_per_step": 2048})
     roomy = make_plan(settings, device=DEVICE)
     assert roomy.fits
     assert roomy.policy.recompute_blocks == 0
-    assert roomy.policy.micro_batch_tokens == 4096
+    assert roomy.policy.micro_batch_tokens == 2048
     by_memory = sorted(p.predicted.process_peak_bytes for p in map(with_budget(settings), range(*BUDGETS)))
     tight = with_budget(settings)(by_memory[0])
     assert tight.fits
     assert tight.predicted.process_peak_bytes <= by_memory[0] < roomy.predicted.process_peak_bytes
-    assert tight.policy.micro_batch_tokens < 4096
-    assert tight.policy.micro_batch_tokens * tight.policy.accumulation == 4096
+    assert tight.policy.micro_batch_tokens < 2048
+    assert tight.policy.micro_batch_tokens * tight.policy.accumulation == 2048
     alternatives = [candidate.policy for candidate in roomy.alternatives]
     assert alternatives
     assert all(policy.keep_blocks + policy.recompute_blocks == 2 for policy in alternatives)
@@ -100,7 +100,7 @@ def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], nam
         exact.append((process_peak(DEVICE, search.scales, weighed).process, weighed.seconds))
     sizes = sorted(size for size, _ in exact)
     assert len(sizes) == 9
-    for budget in (sizes[0], sizes[3], sizes[6], sizes[-1]):
+    for budget in (sizes[0], sizes[4], sizes[-1]):
         plan = with_budget(settings)(budget)
         best = min(seconds for size, seconds in exact if size <= budget)
         assert plan.fits

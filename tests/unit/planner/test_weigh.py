@@ -27,7 +27,7 @@ def scales(name: str, folder: Path, kind: Any = "cpu", **sections: Any) -> tuple
     return config, Scales(config, policy(), kind=kind, cost=lambda *_: 1e-6)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 5, DEPTH - 1, DEPTH])
+@pytest.mark.parametrize("keep", [0, 1, 5, DEPTH])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
 def test_weighing_few_blocks_is_simulating_all(name: str, keep: int, tmp_path: Path) -> None:
     config, made = scales(name, tmp_path)
@@ -41,7 +41,7 @@ def test_weighing_few_blocks_is_simulating_all(name: str, keep: int, tmp_path: P
 def test_estimates_are_close_and_grow(name: str, tmp_path: Path) -> None:
     _, made = scales(name, tmp_path)
     before = 0
-    for rows, keep in ((1, 0), (2, 0), (3, 4), (4, 9), (8, DEPTH)):
+    for rows, keep in ((1, 0), (3, 4), (8, DEPTH)):
         asked = policy(rows=rows, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=math.ceil(8 / rows))
         estimate, exact = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN), made.weigh(asked)
         # measured on these: -0.2% to +1.3%; tiles and rounding are not proportional to the rows

@@ -1,0 +1,32 @@
+"""What is said after the first step: planned against measured, with a warning beyond three percent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lowmem_ft.trainer.loop import planned_against_measured
+from tests.unit.core.test_plan import PLAN
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("measured", "words", "warns"),
+    [(1000, "+0.0%", False), (1029, "+2.9%", False), (1031, "+3.1%", True), (950, "-5.0%", True)],
+)
+def test_planned_against_measured(kind: str, measured: int, words: str, warns: bool) -> None:
+    """On CUDA of what is reserved, which PyTorch can tell; on a CPU of the process."""
+    right, wrong = 1000 * MIB, 1 * MIB
+    sizes = {"process_peak_bytes": right, "reserved_peak_bytes": wrong}
+    if kind == "cuda":
+        sizes = {"process_peak_bytes": wrong, "reserved_peak_bytes": right}
+    plan = dataclasses.replace(
+        PLAN, device={"name": "d", "kind": kind}, predicted=dataclasses.replace(PLAN.predicted, **sizes)
+    )
+    said = planned_against_measured(plan, measured * MIB)
+    assert words in said
+    assert ("Warning" in said) == warns
+    assert ("less than planned" in said) == (warns and measured < 1000)
