@@ -158,7 +158,7 @@ class _LoraFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.p = weight, scaling, p
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rng_state = _rng_state(x.device) if p > 0.0 else None
+        ctx.seed = _dropout_seed(x) if p > 0.0 else 0
         # not a view, which the model could not change in place (Falcon)
         y = x.new_empty(*x.shape[:-1], lora_B.shape[0])
         if unread and magnitude is None and p == 0.0:
@@ -167,7 +167,7 @@ class _LoraFunction(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         W_OI: Tensor = weight(x.dtype)
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        kept_NI = _dropout_mask(x_NI, p).mul_(x_NI) if p > 0.0 else x_NI
+        kept_NI = _dropout_mask(x_NI, p, ctx.seed).mul_(x_NI) if p > 0.0 else x_NI
         norm_O = None
         y_NO = y.view(-1, y.shape[-1])
         xA_NR = mm(kept_NI, A_RI.t()) if p > 0.0 else None
@@ -194,7 +194,7 @@ class _LoraFunction(torch.autograd.Function):
         scaling, p = ctx.scaling, ctx.p
         x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        mask_NI = _dropout_mask(x_NI, p, replay=ctx.rng_state) if p > 0.0 else None
+        mask_NI = _dropout_mask(x_NI, p, ctx.seed) if p > 0.0 else None
         kept_NI = x_NI if mask_NI is None else mask_NI * x_NI
         c_O1 = None if magnitude is None else (magnitude / norm_O).unsqueeze(1)
         B_scaled_OR = B_OR if c_O1 is None else (B_OR * c_O1).to(x.dtype)
@@ -247,26 +247,17 @@ def _adapted_row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) 
     return norm_O
 
 
-def _rng_state(device: torch.device) -> Tensor:
-    """State of the device's default generator (on the host; 16 bytes on CUDA, 5 KB on CPU)."""
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    if device.type == "meta":  # simulated: as large, and seen by whoever traces
-        return torch.empty_like(torch.get_rng_state())
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+def _dropout_seed(x: Tensor) -> int:
+    """A number from the host's default generator, which activation checkpointing sets back when it recomputes.
 
-
-def _dropout_mask(like_NI: Tensor, p: float, *, replay: Tensor | None = None) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), shaped as the input.
-
-    Drawn from the default generator, which it advances, so that activation checkpointing draws the same mask when
-    it recomputes; or drawn again, from the generator state `replay`, which leaves the default generator alone.
+    Kept until backward instead of the generator's state, of which a CPU's takes 5 KB for each layer.
     """
-    generator = None
-    if replay is not None and not like_NI.is_meta:
-        generator = torch.Generator(device=like_NI.device)
-        generator.set_state(replay)
+    return 0 if x.is_meta else int(torch.randint(1 << 62, ()))
+
+
+def _dropout_mask(like_NI: Tensor, p: float, seed: int) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), shaped as the input; the same again from the same seed."""
+    generator = None if like_NI.is_meta else torch.Generator(device=like_NI.device).manual_seed(seed)
     return torch.empty_like(like_NI).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 

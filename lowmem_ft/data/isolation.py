@@ -1,7 +1,8 @@
 """Attention that keeps the documents of a packed row apart, and the proof that a model obeys it.
 
-Restarted position ids alone are not enough: OPT, Falcon, MPT, BLOOM, XGLM and gpt-oss read them for positions and go
-on attending across documents, without a word. So packed rows always come with an explicit mask.
+Restarted position ids alone are not enough: OPT, MPT, BLOOM, XGLM, gpt-oss and (before transformers 5.24) Falcon read
+them for positions and go on attending across documents, without a word. So packed rows always come with an explicit
+mask.
 
 Shapes: B rows, T positions, D hidden size.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.data.packing import Batch
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
@@ -124,15 +125,31 @@ def check_isolation(model: PreTrainedModel) -> None:
     """
     batch = probe_batch(model)
     dtype = model.get_input_embeddings().weight.dtype
-    try:
+    with taking_masks(model):
         fault = isolation_fault(model, batch, attention_inputs(model, batch, dtype=dtype))
-    except (UnsupportedError, torch.OutOfMemoryError):
+    if fault is not None:
+        raise _not_isolated(model, fault)
+
+
+@contextmanager
+def taking_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, what the decoder raises when it is given a mask that isolates documents becomes a clear error.
+
+    Raises:
+        UnsupportedError: it was.
+    """
+    try:
+        yield
+    except (LowMemError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         fault = f"its decoder does not take an explicit attention mask ({type(error).__name__}: {error})"
-    if fault is not None:
-        name = model.config.model_type
-        raise UnsupportedError(f"Packing cannot be isolated for {name}: {fault}.", fix="set data.packing: false")
+        raise _not_isolated(model, fault) from error
+
+
+def _not_isolated(model: PreTrainedModel, fault: str) -> UnsupportedError:
+    name = model.config.model_type
+    return UnsupportedError(f"Packing cannot be isolated for {name}: {fault}.", fix="set data.packing: false")
 
 
 def probe_batch(model: PreTrainedModel) -> Batch:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.trace import Scratch
+from lowmem_ft.planner.trace import Scratch, Whole
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
@@ -20,7 +20,7 @@ def scratch_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Scratch]:
     return _CPU if kind == "cpu" else {}
 
 
-def whole_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Callable[..., Any]]:
+def whole_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Whole]:
     """Our own operators that are traced as their implementation for the device, with all that it allocates."""
     return _WHOLE_CPU if kind == "cpu" else {}
 
@@ -98,9 +98,9 @@ def _reduces_outer_dimension(x: Tensor, dims: Sequence[int] | None) -> bool:
     return any(summed for _, summed in merged[2:])
 
 
-def _promoted(a: Tensor, b: Any, *_: Any, **__: Any) -> list[int]:
+def _promoted(a: Any, b: Any, *_: Any, **__: Any) -> list[int]:
     """On the CPU operands in another dtype than the one that is computed in are copied to that first."""
-    if not isinstance(b, Tensor) or a.dtype == b.dtype or not b.is_floating_point():
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype == b.dtype or not b.is_floating_point():
         return []
     common = torch.result_type(a, b)
     return [t.numel() * common.itemsize for t in (a, b) if t.dtype != common and t.ndim > 0]
@@ -134,6 +134,11 @@ def _sort(x: Tensor, *_: Any, **__: Any) -> list[int]:
     return [x.nbytes]
 
 
+def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> list[int]:
+    """It looks for rows without any position to attend to."""
+    return [x.numel(), x.numel() // x.shape[dim], 4]
+
+
 _SCATTERS = (
     "scatter.src",
     "scatter.value",
@@ -151,13 +156,23 @@ _CPU: Mapping[Any, Scratch] = {
     **dict.fromkeys(_overloads(_SCATTERS), _scatter),
     torch.ops.lowmem_ft.product.default: _product,
     torch.ops.aten.sort.stable: _sort,
+    torch.ops.aten._safe_softmax.default: _safe_softmax,
     torch.ops.aten.sum.dim_IntList: _sum,
     torch.ops.aten.sum.default: _sum,
     torch.ops.aten.linalg_vector_norm.default: _vector_norm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
 }
-_WHOLE_CPU: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.lowmem_ft.attention.default: attention.attention_cpu,
-    torch.ops.lowmem_ft.attention_backward.default: attention.attention_backward_cpu,
+
+
+def _rows_more(q: Tensor) -> float:
+    return q.shape[0] / attention.traced_rows(q)
+
+
+_WHOLE_CPU: Mapping[Any, Whole] = {
+    torch.ops.lowmem_ft.attention.default: (attention.attention_cpu, lambda q, *_: _rows_more(q)),
+    torch.ops.lowmem_ft.attention_backward.default: (
+        attention.attention_backward_cpu,
+        lambda dout, q, *_: _rows_more(q),
+    ),
 }

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.isolation import attention_inputs, taking_masks
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
 from lowmem_ft.step import eval_step, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
@@ -114,10 +115,19 @@ class Stage:
         with self.tracer:
             self.ready = assemble(config, policy, torch.device("meta"))
         self.ready.activations.remove()  # each step decides anew
+        if config.data.packing and not config.adapter.prompt_learning:
+            self._try_mask(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
         self.blocks = find_blocks(self.ready.model)[1]
         self._unread: dict[nn.Module, list[Any] | None] = {}  # by block, as backward has found them
+
+    def _try_mask(self, policy: Policy) -> None:
+        """Give the decoder, cut down to its first block, a mask that isolates documents."""
+        model, batch = causal_model(self.ready.model), _batch(self.config, policy, "cpu", None)
+        with taking_masks(model), torch.no_grad(), only_blocks(self.ready.model, [0]), self.tracer:
+            inputs = attention_inputs(model, batch, dtype=self.ready.compute_dtype)
+            find_decoder(self.ready.model)(input_ids=batch.input_ids, use_cache=False, **inputs)
 
     def step(
         self,

@@ -18,8 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_ft.core.errors import UnsupportedError
+
 Tier: TypeAlias = Literal["device", "host"]
 Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
+# An operator's own Python implementation, and how many times longer it takes than what is traced of it
+Whole: TypeAlias = tuple[Callable[..., Any], Callable[..., float]]
 Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
 
 
@@ -87,7 +91,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         scratch: Mapping[Any, Scratch],
-        whole: Mapping[Any, Callable[..., Any]],
+        whole: Mapping[Any, Whole],
         cost: Cost | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,16 +120,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name is None:
             name = self._names[func] = str(func)
         self._op = name
-        implementation = self._whole.get(func)
-        if implementation is not None:
+        if func in self._whole:
+            implementation, times = self._whole[func]
+            before = self.seconds[self.phase, self.block]
             with self:
-                return implementation(*args, **kwargs)
+                out = implementation(*args, **kwargs)
+            traced = self.seconds[self.phase, self.block] - before
+            self.seconds[self.phase, self.block] = before + times(*args, **kwargs) * traced
+            return out
         if func is _ASK and args[0].is_meta:
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
             return {torch.bool: True}.get(args[0].dtype, 1)
         if self.phase == "backward":
             func = _IN_PLACE.get(func, func)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                "What this model allocates depends on the values of its tensors, so it cannot be planned without them.",
+                given=f"{name} ({error})",
+                fix="use another model; of mixtures of experts those that go by transformers' experts interface",
+            ) from None
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf)

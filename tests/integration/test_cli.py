@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from lowmem_ft.cli import main
 from tests.models import save_tiny
 
 ASSETS = Path(str(files("lowmem_ft") / "assets"))
@@ -21,6 +23,18 @@ def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def run_here(
+    *arguments: str | Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported already what takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["lowmem-ft", *map(str, arguments)])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # as `main` would, but put back afterwards
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capfd.readouterr()
+    return subprocess.CompletedProcess(sys.argv, int(stopped.value.code or 0), out, err)
 
 
 @pytest.fixture(scope="module")
@@ -99,29 +113,41 @@ def test_interrupting_saves_and_resume_goes_on(folder: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_bad_input_exits_2_with_one_message(folder: Path, arguments: list[str], words: str) -> None:
+def test_bad_input_exits_2_with_one_message(
+    folder: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     names = {"CONFIG": str(folder / "config.yaml"), "MODEL": str(ASSETS / "doclm-7m")}
-    done = run(*(names.get(word, word) for word in arguments))
+    done = run_here(*(names.get(word, word) for word in arguments), monkeypatch=monkeypatch, capfd=capfd)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_plan_needs_no_tokenizer_and_prints_json_only(tmp_path: Path) -> None:
+def test_plan_needs_no_tokenizer_and_prints_json_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny("llama", tmp_path / "model")
     fits = run("plan", model, "--budget", "4GiB", "--seq-len", "64", "--json")
     assert fits.returncode == 0, fits.stderr
     assert json.loads(fits.stdout)["fits"] is True
-    text = run("plan", model, "--budget", "4GiB", "--seq-len", "64", "quant.bits=8")
+    here = partial(run_here, monkeypatch=monkeypatch, capfd=capfd)
+    text = here("plan", model, "--budget", "4GiB", "--seq-len", "64", "quant.bits=8")
     assert "int8 weights" in text.stdout.replace("\n", " ")
-    nothing = run("plan", model, "--budget", "10MiB", "--seq-len", "64", "--json")
+    nothing = here("plan", model, "--budget", "10MiB", "--seq-len", "64", "--json")
     assert nothing.returncode == 3
     assert json.loads(nothing.stdout)["fits"] is False
     assert "Nothing fits the budget" in nothing.stderr
 
 
-def test_plan_as_a_page_and_verified(tmp_path: Path) -> None:
+def test_plan_as_a_page_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = partial(run_here, monkeypatch=monkeypatch, capfd=capfd)
     model = save_tiny("llama", tmp_path / "model")
     page = tmp_path / "plan.html"
     arguments = ("plan", model, "--device", "cpu", "--budget", "4GiB", "--seq-len", "64", "--tokens-per-step", "256")
@@ -133,10 +159,10 @@ def test_plan_as_a_page_and_verified(tmp_path: Path) -> None:
     assert 1 <= predicted["allocated_peak_bytes"] / measured["allocated_peak_bytes"] < 1.02
     assert "fits" in page.read_text()
     assert [file.name for file in tmp_path.iterdir() if "plan" in file.name] == ["plan.html"], "no half-written file"
-    shown = run(*arguments, "--verify", "--dataset-tokens", "50M", "--price-per-hour", "0.4").stdout
+    shown = here(*arguments, "--verify", "--dataset-tokens", "50M", "--price-per-hour", "0.4").stdout
     for words in ("Verified", "What fills it", "50,000,000 tokens take", "an hour"):
         assert words in shown
-    nowhere = run(*arguments, "--html", tmp_path / "no" / "plan.html")
+    nowhere = here(*arguments, "--html", tmp_path / "no" / "plan.html")
     assert nowhere.returncode == 2
     assert "cannot be written" in nowhere.stderr
 

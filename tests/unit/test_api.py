@@ -41,7 +41,7 @@ def test_load_and_generate(plan: lowmem_ft.Plan) -> None:
 
 def test_load_needs_no_tokenizer_but_the_right_plan(plan: lowmem_ft.Plan, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
-    tiny = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64)
+    tiny = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=256)
     model, tokenizer = lowmem_ft.load(folder, tiny, adapter=False)
     assert tokenizer is None
     assert not any(parameter.requires_grad for parameter in model.parameters())

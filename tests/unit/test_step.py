@@ -333,8 +333,8 @@ def test_bf16_adapters_track_fp32_adapters_on_the_embedded_model(bits: Any) -> N
     """
     folder = ASSETS / "doclm-7m"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train = answer_batches("whatis-train.jsonl", tokenizer, 8, 10)
-    held_out = answer_batches("whatis-eval.jsonl", tokenizer, 40, 1)
+    train = answer_batches("whatis-train.jsonl", tokenizer, 4, 10)
+    held_out = answer_batches("whatis-eval.jsonl", tokenizer, 20, 1)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

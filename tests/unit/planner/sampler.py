@@ -1,7 +1,7 @@
 """Draws configurations for tests and benchmarks of the planner, and compares simulated with real steps.
 
-What is drawn follows from the generator alone: architectures x bits x rank x targets x sequence length x micro-batch x
-activations x optimizer x packing x loss chunk.
+What is drawn follows from the generator alone: architectures x bits x adapter method and its options x sequence length
+x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk.
 """
 
 from __future__ import annotations
@@ -16,53 +16,84 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.verify import full_batches, measured_eval_peak, measured_train_peak
-from tests.models import save_tiny
+from tests.models import MOE_ARCHITECTURES, save_tiny
 
-DENSE = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "opt", "falcon", "stablelm", "olmo2",
-    "cohere", "granite", "starcoder2", "phi", "glm4", "smollm3",
+PROJECTED = [  # whose attention has q_proj and v_proj
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "cohere", "granite", "starcoder2", "stablelm",
+    "smollm3",
 ]  # fmt: skip
-MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "olmoe"]
+DENSE = [*PROJECTED, "phi3", "phi", "gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "falcon", "glm4", "bloom", "mpt"]
+MIXTURES = sorted(MOE_ARCHITECTURES)
+ATTENTION = ["q_proj", "v_proj"]
+PEFT: list[dict[str, Any]] = [
+    {"peft_type": "IA3", "target_modules": ATTENTION, "feedforward_modules": []},
+    {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]},
+    {"peft_type": "LOHA", "r": 4, "target_modules": ATTENTION},
+    {"peft_type": "LOKR", "r": 4, "target_modules": ATTENTION},
+    {"peft_type": "OFT", "oft_block_size": 4, "target_modules": ATTENTION},
+    {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": ["q_proj"]},
+    {"peft_type": "LN_TUNING", "target_modules": ["norm"]},
+    {"peft_type": "LORA", "r": 4, "target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
+    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+    {"peft_type": "P_TUNING", "num_virtual_tokens": 4, "encoder_hidden_size": 16},
+]
 
 
 def draw(generator: random.Random, shape: tuple[int, int, int, int] = (48, 80, 2, 131)) -> dict[str, Any]:
     """An architecture, its size (hidden, inner, blocks, vocabulary) and the sections of a config."""
-    name = generator.choice(DENSE * 2 + MIXTURES)
-    length, rows = generator.choice([128, 200, 256]), generator.choice([1, 2, 3, 4])
-    adapter: dict[str, Any] = {"rank": generator.choice([2, 8, 16]), "dropout": generator.choice([0.0, 0.0, 0.1])}
-    adapter |= generator.choice([{}, {}, {"rslora": True}, {"dora": True}] if name in DENSE else [{}])
-    if name in ("llama", "qwen2", "mistral", "qwen3") and generator.random() < 0.3:
-        adapter["targets"] = ["q_proj", "v_proj"]
-    bits = generator.choice([4, 4, 8, 16])
+    pick = generator.choice
+    name = pick(DENSE * 2 + MIXTURES)
+    length, rows, batches = pick([128, 200, 256]), pick([1, 2, 3, 4]), pick([1, 1, 2])
+    adapter = _adapter(generator, name, shape[2])
+    prompted = adapter.get("peft", {}).get("num_virtual_tokens") is not None
+    keep = pick([0, shape[2], generator.randrange(shape[2] + 1)])
+    bits = pick([4, 4, 8, 16])
+    quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
         "architecture": name,
         "shape": shape,
         "sections": {
-            "quant": {"bits": bits, **({"double_quant": generator.choice([True, False])} if bits == 4 else {})},
+            "quant": quant,
             "adapter": adapter,
-            "data": {"seq_len": length, "packing": generator.choice([True, False])},
-            "train": {"tokens_per_step": length * rows, "optimizer": generator.choice(["adamw", "adamw8bit"])},
+            "data": {"seq_len": length, "packing": pick([True, False]) and not prompted and name != "bloom"},
+            "train": {
+                "tokens_per_step": length * rows * batches,
+                "optimizer": pick(["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]),
+            },
             "policy": {
-                "activations": generator.choice(["keep", "recompute"]),
+                "compute_dtype": pick(["bfloat16", "bfloat16", "bfloat16", "float32", "float16"]),
                 "micro_batch_tokens": length * rows,
-                "loss_chunk_tokens": generator.choice([16, 64, 256]),
+                "keep_blocks": shape[2] if prompted else keep,
+                "loss_chunk_tokens": pick([16, 64, 256]),
             },
         },
     }
 
 
+def _adapter(generator: random.Random, name: str, blocks: int) -> dict[str, Any]:
+    """LoRA with one of its options, or a method of the peft library where it finds the names that it needs."""
+    if name in PROJECTED and generator.random() < 0.3:
+        return {"method": "peft", "peft": generator.choice(PEFT)}
+    settings: dict[str, Any] = {
+        "rank": generator.choice([2, 8, 16]), "dropout": generator.choice([0.0, 0.0, 0.1])
+    }  # fmt: skip
+    options: list[dict[str, Any]] = [{}, {"rslora": True}, {"lora_plus_ratio": 4.0}, {"layers": [blocks - 1]}]
+    if name in DENSE:
+        options += [{"dora": True}, {"bias": "lora_only"}, {"bias": "all"}]
+    if name in PROJECTED:
+        options += [{"targets": ATTENTION}, {"train_modules": ["lm_head"]}, {"rank_pattern": {"q_proj": 4}}]
+    return settings | generator.choice(options)
+
+
 def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What was drawn, with simulated / measured - 1 of a training and an evaluation step."""
-    hidden, inner, blocks, vocabulary = drawn["shape"]
     name = drawn["architecture"]
     key = hashlib.sha256(json.dumps([name, drawn["shape"]]).encode()).hexdigest()[:12]
     if not (folder / key).exists():
-        sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks}
-        own = {"head_dim": hidden // 4} if name in ("gemma2", "gemma3", "mistral", "qwen3", "qwen3_moe", "glm4") else {}
-        own |= {"ffn_dim": inner, "word_embed_proj_dim": hidden} if name == "opt" else {}
-        save_tiny(name, folder / key, vocab_size=vocabulary, max_position_embeddings=512, **{**sizes, **own})
+        save_tiny(name, folder / key, max_position_embeddings=512, **sizes_of(name, drawn["shape"]))
     config = RunConfig.from_dict({"model": str(folder / key), **drawn["sections"]})
-    policy = policy_of(config, blocks)
+    policy = policy_of(config, drawn["shape"][2])
     batches = full_batches(config, policy, vocabulary=100)
     simulated = simulate(config, policy, kind="cpu", loss_tokens=batches[0].loss_tokens)
     train, evaluation = measured_train_peak(config, policy, batches), measured_eval_peak(config, policy, batches[0])
@@ -76,19 +107,39 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def sizes_of(name: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Settings of `tests.models.tiny_config` that give architecture `name` this shape."""
+    hidden, inner, blocks, vocabulary = shape
+    if name in ("gpt2", "gptj"):
+        return {"n_embd": hidden, "n_layer": blocks, "n_positions": 512, "vocab_size": vocabulary}
+    if name == "mpt":
+        return {"d_model": hidden, "n_layers": blocks, "max_seq_len": 512, "vocab_size": vocabulary}
+    found = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": vocabulary}
+    if name in ("gemma2", "gemma3", "mistral", "qwen3", "qwen3_moe", "glm4", "gpt_oss"):
+        found["head_dim"] = hidden // 4
+    if name == "opt":
+        found |= {"ffn_dim": inner, "word_embed_proj_dim": hidden}
+    if name == "gpt_neo":
+        types = [[["global", "local"], blocks // 2], [["global"], blocks % 2]]
+        return found | {"num_layers": blocks, "attention_types": types}
+    return found | {"n_layer": blocks} if name == "bloom" else found
+
+
 def policy_of(config: RunConfig, blocks: int) -> Policy:
-    """The policy that a config pins, in one micro-batch."""
-    bits = config.quant.bits
+    """The policy that a config pins."""
+    bits, keep = config.quant.bits, config.policy.keep_blocks
     assert bits != "auto"
-    keep = blocks if config.policy.activations == "keep" else 0
+    if keep is None:
+        keep = blocks if config.policy.activations == "keep" else 0
     tokens, chunk = config.policy.micro_batch_tokens, config.policy.loss_chunk_tokens
     assert tokens is not None
     assert chunk is not None
     names: dict[int, Any] = {4: config.quant.type, 8: "int8", 16: "none"}
     return Policy(
         bits=bits, quant=names[bits], double_quant=config.quant.double_quant and bits == 4,
-        compute_dtype="bfloat16", micro_batch_tokens=tokens, accumulation=1, resident_blocks=blocks,
-        streamed_blocks=0, stream_from="host", keep_blocks=keep, recompute_blocks=blocks - keep, offload_blocks=0,
+        compute_dtype=config.policy.compute_dtype or "bfloat16", micro_batch_tokens=tokens,
+        accumulation=config.train.tokens_per_step // tokens, resident_blocks=blocks, streamed_blocks=0,
+        stream_from="host", keep_blocks=keep, recompute_blocks=blocks - keep, offload_blocks=0,
         optimizer=config.train.optimizer, loss_chunk_tokens=min(chunk, tokens),
     )  # fmt: skip
 

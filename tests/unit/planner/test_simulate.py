@@ -11,11 +11,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.solver import make_plan
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_config
 from tests.unit.planner.sampler import compare, describe, draw
 from tests.unit.planner.test_solver import DEVICE
 
@@ -69,3 +71,14 @@ def test_what_holds_the_peak(tmp_path: Path) -> None:
     blocks = {event.block for event in found.trace.events if event.phase == "backward"}
     assert blocks == {None, 0, 1} or blocks == {0, 1}
     assert found.held < found.eval_peak < found.train_peak
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
+    """A decoder that takes no mask, as in a run; and one whose memory depends on what its tensors hold."""
+    tiny_config("bloom").save_pretrained(tmp_path / "bloom")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_channels": 12, "vocab_size": 131}
+    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=80, num_local_experts=4).save_pretrained(tmp_path / "jet")
+    for name, fault in ("bloom", "Packing cannot be isolated for bloom"), ("jet", "depends on the values"):
+        settings = {"data": {"seq_len": 64}, "train": {"tokens_per_step": 64}}
+        with pytest.raises(UnsupportedError, match=fault):
+            make_plan(RunConfig.from_dict({"model": str(tmp_path / name), **settings}), device=DEVICE)

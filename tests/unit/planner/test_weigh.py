@@ -27,23 +27,23 @@ def scales(name: str, folder: Path, kind: Any = "cpu", **sections: Any) -> tuple
     return config, Scales(config, policy(), kind=kind, cost=lambda *_: 1e-6)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 5, DEPTH])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
-def test_weighing_few_blocks_is_simulating_all(name: str, keep: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "keeps"), [("llama", (0, 1, DEPTH)), ("gemma3", (5,)), ("deepseek_v3", (1, 5))])
+def test_weighing_few_blocks_is_simulating_all(name: str, keeps: tuple[int, ...], tmp_path: Path) -> None:
     config, made = scales(name, tmp_path)
-    asked = policy(rows=3, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=3, loss_chunk_tokens=64)
-    whole = simulate(config, asked, kind="cpu")
-    assert made.weigh(asked).allocated == whole.train_peak
-    assert made.evaluation_peak(asked) == whole.eval_peak
+    for keep in keeps:
+        asked = policy(rows=3, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=3, loss_chunk_tokens=64)
+        whole = simulate(config, asked, kind="cpu")
+        assert made.weigh(asked, timed=False).allocated == whole.train_peak
+        assert made.evaluation_peak(asked) == whole.eval_peak
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
 def test_estimates_are_close_and_grow(name: str, tmp_path: Path) -> None:
     _, made = scales(name, tmp_path)
-    before = 0
+    before, made.keep = 0, (0, 4, DEPTH)
     for rows, keep in ((1, 0), (3, 4), (8, DEPTH)):
         asked = policy(rows=rows, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=math.ceil(8 / rows))
-        estimate, exact = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN), made.weigh(asked)
+        estimate, exact = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN), made.weigh(asked, timed=False)
         # measured on these: -0.2% to +1.3%; tiles and rounding are not proportional to the rows
         assert abs(estimate.allocated / exact.allocated - 1) < 0.02
         assert estimate.allocated > before
