@@ -6,13 +6,14 @@ All sizes are bytes, all times seconds. `Plan.to_dict()` is the JSON form (schem
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.plan_html import plan_html
+from lowmem_ft.core.plan_words import model_words
 from lowmem_ft.core.sizes import format_size
 
 SCHEMA = 1
@@ -184,7 +185,7 @@ class Plan:
         """(what, value) pairs for every form in which a plan is shown."""
         holders = [(name.replace("_", " "), format_size(size)) for name, size in self.breakdown.items() if size]
         return [
-            ("model", f"{self.model['name']} ({self.model['architecture']}, {self.model['parameters'] / 1e6:,.1f}M)"),
+            ("model", model_words(self)),
             ("device", f"{self.device['name']}"),
             ("budget", f"{format_size(self.budget['device_bytes'])}"),
             ("fits", "yes" if self.fits else "no"),
@@ -200,8 +201,7 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
-        return f"<table>{cells}</table>"
+        return plan_html(self)
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:
