@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan_html import plan_html
-from lowmem_ft.core.plan_words import model_words
+from lowmem_ft.core.plan_words import model_words, speed_words
 from lowmem_ft.core.sizes import format_size
 
 SCHEMA = 1
@@ -102,7 +102,7 @@ class Sample(NamedTuple):
     block: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """A policy, proven or refused for one model, device and budget.
 
@@ -190,12 +190,14 @@ class Plan:
             ("budget", f"{format_size(self.budget['device_bytes'])}"),
             ("fits", "yes" if self.fits else "no"),
             ("policy", self.policy.describe()),
+            ("why", self.reason),
+            ("speed", speed_words(self)),
             ("predicted process peak", format_size(self.predicted.process_peak_bytes)),
             ("predicted allocated peak", format_size(self.predicted.allocated_peak_bytes)),
             *(("  " + name, size) for name, size in holders),
         ]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # what a prompt and a notebook's text form show: fields would be pages of samples
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

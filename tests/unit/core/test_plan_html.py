@@ -37,7 +37,7 @@ HOSTILE = "</td><script>alert(1)</script>\"'<img src=x onerror=y>&amp;"
 
 
 def titles(plan: Plan) -> list[str]:
-    """What the tables of a plan are about; nothing but titles and the model is bold."""
+    """What the tables of a plan are about: all that is bold but the model, whose tag has a style."""
     return re.findall(r"<b>(.*?)</b>", plan._repr_html_())
 
 
