@@ -80,7 +80,7 @@ def plan(
 
     from lowmem_ft.planner.solver import make_plan, require_fit
     from lowmem_ft.report.plan_page import plan_page
-    from lowmem_ft.report.tables import plan_table, verified_table
+    from lowmem_ft.report.tables import plan_table
 
     made = make_plan(config)
     tokens = None if dataset_tokens is None else parse_count(dataset_tokens)
@@ -92,8 +92,6 @@ def plan(
         print(made.to_json())
     else:
         Console().print(plan_table(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
-        if made.measured:
-            Console().print(verified_table(made))
     if html is not None:
         write_text(html, plan_page(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
     require_fit(made)

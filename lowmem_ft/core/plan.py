@@ -6,13 +6,14 @@ All sizes are bytes, all times seconds. `Plan.to_dict()` is the JSON form (schem
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.plan_html import plan_html
+from lowmem_ft.core.plan_words import model_words, speed_words
 from lowmem_ft.core.sizes import format_size
 
 SCHEMA = 1
@@ -101,7 +102,7 @@ class Sample(NamedTuple):
     block: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """A policy, proven or refused for one model, device and budget.
 
@@ -184,24 +185,25 @@ class Plan:
         """(what, value) pairs for every form in which a plan is shown."""
         holders = [(name.replace("_", " "), format_size(size)) for name, size in self.breakdown.items() if size]
         return [
-            ("model", f"{self.model['name']} ({self.model['architecture']}, {self.model['parameters'] / 1e6:,.1f}M)"),
+            ("model", model_words(self)),
             ("device", f"{self.device['name']}"),
             ("budget", f"{format_size(self.budget['device_bytes'])}"),
             ("fits", "yes" if self.fits else "no"),
             ("policy", self.policy.describe()),
+            ("why", self.reason),
+            ("speed", speed_words(self)),
             ("predicted process peak", format_size(self.predicted.process_peak_bytes)),
             ("predicted allocated peak", format_size(self.predicted.allocated_peak_bytes)),
             *(("  " + name, size) for name, size in holders),
         ]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # what a prompt and a notebook's text form show: fields would be pages of samples
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
-        return f"<table>{cells}</table>"
+        return plan_html(self)
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:

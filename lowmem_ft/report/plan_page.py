@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from lowmem_ft.core.plan import Candidate, Plan, Sample
+from lowmem_ft.core.plan_words import cost_words, speed_words
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.report.tables import cost_words, speed_words
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 760.0, 300.0, 100.0, 34.0  # of a chart; room for the labels of its axes
 COLOURS = {

@@ -64,7 +64,8 @@ def test_a_plan_of_another_schema_or_half_a_plan_is_refused() -> None:
 
 
 def test_text_and_notebook_forms_say_the_same() -> None:
-    for form in (str(PLAN), PLAN._repr_html_()):
-        for words in ("LlamaForCausalLM", "6 keep + 2 recompute", "512 tokens x 4", "nf4 double-quantized"):
+    for form in (str(PLAN), repr(PLAN), PLAN._repr_html_()):
+        for words in ("LlamaForCausalLM", "6 keep + 2 recompute", "512 tokens x 4", "nf4 double-quantized", "Because."):
             assert words in form
     assert "fits" in str(PLAN)
+    assert "0.5 s per step" in str(PLAN)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +13,10 @@ import yaml
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import BREAKDOWN, Change, Plan, Sample
 from lowmem_ft.report.plan_page import plan_page
+from tests.pages import Parsed, in_browser, needs_browser
 from tests.unit.core.test_plan import CANDIDATE, PLAN
 
 GIB = 2**30
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HEADLESS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000",
-    "--enable-logging=stderr", "--v=0",
-)  # fmt: skip
 
 
 def realistic(**changes: Any) -> Plan:
@@ -54,25 +45,9 @@ def realistic(**changes: Any) -> Plan:
     return dataclasses.replace(PLAN, **{**settings, **changes})
 
 
-class Parsed(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 def test_it_answers_and_explains() -> None:
     page = Parsed(plan_page(realistic(), dataset_tokens=50_000_000, price_per_hour=0.3))
-    text = " ".join(page.words)
+    text = page.text
     for words in ("m <8B> & co", "fits", "11.00 GiB", "rtx-3060-12gb", "247 tokens per second", "56.23 hours", "16.87"):
         assert words in text
     charts = [attributes["id"] for tag, attributes in page.tags if tag == "svg"]
@@ -112,38 +87,22 @@ def test_the_config_that_it_shows_is_one() -> None:
     ids=["too small", "bare", "no phases", "one sample", "huge"],
 )  # fmt: skip
 def test_edges(changes: dict[str, Any], words: list[str]) -> None:
-    text = " ".join(Parsed(plan_page(realistic(**changes))).words)
+    text = Parsed(plan_page(realistic(**changes))).text
     for word in words:
         assert word in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: `apt-get install chromium`")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_real_browser(width: int, tmp_path: Path) -> None:
     """No console message, no request, all charts have a size, and the page is as wide as the window."""
-    assert CHROMIUM is not None
-    page = plan_page(realistic(), dataset_tokens=10**9)
-    (tmp_path / "plan.html").write_text(page, encoding="utf-8")
-    probe = """<script>onload=()=>{const f=document.getElementById('f'),d=f.contentDocument;
-      document.title=JSON.stringify({scroll:d.documentElement.scrollWidth,inner:f.clientWidth,
-      loaded:f.contentWindow.performance.getEntriesByType('resource').length,
-      charts:[...d.querySelectorAll('svg')].map(s=>[s.id,s.getBoundingClientRect().width,
-      s.getBoundingClientRect().height,s.querySelectorAll('rect,circle,polygon').length])})}</script>"""
-    frame = f'<iframe id="f" src="plan.html" style="border:0;width:{width}px;height:4000px"></iframe>'
-    (tmp_path / "probe.html").write_text(f"<!doctype html><body style='margin:0'>{frame}{probe}", encoding="utf-8")
-    done = subprocess.run(
-        [CHROMIUM, *HEADLESS, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'user'}",
-         "--window-size=1400,4200", "--dump-dom", (tmp_path / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title, done.stdout[-2000:] + done.stderr[-2000:]
-    seen = json.loads(title[1])
-    assert seen["scroll"] <= seen["inner"] == width
-    assert seen["loaded"] == 0
-    assert [name for name, *_ in seen["charts"]] == ["breakdown", "phases", "timeline", "frontier"]
-    for name, wide, high, marks in seen["charts"]:
+    look = """[...d.querySelectorAll('svg')].map(s=>[s.id,s.getBoundingClientRect().width,
+      s.getBoundingClientRect().height,s.querySelectorAll('rect,circle,polygon').length])"""
+    found = in_browser(plan_page(realistic(), dataset_tokens=10**9), width, look, tmp_path)
+    assert found["scroll"] <= found["inner"] == width
+    assert found["loaded"] == 0
+    assert [name for name, *_ in found["seen"]] == ["breakdown", "phases", "timeline", "frontier"]
+    for name, wide, high, marks in found["seen"]:
         assert wide > 0.7 * min(width, 700), name
         assert high > 20, name
         assert marks >= 4, name
-    assert "CONSOLE" not in done.stderr, done.stderr

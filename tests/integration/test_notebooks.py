@@ -1,0 +1,118 @@
+"""Every notebook runs from top to bottom without a network and without a warning, and shows what its prose says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from typer.testing import CliRunner
+
+from lowmem_ft.cli.app import app
+from tests.unit.core.test_plan import PLAN
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The outputs of the notebook's cells by the cells' ids, run in `folder` by the Python that runs this test."""
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # as the workers of the test run, which share the cores
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where Jupyter's widgets are not installed
+        "HF_HOME": str(folder / "hub"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    notebook = read(path)
+    # without folders to look in, `python3` is the kernel of this environment, not one that the user has registered
+    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    assert manager.kernel_spec is not None
+    assert manager.kernel_spec.argv[0] == sys.executable
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, km=manager, timeout=600, resources=resources).execute()
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for name, shown in outputs.items():
+        assert not [out for out in shown if out.output_type == "error" or out.get("name") == "stderr"], name
+    return outputs
+
+
+def text_of(outputs: list[Any]) -> str:
+    """What a reader sees of a cell's outputs: streams, and the text inside HTML, a space between any two tags."""
+    shown = [out.get("text") or out.data.get("text/html") or out.data["text/plain"] for out in outputs]
+    return re.sub(r"\s*(<[^>]*>\s*)+", " ", "\n".join(shown))
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["dry_run"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_without_outputs(path: Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+            assert not cell.metadata
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_command_lines_are_ones(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands in the prose pass the command line and the config; their plan is made in the cells."""
+    monkeypatch.setattr("lowmem_ft.planner.solver.make_plan", lambda config: PLAN)
+    monkeypatch.chdir(tmp_path)
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    commands = re.findall(r"^lowmem-ft (.*)$", prose, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        done = CliRunner().invoke(app, shlex.split(command))
+        assert done.exit_code == 0, command + done.output
+
+
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = (path for path in NOTEBOOKS if path.stem == "dry_run")
+    outputs = execute(path, tmp_path, monkeypatch)
+    html = outputs["table"][0].data["text/html"]
+    rows = [[cell.strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in html.split("<tr>")[2:]]
+    answers = {(row[0], row[1][:8]): row[2] for row in rows}
+    assert answers == {
+        ("Qwen3-0.6B", "6 GB of "): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
+        ("Mistral-7B", "6 GB of "): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
+        ("Mistral-7B", "RTX 4090"): "fits",
+        ("Llama-3.1-8B", "6 GB of "): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
+        ("Llama-3.1-8B", "RTX 4090"): "fits",
+    }  # fmt: skip
+    assert [row[-1] for row in rows if row[1].startswith("RTX 4090")] == ["28 of 28", "32 of 32", "32 of 32"]
+    peaks = {row[0]: float(row[3].split()[0]) for row in rows if row[2] == "does not fit"}
+    assert peaks["Llama-3.1-8B"] - peaks["Mistral-7B"] == pytest.approx(1.5, abs=0.2), "as the prose has it"
+
+    assert "fits rtx-3060-12gb: peak" in text_of(outputs["one-plan"])
+    refused = text_of(outputs["refused"])
+    assert "does not fit rtx-3060-12gb: peak" in refused
+    assert "What would make it fit change peak tokens/s data.seq_len=1024" in refused
+    changed = text_of(outputs["changed"])
+    assert changed.startswith("data.seq_len=1024")
+    assert " fits rtx-3060-12gb: peak" in changed
+    assert "Nothing fits the budget." in text_of(outputs["error"])
+    assert "at least 7." in text_of(outputs["error"])
+    hours = re.findall(r"(\S+) +RTX (?:3060|4090).* ([\d.]+) hours +([\d.]+)", text_of(outputs["hours"]))
+    assert [name for name, *_ in hours] == ["Qwen3-0.6B"] * 2 + ["Mistral-7B"] * 2 + ["Llama-3.1-8B"] * 2
+    assert all(float(cost) > 0 for *_, cost in hours)
+    assert "What fills the memory" in outputs["page"][0].data["text/html"]
