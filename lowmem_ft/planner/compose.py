@@ -176,12 +176,19 @@ class Pieces:
         """Whether a block of each class was traced."""
         return {window[1] for _, window in self.by_window} >= set(classes)
 
-    def take_seconds(self, other: Pieces) -> None:
-        """Let what `other` has too take as long as it does there."""
-        for part in self.outside.keys() & other.outside.keys():
-            self.outside[part] = replace(self.outside[part], seconds=other.outside[part].seconds)
-        for key in self.by_window.keys() & other.by_window.keys():
-            self.by_window[key] = replace(self.by_window[key], seconds=other.by_window[key].seconds)
+    def take(self, other: Pieces) -> None:
+        """Add what only `other` has."""
+        self.outside = {**other.outside, **self.outside}
+        self.by_window = {**other.by_window, **self.by_window}
+
+    def with_backward(self, shares: Mapping[Hashable, float]) -> Pieces:
+        """The same pieces, the backward pass of a block of each class taking such a share of its time."""
+        made = Pieces()
+        made.outside = self.outside
+        for (part, window), segment in self.by_window.items():
+            share = shares.get(window[1], 1.0) if part == "backward" else 1.0
+            made.by_window[part, window] = replace(segment, seconds=share * segment.seconds)
+        return made
 
     def with_loss(self, loss: Segment) -> Pieces:
         """The same pieces with the loss of another chunk size."""

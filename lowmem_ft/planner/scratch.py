@@ -139,6 +139,18 @@ def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> list
     return [x.numel(), x.numel() // x.shape[dim], 4]
 
 
+def _update_32bit(name: str, gradient: Tensor, *_: Any) -> list[int]:
+    """bitsandbytes' update on the CPU: a scaled gradient, a denominator and what goes into it. (A parameter in another
+    dtype than fp32 would be copied too; ours never is.)
+    """
+    return [4 * gradient.numel()] * 3 + [16]
+
+
+def _update_8bit(name: str, gradient: Tensor, *_: Any) -> list[int]:
+    """The same, with both moments in fp32."""
+    return [4 * gradient.numel()] * 5 + [16]
+
+
 _SCATTERS = (
     "scatter.src",
     "scatter.value",
@@ -155,6 +167,8 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
     **dict.fromkeys(_overloads(_SCATTERS), _scatter),
     torch.ops.lowmem_ft.product.default: _product,
+    torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten._safe_softmax.default: _safe_softmax,
     torch.ops.aten.sum.dim_IntList: _sum,

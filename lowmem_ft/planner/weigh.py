@@ -6,7 +6,7 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,6 +68,7 @@ class Scales:
         self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
         self._between: dict[tuple[int, int], Pieces] = {}
         self._update: Segment | None = None
+        self._shares: dict[Hashable, float] = {}  # by class: of a first backward's time how much a later one takes
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
@@ -83,11 +84,8 @@ class Scales:
 
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
-        classes, pieces = self._classes(policy.keep_blocks), Pieces()
-        if timed and policy.keep_blocks < self.depth:
-            self._trace_both(pieces, policy, classes)
-        else:
-            self._trace(pieces, policy, classes, settled=False)
+        classes = self._classes(policy.keep_blocks)
+        pieces = self._steady(policy, classes) if timed else self._traced(policy, classes)
         return self._weighed(policy, pieces.step(classes))
 
     def evaluation_peak(self, policy: Policy) -> int:
@@ -113,23 +111,27 @@ class Scales:
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
                 if not pieces.know(self._classes(keep)):
-                    self._trace_both(pieces, sized, self._classes(keep))
+                    pieces.take(self._steady(sized, self._classes(keep)))
             self._losses[tokens, chunk] = pieces.outside["loss"]
         if (tokens, chunk) not in self._losses:
-            one, classes = Pieces(), self._classes(self.keep[0])
-            self._trace(one, sized, classes if self._whole else classes[-1:], settled=False)
+            classes = self._classes(self.keep[0])
+            one = self._traced(sized, classes if self._whole else classes[-1:])
             self._losses[tokens, chunk] = one.outside["loss"]
         return pieces.with_loss(self._losses[tokens, chunk])
 
-    def _trace_both(self, pieces: Pieces, policy: Policy, classes: Sequence[tuple[int, bool]]) -> None:
-        """Add segments with the sizes of a first micro-batch and the times of the later ones."""
-        later = Pieces()
-        self._trace(pieces, policy, classes, settled=False)
-        self._trace(later, policy, classes, settled=True)
-        pieces.take_seconds(later)
+    def _steady(self, policy: Policy, classes: Sequence[tuple[int, bool]]) -> Pieces:
+        """Segments with the sizes of a first micro-batch and the times of the later ones."""
+        pieces = self._traced(policy, classes)
+        if {one for one in classes if not one[1]} - self._shares.keys():
+            later = self._traced(policy, classes, settled=True)
+            for (part, window), segment in pieces.by_window.items():
+                if part == "backward":
+                    share = later.by_window[part, window].seconds / segment.seconds if segment.seconds else 1.0
+                    self._shares.setdefault(window[1], share)
+        return pieces.with_backward(self._shares)
 
-    def _trace(self, pieces: Pieces, policy: Policy, classes: Sequence[tuple[int, bool]], *, settled: bool) -> None:
-        """Add the segments of a step through blocks of `classes`, the last ones of the model."""
+    def _traced(self, policy: Policy, classes: Sequence[tuple[int, bool]], *, settled: bool = False) -> Pieces:
+        """The segments of a step through blocks of `classes`, the last ones of the model."""
         first = self.depth - len(classes)
         only = list(range(len(classes))) if self._whole else shorten(classes)
         taken = [classes[at] for at in only]
@@ -148,7 +150,9 @@ class Scales:
         ]
         if self._update is None:
             self._update = next(segment for segment in found if segment.part == "update")
+        pieces = Pieces()
         pieces.add(taken, [*(segment for segment in found if segment.part != "update"), self._update])
+        return pieces
 
     def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:
         """The loss of all `tokens` from that of fewer: the list of their positions is longer."""

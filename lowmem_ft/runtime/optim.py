@@ -18,7 +18,7 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError
 _BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
 _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
-_SLICE = 1 << 24  # elements updated at a time (64 MiB in fp32); a multiple of _BLOCK, so results do not depend on it
+_SLICE = 1 << 20  # elements updated at a time (4 MiB in fp32); a multiple of _BLOCK, so results do not depend on it
 
 
 class AdamW(torch.optim.Optimizer):
