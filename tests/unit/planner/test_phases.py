@@ -107,10 +107,10 @@ def test_phases_in_tensors(models: dict[str, Path], name: str, quant: int | str,
     if (name, quant) in (("llama", 4), ("mixtral", 8)):
         warm = peak(lambda: assemble(settings, policy, torch.device("cpu")))
         assert warm <= cold, "so the plan holds whatever is in the cache"
-    # measured: 0% to 3% over, as not every matrix is as large as the one that takes most to dequantize
+    # measured: equal, to the byte
     taken = peak(lambda: merge_all(ready, copy=quant == 16))
-    assert taken <= aside.merge.device <= 1.05 * taken
-    # measured: 0.02% to 0.07% over, the index that a checkpoint of one file has not
+    assert taken <= aside.merge.device <= 1.001 * taken
+    # measured: 0.04% to 0.06% over, the index that a checkpoint of one file has not
     written = size(models[name])  # by `save_pretrained` of a model in bf16
     assert written <= aside.merge.disk <= 1.002 * written
 
@@ -194,10 +194,10 @@ def test_saving(models: dict[str, Path], name: str, optimizer: str, tmp_path: Pa
     taken = peak(save)
     checkpoint = (tmp_path / "step-00000003.safetensors").stat().st_size
     work = aside.save.device - scales.held
-    # What is written is not copied. What is read again may be mapped instead of allocated, but its pages count.
-    assert taken <= work <= taken + (tmp_path / "best.safetensors").stat().st_size + 2**14
+    # What is written is not copied; the best weights are held once more when they are read. Measured: 7 KB over.
+    assert taken <= work <= taken + 2**14
     assert sum(tensor.nbytes for tensor in read) <= work
-    # where the device is not the host, all of a checkpoint is copied there
+    # where the device is not the host, all of a checkpoint is copied there; measured: 2 KB over
     assert checkpoint <= aside.save.host <= checkpoint + 2**14
 
 
@@ -223,8 +223,8 @@ def test_a_whole_run(models: dict[str, Path], name: str, bits: int, monkeypatch:
     assert plan.phases["train"]["device_bytes"] == process_estimate(DEVICE, plan.predicted.allocated_peak_bytes)
     assert plan.predicted.process_peak_bytes == max(plan.phases[phase]["device_bytes"] for phase in OF_A_RUN)
     most = run(settings, plan, monkeypatch)
-    # measured: 20 KB over, the room that is left for JSON
-    assert most <= plan.phases["save"]["disk_bytes"] <= most * 1.02 + 2**16
+    # measured: 5.5 KB over (0.07% to 0.21%), the room that is left for JSON
+    assert most <= plan.phases["save"]["disk_bytes"] <= most + 2**14
     assert plan.predicted.disk_bytes == plan.phases["save"]["disk_bytes"]
     assert not any(plan.phases[phase]["disk_bytes"] for phase in ("load", "train", "eval"))
 
