@@ -88,7 +88,7 @@ def assemble(
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=_attention(checkpoint.config))
     use_attention(model)
     use_experts(model)
-    spec = QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
+    spec = quant_spec(policy)
     if simulated:
         head_module = head_path(model)
         stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
@@ -126,6 +126,11 @@ def assemble(
         _add_optimizer(ready, config, policy)
     ready.model.train()
     return ready
+
+
+def quant_spec(policy: Policy) -> QuantSpec:
+    """How the base weights are stored under `policy`."""
+    return QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -12,12 +12,12 @@ from lowmem_ft.core.plan import Candidate, Change, Plan, Policy, Predicted, Samp
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.compose import Place, unroll
 from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.phases import OF_A_RUN
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.trace import Trace
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime.blocks import causal_model
 
-LOADING_SCRATCH = 64 << 20
 ALTERNATIVES, FRONTIER = 8, 60  # at most so many in a plan
 
 
@@ -36,8 +36,9 @@ class Answer:
     """The policy that was chosen and what was found about it.
 
     Attributes:
-        budget, process, reserved, evaluation: bytes of the device: allowed to the process, its peak, what PyTorch's
-            allocator holds then, and the process's peak during evaluation.
+        budget, process, reserved: bytes of the device: allowed to the process, its peak over all phases of the run, and
+            what PyTorch's allocator holds at that of training.
+        phases: peak bytes by phase and tier, as in a plan.
         options: all policies that were estimated.
         tokens: of a step.
     """
@@ -49,7 +50,7 @@ class Answer:
     weighed: Weighed
     process: int
     reserved: int
-    evaluation: int
+    phases: dict[str, dict[str, int]]
     options: tuple[Option, ...]
     tokens: int
     changes: tuple[Change, ...] = ()
@@ -75,23 +76,7 @@ def write_plan(answer: Answer) -> Plan:
     stored = Stored.of(answer.scales.stage.ready)
     frontier = pareto(answer.options)
     safer = [it for it in reversed(frontier) if it.process < answer.process and it.policy != weighed.policy]
-    checkpoint = stored.adapter + stored.optimizer
-    # the loader's bound: what is stored, one matrix in 32 bits, and scratch; tests/unit/quant holds it to that
-    matrix = 4 * stored.largest_matrix + LOADING_SCRATCH
-    host = device.process_bytes if device.kind == "cuda" else 0
-    tiers: dict[str, dict[str, int]] = {
-        "load": {"device_bytes": device.process_bytes + stored.base_weights + matrix, "host_bytes": host + matrix},
-        "train": {"device_bytes": answer.process, "host_bytes": host},
-        "eval": {"device_bytes": answer.evaluation, "host_bytes": host},
-        "save": {
-            "device_bytes": device.process_bytes + stored.total + (0 if host else checkpoint),
-            "host_bytes": host + checkpoint,
-            "disk_bytes": 3 * checkpoint + 2 * stored.adapter,  # two checkpoints, one being written; best, and adapter
-        },
-    }
-    if device.kind == "cpu":  # there the device is the host
-        for sizes in tiers.values():
-            del sizes["host_bytes"]
+    run = [answer.phases[name] for name in OF_A_RUN]
     return Plan(
         fits=answer.fits,
         model=_describe(answer, stored),
@@ -102,13 +87,13 @@ def write_plan(answer: Answer) -> Plan:
             allocated_peak_bytes=weighed.allocated,
             reserved_peak_bytes=answer.reserved,
             process_peak_bytes=answer.process,
-            host_peak_bytes=max(sizes.get("host_bytes", answer.process) for sizes in tiers.values()),
-            pinned_bytes=0,
-            disk_bytes=tiers["save"]["disk_bytes"],
+            host_peak_bytes=max(sizes.get("host_bytes", answer.process) for sizes in run),
+            pinned_bytes=max(sizes["pinned_bytes"] for sizes in run),
+            disk_bytes=sum(sizes["disk_bytes"] for sizes in run),  # nothing on the disk goes with its phase
             step_seconds=weighed.seconds,
             tokens_per_second=answer.tokens / weighed.seconds,
         ),
-        phases={**tiers, "merge": {}},  # planned by `merge`, which this run does not do
+        phases=answer.phases,
         breakdown=_breakdown(answer, stored),
         alternatives=tuple(answer.candidate(option) for option in _thinned(safer, ALTERNATIVES)),
         reason=_reason(answer, frontier),

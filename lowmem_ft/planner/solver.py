@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 from lowmem_ft.core.config import RunConfig
@@ -18,6 +19,7 @@ from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.answer import Answer, Option, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, cost_of, find_device
+from lowmem_ft.planner.phases import OF_A_RUN, Aside
 from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.weigh import Scales, Weighed
 
@@ -69,7 +71,7 @@ def _smallest(search: Search) -> Callable[[RunConfig], tuple[int, float]]:
         else:
             search = Search(config, search.device, _precisions(config)[-1])
         weighed = search.scales.weigh(search.least, timed=False)
-        return process_estimate(search.device, weighed.allocated), search.tokens / weighed.seconds
+        return search.process_estimate(weighed.allocated), search.tokens / weighed.seconds
 
     return of
 
@@ -134,6 +136,15 @@ class Search:
         small = (self.scales.weigh(self._blocks(self.least, keep)) for keep in self._keep[:2])
         return self._answer(min(small, key=lambda it: it.allocated), options, budget)
 
+    @cached_property
+    def _aside(self) -> Aside:
+        return Aside.of(self.config, self._start, self.scales)
+
+    def process_estimate(self, allocated: int) -> int:
+        """What the process takes in all phases when the tensors of a training step take `allocated`, about."""
+        most = max(allocated, self._aside.load.device, self._aside.save.device)
+        return process_estimate(self.device, most)
+
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
@@ -151,7 +162,7 @@ class Search:
                 for keep in self._keep:
                     policy = self._blocks(replace(sized, loss_chunk_tokens=chunk), keep)
                     weighed = self.scales.estimate(policy, *sizes)
-                    process = process_estimate(self.device, weighed.allocated)
+                    process = self.process_estimate(weighed.allocated)
                     yield Option(policy, weighed.allocated, process, weighed.seconds)
 
     def _in_order(self, options: Sequence[Option], budget: int) -> list[Option]:
@@ -167,11 +178,12 @@ class Search:
         return [*near[:TRIES], *[it for it in certain if it not in near[:TRIES]][:TRIES]]
 
     def _answer(self, weighed: Weighed, options: Sequence[Option], budget: int) -> Answer:
-        process = process_peak(self.device, self.scales, weighed)
+        peak = process_peak(self.device, self.scales, weighed)
         evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy))
+        phases = self._aside.phases(self.device, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
-            process=max(process.process, evaluation), reserved=process.reserved, evaluation=evaluation,
+            process=max(phases[name]["device_bytes"] for name in OF_A_RUN), reserved=peak.reserved, phases=phases,
             options=tuple(options), tokens=self.tokens,
         )  # fmt: skip
 
@@ -237,7 +249,7 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     while low < high:
         middle = (low + high + 1) // 2
         search.lengthen(of(middle))
-        if process_estimate(device, search.scales.weigh(search.least, timed=False).allocated) <= budget:
+        if search.process_estimate(search.scales.weigh(search.least, timed=False).allocated) <= budget:
             low = middle
         else:
             high = middle - 1

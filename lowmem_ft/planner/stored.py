@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lowmem_ft.assemble import Assembled
 from lowmem_ft.quant.experts import QuantStack
-from lowmem_ft.quant.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +17,6 @@ class Stored:
     """Sizes in bytes.
 
     Attributes:
-        largest_matrix: elements of the largest matrix that is quantized at once; of stacked experts one slice.
         parameters: of the base, in elements as the checkpoint counts them.
     """
 
@@ -26,7 +24,6 @@ class Stored:
     adapter: int
     gradients: int
     optimizer: int
-    largest_matrix: int
     parameters: int
 
     @classmethod
@@ -41,7 +38,6 @@ class Stored:
             adapter=_nbytes(trainable),
             gradients=sum(4 * p.numel() for p in trainable),
             optimizer=_nbytes(ready.optimizer.state_tensors().values()) if ready.optimizer else 0,
-            largest_matrix=max((_quantized_elements(m) for m in matrices), default=0),
             parameters=sum(map(_elements, matrices)) + sum(p.numel() for p in others),
         )
 
@@ -55,12 +51,6 @@ def _elements(module: nn.Linear | QuantStack) -> int:
     if isinstance(module, QuantStack):
         return math.prod(module.shape)
     return module.in_features * module.out_features
-
-
-def _quantized_elements(module: nn.Linear | QuantStack) -> int:
-    if isinstance(module, QuantStack):
-        return _elements(module) // module.shape[0]
-    return _elements(module) if isinstance(module, QuantLinear) else 0
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

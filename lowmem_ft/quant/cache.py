@@ -40,6 +40,8 @@ FORMAT = 1  # raise it when what is written changes: older entries are then neve
 MARKER = "lowmem_ft.json"
 SHARD_BYTES = 2 << 30
 ALIGN = 64
+_LISTED_BYTES = 64  # a tensor's file name and checksum, and what JSON puts around them
+_CONFIG_BYTES = 4 << 10  # generation_config.json, what is said of the quantization, the marker's head
 
 
 class Holder(Protocol):
@@ -84,12 +86,7 @@ class CacheEntry:
         fingerprint = checkpoint.fingerprint(cache / "fingerprints.json")
         storage = "dq" if spec.bits == 4 and spec.double_quant else "sq"
         name = f"{fingerprint[:32]}-{spec.kind}-{storage}-{DTYPE_NAMES[dtype].lower()}-v{FORMAT}"
-        quantized = {path for path, module in model.named_modules() if isinstance(module, QuantLinear | QuantStack)}
-        plain = {
-            name: (tuple(tensor.shape), tensor.dtype)
-            for name, tensor in model.state_dict().items()
-            if name not in absent and (name.rpartition(".")[0] not in quantized or name.endswith(".bias"))
-        }
+        plain = _plain_tensors(model, absent)
         skip = _skipped_by_transformers(model, unswapped)
         return cls(folder=cache / name, model=model, spec=spec, dtype=dtype, plain=plain, skip=skip)
 
@@ -117,10 +114,7 @@ class CacheEntry:
 
     def tensors(self) -> Layout:
         """Name -> (shape, dtype) of everything that the entry holds, in the order of the model."""
-        names: Layout = {}
-        for path, module in self._quantized():
-            names |= _stored_layout(path, module)
-        return names | dict(self.plain)
+        return _quantized_tensors(self.model) | dict(self.plain)
 
     def load(self, holder: Holder, progress: Callable[[int, int], None] | None) -> None:
         """Read the entry and hand each layer's tensors to `holder`.
@@ -144,7 +138,7 @@ class CacheEntry:
                 progress(done, total)
             return tensor
 
-        for path, module in self._quantized():
+        for path, module in _quantized(self.model):
             parts = {name: read(name) for name in _stored_layout(path, module)}
             if isinstance(module, QuantLinear):
                 holder.hold_storage(path, unpack(path, parts, module.spec))
@@ -174,10 +168,16 @@ class CacheEntry:
         if self.model.generation_config is not None:
             write_json(folder / "generation_config.json", self.model.generation_config.to_diff_dict())
 
-    def _quantized(self) -> Iterator[tuple[str, QuantLinear | QuantStack]]:
-        for path, module in self.model.named_modules():
-            if isinstance(module, QuantLinear | QuantStack):
-                yield path, module
+
+def entry_bytes(model: PreTrainedModel, *, absent: Collection[str]) -> int:
+    """Size of an entry for `model`, swapped and on meta, on the disk; `absent` as for `CacheEntry.of`.
+
+    No weight is read, so what is written of each tensor in the JSON files is rounded up.
+    """
+    tensors = _quantized_tensors(model) | _plain_tensors(model, absent)
+    files = sum(8 + len(_header(shard)) + sum(_nbytes(*spec) for spec in shard.values()) for shard in _shards(tensors))
+    listed = sum(2 * len(name) + _LISTED_BYTES for name in tensors)  # in the index and in the marker
+    return files + listed + len(model.config.to_json_string()) + _CONFIG_BYTES
 
 
 class CacheWriter:
@@ -255,31 +255,20 @@ class CacheWriter:
                 os.rename(self._folder, entry.folder)
 
     def _lay_out(self) -> None:
-        shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
-        filled = 0
-        for name, spec in self._entry.tensors().items():
-            if shards[-1] and filled + self._sizes[name] > SHARD_BYTES:
-                shards.append({})
-                filled = 0
-            shards[-1][name] = spec
-            filled += self._sizes[name]
+        shards = _shards(self._entry.tensors())
         files = [self._folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(self._folder / self._entry.index_name,
                    {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map})  # fmt: skip
         for file, shard in zip(files, shards, strict=True):
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name, (shape, dtype) in shard.items():
-                begin, end = end, end + self._sizes[name]
-                header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-            text = json.dumps(header).encode()
-            text = text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
+            text = _header(shard)
+            offset = 8 + len(text)
             with open(file, "wb") as stream:
                 stream.write(len(text).to_bytes(8, "little") + text)
-                stream.truncate(8 + len(text) + end)
+                stream.truncate(offset + sum(self._sizes[name] for name in shard))
             for name in shard:
-                self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
+                self._places[name] = (file, offset)
+                offset += self._sizes[name]
 
     @contextmanager
     def _no_space(self) -> Iterator[None]:
@@ -293,6 +282,51 @@ class CacheWriter:
                 allowed=f"{sum(self._sizes.values())} bytes",
                 fix="free some space, name another cache folder, or load without a cache",
             ) from error
+
+
+def _quantized(model: PreTrainedModel) -> Iterator[tuple[str, QuantLinear | QuantStack]]:
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantStack):
+            yield path, module
+
+
+def _quantized_tensors(model: PreTrainedModel) -> Layout:
+    names: Layout = {}
+    for path, module in _quantized(model):
+        names |= _stored_layout(path, module)
+    return names
+
+
+def _plain_tensors(model: PreTrainedModel, absent: Collection[str]) -> Layout:
+    quantized = {path for path, _ in _quantized(model)}
+    return {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in absent and (name.rpartition(".")[0] not in quantized or name.endswith(".bias"))
+    }
+
+
+def _shards(tensors: Layout) -> list[Layout]:
+    shards: list[Layout] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        if shards[-1] and filled + _nbytes(*spec) > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += _nbytes(*spec)
+    return shards
+
+
+def _header(shard: Layout) -> bytes:
+    """The header of a safetensors file that holds its tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in shard.items():
+        begin, end = end, end + _nbytes(shape, dtype)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    return text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
 
 
 def _stored_layout(path: str, module: QuantLinear | QuantStack) -> Layout:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,7 +58,13 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be read one by one: a checkpoint, or a checkpoint seen through its dequantization."""
+    """Named tensors that can be read one by one: a checkpoint, or a checkpoint seen through its dequantization.
+
+    Attributes:
+        scratch_per_value: bytes that dequantizing takes for each value of a piece, CHUNK_BYTES / 4 values at most.
+    """
+
+    scratch_per_value: ClassVar[int]
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -87,6 +93,8 @@ class StoredSource(Protocol):
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checked model folder. Made by `Checkpoint.open`."""
+
+    scratch_per_value: ClassVar[int] = 0
 
     folder: Path
     name: str  # what the user called it: a path or a hub id

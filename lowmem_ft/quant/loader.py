@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,11 @@ from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.quant.architecture import Template, conversion_plan, meta_model, template_of
 from lowmem_ft.quant.cache import CacheEntry, CacheWriter
-from lowmem_ft.quant.checkpoint import Checkpoint, StoredSource, TensorSource
+from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, StoredSource, TensorSource
 from lowmem_ft.quant.conversion import Plan, Step, convert, input_numel, matcher
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.ops import QuantSpec, quantize
+from lowmem_ft.quant.ops import Layout, QuantSpec, layout, quantize, quantize_scratch
 from lowmem_ft.quant.prequantized import open_source, stored_spec
 from lowmem_ft.quant.swap import swap_quantized
 
@@ -99,13 +100,13 @@ def load_weights(
     template = template_of(checkpoint, model.config, dtype=dtype)
     plan = conversion_plan(checkpoint, template)
     report.unexpected, report.skipped = list(plan.unexpected), list(plan.skipped)
-    redundant = _redundant(model, plan)
+    redundant = redundant_names(model, plan)
     _check_missing(model, plan, redundant)
     absent = {*plan.missing, *redundant}
     head = head_path(model)
     swap_quantized(model, spec=report.spec, skip=[] if head is None else [head])
     report.quantized = [path for path, module in model.named_modules() if isinstance(module, QuantLinear | QuantStack)]
-    holder = _Holder(model, place)
+    holder = ModelHolder(model, place)
     if cache is None or stored is not None or not report.quantized:
         _read_all(plan, template, checkpoint, holder, redundant, progress, torch.device(device))
     else:
@@ -126,7 +127,7 @@ def load_weights(
     return report
 
 
-class _Holder:
+class ModelHolder:
     """Puts finished tensors into the model, by way of the cache's writer and `place`."""
 
     writer: CacheWriter | None = None
@@ -168,11 +169,16 @@ class _Trimmer:
             self._since = 0
 
 
-class _StepLoader:
+class StepLoader:
     """Loads one step of the plan."""
 
     def __init__(
-        self, step: Step, template: Template, source: TensorSource, holder: _Holder, dtypes: Mapping[str, torch.dtype]
+        self,
+        step: Step,
+        template: Template,
+        source: TensorSource,
+        holder: ModelHolder,
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
         self.step, self.template, self.source, self.holder = step, template, source, holder
         self._partial: dict[str, Tensor] = {}
@@ -187,6 +193,35 @@ class _StepLoader:
     def scratch_bytes(self) -> int:
         """Bytes of full precision that this step needs beside what the model will hold."""
         return input_numel(self.step, self.source, sliced=self.sliced) * self.dtype.itemsize * self.all_quantized
+
+    def footprint(self, skip: Collection[str]) -> tuple[int, int]:
+        """Of `load` on the CPU: bytes that the model holds more afterwards, and that it takes meanwhile beside them.
+
+        The scratch that all steps share is in neither.
+        """
+        sources = [self.source.tensors[name] for names in self.step.sources.values() for name in names]
+        casts = [min(info.nbytes // self._slices, CHUNK_BYTES) for info in sources if info.dtype != self.dtype]
+        values = min(max(math.prod(info.shape[-2:]) for info in sources), CHUNK_BYTES // 4)  # matrix by matrix
+        kept, work = 0, max([values * self.source.scratch_per_value, *casts])
+        for name, shape in self.step.targets.items():
+            module = self._module(name)
+            if name in skip:
+                continue
+            if isinstance(module, QuantStack):
+                one = layout(module.shape[1:], module.spec)
+                kept += sum(tensor.nbytes for tensor in module.storage().values())
+                work = max(work, _nbytes(one) + quantize_scratch(module.shape[1:], module.spec, self.dtype))
+            elif isinstance(module, QuantLinear) and self._is_quantized(name):
+                kept += _nbytes(layout(module.shape, module.spec))
+                if self._held_as_stored():
+                    continue
+                transposed = self._is_transposed(name)
+                work = max(work, quantize_scratch(module.shape, module.spec, self.dtype, transposed=transposed))
+            else:
+                kept += _nbytes({name: (shape, self.dtype)})
+        as_read = self.step.is_plain and not self.sliced  # and the model holds the very tensor that was read into
+        whole = 0 if self.all_quantized or as_read else input_numel(self.step, self.source, sliced=self.sliced)
+        return kept, work + whole * self.dtype.itemsize
 
     def load(self, skip: Collection[str], scratch: Tensor, trimmer: _Trimmer) -> None:
         """Read, convert, quantize and hold everything but the targets in `skip`."""
@@ -211,14 +246,18 @@ class _StepLoader:
 
     def _take_stored(self, device: torch.device) -> bool:
         """Take a matrix as it is stored, if it is stored just as it shall be held."""
-        path, _, leaf = self.step.only_target.rpartition(".")
-        module = self.holder.model.get_submodule(path) if leaf == "weight" else None
-        if not isinstance(module, QuantLinear) or self._stored() != (module.spec, module.shape):
+        if not self._held_as_stored():
             return False
         assert isinstance(self.source, StoredSource)
+        path = self.step.only_target.removesuffix(".weight")
         storage = self.source.read_storage(self.step.only_source)
         self.holder.hold_storage(path, {name: tensor.to(device) for name, tensor in storage.items()})
         return True
+
+    def _held_as_stored(self) -> bool:
+        path, _, leaf = self.step.only_target.rpartition(".")
+        module = self.holder.model.get_submodule(path) if leaf == "weight" else None
+        return isinstance(module, QuantLinear) and self._stored() == (module.spec, module.shape)
 
     def _stored(self) -> tuple[QuantSpec, tuple[int, int]] | None:
         """How the step's matrix is stored, if it is quantized already."""
@@ -234,11 +273,9 @@ class _StepLoader:
             if index is None:
                 self._finish(name)
         elif self._is_quantized(name):
-            path = name.removesuffix(".weight")
-            # Conv1D stores (I, O); bitsandbytes stores what it has quantized as (O, I)
-            transposed = isinstance(self.template.text.get_submodule(path), Conv1D) and self._stored() is None
             assert isinstance(module, QuantLinear)
-            self.holder.hold_storage(path, quantize(tensor.t() if transposed else tensor, module.spec))
+            matrix = tensor.t() if self._is_transposed(name) else tensor
+            self.holder.hold_storage(name.removesuffix(".weight"), quantize(matrix, module.spec))
         elif index is None:
             # a piece of something larger would keep all of it alive
             whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -262,6 +299,15 @@ class _StepLoader:
         stack = owner._modules.get(leaf)
         return owner if stack is None else stack
 
+    @property
+    def _slices(self) -> int:
+        return self.step.slices or 1 if self.sliced else 1
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the matrix is stored as (I, O): Conv1D's, but what bitsandbytes has quantized is (O, I)."""
+        layer = self.template.text.get_submodule(name.removesuffix(".weight"))
+        return isinstance(layer, Conv1D) and self._stored() is None
+
     def _is_quantized(self, name: str) -> bool:
         module = self._module(name)
         return isinstance(module, QuantStack) or (isinstance(module, QuantLinear) and name.endswith(".weight"))
@@ -271,15 +317,12 @@ def _read_all(
     plan: Plan,
     template: Template,
     checkpoint: Checkpoint,
-    holder: _Holder,
+    holder: ModelHolder,
     redundant: Collection[str],
     progress: Progress | None,
     device: torch.device,
 ) -> None:
-    source = open_source(checkpoint)
-    dtypes = {name: tensor.dtype for name, tensor in template.text.state_dict().items()}
-    needed = [step for step in plan.steps if not set(step.targets) <= set(redundant)]
-    steps = [_StepLoader(step, template, source, holder, dtypes) for step in needed]
+    steps = loading_steps(plan, template, checkpoint, holder, redundant)
     total, done = sum(loader.nbytes for loader in steps), 0
     # one piece of memory for all that is quantized: the same room freed and asked for again ends in fragments
     scratch = torch.empty(max((loader.scratch_bytes for loader in steps), default=0), dtype=torch.uint8, device=device)
@@ -291,7 +334,17 @@ def _read_all(
             progress(done, total)
 
 
-def _redundant(model: PreTrainedModel, plan: Plan) -> set[str]:
+def loading_steps(
+    plan: Plan, template: Template, checkpoint: Checkpoint, holder: ModelHolder, redundant: Collection[str]
+) -> list[StepLoader]:
+    """The steps of loading, in order, without those whose results are all `redundant`."""
+    source = open_source(checkpoint)
+    dtypes = {name: tensor.dtype for name, tensor in template.text.state_dict().items()}
+    needed = [step for step in plan.steps if not set(step.targets) <= set(redundant)]
+    return [StepLoader(step, template, source, holder, dtypes) for step in needed]
+
+
+def redundant_names(model: PreTrainedModel, plan: Plan) -> set[str]:
     """Tied tensors that need not be read, because what they are tied to is stored."""
     missing = set(plan.missing)
     return {target for target, source in model.all_tied_weights_keys.items() if source not in missing}
@@ -353,6 +406,10 @@ def _initialise_rest(model: PreTrainedModel, place: Place) -> list[str]:
             given=f"{', '.join(hidden[:3])} of {type(model).__name__}",
         )
     return absent
+
+
+def _nbytes(tensors: Layout) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -28,6 +28,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64  # values that share one scale; what transformers + bitsandbytes use
 NESTED_BLOCK = 256  # scales that share one second-level scale
 CHUNK = 1 << 18  # values quantized at a time: bitsandbytes takes 17 bytes of scratch per value, so about 4 MiB
+# Bytes that bitsandbytes' CPU code takes for each value of a chunk beside its fp32 copy: scaled values 4, positions 4,
+# codes 1, their halves 1; FP4 looks its positions up in int64, by int64
+_WORK = {"nf4": 10, "fp4": 24}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,33 @@ def quantize(weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         CheckpointError: 8 bits, and a weight is outside the range of float16 (which bitsandbytes quantizes from).
     """
     return _SCHEMES[spec.kind].quantize(weight.detach(), spec)
+
+
+def quantize_scratch(shape: Sequence[int], spec: QuantSpec, dtype: torch.dtype, *, transposed: bool = False) -> int:
+    """Bytes that `quantize` takes on the CPU beside what it returns, for a matrix of `shape`; elsewhere it takes less.
+
+    Args:
+        transposed: the matrix is given as a transposed view.
+    """
+    values = prod(shape)
+    if spec.kind == "int8":  # a float16 copy, two products in fp32; of each row its scale, twice
+        rows = min(shape[0], max(1, CHUNK // shape[1]))
+        return 10 * rows * shape[1] + 8 * rows
+    width = shape[1] if transposed else 1
+    chunk, blocks = min(values, _rows_of_blocks(width) * width), -(-values // BLOCK)
+    piece = dtype.itemsize if transposed else 0
+    copies = piece + (0 if dtype == torch.float32 else 4)
+
+    def at_work(count: int) -> int:
+        return (_WORK[spec.kind] + copies) * count + 4 * -(-count // BLOCK) + (4 if count % BLOCK else 0)
+
+    kept = -(-9 * chunk // 16)  # codes and scales of a chunk, which live on until those of the next are there
+    loop = max(at_work(chunk), at_work(min(values - chunk, chunk)) + kept)
+    if not spec.double_quant:
+        return loop
+    # until the end the scales are in fp32; then their distance from the mean, too
+    nested = sum(prod(size) * kind.itemsize for name, (size, kind) in layout(shape, spec).items() if name != "qweight")
+    return max(4 * blocks + loop - nested, 8 * blocks + kept + piece * chunk)
 
 
 def dequantize(storage: Mapping[str, Tensor], *, kind: Kind, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -190,10 +220,15 @@ def _block_chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     """
     rows = weight.view(-1, 1) if weight.is_contiguous() else weight.flatten(1)
     width = rows.shape[1]
-    step = BLOCK // gcd(width, BLOCK)  # the fewest rows that end on a block's end
-    step *= max(1, CHUNK // (step * width))
+    step = _rows_of_blocks(width)
     for first in range(0, rows.shape[0], step):
         yield first * width, rows[first : first + step].reshape(-1)
+
+
+def _rows_of_blocks(width: int) -> int:
+    """Rows of a chunk that ends on a block's end."""
+    fewest = BLOCK // gcd(width, BLOCK)
+    return fewest * max(1, CHUNK // (fewest * width))
 
 
 def _row_chunks(shape: Sequence[int]) -> Iterator[slice]:

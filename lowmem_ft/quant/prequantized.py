@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
@@ -76,6 +76,8 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 class BitsAndBytesSource:
     """A bitsandbytes checkpoint; its matrices can be had as they are stored, or dequantized."""
+
+    scratch_per_value: ClassVar[int] = 0  # dequantized are only a head, and what was asked for in 16 bits
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
@@ -167,6 +169,8 @@ class Fp8Source:
     are blocks as large as the tensor. Stacks have a leading dimension in both.
     """
 
+    scratch_per_value: ClassVar[int] = 9  # its code 1, the same in fp32 4, its scale 4
+
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
         self._block = tuple(config.get("weight_block_size") or ())
@@ -244,6 +248,8 @@ class Mxfp4Source:
     A stack N of (E, C, R) is stored as `N_blocks` uint8 (E, R, C/32, 16), low half first, and `N_scales` uint8
     (E, R, C/32), the exponent plus 127 (MX specification v1.0); it is held transposed to how it is stored.
     """
+
+    scratch_per_value: ClassVar[int] = 22  # its code in uint8, int32 and int64, values of this piece and the last
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint

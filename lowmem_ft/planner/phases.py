@@ -1,0 +1,241 @@
+"""What the phases of a run take of each tier of memory: load, train, evaluate, save, and the merge afterwards.
+
+Sizes are bytes. Training and evaluation are traced (`planner.weigh`); the others follow from shapes and headers. On a
+CPU the device is the host, so nothing is said of the host there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_ft.adapters.inject import adapter_at, adapters_disabled, injection_of, is_injected
+from lowmem_ft.adapters.peft_format import adapter_tensors
+from lowmem_ft.adapters.stack import DenseStack, LoraStack
+from lowmem_ft.assemble import quant_spec
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.isolation import attention_inputs, isolation_fault, probe_batch
+from lowmem_ft.planner.compose import shorten
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.reserve import process_estimate
+from lowmem_ft.planner.sdpa import planned_attention
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_blocks
+from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.quant.checkpoint import CHUNK_BYTES, DTYPE_NAMES, Checkpoint
+from lowmem_ft.quant.experts import QuantStack
+from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
+from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.runtime.blocks import causal_model, find_blocks
+
+OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
+COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what a merged checkpoint takes over from its base
+META_BYTES = 2 << 10  # of a checkpoint's header beside the optimizer's settings: where the data stands, losses
+ADAPTER_TEXT_BYTES = 8 << 10  # adapter_config.json; and the README that peft writes of its other methods
+ROUTING = 50  # the part of the check's memory that the routing of its few tokens may add (measured: up to 0.6%)
+RANDOM_BYTES = 16  # the state of CUDA's generator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiers:
+    """Peak bytes of a phase beside what the process takes anyway; `host` only where that is not the device."""
+
+    device: int
+    host: int = 0
+    disk: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aside:
+    """The phases that are no steps; they are the same for all policies of one precision."""
+
+    load: Tiers
+    save: Tiers
+    merge: Tiers
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: Policy, scales: Scales) -> Aside:
+        """Predict them.
+
+        Args:
+            policy: of it precision and compute dtype count.
+
+        Raises:
+            CheckpointError, UnsupportedError: what loading finds in headers.
+        """
+        checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
+        footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
+        small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
+        copied = sum(file.stat().st_size for file in small if not file.name.endswith(".index.json"))
+        return cls(
+            load=_load(config, scales, footprint),
+            save=_save(config, scales),
+            merge=Tiers(device=_merge_work(scales.stage), host=CHUNK_BYTES, disk=footprint.merged + copied),
+        )
+
+    def phases(self, device: Device, *, train: int, evaluation: int) -> dict[str, dict[str, int]]:
+        """All phases as a plan holds them, with what the process takes anyway.
+
+        Args:
+            train, evaluation: bytes that the process takes of the device.
+        """
+        own = {"load": self.load, "save": self.save, "merge": self.merge}
+        sizes = {name: process_estimate(device, tiers.device) for name, tiers in own.items()}
+        sizes |= {"train": train, "eval": evaluation}
+        found: dict[str, dict[str, int]] = {}
+        for name in (*OF_A_RUN, "merge"):
+            tiers = own.get(name, Tiers(device=0))
+            found[name] = {"device_bytes": sizes[name]}
+            if device.kind != "cpu":
+                found[name]["host_bytes"] = device.process_bytes + tiers.host
+            found[name] |= {"pinned_bytes": 0, "disk_bytes": tiers.disk}
+        return found
+
+
+def _load(config: RunConfig, scales: Scales, footprint: LoadFootprint) -> Tiers:
+    """While `assemble` runs: reading and quantizing, then the check of packing, then adapters, then all that is held.
+
+    The cache of quantized weights is taken to be empty: whether it is would take reading the whole checkpoint, and a
+    load from the cache takes less. Pages of mapped files are no allocations; weights are read, not mapped.
+    """
+    stage, on_cpu = scales.stage, scales.stage.kind == "cpu"
+    work = [0]
+    if config.data.packing and not config.adapter.prompt_learning:
+        work.append(_isolation_work(stage))
+    adapters = _adapters(stage.ready.model)
+    if config.adapter.dora:
+        trained = sum(parameter.nbytes for parameter in stage.ready.trainable.values())
+        work.append(trained + _work(stage, lambda: _norms(max(adapters, key=_elements))))
+    casts = 0 if on_cpu else CHUNK_BYTES  # a piece on the device in the dtype of the file
+    drawn = max((4 * adapter.lora_A.numel() for adapter in adapters), default=0)  # on the host, in fp32
+    return Tiers(
+        device=max(footprint.peak + casts, footprint.held + max(work), scales.held) + UNSEEN_BYTES,
+        host=max(footprint.copied, drawn),
+        disk=footprint.cache if config.cache else 0,
+    )
+
+
+def _save(config: RunConfig, scales: Scales) -> Tiers:
+    """While checkpoints, the best weights and the adapter are written, and the best weights read again.
+
+    On the disk: the two checkpoints that are retained, and the one that is written before the oldest goes. The text
+    files of the run folder (metrics, plan, report) are not counted. safetensors writes tensors from where they lie on
+    the host; those on another device it first copies to the host, all of them.
+    """
+    ready = scales.stage.ready
+    assert ready.optimizer is not None, "a plan is made for training"
+    weights = {f"weights/{name}": parameter for name, parameter in ready.trainable.items()}
+    random = {"random/cpu": torch.get_rng_state(), "random/cuda": torch.empty(RANDOM_BYTES, dtype=torch.uint8)}
+    states = {f"optimizer/{name}": tensor for name, tensor in ready.optimizer.state_tensors().items()}
+    meta = ready.optimizer.state_meta()
+    meta["steps"] = [config.train.steps or 10**6] * len(meta["steps"])
+    checkpoint = safetensors_bytes({**weights, **states, **random}, {"state": json.dumps(meta)}) + META_BYTES
+    best = safetensors_bytes(weights) if config.data.eval and config.train.keep_best else 0
+    trained = adapter_tensors(ready.model) if is_injected(ready.model) else ready.trainable
+    adapter = safetensors_bytes(trained, {"format": "pt"}) + ADAPTER_TEXT_BYTES
+    return Tiers(
+        device=scales.held + (best if scales.stage.kind == "cpu" else 0) + META_BYTES + random["random/cpu"].nbytes,
+        host=checkpoint,
+        disk=max(3 * checkpoint + best, 2 * checkpoint + 2 * best, 2 * checkpoint + best + adapter),
+    )
+
+
+def _merge_work(stage: Stage) -> int:
+    """For the `merge` command to come, which reads one matrix at a time.
+
+    It dequantizes the matrix to 16 bits, adds the product of its adapter to a copy in fp32, rounds that back in place,
+    and writes it to a 16-bit checkpoint in safetensors.
+    """
+    matrices = _adapters(stage.ready.model) or [
+        module for module in stage.ready.model.modules() if isinstance(module, (nn.Linear, QuantStack))
+    ]
+    rounding = max(6 * _elements(it) + 4 * getattr(it, "rank", 0) * sum(_sizes(it)) for it in matrices)
+    return max(rounding, _work(stage, lambda: _matrix(max(matrices, key=_elements))))
+
+
+def _isolation_work(stage: Stage) -> int:
+    """Bytes that `check_isolation` takes, which runs the whole model before there are adapters.
+
+    It grows by the same number of bytes with each further block of a kind.
+    """
+    kinds = block_kinds(stage.ready.model)
+    few = shorten(kinds)
+    least = total = _isolation_peak(stage, few)
+    for kind in set(kinds):
+        others = [at for at, other in enumerate(kinds) if other == kind and at not in few]
+        if others:
+            total += len(others) * (_isolation_peak(stage, sorted([*few, others[0]])) - least)
+    mixture = any(hasattr(module, "num_experts") for module in stage.ready.model.modules())
+    return total + (total // ROUTING if mixture else 0)
+
+
+def _isolation_peak(stage: Stage, only: list[int]) -> int:
+    whole = stage.ready.model
+    model = causal_model(whole)
+    batch = probe_batch(model)
+
+    def check() -> object:
+        inputs = attention_inputs(model, batch, dtype=stage.ready.compute_dtype)
+        return isolation_fault(model, batch, inputs)  # which it cannot find without data
+
+    with only_blocks(whole, only), planned_attention(find_blocks(whole)[1], stage.kind), adapters_disabled(whole):
+        return _work(stage, check)
+
+
+def _work(stage: Stage, function: Callable[[], object]) -> int:
+    """Peak bytes of `function` on tensors without data, beyond what is held."""
+    tracer = stage.tracer
+    tracer.begin()
+    before = sum(event.nbytes for event in tracer.trace.events)
+    with tracer:
+        tracer.phase, tracer.block = "load", None
+        kept = function()
+    del kept
+    return max(tracer.trace.curve(), default=before) - before
+
+
+def _norms(adapter: nn.Module) -> Tensor:
+    """What DoRA starts from."""
+    with torch.no_grad():
+        norm_O: Tensor = torch.linalg.vector_norm(_matrix(adapter), dim=1, dtype=torch.float32)
+    return norm_O
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    return [adapter_at(model, path) for path in injection_of(model).paths] if is_injected(model) else []
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The base weight below a linear layer or its adapter; of a stack or its adapter the first slice."""
+    base = module.__dict__["stack"] if isinstance(module, LoraStack) else module
+    return get_base_weight(base, index=0 if isinstance(base, (QuantStack, DenseStack)) else None)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Rows and columns of that matrix, in either order."""
+    if isinstance(module, QuantStack):
+        _, rows, columns = module.shape
+        return rows, columns
+    return module.out_features, module.in_features
+
+
+def _elements(module: nn.Module) -> int:
+    return math.prod(_sizes(module))
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of a safetensors file with these tensors, a few bytes more or less for the order in which it holds them."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end

@@ -1,0 +1,285 @@
+"""Every phase and tier of a plan against what a real run takes on a CPU.
+
+Bytes in tensors come from PyTorch's own allocator events, bytes on the disk from the files' sizes, locked pages from
+Linux. Models are a few MB large, so that the shares below mean something.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_ft.adapters.lora import LoraLinear
+from lowmem_ft.adapters.peft_format import save_adapter
+from lowmem_ft.adapters.stack import LoraStack
+from lowmem_ft.assemble import Assembled, assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Plan, Policy
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import Batch
+from lowmem_ft.planner.device import cost_of
+from lowmem_ft.planner.phases import OF_A_RUN, Aside
+from lowmem_ft.planner.reserve import process_estimate
+from lowmem_ft.planner.solver import first_policy, make_plan
+from lowmem_ft.planner.verify import allocator_events, full_batches
+from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime import state
+from lowmem_ft.step import eval_step, train_step
+from lowmem_ft.trainer import loop
+from tests.models import save_tiny
+from tests.unit.planner.test_solver import DEVICE
+
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
+WIDE = {"vocab_size": 1999, "hidden_size": 256, "intermediate_size": 640}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": WIDE, "gemma2": {**WIDE, "head_dim": 64}, "mixtral": WIDE, "gpt2": {"vocab_size": 1999, "n_embd": 256},
+}  # fmt: skip
+QUANT: dict[int | str, dict[str, Any]] = {
+    4: {"bits": 4}, 8: {"bits": 8}, 16: {"bits": 16}, "nf4": {"bits": 4, "double_quant": False},
+}  # fmt: skip
+STEPS = [("llama", 4), ("gemma2", 8), ("mixtral", 4), ("gpt2", 16)]  # whose steps are measured, too
+# Predicted over measured: 0.03% to 0.1% on these models, nearly all of it the 4 KiB that every simulation adds; the
+# check of packing, where it is the peak, up to 2% of what it takes. Never under.
+CLOSE = 1.01
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(name, folder / name, **sizes) for name, sizes in MODELS.items()}
+
+
+def config(model: Path, **sections: Any) -> RunConfig:
+    keys: dict[str, Any] = {
+        "data": {"seq_len": 64},
+        "train": {"tokens_per_step": 64, "steps": 4, "save_every": 1, "eval_every": 1},
+        "policy": {"activations": "recompute", "micro_batch_tokens": 64, "loss_chunk_tokens": 32},
+        "output": str(model.parent / f"run-{model.name}"),
+    }
+    for name, value in sections.items():
+        keys[name] = {**keys.get(name, {}), **value} if isinstance(value, dict) else value
+    return RunConfig.from_dict({"model": str(model), **keys})
+
+
+def prepared(settings: RunConfig) -> tuple[Policy, Scales, Aside]:
+    assert settings.quant.bits != "auto"
+    policy = first_policy(settings, DEVICE, settings.quant.bits)
+    policy = replace(policy, resident_blocks=2, recompute_blocks=2, loss_chunk_tokens=32)
+    scales = Scales(settings, policy, kind="cpu", cost=cost_of(DEVICE))
+    return policy, scales, Aside.of(settings, policy, scales)
+
+
+def peak(function: Callable[[], object]) -> int:
+    return max(accumulate(allocator_events(function)))
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"), [*((name, bits) for name in MODELS for bits in (4, 8, 16)), ("llama", "nf4")]
+)
+def test_phases_in_tensors(models: dict[str, Path], name: str, quant: int | str, tmp_path: Path) -> None:
+    settings = config(models[name], quant=QUANT[quant], cache=str(tmp_path / "cache"))
+    policy, scales, aside = prepared(settings)
+    found: list[Assembled] = []
+    events = allocator_events(lambda: found.append(assemble(settings, policy, torch.device("cpu"))))
+    cold, held, (ready,) = max(accumulate(events)), sum(events), found
+    assert cold <= aside.load.device <= CLOSE * cold
+    if (name, quant) in STEPS:
+        check_steps(ready, scales, settings, policy, held)
+    # measured: 3.1 to 3.8 KB over, for what JSON says of the model in a length that is not known beforehand
+    assert size(tmp_path / "cache") <= aside.load.disk <= size(tmp_path / "cache") + 2**14
+    assert (aside.load.disk == 0) == (quant == 16), "nothing is cached where nothing is quantized"
+    if (name, quant) in (("llama", 4), ("mixtral", 8)):
+        warm = peak(lambda: assemble(settings, policy, torch.device("cpu")))
+        assert warm <= cold, "so the plan holds whatever is in the cache"
+    # measured: equal, to the byte
+    taken = peak(lambda: merge_all(ready, copy=quant == 16))
+    assert taken <= aside.merge.device <= 1.001 * taken
+    # measured: 0.04% to 0.06% over, the index that a checkpoint of one file has not
+    written = size(models[name])  # by `save_pretrained` of a model in bf16
+    assert written <= aside.merge.disk <= 1.002 * written
+
+
+def check_steps(ready: Assembled, scales: Scales, settings: RunConfig, policy: Policy, held: int) -> None:
+    batch = full_batches(settings, policy, vocabulary=100)[0]
+    held += batch_bytes(batch)
+    train = held + peak(lambda: train_step(ready, [batch], lr=1e-4))
+    evaluation = held + peak(lambda: eval_step(ready, batch))
+    # As in `test_simulate`, and so of a plan. How few tokens are routed moves the peak of experts by more: measured
+    # -0.8% to 2.2% on three mixtures at 64 to 512 tokens.
+    under = 0.01 * train if hasattr(ready.model.config, "num_local_experts") else 0
+    assert train - under <= scales.weigh(policy, timed=False).allocated <= 1.02 * train
+    assert evaluation <= scales.evaluation_peak(policy) <= 1.02 * evaluation
+
+
+def batch_bytes(batch: Batch) -> int:
+    return sum(it.nbytes for it in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids))
+
+
+def merge_all(ready: Assembled, *, copy: bool) -> None:
+    """Merge every adapter's first matrix and drop it, as the merge command will, by plain operations."""
+    for module in ready.model.modules():
+        if isinstance(module, LoraLinear):
+            merge(get_base_weight(module.base_layer), module.lora_A, module.lora_B, module.scaling, copy=copy)
+        elif isinstance(module, LoraStack):
+            A_RI, B_OR = (factors[0] for factors in module.factors())
+            merge(get_base_weight(module.__dict__["stack"], index=0), A_RI, B_OR, module.scaling, copy=copy)
+
+
+def merge(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, *, copy: bool) -> None:
+    with torch.no_grad():
+        if copy:  # in 16 bits it is the loaded model's own, where a merge has read it from the file
+            weight_OI = weight_OI.clone()
+        whole_OI = weight_OI.float().addmm_(B_OR.float(), A_RI.float(), alpha=scaling)
+        weight_OI.copy_(whole_OI)
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("llama", {"data": {"packing": False}, "quant": {"bits": 8}}),  # without the check of packing
+        ("llama", {"adapter": {"rank": 1, "targets": ["q_proj"]}, "quant": {"bits": 8}}),  # the check is the peak
+        ("mixtral", {"adapter": {"rank": 1, "targets": ["q_proj"]}, "quant": {"bits": 8}}),
+        ("gpt2", {"adapter": {"dora": True}, "quant": {"bits": 16}, "data": {"packing": False}}),
+        ("llama", {"train": {"optimizer": "adamw"}, "adapter": {"rank": 64}}),  # what training holds is the peak
+        ("llama", {"policy": {"compute_dtype": "float32"}}),  # the checkpoint is cast while it is read
+    ],
+    ids=["unpacked", "checked", "routed", "dora", "held", "cast"],
+)
+def test_what_decides_the_peak_of_loading(models: dict[str, Path], name: str, sections: dict[str, Any]) -> None:
+    settings = config(models[name], **sections)
+    policy, _, aside = prepared(settings)
+    measured = peak(lambda: assemble(settings, policy, torch.device("cpu")))
+    assert measured <= aside.load.device <= CLOSE * measured
+
+
+def test_loading_is_planned_without_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(models["mixtral"] / "config.json", tmp_path)
+    _, _, alone = prepared(config(tmp_path))
+    _, _, known = prepared(config(models["mixtral"]))
+    # which tensors are read together is not known then: measured 4% over
+    assert known.load.device <= alone.load.device <= 1.06 * known.load.device
+    assert known.merge.disk <= 1.001 * alone.merge.disk
+    assert alone.merge.disk <= 1.001 * known.merge.disk
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "adamw8bit") for name in MODELS), ("llama", "adamw")])
+def test_saving(models: dict[str, Path], name: str, optimizer: str, tmp_path: Path) -> None:
+    settings = config(models[name], train={"optimizer": optimizer}, data={"eval": "eval.jsonl"})
+    policy, scales, aside = prepared(settings)
+    ready = assemble(settings, policy, torch.device("cpu"))
+    weights = {f"weights/{key}": parameter.data for key, parameter in ready.trainable.items()}
+    read: list[Tensor] = []
+
+    def save() -> None:
+        save_all(ready, tmp_path)
+        state.write_tensors(tmp_path / "best.safetensors", weights)
+        read.extend(state.read_checkpoint(tmp_path / "best.safetensors")[0].values())
+
+    taken = peak(save)
+    checkpoint = (tmp_path / "step-00000003.safetensors").stat().st_size
+    work = aside.save.device - scales.held
+    # What is written is not copied; the best weights are held once more when they are read. Measured: 7 KB over.
+    assert taken <= work <= taken + 2**14
+    assert sum(tensor.nbytes for tensor in read) <= work
+    # where the device is not the host, all of a checkpoint is copied there; measured: 2 KB over
+    assert checkpoint <= aside.save.host <= checkpoint + 2**14
+
+
+def save_all(ready: Assembled, folder: Path) -> None:
+    assert ready.optimizer is not None
+    for step in (1, 2, 3):
+        state.save_checkpoint(
+            folder,
+            step=step,
+            weights=ready.trainable,
+            optimizer_tensors=ready.optimizer.state_tensors(),
+            meta={"optimizer": ready.optimizer.state_meta()},
+        )
+    save_adapter(ready.model, folder / "adapter", base_model="base")
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("mixtral", 8), ("gpt2", 16)])
+def test_a_whole_run(models: dict[str, Path], name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(models[name], data={"train": "train.jsonl", "eval": "eval.jsonl"}, quant={"bits": bits})
+    plan = make_plan(settings, device=DEVICE)
+    assert list(plan.phases) == [*OF_A_RUN, "merge"]
+    assert all(list(it) == ["device_bytes", "pinned_bytes", "disk_bytes"] for it in plan.phases.values())
+    assert plan.phases["train"]["device_bytes"] == process_estimate(DEVICE, plan.predicted.allocated_peak_bytes)
+    assert plan.predicted.process_peak_bytes == max(plan.phases[phase]["device_bytes"] for phase in OF_A_RUN)
+    most = run(settings, plan, monkeypatch)
+    # measured: 5.5 KB over (0.07% to 0.21%), the room that is left for JSON
+    assert most <= plan.phases["save"]["disk_bytes"] <= most + 2**14
+    assert plan.predicted.disk_bytes == plan.phases["save"]["disk_bytes"]
+    assert not any(plan.phases[phase]["disk_bytes"] for phase in ("load", "train", "eval"))
+
+
+def run(settings: RunConfig, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Train as planned; the most bytes in files of tensors at any time. No page is locked meanwhile."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 100, (64,), generator=generator).tolist() for _ in range(8)]
+    examples = [Example(row, row) for row in tokens]
+    monkeypatch.setattr(loop, "load_examples", lambda *_: (examples, examples[:1]))
+    folder, sizes, replaced = Path(settings.output), [0], os.replace
+
+    def replacing(*args: Any) -> None:  # each file is largest, with all others there, just before it gets its name
+        sizes.append(size(folder / "checkpoints") + size(folder / "adapter"))
+        replaced(*args)
+
+    before = locked_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replacing)
+        loop.train(settings, plan=plan, reporter=Reporter(quiet=True))
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    assert locked_bytes() - before == max(sizes["pinned_bytes"] for sizes in plan.phases.values())
+    return max(sizes)
+
+
+def locked_bytes() -> int:
+    """Bytes of this process that the system may not move or swap, as pinned memory is."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("VmLck:", "VmPin:")))
+
+
+def test_a_plan_fits_only_if_all_its_phases_do(models: dict[str, Path]) -> None:
+    pins = {"adapter": {"rank": 1, "targets": ["q_proj"]}, "data": {"seq_len": 8}, "train": {"tokens_per_step": 8}}
+    settings = config(models["mixtral"], **pins, policy={"micro_batch_tokens": 8, "loss_chunk_tokens": 8})
+    roomy = make_plan(settings, device=DEVICE)
+    load, train = (roomy.phases[phase]["device_bytes"] for phase in ("load", "train"))
+    assert train < load == roomy.predicted.process_peak_bytes
+    assert sum(roomy.breakdown.values()) == load
+
+    less = settings.budget.model_copy(update={"memory": (load + train) // 2})
+    between = make_plan(settings.model_copy(update={"budget": less}), device=DEVICE)
+    assert not between.fits
+    assert between.predicted.process_peak_bytes == load
+    assert all(change.process_peak_bytes <= between.budget["device_bytes"] for change in between.changes)
+
+
+def test_on_a_card_the_host_is_a_tier_of_its_own(models: dict[str, Path]) -> None:
+    settings = config(models["llama"], budget={"device": "colab-t4-16gb"}, data={"eval": "eval.jsonl"})
+    plan = make_plan(settings)
+    assert all(
+        list(sizes) == ["device_bytes", "host_bytes", "pinned_bytes", "disk_bytes"] for sizes in plan.phases.values()
+    )
+    base, sizes = plan.phases["train"]["host_bytes"], {name: it["host_bytes"] for name, it in plan.phases.items()}
+    copied = plan.breakdown["adapter"] + plan.breakdown["optimizer"]
+    assert base + copied <= sizes["save"] <= base + copied + 2**16, "a checkpoint is copied to the host"
+    assert sizes["load"] >= base + 2**20, "weights come in pieces"
+    assert plan.predicted.host_peak_bytes == max(sizes[name] for name in OF_A_RUN)
