@@ -54,12 +54,26 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
     out_TD = torch.zeros_like(hidden_TD)
     # What is kept for backward depends on the number of pairs alone. What a tile takes beside that grows with its rows,
     # and comes on top of everything kept if the tile is the last in forward, the first in backward. In every routing
-    # some expert has as many rows as a balanced one gives to each: with the highest tile last, all take the same.
-    for (expert, _), x_RD, weights_R, token_R in sorted(zip(tiles, *parts, strict=True), key=_height):
+    # some expert has as many rows as a balanced one gives to each: with the highest tile last, all take about the same.
+    ordered = sorted(zip(tiles, *parts, strict=True), key=_height)
+    for at, ((expert, _), x_RD, weights_R, token_R) in enumerate(ordered):
+        if hidden_TD.is_meta and at == len(tiles) - 1:
+            _begin_lowest(experts, expert, x_RD, pairs // experts.num_experts)
         # within a tile each token is there once, so that the sum does not depend on the order of CUDA's threads
         done_RD = _expert(experts, expert, x_RD) * weights_R.unsqueeze(1)
         out_TD = out_TD.index_add_(0, token_R, done_RD.to(hidden_TD.dtype))
     return _touch_factors(experts, out_TD) if hidden_TD.is_meta else out_TD
+
+
+def _begin_lowest(experts: Any, e: int, x_RD: Tensor, rows: int) -> None:
+    """Without data: take what the last tile takes when it begins, if it is as low as a balanced routing makes it.
+
+    Then more rows are kept already. With large weights and few rows that is the most that the layer takes.
+    """
+    if torch.is_grad_enabled() and 0 < rows < x_RD.shape[0]:
+        kept = _expert(experts, e, x_RD[rows:].detach())
+        _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x_RD[:rows])
+        del kept
 
 
 def tile_rows(pairs: int, experts: int, hidden: int) -> int:
