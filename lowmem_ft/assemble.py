@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lowmem_ft.adapters.peft_format import load_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft
 from lowmem_ft.core.config import AdapterConfig, RunConfig
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.host import map_large_tensors
+from lowmem_ft.core.host import map_large_tensors, release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -82,6 +83,8 @@ def assemble(
     """
     if device.type == "cpu":
         map_large_tensors()
+        gc.collect()  # what planning leaves would stay in the process
+        release_freed_memory()
     dtype: torch.dtype = getattr(torch, policy.compute_dtype)
     simulated = device.type == "meta"
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from lowmem_ft.core.errors import UnsupportedError, nearest
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import Profile, load_profile, profile_names
 from lowmem_ft.planner.trace import Cost
@@ -121,8 +122,9 @@ def _from_profile(profile: Profile, name: str) -> Device:
 
 
 def _cpu() -> Device:
-    memory = psutil.virtual_memory()
-    taken = process_bytes()
+    flops = _matmul_flops(torch.device("cpu"), torch.bfloat16)  # starts threads and loads kernels, which stay
+    release_freed_memory()
+    memory, taken = psutil.virtual_memory(), process_bytes()
     return Device(
         name=f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)",
         kind="cpu",
@@ -131,7 +133,7 @@ def _cpu() -> Device:
         free_bytes=int(memory.available) + taken,
         process_bytes=taken,
         compute_dtype="bfloat16",
-        flops=_matmul_flops(torch.device("cpu"), torch.bfloat16),
+        flops=flops,
     )
 
 

@@ -17,8 +17,6 @@ from tests.unit.quant.loading import BF16, NF4, load
 from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8, save_mxfp4
 from tests.unit.runtime.memory import peak_bytes
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 SPECS = {
     "nf4-double": NF4, "nf4": QuantSpec(double_quant=False), "fp4": QuantSpec(type="fp4"), "int8": QuantSpec(bits=8),
 }  # fmt: skip
