@@ -36,8 +36,8 @@ def plan(
         device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of a profile (`lowmem-ft profiles list`).
         seq_len: tokens of a sequence; also `data={"seq_len": ...}`.
         tokens_per_step: tokens of an optimizer update; also `train={"tokens_per_step": ...}`.
-        host_budget: bytes that the process may take of RAM when the device is a GPU; None for what is free. On a CPU it
-            is the same as `budget`, and the smaller of the two counts.
+        host_budget: bytes that the process may take of RAM when the device is a GPU; None for what is free, if the GPU
+            is here. On a CPU it is the same as `budget`, and the smaller of the two counts.
         keys: sections of the config by name, such as `adapter={"rank": 8}` or `quant={"bits": 8}`.
 
     Raises:
