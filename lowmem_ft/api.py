@@ -23,7 +23,7 @@ def plan(
     model: str | Path,
     budget: str | int | None = None,
     device: str = "auto",
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     tokens_per_step: int | None = None,
     host_budget: str | int | None = None,
     **keys: Any,
@@ -34,24 +34,33 @@ def plan(
         model: a local folder or a hub id.
         budget: bytes that the process may take of the device, such as `8GiB`; None for what is free.
         device: `auto`, `cpu`, `cuda`, `cuda:N`, or the name of a profile (`lowmem-ft profiles list`).
-        seq_len: tokens of a sequence.
-        tokens_per_step: tokens of an optimizer update.
-        host_budget: bytes that the process may take of RAM when the device is a GPU.
+        seq_len: tokens of a sequence; also `data={"seq_len": ...}`.
+        tokens_per_step: tokens of an optimizer update; also `train={"tokens_per_step": ...}`.
+        host_budget: bytes that the process may take of RAM when the device is a GPU; None for what is free, if the GPU
+            is here. On a CPU it is the same as `budget`, and the smaller of the two counts.
         keys: sections of the config by name, such as `adapter={"rank": 8}` or `quant={"bits": 8}`.
 
     Raises:
+        ConfigError: an argument and a section say different things.
         LowMemError: a wrong key or value, a model that cannot be read or served. A plan that does not fit is returned,
             with `fits` False.
     """
-    data: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in keys.items()}
-    given: dict[str, dict[str, Any]] = {
-        "budget": {"device": device, "memory": budget, "host": host_budget},
-        "data": {"seq_len": seq_len},
-        "train": {"tokens_per_step": tokens_per_step},
-    }
-    for section, values in given.items():
-        data[section] = {**data.get(section, {}), **{key: value for key, value in values.items() if value is not None}}
-    return make_plan(RunConfig.from_dict({"model": str(model), **data}))
+    memory = {"device": device, "memory": budget, "host": host_budget}
+    data = {"model": str(model), "budget": {key: value for key, value in memory.items() if value is not None}, **keys}
+    overrides = []
+    for key, value in (("data.seq_len", seq_len), ("train.tokens_per_step", tokens_per_step)):
+        if value is None:
+            continue
+        section, _, name = key.partition(".")
+        stated = keys.get(section)
+        if isinstance(stated, Mapping) and stated.get(name, value) != value:
+            raise ConfigError(
+                f"{key} is given twice, and not the same.",
+                given=f"{name}={value} and {section}={dict(stated)}",
+                fix="leave one of them out",
+            )
+        overrides.append(f"{key}={value}")
+    return make_plan(RunConfig.from_dict(data, overrides))
 
 
 def load(

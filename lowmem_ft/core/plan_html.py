@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from lowmem_ft.core.plan_words import Listing, fit_words, listings, model_words, speed_words
+from lowmem_ft.core.plan_words import Listing, fit_words, host_words, listings, model_words, speed_words
 
 if TYPE_CHECKING:
     from lowmem_ft.core.plan import Plan
@@ -24,7 +24,7 @@ def plan_html(plan: Plan) -> str:
     budget, peak = plan.budget["device_bytes"], plan.predicted.process_peak_bytes
     answer, colour = ("fits", GOOD) if plan.fits else ("does not fit", BAD)
     full = max(budget, peak)
-    on = html.escape(f"{plan.device['name']}: peak {fit_words(plan)}, {peak / budget:.0%}")
+    on = html.escape(f"{plan.device['name']}: peak {fit_words(plan)}, {peak / budget:.0%}{host_words(plan)}")
     sentences = (plan.policy.describe(), plan.reason, speed_words(plan))
     parts = [
         f'<div><b style="font-size:1.15em">{html.escape(model_words(plan))}</b></div>',

@@ -31,6 +31,18 @@ def fit_words(plan: Plan) -> str:
     return f"{format_size(plan.predicted.process_peak_bytes)} of {format_size(plan.budget['device_bytes'])}"
 
 
+def budget_words(plan: Plan) -> str:
+    """`5.59 GiB on rtx-3060-12gb`, and what is allowed of the host where that binds."""
+    host = f" with {format_size(plan.budget['host_bytes'])} of the host" if plan.host_binds else ""
+    return f"{format_size(plan.budget['device_bytes'])} on {plan.device['name']}{host}"
+
+
+def host_words(plan: Plan) -> str:
+    """`; host: 2.10 GiB of 1.00 GiB` where that binds."""
+    taken, allowed = format_size(plan.predicted.host_peak_bytes), format_size(plan.budget["host_bytes"])
+    return f"; host: {taken} of {allowed}" if plan.host_binds else ""
+
+
 def speed_words(plan: Plan) -> str:
     """`2.31 s per step, 7,092 tokens per second.`"""
     predicted = plan.predicted
@@ -53,7 +65,7 @@ def listings(plan: Plan) -> Iterator[Listing]:
     found = [
         Listing("What fills it", (), [*held]),
         _phases(plan),
-        Listing("Safer", ("saves", "slower", "policy"), [*_safer(plan)] if plan.fits else []),
+        Listing("Safer, by estimate", ("saves", "slower", "policy"), [*_safer(plan)] if plan.fits else []),
         Listing("What would make it fit", ("change", "peak", "tokens/s"), [*_changes(plan)]),
         Listing("Verified", ("", "predicted", "measured", "error"), [*_verified(plan)]),
     ]

@@ -19,11 +19,15 @@ from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime.blocks import causal_model
 
 ALTERNATIVES, FRONTIER = 8, 60  # at most so many in a plan
+WORTH = 0.01  # of speed that more memory would buy, to be told
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A policy with its estimated price: bytes of tensors and of the process, and seconds of a step."""
+    """A policy with its estimated price: bytes of tensors and of the process, and seconds of a step.
+
+    Of one that was weighed exactly and refused the bytes are exact; seconds stay estimates, to be compared.
+    """
 
     policy: Policy
     allocated: int
@@ -56,8 +60,25 @@ class Answer:
     changes: tuple[Change, ...] = ()
 
     @property
+    def host(self) -> int:
+        """What the process takes of the host; of a CPU that is what it takes of the device."""
+        return max(self.phases[name].get("host_bytes", self.process) for name in OF_A_RUN)
+
+    @property
+    def host_budget(self) -> int:
+        """What it may take of the host; 0 where that is unknown."""
+        if self.device.kind == "cpu":
+            return self.budget
+        return min((size for size in (self.config.budget.host, self.device.host_free_bytes) if size), default=0)
+
+    @property
+    def host_binds(self) -> bool:
+        """Whether it does not fit the host, when that is not the device."""
+        return self.device.kind != "cpu" and 0 < self.host_budget < self.host
+
+    @property
     def fits(self) -> bool:
-        return self.process <= self.budget
+        return self.process <= self.budget and not self.host_binds
 
     def candidate(self, option: Option) -> Candidate:
         """An option in the plan's form."""
@@ -75,19 +96,21 @@ def write_plan(answer: Answer) -> Plan:
     weighed, device = answer.weighed, answer.device
     stored = Stored.of(answer.scales.stage.ready)
     frontier = pareto(answer.options)
-    safer = [it for it in reversed(frontier) if it.process < answer.process and it.policy != weighed.policy]
+    own = next(it for it in answer.options if it.policy == weighed.policy)
+    below = min(answer.process, own.process) if answer.fits else 0  # what was estimated is below the estimate, too
+    safer = [it for it in reversed(frontier) if it.process < below]
     run = [answer.phases[name] for name in OF_A_RUN]
     return Plan(
         fits=answer.fits,
         model=_describe(answer, stored),
         device=device.to_dict(),
-        budget={"device_bytes": answer.budget, "host_bytes": answer.config.budget.host or device.free_bytes},
+        budget={"device_bytes": answer.budget, "host_bytes": answer.host_budget},
         policy=weighed.policy,
         predicted=Predicted(
             allocated_peak_bytes=weighed.allocated,
             reserved_peak_bytes=answer.reserved,
             process_peak_bytes=answer.process,
-            host_peak_bytes=max(sizes.get("host_bytes", answer.process) for sizes in run),
+            host_peak_bytes=answer.host,
             pinned_bytes=max(sizes["pinned_bytes"] for sizes in run),
             disk_bytes=sum(sizes["disk_bytes"] for sizes in run),  # nothing on the disk goes with its phase
             step_seconds=weighed.seconds,
@@ -96,7 +119,7 @@ def write_plan(answer: Answer) -> Plan:
         phases=answer.phases,
         breakdown=_breakdown(answer, stored),
         alternatives=tuple(answer.candidate(option) for option in _thinned(safer, ALTERNATIVES)),
-        reason=_reason(answer, frontier),
+        reason=_reason(answer, own, frontier),
         changes=answer.changes,
         frontier=tuple(answer.candidate(option) for option in _thinned(frontier, FRONTIER)),
         timeline=tuple(_timeline(answer.scales.held, weighed.places)),
@@ -151,22 +174,28 @@ def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     }
 
 
-def _reason(answer: Answer, frontier: Sequence[Option]) -> str:
+def _reason(answer: Answer, own: Option, frontier: Sequence[Option]) -> str:
     count, budget = len(answer.options), format_size(answer.budget)
-    if not answer.fits:
-        return f"None of {count} policies fits {budget}: the smallest takes {format_size(answer.process)}."
+    refused = []
+    if answer.process > answer.budget:
+        refused.append(f"None of {count} policies fits {budget}: the smallest takes {format_size(answer.process)}.")
+    if answer.host_binds:
+        allowed = format_size(answer.host_budget)
+        refused.append(f"The host binds: any policy takes {format_size(answer.host)} of it, and {allowed} is allowed.")
+    if refused:
+        return " ".join(refused)
     goal = {
         "speed": "the fastest",
         "memory": "the smallest",
         "batch": "of the largest micro-batch the fastest",
         "context": f"with {answer.config.data.seq_len} tokens the longest sequences, and then the fastest,",
     }[answer.config.policy.objective]
-    faster = next((option for option in frontier if option.process > answer.budget), None)
     sentence = f"Of {count} policies {goal} that fits {budget}"
-    if faster is None or answer.config.policy.objective != "speed":
+    faster = (it for it in frontier if it.process > answer.budget and own.seconds >= (1 + WORTH) * it.seconds)
+    more = next(faster, None)
+    if more is None or answer.config.policy.objective != "speed":
         return f"{sentence}."
-    gain = answer.weighed.seconds / faster.seconds - 1
-    return f"{sentence}; {format_size(faster.process)} would buy {gain:.0%} more speed."
+    return f"{sentence}; {format_size(more.process)} would buy {own.seconds / more.seconds - 1:.0%} more speed."
 
 
 def _timeline(held: int, places: Sequence[Place]) -> Iterator[Sample]:

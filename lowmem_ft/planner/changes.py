@@ -7,44 +7,48 @@ from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Change
+from lowmem_ft.planner.answer import Answer
 
+Smallest = Callable[[RunConfig], Answer | None]
 COUNT = 3
 SHORTEST = 256  # tokens of a sequence
 LOWEST_RANK = 4
 
 
-def cheapest_changes(
-    config: RunConfig, budget: int, smallest: Callable[[RunConfig], tuple[int, float]]
-) -> tuple[Change, ...]:
+def cheapest_changes(config: RunConfig, smallest: Smallest) -> tuple[Change, ...]:
     """Up to three single changes that fit, what costs quality least first; else the first sum of them that fits.
 
     Args:
-        budget: bytes of the process.
-        smallest: process bytes and tokens per second of a config's smallest policy.
+        smallest: the answer for a config's smallest policy, exact; None if that does not fit.
     """
     fitting: list[Change] = []
     for group in _groups(config):
         for key, value in group:
-            size, speed = smallest(_changed(config, key, value))
-            if size <= budget:
-                fitting.append(Change(key=key, value=value, process_peak_bytes=size, tokens_per_second=speed))
+            answer = smallest(_changed(config, key, value))
+            if answer is not None:
+                fitting.append(_change(key, value, answer))
                 break  # a larger change of the same key is no better
         if len(fitting) == COUNT:
             return tuple(fitting)
-    return tuple(fitting) or _together(config, budget, smallest)
+    return tuple(fitting) or _together(config, smallest)
 
 
-def _together(config: RunConfig, budget: int, smallest: Callable[[RunConfig], tuple[int, float]]) -> tuple[Change, ...]:
+def _together(config: RunConfig, smallest: Smallest) -> tuple[Change, ...]:
     """The farthest change of every key, one after the other, until it fits."""
     before = ""
     for group in _groups(config):
         *_, (key, value) = group
         config = _changed(config, key, value)
-        size, speed = smallest(config)
-        if size <= budget:
-            return (Change(key=before + key, value=value, process_peak_bytes=size, tokens_per_second=speed),)
+        answer = smallest(config)
+        if answer is not None:
+            return (_change(before + key, value, answer),)
         before += f"{key}={value} "
     return ()
+
+
+def _change(key: str, value: Any, answer: Answer) -> Change:
+    speed = answer.tokens / answer.weighed.seconds
+    return Change(key=key, value=value, process_peak_bytes=answer.process, tokens_per_second=speed)
 
 
 def _groups(config: RunConfig) -> Iterator[list[tuple[str, Any]]]:

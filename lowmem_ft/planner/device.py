@@ -22,6 +22,10 @@ from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
 # where nvidia-ml-py (extra `gpu`) is not there to measure it.
 CUDA_CONTEXT_BYTES = 670 * 10**6
+# RSS of a process before it loads a model, beside a card that is known from its profile only. An assumption: 440 MiB
+# were measured with PyTorch's CPU build (torch, transformers and this package imported, one plan made); the rest is for
+# the libraries and the context of CUDA. Where the card is here, this process is measured.
+HOST_PROCESS_BYTES = 1 << 30
 SIMILAR_TO_CUDA = "rtx-3090-24gb"  # whose ratios of bandwidth to arithmetic are taken for a card without a profile
 
 
@@ -34,6 +38,8 @@ class Device:
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
         profile: name or file of its profile, if that is where the facts come from.
         present: False for a device that is known from its profile only: one can plan for it, not train on it.
+        host_free_bytes: beside a card, what the process may take of RAM; 0 where that is unknown, as for a profile.
+        host_process_bytes: beside a card, what the process takes of RAM before a model is loaded.
     """
 
     name: str
@@ -46,6 +52,8 @@ class Device:
     flops: float
     present: bool = True
     profile: str | None = None
+    host_free_bytes: int = 0
+    host_process_bytes: int = 0
 
     @property
     def torch_device(self) -> torch.device:
@@ -118,19 +126,20 @@ def _from_profile(profile: Profile, name: str) -> Device:
         flops=profile.flops[profile.fastest_dtype].value,
         present=False,
         profile=name,
+        host_process_bytes=HOST_PROCESS_BYTES if profile.kind == "cuda" else 0,
     )
 
 
 def _cpu() -> Device:
     flops = _matmul_flops(torch.device("cpu"), torch.bfloat16)  # starts threads and loads kernels, which stay
     release_freed_memory()
-    memory, taken = psutil.virtual_memory(), process_bytes()
+    free, taken = _free_and_taken()
     return Device(
         name=f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)",
         kind="cpu",
         index=0,
-        memory_bytes=int(memory.total),
-        free_bytes=int(memory.available) + taken,
+        memory_bytes=int(psutil.virtual_memory().total),
+        free_bytes=free,
         process_bytes=taken,
         compute_dtype="bfloat16",
         flops=flops,
@@ -141,6 +150,7 @@ def _cuda(index: int) -> Device:
     free, total = torch.cuda.mem_get_info(index)
     bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
     flops = _matmul_flops(torch.device("cuda", index), torch.bfloat16 if bf16 else torch.float16)  # makes the context
+    host_free, host_taken = _free_and_taken()
     return Device(
         name=torch.cuda.get_device_name(index),
         kind="cuda",
@@ -148,9 +158,17 @@ def _cuda(index: int) -> Device:
         memory_bytes=total,
         free_bytes=free,
         process_bytes=(cuda_process_bytes(index) or CUDA_CONTEXT_BYTES) - torch.cuda.memory_reserved(index),
+        host_free_bytes=host_free,
+        host_process_bytes=host_taken,
         compute_dtype="bfloat16" if bf16 else "float16",
         flops=flops,
     )
+
+
+def _free_and_taken() -> tuple[int, int]:
+    """Bytes of this machine's RAM that the process may take, and those of them that it has."""
+    taken = process_bytes()
+    return int(psutil.virtual_memory().available) + taken, taken
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

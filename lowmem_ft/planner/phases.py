@@ -94,7 +94,7 @@ class Aside:
             tiers = own.get(name, Tiers(device=0))
             found[name] = {"device_bytes": sizes[name]}
             if device.kind != "cpu":
-                found[name]["host_bytes"] = device.process_bytes + tiers.host
+                found[name]["host_bytes"] = device.host_process_bytes + tiers.host
             found[name] |= {"pinned_bytes": 0, "disk_bytes": tiers.disk}
         return found
 

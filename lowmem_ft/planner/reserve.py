@@ -31,7 +31,7 @@ def process_estimate(device: Device, allocated: int) -> int:
     """What the process takes when its tensors take `allocated`, about."""
     if device.kind == "cpu":
         return device.process_bytes + allocated + PROCESS_SLACK + min(int(HEAP_SHARE * allocated), HEAP_MOST)
-    return device.process_bytes + int(allocated * FRAGMENTATION)
+    return device.process_bytes + BLAS_WORKSPACE + int(allocated * FRAGMENTATION)
 
 
 def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:

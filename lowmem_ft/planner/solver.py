@@ -7,7 +7,7 @@ objective those that seem to fit are then weighed exactly, and the first that fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.plan import Plan, Policy
+from lowmem_ft.core.plan_words import budget_words
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.answer import Answer, Option, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
@@ -45,14 +46,14 @@ def make_plan(config: RunConfig, *, device: Device | None = None) -> Plan:
         config = _with_longest_sequence(config, device)
     answer = solve(config, device)
     if not answer.fits:
-        size = _smallest(Search(config, device, answer.weighed.policy.bits))
-        answer = replace(answer, changes=cheapest_changes(config, answer.budget, size))
+        smallest = _smallest(Search(config, device, answer.weighed.policy.bits), answer.budget)
+        answer = replace(answer, changes=cheapest_changes(config, smallest))
     return write_plan(answer)
 
 
 def solve(config: RunConfig, device: Device) -> Answer:
     """The best policy of `config` on `device`, or the smallest if none fits."""
-    budget = min(config.budget.memory or device.free_bytes, device.free_bytes)
+    budget = _budget(config, device)
     for bits in _precisions(config):
         search = Search(config, device, bits)
         answer = search.best(budget)
@@ -61,17 +62,26 @@ def solve(config: RunConfig, device: Device) -> Answer:
     return answer
 
 
-def _smallest(search: Search) -> Callable[[RunConfig], tuple[int, float]]:
-    """Process bytes and tokens per second of a config's smallest policy; `search` serves its neighbours in length."""
+def _budget(config: RunConfig, device: Device) -> int:
+    """Bytes that the process may take of the device, which on a CPU is the host."""
+    stated = (config.budget.memory, config.budget.host if device.kind == "cpu" else None)
+    return min([device.free_bytes, *(size for size in stated if size)])
 
-    def of(config: RunConfig) -> tuple[int, float]:
+
+def _smallest(search: Search, budget: int) -> Callable[[RunConfig], Answer | None]:
+    """The answer for a config's smallest policy, if that fits; `search` serves its neighbours in length."""
+
+    def of(config: RunConfig) -> Answer | None:
         nonlocal search
         if config.model_copy(update={"data": search.config.data}) == search.config:
             search.lengthen(config)
         else:
             search = Search(config, search.device, _precisions(config)[-1])
         weighed = search.scales.weigh(search.least, timed=False)
-        return search.process_estimate(weighed.allocated), search.tokens / weighed.seconds
+        if search.process_estimate(weighed.allocated) > NEAR * budget:
+            return None  # without another trace
+        answer = search.answer(weighed, (), budget)
+        return answer if answer.fits else None
 
     return of
 
@@ -84,14 +94,23 @@ def require_fit(plan: Plan) -> Plan:
     """
     if plan.fits:
         return plan
-    largest = max(plan.breakdown.items(), key=lambda item: item[1])
+    predicted = plan.predicted
+    tight, least = [], [format_size(predicted.process_peak_bytes)]
+    holder, size = max(plan.breakdown.items(), key=lambda item: item[1])
+    if predicted.process_peak_bytes > plan.budget["device_bytes"]:
+        tight.append("budget.memory")
+    if plan.host_binds:
+        tight.append("budget.host")
+        least.append(f"{format_size(predicted.host_peak_bytes)} of the host")
+    if tight == ["budget.host"]:
+        holder, size = "the host", predicted.host_peak_bytes
     changes = "; ".join(f"{change.key}={change.value}" for change in plan.changes)
     raise BudgetError(
         "Nothing fits the budget.",
-        given=f"{format_size(plan.budget['device_bytes'])} on {plan.device['name']}",
-        allowed=f"at least {format_size(plan.predicted.process_peak_bytes)} ({plan.policy.describe()})",
-        fix=f"what binds most is {largest[0]} ({format_size(largest[1])}); "
-        + (f"any one of these fits: {changes}" if changes else "raise budget.memory"),
+        given=budget_words(plan),
+        allowed=f"at least {' and '.join(least)} ({plan.policy.describe()})",
+        fix=f"what binds most is {holder} ({format_size(size)}); "
+        + (f"any one of these fits: {changes}" if changes else f"raise {' and '.join(tight)}"),
     )
 
 
@@ -126,15 +145,18 @@ class Search:
 
     def best(self, budget: int) -> Answer:
         """The policy that serves the objective best within `budget` bytes of the process."""
-        options = list(self.options())
-        for option in self._in_order(options, budget):
-            weighed = self.scales.weigh(option.policy)
-            answer = self._answer(weighed, options, budget)
+        options = {option.policy: option for option in self.options()}
+        for option in self._in_order([*options.values()], budget):
+            answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits:
                 return answer
+            if answer.host_binds:
+                break  # of the host all policies take the same
+            refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
+            options[option.policy] = refused  # or it would pass for a safer one
         # where the loss takes little, the last block may as well keep: its backward is the first thing that follows
         small = (self.scales.weigh(self._blocks(self.least, keep)) for keep in self._keep[:2])
-        return self._answer(min(small, key=lambda it: it.allocated), options, budget)
+        return self.answer(min(small, key=lambda it: it.allocated), options.values(), budget)
 
     @cached_property
     def _aside(self) -> Aside:
@@ -177,7 +199,8 @@ class Search:
         certain = [it for it in near if it.process <= budget]
         return [*near[:TRIES], *[it for it in certain if it not in near[:TRIES]][:TRIES]]
 
-    def _answer(self, weighed: Weighed, options: Sequence[Option], budget: int) -> Answer:
+    def answer(self, weighed: Weighed, options: Iterable[Option], budget: int) -> Answer:
+        """What a policy that was weighed takes in all phases, and whether that fits."""
         peak = process_peak(self.device, self.scales, weighed)
         evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy))
         phases = self._aside.phases(self.device, train=peak.process, evaluation=evaluation)
@@ -236,7 +259,7 @@ def _precisions(config: RunConfig) -> tuple[Literal[4, 8, 16], ...]:
 
 def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     """`config` with the longest sequences whose smallest policy fits; as it is if not even the shortest does."""
-    budget = min(config.budget.memory or device.free_bytes, device.free_bytes)
+    budget = _budget(config, device)
 
     def of(steps: int) -> RunConfig:
         data = config.data.model_copy(update={"seq_len": steps * CONTEXT_STEP})

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lowmem_ft.core.plan import Candidate, Plan, Sample
-from lowmem_ft.core.plan_words import cost_words, speed_words
+from lowmem_ft.core.plan_words import budget_words, cost_words, host_words, speed_words
 from lowmem_ft.core.sizes import format_size
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 760.0, 300.0, 100.0, 34.0  # of a chart; room for the labels of its axes
@@ -78,8 +78,9 @@ def _headline(plan: Plan, cost: str) -> str:
     model = f"{plan.model['name']} ({plan.model['parameters'] / 1e9:,.2f}B parameters)"
     words = [
         f'<h1>{html.escape(model)} <span class="{"good" if plan.fits else "bad"}">{answer}</span> '
-        f"{html.escape(format_size(budget))} on {html.escape(str(plan.device['name']))}</h1>",
-        f"<p>The process peaks at <b>{html.escape(format_size(peak))}</b>, {peak / budget:.0%} of the budget. "
+        f"{html.escape(budget_words(plan))}</h1>",
+        f"<p>The process peaks at <b>{html.escape(format_size(peak))}</b>, {peak / budget:.0%} of the budget"
+        f"{html.escape(host_words(plan))}. "
         f"{html.escape(speed_words(plan))}{html.escape(cost)}</p>",
         f"<p>{html.escape(plan.policy.describe())}</p>",
         f'<p class="soft">{html.escape(plan.reason)}</p>',

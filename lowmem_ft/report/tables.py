@@ -8,7 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_ft.core.plan import Plan
-from lowmem_ft.core.plan_words import Listing, cost_words, fit_words, listings, model_words, speed_words
+from lowmem_ft.core.plan_words import (
+    Listing,
+    cost_words,
+    fit_words,
+    host_words,
+    listings,
+    model_words,
+    speed_words,
+)
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
 
@@ -32,7 +40,7 @@ def _facts(plan: Plan, cost: str) -> Table:
     used = plan.predicted.process_peak_bytes / plan.budget["device_bytes"]
     table.add_row("model", Text(model_words(plan)))
     table.add_row("device", Text(f"{plan.device['name']}"))
-    table.add_row("fits", f"{'yes' if plan.fits else 'no'}: {fit_words(plan)}")
+    table.add_row("fits", f"{'yes' if plan.fits else 'no'}: {fit_words(plan)}{host_words(plan)}")
     table.add_row("", Text(f"|{_bar(used):<{BAR}}| {used:.0%}"))
     table.add_row("policy", plan.policy.describe())
     table.add_row("why", plan.reason)

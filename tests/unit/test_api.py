@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_plan_takes_sections_by_name(plan: lowmem_ft.Plan) -> None:
     assert plan.run_config.adapter.rank == 4
     with pytest.raises(lowmem_ft.LowMemError, match=r"adapter\.rank"):
         lowmem_ft.plan(MODEL, adapter={"rnak": 4})
+
+
+def test_a_section_and_an_argument_say_the_same() -> None:
+    def lengths(**keys: Any) -> tuple[int, int]:
+        config = lowmem_ft.plan(MODEL, budget="4GiB", device="cpu", **keys).run_config
+        return config.data.seq_len, config.train.tokens_per_step
+
+    assert lengths(data={"seq_len": 64}, train={"tokens_per_step": 128}) == (64, 128)
+    assert lengths(seq_len=64, data={"seq_len": 64, "packing": False}, tokens_per_step=128) == (64, 128)
+    for keys in ({"seq_len": 64, "data": {"seq_len": 32}}, {"tokens_per_step": 64, "train": {"tokens_per_step": 32}}):
+        with pytest.raises(lowmem_ft.LowMemError, match="given twice"):
+            lengths(**keys)
+    with pytest.raises(lowmem_ft.LowMemError, match="'data' has no keys"):
+        lengths(seq_len=64, data="train.jsonl")
 
 
 def test_load_and_generate(plan: lowmem_ft.Plan) -> None:

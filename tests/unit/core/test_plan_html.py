@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lowmem_ft.core.plan import Change, Plan
+from lowmem_ft.report.plan_page import plan_page
+from lowmem_ft.report.tables import plan_table
 from tests.pages import Parsed, in_browser, needs_browser
 from tests.unit.core.test_plan import CANDIDATE, PLAN
 
@@ -58,7 +62,7 @@ def test_a_plan_that_fits_says_how_well_and_what_else_there_is() -> None:
     ):
         assert words in text
     assert "does not fit" not in text
-    assert titles(FITTING) == ["What fills it", "Peak by phase", "Safer"]
+    assert titles(FITTING) == ["What fills it", "Peak by phase", "Safer, by estimate"]
     assert bars(FITTING) == [80.0, 50.0, 25.0, 12.5, 12.5]
     assert "phase device host load 5.00 GiB 1.00 GiB train 8.00 GiB -" in text
     assert text.count(FITTING.policy.describe()) == 1 + 4, "the first few alternatives are enough"
@@ -78,6 +82,24 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     assert titles(REFUSED) == ["What fills it", "Peak by phase", "What would make it fit"]
     assert bars(REFUSED)[0] == 100.0
     assert "left:25.0%" in REFUSED._repr_html_(), "the budget is marked"
+
+
+def test_every_form_says_so_where_the_host_binds() -> None:
+    taken = dataclasses.replace(FITTING.predicted, host_peak_bytes=3 * GIB)
+    bound = dataclasses.replace(FITTING, fits=False, predicted=taken, reason="The host binds.")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(plan_table(bound))
+    for text in (Parsed(bound._repr_html_()).text, Parsed(plan_page(bound)).text, console.export_text()):
+        assert "; host: 3.00 GiB of 1.00 GiB" in text
+        assert "The host binds." in text
+    assert "10.00 GiB on rtx-3060-12gb with 1.00 GiB of the host" in Parsed(plan_page(bound)).text
+    for free in (
+        FITTING,
+        dataclasses.replace(bound, budget={"device_bytes": 10 * GIB, "host_bytes": 0}),
+        dataclasses.replace(bound, device={"name": "cpu", "kind": "cpu"}),
+    ):
+        assert not free.host_binds, "it is large enough, unknown, or the device itself"
+        assert "host:" not in Parsed(free._repr_html_()).text
 
 
 def test_a_verified_plan_shows_predicted_beside_measured() -> None:

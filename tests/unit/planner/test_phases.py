@@ -26,7 +26,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import Batch
-from lowmem_ft.planner.device import cost_of
+from lowmem_ft.planner.device import HOST_PROCESS_BYTES, cost_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.solver import first_policy, make_plan
@@ -275,6 +275,7 @@ def test_on_a_card_the_host_is_a_tier_of_its_own(models: dict[str, Path]) -> Non
     assert all(
         list(sizes) == ["device_bytes", "host_bytes", "pinned_bytes", "disk_bytes"] for sizes in plan.phases.values()
     )
+    assert plan.phases["train"]["host_bytes"] == HOST_PROCESS_BYTES, "the process there, not its share of the card"
     base, sizes = plan.phases["train"]["host_bytes"], {name: it["host_bytes"] for name, it in plan.phases.items()}
     copied = plan.breakdown["adapter"] + plan.breakdown["optimizer"]
     assert base + copied <= sizes["save"] <= base + copied + 2**16, "a checkpoint is copied to the host"

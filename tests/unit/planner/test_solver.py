@@ -1,6 +1,7 @@
 """The solver: the best that fits, by brute force too; stored bytes are exact; pins, objectives, and what to change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.planner import device as device_facts
+from lowmem_ft.planner.answer import write_plan
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import process_peak
 from lowmem_ft.planner.solver import Search, make_plan, require_fit
@@ -25,12 +28,17 @@ DEVICE = Device(
     compute_dtype="bfloat16", flops=1e11,
 )  # fmt: skip
 
+CARD = find_device("colab-t4-16gb")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     found = {name: save_tiny(name, folder / name) for name in ("llama", "mixtral", "gpt2")}
-    return {**found, "long": save_tiny("llama", folder / "long", max_position_embeddings=2048)}
+    long = {"max_position_embeddings": 2048}
+    wide = {"vocab_size": 1999, "hidden_size": 256, "intermediate_size": 640}
+    found["wide"] = save_tiny("llama", folder / "wide", **wide, **long)
+    return {**found, "long": save_tiny("llama", folder / "long", **long)}
 
 
 def config(model: Path, **sections: Any) -> RunConfig:
@@ -158,6 +166,68 @@ def test_what_to_change_where_nothing_fits(models: dict[str, Path]) -> None:
         assert make_plan(again, device=DEVICE).fits, change
 
 
+def test_a_change_that_just_misses_is_not_promised(models: dict[str, Path]) -> None:
+    """On a card estimates are lower than what the allocator reserves."""
+
+    def plan(seq_len: int, memory: int) -> Plan:
+        sections = {"data": {"seq_len": seq_len}, "budget": {"device": CARD.name, "memory": memory}}
+        return make_plan(config(models["wide"], **sections), device=CARD)
+
+    def changes(memory: int) -> dict[str, tuple[Any, int]]:
+        return {it.key: (it.value, it.process_peak_bytes) for it in plan(2048, memory).changes}
+
+    exact = plan(1024, 1).predicted.process_peak_bytes
+    assert changes(exact)["data.seq_len"] == (1024, exact)
+    assert changes(exact - 1)["data.seq_len"][0] == 512
+
+
+@pytest.mark.parametrize("device", [DEVICE, CARD], ids=["cpu", "card"])
+def test_alternatives_take_less_and_are_close(models: dict[str, Path], device: Device) -> None:
+    settings = config(models["wide"], data={"seq_len": 512}, train={"tokens_per_step": 4096})
+    roomy = make_plan(settings, device=device)
+    search = Search(settings, device, 4)
+    assert len(roomy.alternatives) > 2
+    for candidate in roomy.alternatives:
+        assert candidate.process_peak_bytes < roomy.predicted.process_peak_bytes
+        exact = process_peak(device, search.scales, search.scales.weigh(candidate.policy)).process
+        # as `Plan` says
+        low, high = (-0.002, 0.007) if device.kind == "cpu" else (-0.1, 0.01)
+        assert 1 + low <= candidate.process_peak_bytes / exact <= 1 + high
+    least = make_plan(
+        settings.model_copy(update={"budget": settings.budget.model_copy(update={"memory": 1})}), device=device
+    )
+    assert not least.fits
+    assert least.alternatives == ()
+    assert least.frontier
+
+
+def test_a_refused_policy_is_no_alternative(models: dict[str, Path]) -> None:
+    """Its estimate may be below what the plan takes: it is replaced by what was found."""
+    settings = config(models["wide"], data={"seq_len": 512}, train={"tokens_per_step": 4096})
+    fastest = make_plan(settings, device=CARD)
+    size = fastest.predicted.process_peak_bytes
+    less = settings.budget.model_copy(update={"memory": size - 1})
+    plan = make_plan(settings.model_copy(update={"budget": less}), device=CARD)
+    assert plan.fits
+    assert plan.policy != fastest.policy
+    assert [it.process_peak_bytes for it in plan.frontier if it.policy == fastest.policy] == [size]
+    assert fastest.policy not in [it.policy for it in plan.alternatives]
+
+
+@pytest.mark.parametrize(("faster", "words"), [(0.9, "; 1.00 GiB would buy 11% more speed."), (0.995, "."), (2, ".")])
+def test_more_speed_is_promised_by_comparing_estimates(models: dict[str, Path], faster: float, words: str) -> None:
+    search = Search(config(models["llama"]), DEVICE, 4)
+    budget = 900 * 2**20
+    answer = search.best(budget)
+    assert answer.fits
+    own = next(option for option in answer.options if option.policy == answer.weighed.policy)
+    more = replace(own, policy=replace(own.policy, keep_blocks=0), process=GIB, seconds=faster * own.seconds)
+    for exact in (0.5, 1.0, 1.5):  # what the estimate was off by does not count
+        weighed = replace(answer.weighed, seconds=exact * own.seconds)
+        plan = write_plan(replace(answer, options=(own, more), weighed=weighed))
+        assert plan.reason == f"Of 2 policies the fastest that fits 900.00 MiB{words}"
+
+
 def test_a_plan_says_why_and_when(models: dict[str, Path]) -> None:
     plan = make_plan(config(models["llama"]), device=DEVICE)
     assert sum(plan.breakdown.values()) == plan.predicted.process_peak_bytes
@@ -214,6 +284,71 @@ def test_devices() -> None:
     for name in ("cuda:99", "tpu", "cpu:1", "cuda:x"):
         with pytest.raises(UnsupportedError, match="No such device"):
             find_device(name)
+
+
+# a checkpoint of it takes more of the host than the pieces in which weights come
+LARGE_ADAPTER: dict[str, dict[str, Any]] = {"train": {"optimizer": "adamw"}, "adapter": {"rank": 128}}
+
+
+def on_card(model: Path, device: Device, **budget: Any) -> Plan:
+    return make_plan(config(model, **LARGE_ADAPTER, budget=budget), device=device)
+
+
+def test_the_host_s_budget_binds_too(models: dict[str, Path]) -> None:
+    model = models["wide"]
+    unknown = on_card(model, CARD)
+    taken = unknown.predicted.host_peak_bytes
+    assert unknown.fits
+    assert unknown.budget["host_bytes"] == 0
+    assert on_card(model, CARD, host=taken).fits
+
+    plan = on_card(model, CARD, host=taken - 1)
+    assert not plan.fits
+    assert plan.predicted.process_peak_bytes < plan.budget["device_bytes"]
+    assert plan.reason.startswith("The host binds")
+    assert plan.alternatives == ()
+    assert plan.changes
+    for change in plan.changes:
+        section, _, key = change.key.partition(".")
+        changed = {**LARGE_ADAPTER, section: {**LARGE_ADAPTER.get(section, {}), key: change.value}}
+        assert make_plan(config(model, **changed, budget={"host": taken - 1}), device=CARD).fits, change
+    with pytest.raises(BudgetError, match="what binds most is the host"):
+        require_fit(plan)
+
+    neither = on_card(model, CARD, host=1, memory=1)
+    assert neither.reason.startswith("None of ")
+    assert "The host binds" in neither.reason
+    with pytest.raises(BudgetError, match=r"1 B of the host[^~]*raise budget\.memory and budget\.host"):
+        require_fit(neither)
+
+
+def test_what_is_free_of_the_host_is_its_budget(models: dict[str, Path]) -> None:
+    here = replace(CARD, present=True, host_free_bytes=9 * GIB, host_process_bytes=GIB // 4)
+    assert on_card(models["llama"], here).budget["host_bytes"] == 9 * GIB
+    assert on_card(models["llama"], here, host=8 * GIB).budget["host_bytes"] == 8 * GIB
+    assert on_card(models["llama"], here, host=10 * GIB).budget["host_bytes"] == 9 * GIB
+    assert not on_card(models["llama"], replace(here, host_free_bytes=GIB // 4)).fits
+    # on a CPU both are the same memory
+    size = 700 * 2**20
+    for budget in ({"memory": size, "host": 2 * size}, {"memory": 2 * size, "host": size}, {"host": size}):
+        plan = make_plan(config(models["llama"], budget=budget), device=DEVICE)
+        assert plan.budget == {"device_bytes": size, "host_bytes": size}
+        assert plan.fits == (plan.predicted.host_peak_bytes <= size)
+
+
+def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = {
+        "device_count": 1, "mem_get_info": (10, 20), "get_device_capability": (8, 6), "get_device_name": "card",
+        "memory_reserved": 2,
+    }  # fmt: skip
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(device_facts, "_matmul_flops", lambda *_: 1e12)
+    monkeypatch.setattr(device_facts, "cuda_process_bytes", lambda _: 7)
+    card, cpu = find_device("cuda:0"), find_device("cpu")
+    assert (card.free_bytes, card.process_bytes) == (10, 5)
+    assert card.host_process_bytes == pytest.approx(cpu.process_bytes, rel=0.1)
+    assert card.host_free_bytes == pytest.approx(cpu.free_bytes, rel=0.2), "other processes run beside this one"
 
 
 def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:
