@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,28 @@ def test_few_tiles_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(experts, "_expert", lambda layer, e, x: called.append(e) or product(layer, e, x))
     made.step(policy(rows=15, seq_len=128), keep=2)
     assert called == [0, 1, 23, 23] * 2, "the last one begins twice, see _begin_lowest"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_an_update_stands_for_those_of_all_parameters_of_its_shape(name: str, tmp_path: Path) -> None:
+    """The same pieces and seconds, in an order by shapes."""
+    made = stage(name, tmp_path, 4, 0.0, 64)
+    trace = made.step(policy(rows=1, seq_len=64), keep=2)
+    seconds = made.tracer.seconds["update", None]
+    own = {e.key for e in trace.events if e.phase == "update" and e.nbytes > 0}  # the step ends in this phase too
+    found = [e for e in trace.events if e.key in own]
+    made.tracer.begin()
+    ready = made.ready
+    assert ready.optimizer is not None
+    assert ready.accumulator is not None
+    with made.tracer:
+        made.tracer.phase = "update"
+        ready.optimizer.step(gradient=ready.accumulator.buffer)
+    every = [e for e in made.tracer.trace.events if e.phase == "update"]
+    assert len(found) == len(every) > 0
+    assert Counter((e.op, e.nbytes) for e in found) == Counter((e.op, e.nbytes) for e in every)
+    assert sum(e.nbytes for e in every) == 0, "an update leaves nothing"
+    assert seconds == pytest.approx(made.tracer.seconds["update", None], rel=0.02)
 
 
 def event(key: int, nbytes: int) -> Event:
