@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, TypeAlias, cast
 
-from lowmem_ft.planner.trace import Event, Tier, Trace
+from lowmem_ft.planner.trace import Event, Tier, Trace, with_key
 
 Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
 Part: TypeAlias = Literal["load", "start", "forward", "loss", "backward", "end", "update"]
@@ -256,5 +256,5 @@ def unroll(places: Iterable[Place], depth: int) -> list[Event]:
             else:
                 at = None if birth.distance is None else origin + birth.distance
                 key = -birth.ordinal if birth.part == "load" else born[birth.part, at, birth.ordinal]
-            result.append(replace(event, key=key, block=place.at))
+            result.append(with_key(event, key, place.at))
     return result

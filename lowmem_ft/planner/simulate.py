@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
+from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.step import eval_step, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
@@ -190,8 +192,20 @@ class _Update:
         assert optimizer is not None
         assert accumulator is not None
         self.stage.tracer.phase, self.stage.tracer.block = "update", None
-        if self.run:
-            optimizer.step(gradient=accumulator.buffer)
+        if not self.run:
+            return
+        parameters = [it for group in optimizer.param_groups for it in group["params"]]
+        left = Counter((it.shape, it.dtype) for it in parameters)
+
+        def first(parameter: nn.Parameter) -> Tensor | None:
+            """The gradient of the first of each shape, whose update stands for all: when done they hold nothing."""
+            times = left.pop((parameter.shape, parameter.dtype), 0)
+            if times:
+                STANDS_FOR(parameter, times)
+            return accumulator.buffer(parameter) if times else None
+
+        optimizer.step(gradient=first)
+        STANDS_FOR(parameters[0], 1)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ Letters in shapes: T tokens, K experts per token, E experts, P = T * K pairs, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
@@ -46,23 +46,28 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
     rows = [rows for _, rows in tiles]
     order_P = order_P[: sum(rows)]
     token_P = order_P.div(top_k, rounding_mode="floor")
+    times = traced_tiles(rows) if hidden_TD.is_meta else [1] * len(tiles)
     parts = (
-        torch.split(hidden_TD.index_select(0, token_P), rows),  # one gather, whose backward is one scatter
-        torch.split(top_k_weights_TK.reshape(-1).index_select(0, order_P), rows),
-        torch.split(token_P, rows),
+        _split(hidden_TD.index_select(0, token_P), rows, times),  # one gather, whose backward is one scatter
+        _split(top_k_weights_TK.reshape(-1).index_select(0, order_P), rows, times),
+        _split(token_P, rows, times),
     )
+    taken = ((tile, count) for tile, count in zip(tiles, times, strict=True) if count)
     out_TD = torch.zeros_like(hidden_TD)
     # What is kept for backward depends on the number of pairs alone. What a tile takes beside that grows with its rows,
     # and comes on top of everything kept if the tile is the last in forward, the first in backward. In every routing
     # some expert has as many rows as a balanced one gives to each: with the highest tile last, all take about the same.
-    ordered = sorted(zip(tiles, *parts, strict=True), key=_height)
-    for at, ((expert, _), x_RD, weights_R, token_R) in enumerate(ordered):
-        if hidden_TD.is_meta and at == len(tiles) - 1:
+    ordered = sorted(zip(taken, *parts, strict=True), key=_height)
+    for at, (((expert, _), count), x_RD, weights_R, token_R) in enumerate(ordered):
+        if hidden_TD.is_meta and at == len(ordered) - 1:
             _begin_lowest(experts, expert, x_RD, pairs // experts.num_experts)
+        if count > 1:
+            out_TD = _StandsFor.apply(out_TD, count, 1)  # type: ignore[no-untyped-call]
         # within a tile each token is there once, so that the sum does not depend on the order of CUDA's threads
-        done_RD = _expert(experts, expert, x_RD) * weights_R.unsqueeze(1)
-        out_TD = out_TD.index_add_(0, token_R, done_RD.to(hidden_TD.dtype))
-    return _touch_factors(experts, out_TD) if hidden_TD.is_meta else out_TD
+        out_TD = out_TD.index_add_(0, token_R, _weighted(experts, expert, x_RD, weights_R, hidden_TD.dtype))
+        if count > 1:
+            out_TD = _StandsFor.apply(out_TD, 1, count)  # type: ignore[no-untyped-call]
+    return _touch_factors(experts, out_TD, max(times)) if hidden_TD.is_meta else out_TD
 
 
 def _begin_lowest(experts: Any, e: int, x_RD: Tensor, rows: int) -> None:
@@ -106,8 +111,77 @@ def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
             yield expert, min(most, count - start)
 
 
-def _height(tile: tuple[tuple[int, int], Tensor, Tensor, Tensor]) -> int:
-    return tile[0][1]
+def traced_tiles(rows: Sequence[int]) -> list[int]:
+    """Without data: for how many each tile stands; 0 where another stands for it.
+
+    The first and the last of equally high ones are next to other work; all between them take and give back the same.
+    """
+    equal = rows.count(rows[0])
+    return [1, equal - 2, *[0] * (equal - 3), 1, *[1] * (len(rows) - equal)] if equal > 3 else [1] * len(rows)
+
+
+def _split(whole: Tensor, rows: list[int], times: list[int]) -> tuple[Tensor, ...]:
+    """The rows of each tile that is worked on."""
+    if all(count == 1 for count in times):
+        return torch.split(whole, rows)
+    parts: tuple[Tensor, ...] = _Taken.apply(whole, rows, times)  # type: ignore[no-untyped-call]
+    return parts
+
+
+class _Taken(torch.autograd.Function):
+    """Without data: `torch.split`, of which only some parts are taken, for others too."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, rows: list[int], times: list[int]) -> tuple[Tensor, ...]:
+        ctx.times = [count for count in times if count]
+        return tuple(part for part, count in zip(torch.split(whole, rows), times, strict=True) if count)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        every = [part for part, count in zip(gradients, ctx.times, strict=True) for _ in range(count)]
+        return torch.cat(every), None, None
+
+
+class _StandsFor(torch.autograd.Function):
+    """Its first input. From here on each operation stands for `forward` of its like, and in backward for `backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: int, backward: int) -> Tensor:
+        ctx.backward = backward
+        ctx.mark_dirty(x)  # not a view, which could not be added to in place
+        STANDS_FOR(x, forward)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        STANDS_FOR(dx, ctx.backward)
+        return dx, None, None
+
+
+# What they say to whoever traces tensors without data: for how many of its like each following operation stands; and
+# that where it does so and the first of these is given back, it is one of them for each
+torch.library.define("lowmem_ft::stands_for", "(Tensor x, int times) -> ()")
+torch.library.define("lowmem_ft::go_alike", "(Tensor[] likes) -> ()")
+STANDS_FOR, GO_ALIKE = torch.ops.lowmem_ft.stands_for.default, torch.ops.lowmem_ft.go_alike.default
+
+
+@torch.library.register_fake("lowmem_ft::stands_for")  # type: ignore[untyped-decorator]
+def _(x: Tensor, times: int) -> None:
+    return None
+
+
+@torch.library.register_fake("lowmem_ft::go_alike")  # type: ignore[untyped-decorator]
+def _(likes: list[Tensor]) -> None:
+    return None
+
+
+def _height(tile: tuple[tuple[tuple[int, int], int], Tensor, Tensor, Tensor]) -> int:
+    return tile[0][0][1]
+
+
+def _weighted(experts: Any, e: int, x_RD: Tensor, weights_R: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the rows' tokens. A function, so that nothing of a tile is held while the next is worked on."""
+    return (_expert(experts, e, x_RD) * weights_R.unsqueeze(1)).to(dtype)
 
 
 def _expert(experts: Any, e: int, x_RD: Tensor) -> Tensor:
@@ -126,26 +200,38 @@ def _product(experts: Any, name: str, e: int, x: Tensor) -> Tensor:
     return out + getattr(experts, f"{name}_bias")[e] if experts.has_bias else out
 
 
-def _touch_factors(experts: nn.Module, out_TD: Tensor) -> Tensor:
+def _touch_factors(experts: Any, out_TD: Tensor, times: int) -> Tensor:
     """Without data: let all experts' adapters have their gradients before any tile's backward.
 
     With data they get them one by one, and may have them so early: with a few rows for each expert but the first.
+
+    Args:
+        times: for how many experts the second stands.
     """
     adapters: list[Any] = [module for module in experts.modules() if hasattr(module, "factors")]  # as LoraStack has
-    factors = [factor for adapter in adapters for split in adapter.factors() for factor in split]
-    touched: Tensor = _Touched.apply(out_TD, *factors)  # type: ignore[no-untyped-call]
+    splits = [split for adapter in adapters for split in adapter.factors()]
+    seconds = range(1, len(splits) * experts.num_experts, experts.num_experts)
+    alike = [range(second, second + times) for second in seconds]
+    factors = [factor for split in splits for factor in split]
+    touched: Tensor = _Touched.apply(out_TD, alike if times > 1 else [], *factors)  # type: ignore[no-untyped-call]
     return touched
 
 
 class _Touched(torch.autograd.Function):
-    """Its first input; the others get gradients that are never filled."""
+    """Its first input; the others get gradients that are never filled.
+
+    In each range of `alike` the first one's stands for those of all.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.shapes = [(other.shape, other.dtype) for other in others]
+    def forward(ctx: Any, x: Tensor, alike: list[range], *others: Tensor) -> Tensor:
+        ctx.shapes, ctx.alike = [(other.shape, other.dtype) for other in others], alike
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dx,) = gradients
-        return dx, *(dx.new_empty(shape, dtype=dtype) for shape, dtype in ctx.shapes)
+        touched = [dx.new_empty(shape, dtype=dtype) for shape, dtype in ctx.shapes]
+        for one_for_all in ctx.alike:
+            GO_ALIKE([touched[at] for at in one_for_all])
+        return dx, None, *touched
