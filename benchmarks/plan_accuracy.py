@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -70,6 +71,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         for index in range(options.count):
             size = generator.choices(list(SHARES), list(SHARES.values()))[0]
             drawn = draw(generator, SHAPES[size])
+            gc.collect()
+            gc.freeze()  # imports are never garbage, and each measurement begins with a collection
             start = time.perf_counter()
             one = {"size": size, **compare(drawn, Path(name))}
             found.append(one)

@@ -6,8 +6,10 @@ objective those that seem to fit are then weighed exactly, and the first that fi
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal
@@ -41,6 +43,23 @@ def make_plan(config: RunConfig, *, device: Device | None = None) -> Plan:
         UnsupportedError: the config pins what this version cannot run.
     """
     _refuse_what_cannot_run(config)
+    with _without_collections():
+        return _make_plan(config, device)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Tracing makes objects by the million and no garbage in cycles, for which Python would search again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _make_plan(config: RunConfig, device: Device | None) -> Plan:
     device = device or find_device(config.budget.device)
     if config.policy.objective == "context":
         config = _with_longest_sequence(config, device)

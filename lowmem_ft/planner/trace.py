@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,8 +72,7 @@ def _fits(second: Any, first: Tensor) -> bool:
     return all(own in (1, other) for own, other in zip(reversed(second.shape), reversed(first.shape), strict=False))
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixture of experts
     """A piece of memory taken (`nbytes` > 0) or given back (< 0).
 
     Attributes:
@@ -165,7 +164,7 @@ class Repeats:
 
 
 def with_key(event: Event, key: int, block: int | None) -> Event:
-    # what `dataclasses.replace` does, in a fifth of the time
+    """The same event under another key and in another block."""
     return Event(key, event.nbytes, event.tier, event.op, event.phase, block, event.inside)
 
 

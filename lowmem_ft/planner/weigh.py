@@ -96,7 +96,7 @@ class Scales:
         trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
         longer = policy.micro_batch_tokens / in_loss
         listed = {event.key for event in trace.events if event.op == _LISTING}
-        events = [replace(e, nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
+        events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
         return max(Trace(events).curve(self._tier)) + unseen_bytes(policy)
 
     def _classes(self, keep: int) -> list[tuple[int, bool]]:
@@ -161,7 +161,7 @@ class Scales:
         factor = tokens / in_loss
         listed = {event.key for event, _ in segment.events if event.op == _LISTING}
         steps = [
-            (replace(event, nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
+            (event._replace(nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
             for event, birth in segment.events
         ]
         return segment_of("loss", None, steps, segment.seconds * factor, self._tier)

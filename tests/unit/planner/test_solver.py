@@ -1,5 +1,6 @@
 """The solver: the best that fits, by brute force too; stored bytes are exact; pins, objectives, and what to change."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import BudgetError, UnsupportedError
+from lowmem_ft.core.errors import BudgetError, CheckpointError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
 from lowmem_ft.planner.answer import write_plan
@@ -22,7 +23,7 @@ from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
 GIB = 2**30
-BUDGETS = (600 * 2**20, 800 * 2**20, 50 * 2**20)
+BUDGETS = (599 * 2**20, 607 * 2**20, 2 * 2**20)
 DEVICE = Device(
     name="test", kind="cpu", index=0, memory_bytes=16 * GIB, free_bytes=12 * GIB, process_bytes=GIB // 2,
     compute_dtype="bfloat16", flops=1e11,
@@ -252,6 +253,18 @@ def test_nothing_fits_says_the_smallest_budget_that_does(models: dict[str, Path]
     assert caught.value.exit_code == 3
     again = make_plan(config(models["llama"], budget={"memory": plan.predicted.process_peak_bytes}), device=DEVICE)
     assert again.fits
+
+
+def test_planning_leaves_garbage_collection_on(models: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError):
+        make_plan(config(Path("nowhere")), device=DEVICE)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        make_plan(config(models["llama"]), device=DEVICE)
+        assert not gc.isenabled(), "or as it was"
+    finally:
+        gc.enable()
 
 
 def test_pins_are_followed(models: dict[str, Path]) -> None:
