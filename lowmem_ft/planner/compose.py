@@ -48,8 +48,8 @@ class Birth:
     """Where a piece of memory was taken: in a segment of which block, and as its which piece.
 
     Attributes:
-        distance: in blocks from the one that gives it back; from the last one in the loss, from the first in the
-            update; None: taken outside of the blocks.
+        distance: in blocks from the one that gives it back; from the last one in the loss, in the update from the
+            lowest that gradients reach; None: taken outside of the blocks.
     """
 
     part: Part
@@ -102,6 +102,7 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
     groups: list[tuple[Part, int | None, list[Step]]] = [("start", None, [])]
     end: list[Step] = []
     last = max((event.block for event in trace.events if event.block is not None), default=0)
+    lowest = min((e.block for e in trace.events if e.phase == "backward" and e.block is not None), default=0)
     ordinal = 0
     for event in trace.events:
         if event.phase not in ("forward", "loss", "backward", "update"):
@@ -123,7 +124,7 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
             steps.append((event, None))
             continue
         there, at, number = births[event.key]
-        origin = block if block is not None else last if part == "loss" else 0
+        origin = block if block is not None else last if part == "loss" else lowest
         birth = Birth(there, None if at is None else at - origin, number)
         early = (part == "backward" and there == "start") or (part == "update" and there not in ("load", "update"))
         (end if early else steps).append((event, birth))
@@ -237,7 +238,7 @@ def peak(places: Iterable[Place]) -> int:
     return most
 
 
-def unroll(places: Iterable[Place], depth: int) -> list[Event]:
+def unroll(places: Sequence[Place], depth: int) -> list[Event]:
     """The events of a composed step, as if it had been traced whole.
 
     What is born in a block's segment and given back in its own or a neighbour's keeps that distance. What was there
@@ -245,9 +246,11 @@ def unroll(places: Iterable[Place], depth: int) -> list[Event]:
     """
     born: dict[tuple[Part, int | None, int], int] = {}  # part, block, ordinal -> key
     result: list[Event] = []
+    reached = (it.at for it in places if it.segment.part == "backward" and it.segment.events)
+    lowest = min((at for at in reached if at is not None), default=0)
     for place in places:
         ordinal = 0
-        origin = place.at if place.at is not None else depth - 1 if place.segment.part == "loss" else 0
+        origin = place.at if place.at is not None else depth - 1 if place.segment.part == "loss" else lowest
         for event, birth in place.segment.events:
             if birth is None:
                 key = len(result) + 1

@@ -235,16 +235,20 @@ def only_blocks(model: nn.Module, only: Sequence[int] | None) -> Iterator[None]:
 def block_kinds(model: nn.Module) -> list[int]:
     """A number for each block of `model`, the same for blocks that compute the same.
 
-    Equal are names, classes, sizes and plain settings of all their modules, and what the config lists for the layer.
+    Equal are names, classes, sizes and plain settings of all their modules, what the config lists for the layer, and
+    whether something is trained below it, so that gradients go through.
     """
     _, blocks = find_blocks(model)
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    reached = any(parameter.requires_grad for module in embeddings for parameter in module.parameters())
     settings = vars(causal_model(model).config.get_text_config()).values()
     lists = [value for value in settings if _one_each(value, len(blocks))]
     numbers: dict[Hashable, int] = {}
     found = []
     for at, block in enumerate(blocks):
         modules = tuple(_module_kind(name, module, at) for name, module in block.named_modules())
-        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules), len(numbers)))
+        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules, reached), len(numbers)))
+        reached = reached or any(parameter.requires_grad for parameter in block.parameters())
     return found
 
 

@@ -42,10 +42,19 @@ def seen(events: list[Event]) -> list[tuple[int, str, str]]:
     return [(e.nbytes, e.op, e.phase) for e in events if e.tier == "device"]
 
 
+@pytest.mark.parametrize("layers", [[DEPTH - 1], [4, 5, 7], [0]], ids=str)
+@pytest.mark.parametrize("keep", [0, DEPTH])
+def test_a_composed_step_that_trains_some_layers(layers: list[int], keep: int, tmp_path: Path) -> None:
+    check_composed(stage("llama", tmp_path, adapter={"layers": layers}), keep)
+
+
 @pytest.mark.parametrize("keep", [0, 5, DEPTH])
 @pytest.mark.parametrize("name", DEEP)
 def test_a_composed_step_is_the_whole_step(name: str, keep: int, tmp_path: Path) -> None:
-    made = stage(name, tmp_path)
+    check_composed(stage(name, tmp_path), keep)
+
+
+def check_composed(made: Stage, keep: int) -> None:
     classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
     only = shorten(classes)
     assert len(only) < DEPTH
