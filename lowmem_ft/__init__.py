@@ -7,6 +7,8 @@ samples. Names are imported on first use, so `import lowmem_ft` costs nothing.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,8 +34,19 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lowmem_ft' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"lowmem_ft.{_HOMES[name]}"), name)
-    globals()[name] = value  # `generate` is also a submodule, which importing it would otherwise leave here
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Importing the submodule `generate` would put it in the place of the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

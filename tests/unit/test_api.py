@@ -1,5 +1,7 @@
 """The Python surface: plan, load, generate, and a model that transformers.Trainer takes."""
 
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ DATA = str(files("lowmem_ft") / "assets" / "whatis-eval.jsonl")
 @pytest.fixture(scope="module")
 def plan() -> lowmem_ft.Plan:
     return lowmem_ft.plan(MODEL, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=256, adapter={"rank": 4})
+
+
+def test_the_public_function_stays_where_its_module_is_imported() -> None:
+    code = "import lowmem_ft.generate, lowmem_ft; assert callable(lowmem_ft.generate)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_plan_takes_sections_by_name(plan: lowmem_ft.Plan) -> None:
