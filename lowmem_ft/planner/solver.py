@@ -173,9 +173,7 @@ class Search:
                 break  # of the host all policies take the same
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        # where the loss takes little, the last block may as well keep: its backward is the first thing that follows
-        small = (self.scales.weigh(self._blocks(self.least, keep)) for keep in self._keep[:2])
-        return self.answer(min(small, key=lambda it: it.allocated), options.values(), budget)
+        return self.answer(self.smallest(), options.values(), budget)
 
     @cached_property
     def _aside(self) -> Aside:
@@ -185,6 +183,12 @@ class Search:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about."""
         most = max(allocated, self._aside.load.device, self._aside.save.device)
         return process_estimate(self.device, most)
+
+    def smallest(self, *, timed: bool = True) -> Weighed:
+        """The policy with the smallest peak. Where the loss takes little, the last block may as well keep: its backward
+        is the first thing that follows."""
+        few = (self.scales.weigh(self._blocks(self.least, keep), timed=timed) for keep in self._keep[:2])
+        return min(few, key=lambda it: it.allocated)
 
     @property
     def least(self) -> Policy:
@@ -291,12 +295,12 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     while low < high:
         middle = (low + high + 1) // 2
         search.lengthen(of(middle))
-        if search.process_estimate(search.scales.weigh(search.least, timed=False).allocated) <= budget:
+        if search.process_estimate(search.smallest(timed=False).allocated) <= budget:
             low = middle
         else:
             high = middle - 1
     search.lengthen(of(max(low, 1)))
-    while low and process_peak(device, search.scales, search.scales.weigh(search.least, timed=False)).process > budget:
+    while low and process_peak(device, search.scales, search.smallest(timed=False)).process > budget:
         low -= max(1, low // 64)  # the estimate was too low
         search.lengthen(of(max(low, 1)))
     return search.config if low else config
