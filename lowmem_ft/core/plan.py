@@ -153,7 +153,8 @@ class Plan:
     @property
     def host_binds(self) -> bool:
         """Whether it does not fit the host, when that is not the device."""
-        return self.device.get("kind") != "cpu" and 0 < self.budget["host_bytes"] < self.predicted.host_peak_bytes
+        taken, allowed = self.predicted.host_peak_bytes, self.budget["host_bytes"]
+        return binds_host(self.device.get("kind"), taken=taken, allowed=allowed)
 
     @property
     def run_config(self) -> RunConfig:
@@ -218,6 +219,11 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return plan_html(self)
+
+
+def binds_host(kind: str | None, *, taken: int, allowed: int) -> bool:
+    """Whether a process on a device of `kind` takes more of the host than is allowed; 0 allows anything."""
+    return kind != "cpu" and 0 < allowed < taken
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:

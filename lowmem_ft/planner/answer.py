@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.plan import Candidate, Change, Plan, Policy, Predicted, Sample
+from lowmem_ft.core.plan import Candidate, Change, Plan, Policy, Predicted, Sample, binds_host
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.planner.compose import Place, unroll
+from lowmem_ft.planner.compose import Place
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.phases import OF_A_RUN
 from lowmem_ft.planner.stored import Stored
@@ -74,7 +74,7 @@ class Answer:
     @property
     def host_binds(self) -> bool:
         """Whether it does not fit the host, when that is not the device."""
-        return self.device.kind != "cpu" and 0 < self.host_budget < self.host
+        return binds_host(self.device.kind, taken=self.host, allowed=self.host_budget)
 
     @property
     def fits(self) -> bool:
@@ -157,12 +157,8 @@ def _describe(answer: Answer, stored: Stored) -> dict[str, Any]:
 
 def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     """Bytes at the training peak by what holds them; together they are the process's."""
-    found = {"loss": 0, "workspace": 0}
-    for event in Trace(unroll(answer.weighed.places, answer.scales.depth)).alive_at_peak():
-        if event.inside:
-            found["workspace"] += event.nbytes
-        elif event.phase == "loss":
-            found["loss"] += event.nbytes
+    held = Trace(answer.weighed.events).holders()
+    found = {name: held[name] for name in ("loss", "workspace")}
     return {
         "base_weights": stored.base_weights,
         "adapter": stored.adapter,

@@ -28,10 +28,11 @@ from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_blocks
 from lowmem_ft.planner.weigh import Scales
-from lowmem_ft.quant.checkpoint import CHUNK_BYTES, DTYPE_NAMES, Checkpoint
+from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, safetensors_header
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.quant.ops import layout_bytes
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
 
 OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
@@ -232,10 +233,7 @@ def _elements(module: nn.Module) -> int:
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Size of a safetensors file with these tensors, a few bytes more or less for the order in which it holds them."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in ordered}
+    text = json.dumps(safetensors_header(stored, metadata), separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + layout_bytes(stored)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowmem_ft.planner.allocator import CachingAllocator
-from lowmem_ft.planner.compose import unroll
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales, Weighed
@@ -39,7 +38,7 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
         return Peak(weighed.allocated, process_estimate(device, weighed.allocated))
-    reserved = reserved_peak(scales.stage.tracer.alive(), unroll(weighed.places, scales.depth))
+    reserved = reserved_peak(scales.stage.tracer.alive(), weighed.events)
     return Peak(reserved, device.process_bytes + reserved)
 
 

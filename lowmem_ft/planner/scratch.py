@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.trace import Scratch, Whole
+from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
@@ -23,11 +23,6 @@ def scratch_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Scratch]:
 def whole_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Whole]:
     """Our own operators that are traced as their implementation for the device, with all that it allocates."""
     return _WHOLE_CPU if kind == "cpu" else {}
-
-
-def _overloads(names: Iterable[str]) -> list[Any]:
-    """aten's operators of these names, `op.overload`."""
-    return [getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in names]
 
 
 def _flash_blocks(q: Tensor) -> tuple[int, int, int]:
@@ -161,11 +156,11 @@ _SCATTERS = (
 )
 _POINTWISE = ("add", "sub", "mul", "div")
 _CPU: Mapping[Any, Scratch] = {
-    **dict.fromkeys(_overloads(f"{name}.Tensor" for name in _POINTWISE), _promoted),
-    **dict.fromkeys(_overloads(f"{name}_.Tensor" for name in _POINTWISE), _promoted_in_place),
+    **dict.fromkeys(overloads(*(f"{name}.Tensor" for name in _POINTWISE)), _promoted),
+    **dict.fromkeys(overloads(*(f"{name}_.Tensor" for name in _POINTWISE)), _promoted_in_place),
     torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
     torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
-    **dict.fromkeys(_overloads(_SCATTERS), _scatter),
+    **dict.fromkeys(overloads(*_SCATTERS), _scatter),
     torch.ops.lowmem_ft.product.default: _product,
     torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,

@@ -53,15 +53,8 @@ class Simulation:
 
     def holders(self) -> dict[str, int]:
         """Bytes at the training peak that the step itself holds: `activations`, `loss` and `workspace`."""
-        found = {"activations": self.unseen, "loss": 0, "workspace": 0}
-        for event in self.trace.alive_at_peak():
-            if event.inside:
-                found["workspace"] += event.nbytes
-            elif event.phase == "loss":
-                found["loss"] += event.nbytes
-            elif event.phase != "load":
-                found["activations"] += event.nbytes
-        return found
+        found = self.trace.holders()
+        return {**found, "activations": found["activations"] + self.unseen}
 
 
 def simulate(

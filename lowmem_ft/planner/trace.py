@@ -34,18 +34,19 @@ _ASK = torch.ops.aten._local_scalar_dense.default
 _IN_PLACE: Mapping[Any, Any] = {torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src}
 
 
-def _named(*names: str) -> frozenset[Any]:
+def overloads(*names: str) -> frozenset[Any]:
+    """aten's operators of these names, `op.overload`."""
     return frozenset(getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in names)
 
 
 # Ops whose results are told from their arguments. PyTorch itself tells it in Python too, but for every case there is,
 # which took half of all the time that planning a mixture of experts takes.
-_POINTWISE = _named(
+_POINTWISE = overloads(
     "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "mul.Scalar", "div.Scalar", "neg.default", "silu.default"
 )
-_POINTWISE_IN_PLACE = _named("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor")
-_NEW = _named("new_empty.default", "new_zeros.default")
-_LIKE = _named("empty_like.default", "zeros_like.default")
+_POINTWISE_IN_PLACE = overloads("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor")
+_NEW = overloads("new_empty.default", "new_zeros.default")
+_LIKE = overloads("empty_like.default", "zeros_like.default")
 _KNOWN = _POINTWISE | _POINTWISE_IN_PLACE | _NEW | _LIKE
 
 
@@ -116,6 +117,18 @@ class Trace:
             else:
                 alive.pop(event.key, None)  # of what was there before, if the trace does not begin with it
         return list(alive.values())
+
+    def holders(self) -> dict[str, int]:
+        """Bytes at the peak that the step itself holds: `activations`, `loss` and `workspace`."""
+        found = {"activations": 0, "loss": 0, "workspace": 0}
+        for event in self.alive_at_peak():
+            if event.inside:
+                found["workspace"] += event.nbytes
+            elif event.phase == "loss":
+                found["loss"] += event.nbytes
+            elif event.phase != "load":
+                found["activations"] += event.nbytes
+        return found
 
 
 class Repeats:

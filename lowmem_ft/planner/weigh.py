@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.planner.compose import Pieces, Place, Segment, peak, segment_of, segments, shorten
+from lowmem_ft.planner.compose import Pieces, Place, Segment, peak, segment_of, segments, shorten, unroll
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
-from lowmem_ft.planner.trace import Cost, Tier, Trace
+from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 
 LONGEST = 1 << 17  # positions of models whose config names none
@@ -22,7 +23,7 @@ _NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all furthe
 _LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weighed:
     """A policy and its price.
 
@@ -36,6 +37,11 @@ class Weighed:
     allocated: int
     seconds: float
     places: Sequence[Place]
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """Those of that step, as if it had been traced whole."""
+        return unroll(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
 class Scales:

@@ -31,10 +31,19 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
-from lowmem_ft.quant.checkpoint import CHUNK_BYTES, DTYPE_NAMES, INDEX, OWN_INDEX, Checkpoint, scan, write_json
+from lowmem_ft.quant.checkpoint import (
+    CHUNK_BYTES,
+    DTYPE_NAMES,
+    INDEX,
+    OWN_INDEX,
+    Checkpoint,
+    safetensors_header,
+    scan,
+    write_json,
+)
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.ops import Layout, QuantSpec
+from lowmem_ft.quant.ops import Layout, QuantSpec, layout_bytes
 
 FORMAT = 1  # raise it when what is written changes: older entries are then never looked at
 MARKER = "lowmem_ft.json"
@@ -175,7 +184,7 @@ def entry_bytes(model: PreTrainedModel, *, absent: Collection[str]) -> int:
     No weight is read, so what is written of each tensor in the JSON files is rounded up.
     """
     tensors = _quantized_tensors(model) | _plain_tensors(model, absent)
-    files = sum(8 + len(_header(shard)) + sum(_nbytes(*spec) for spec in shard.values()) for shard in _shards(tensors))
+    files = sum(8 + len(_header(shard)) + layout_bytes(shard) for shard in _shards(tensors))
     listed = sum(2 * len(name) + _LISTED_BYTES for name in tensors)  # in the index and in the marker
     return files + listed + len(model.config.to_json_string()) + _CONFIG_BYTES
 
@@ -320,12 +329,7 @@ def _shards(tensors: Layout) -> list[Layout]:
 
 def _header(shard: Layout) -> bytes:
     """The header of a safetensors file that holds its tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (shape, dtype) in shard.items():
-        begin, end = end, end + _nbytes(shape, dtype)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(safetensors_header(shard, {"format": "pt"})).encode()
     return text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
-from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.quant.ops import Layout, QuantSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -207,6 +207,16 @@ class Checkpoint:
                 memo.parent.mkdir(parents=True, exist_ok=True)
                 write_json(memo, known)
         return total.hexdigest()
+
+
+def safetensors_header(tensors: Layout, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The header of a safetensors file that holds these tensors one after the other."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    return header
 
 
 def write_json(path: Path, value: Any) -> None:

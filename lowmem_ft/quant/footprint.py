@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from lowmem_ft.quant.loader import (
     loading_steps,
     redundant_names,
 )
-from lowmem_ft.quant.ops import Layout, QuantSpec
+from lowmem_ft.quant.ops import Layout, QuantSpec, layout_bytes
 from lowmem_ft.quant.prequantized import stored_spec
 from lowmem_ft.quant.swap import swap_quantized
 
@@ -105,4 +104,4 @@ def _merged_bytes(steps: Iterable[StepLoader], dtype: torch.dtype) -> int:
         tensors |= {name: (step.source.tensors[name].shape, kept) for name in names}
         times = step.step.slices or 1 if len(names) == 1 else 1  # each expert of a stack is written for itself
         listed += times * sum(2 * len(name) + _LISTED_BYTES for name in names)
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values()) + listed
+    return layout_bytes(tensors) + listed

@@ -20,7 +20,7 @@ from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, StoredSource, Te
 from lowmem_ft.quant.conversion import Plan, Step, convert, input_numel, matcher
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.ops import Layout, QuantSpec, layout, quantize, quantize_scratch
+from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize, quantize_scratch
 from lowmem_ft.quant.prequantized import open_source, stored_spec
 from lowmem_ft.quant.swap import swap_quantized
 
@@ -210,15 +210,15 @@ class StepLoader:
             if isinstance(module, QuantStack):
                 one = layout(module.shape[1:], module.spec)
                 kept += sum(tensor.nbytes for tensor in module.storage().values())
-                work = max(work, _nbytes(one) + quantize_scratch(module.shape[1:], module.spec, self.dtype))
+                work = max(work, layout_bytes(one) + quantize_scratch(module.shape[1:], module.spec, self.dtype))
             elif isinstance(module, QuantLinear) and self._is_quantized(name):
-                kept += _nbytes(layout(module.shape, module.spec))
+                kept += layout_bytes(layout(module.shape, module.spec))
                 if self._held_as_stored():
                     continue
                 transposed = self._is_transposed(name)
                 work = max(work, quantize_scratch(module.shape, module.spec, self.dtype, transposed=transposed))
             else:
-                kept += _nbytes({name: (shape, self.dtype)})
+                kept += layout_bytes({name: (shape, self.dtype)})
         as_read = self.step.is_plain and not self.sliced  # and the model holds the very tensor that was read into
         whole = 0 if self.all_quantized or as_read else input_numel(self.step, self.source, sliced=self.sliced)
         return kept, work + whole * self.dtype.itemsize
@@ -406,10 +406,6 @@ def _initialise_rest(model: PreTrainedModel, place: Place) -> list[str]:
             given=f"{', '.join(hidden[:3])} of {type(model).__name__}",
         )
     return absent
-
-
-def _nbytes(tensors: Layout) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

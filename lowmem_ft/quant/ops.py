@@ -63,6 +63,11 @@ class QuantSpec:
         return kinds[self.bits]
 
 
+def layout_bytes(tensors: Layout) -> int:
+    """Bytes of tensors of these shapes and dtypes."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+
+
 def layout(shape: Sequence[int], spec: QuantSpec) -> Layout:
     """Name -> (shape, dtype) of each storage tensor that `quantize` returns for a matrix of `shape`."""
     return _SCHEMES[spec.kind].layout(tuple(shape), spec)
@@ -110,7 +115,7 @@ def quantize_scratch(shape: Sequence[int], spec: QuantSpec, dtype: torch.dtype, 
     if not spec.double_quant:
         return loop
     # until the end the scales are in fp32; then their distance from the mean, too
-    nested = sum(prod(size) * kind.itemsize for name, (size, kind) in layout(shape, spec).items() if name != "qweight")
+    nested = layout_bytes({name: it for name, it in layout(shape, spec).items() if name != "qweight"})
     return max(4 * blocks + loop - nested, 8 * blocks + kept + piece * chunk)
 
 

@@ -36,8 +36,8 @@ def test_peaks_are_never_under_and_close(part: int, tmp_path: Path) -> None:
     for which in ("train_error", "eval_error"):
         errors = [one[which] for one in found]
         assert min(errors) >= 0, table
+        assert statistics.median(errors) <= 0.005, table
         assert max(errors) <= 0.02, table
-    assert statistics.median(one["train_error"] for one in found) <= 0.005, table
 
 
 def test_only_a_config_is_needed(tmp_path: Path) -> None:
