@@ -16,19 +16,19 @@ from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
 from lowmem_ft.planner.answer import write_plan
 from lowmem_ft.planner.device import Device, find_device
-from lowmem_ft.planner.reserve import process_peak
+from lowmem_ft.planner.reserve import PROCESS_SLACK, process_peak
 from lowmem_ft.planner.solver import Search, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
 GIB = 2**30
-BUDGETS = (599 * 2**20, 607 * 2**20, 2 * 2**20)
 DEVICE = Device(
     name="test", kind="cpu", index=0, memory_bytes=16 * GIB, free_bytes=12 * GIB, process_bytes=GIB // 2,
     compute_dtype="bfloat16", flops=1e11,
 )  # fmt: skip
 
+BUDGETS = [DEVICE.process_bytes + PROCESS_SLACK + size * 2**20 for size in (3, 5, 7, 9)]
 CARD = find_device("colab-t4-16gb")
 
 
@@ -84,7 +84,7 @@ def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) 
     assert roomy.fits
     assert roomy.policy.recompute_blocks == 0
     assert roomy.policy.micro_batch_tokens == 2048
-    by_memory = sorted(p.predicted.process_peak_bytes for p in map(with_budget(settings), range(*BUDGETS)))
+    by_memory = sorted(p.predicted.process_peak_bytes for p in map(with_budget(settings), BUDGETS))
     tight = with_budget(settings)(by_memory[0])
     assert tight.fits
     assert tight.predicted.process_peak_bytes <= by_memory[0] < roomy.predicted.process_peak_bytes
