@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model: {ASSETS / 'doclm-7m'}\n"
         f"data: {{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}, seq_len: 64}}\n"
         "train: {tokens_per_step: 256, steps: 4, lr: 1e-3, eval_every: 2}\n"
+        "policy: {micro_batch_tokens: 128, loss_chunk_tokens: 64, activations: keep}\n"
         f"output: {folder / 'run'}\n"
     )
     return folder

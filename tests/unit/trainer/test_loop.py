@@ -41,6 +41,8 @@ def config(folder: Path, output: str = "run", **sections: Any) -> RunConfig:
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
         "train": {"tokens_per_step": 256, "steps": 6, "lr": 1e-3, "eval_every": 3, "save_every": 2},
         "adapter": {"rank": 4, "dropout": 0.1},
+        # decided here, because planning these takes longer than the runs
+        "policy": {"micro_batch_tokens": 128, "loss_chunk_tokens": 64, "activations": "keep"},
         "output": str(folder / output),
     }
     for name, value in sections.items():
