@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_ft.adapters.inject import inject_lora, parameter_groups, trainable_parameters
@@ -33,13 +33,18 @@ from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
+from lowmem_ft.runtime.streaming import Piece, Streaming, spread, streamable
+from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, Tier
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
 
 
 @dataclass(kw_only=True)
 class Assembled:
-    """A model under its policy, with what a step needs. `optimizer` and `accumulator` are None without training."""
+    """A model under its policy, with what a step needs. `optimizer` and `accumulator` are None without training.
+
+    `streamable` says of each block what could be streamed of it, whether it is or not.
+    """
 
     model: Any  # a transformers causal language model, or the peft wrapper of one
     tokenizer: PreTrainedTokenizerBase | None
@@ -50,6 +55,7 @@ class Assembled:
     loss_chunk_tokens: int
     grad_clip: float | None
     activations: ActivationPolicy
+    streamable: list[list[Piece]]
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -92,28 +98,36 @@ def assemble(
     use_attention(model)
     use_experts(model)
     spec = quant_spec(policy)
-    if simulated:
-        head_module = head_path(model)
-        stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
-        swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
-    else:
-        cache = Path(config.cache) if config.cache else None
+    head_module = head_path(model)
+    stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
+    swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
+    pieces = streamable(model)
+    streaming = _streaming(model, pieces, policy, device, folder=Path(config.cache or config.output))
+    if not simulated:
+
+        def place(name: str, tensor: Tensor) -> Tensor:
+            below = streaming.place(name, tensor) if streaming is not None else None
+            return tensor.to(device) if below is None else below
 
         load_weights(
             model,
             checkpoint,
             spec=spec,
             dtype=dtype,
-            place=lambda name, tensor: tensor.to(device),
+            place=place,
             progress=progress,
-            cache=cache,
+            cache=Path(config.cache) if config.cache else None,
             device=device,
         )
+    if streaming is not None:
+        streaming.attach()
     model.config.use_cache = False
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
     attention = model.config._attn_implementation
     equipped = _equip(model, config.adapter, adapter, dtype)
+    if streaming is not None:
+        streaming.attach_to_adapters()
     ready = Assembled(
         model=equipped,
         tokenizer=None if simulated else load_tokenizer(checkpoint.folder),
@@ -124,11 +138,28 @@ def assemble(
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
         activations=apply_activation_policy(model, keep=policy.keep_blocks),
+        streamable=pieces,
     )
     if optimizer:
         _add_optimizer(ready, config, policy)
     ready.model.train()
     return ready
+
+
+def _streaming(
+    model: PreTrainedModel, pieces: Sequence[list[Piece]], policy: Policy, device: torch.device, *, folder: Path
+) -> Streaming | None:
+    """The blocks that `policy` streams, from where it says; a file of theirs lies in `folder`."""
+    blocks = {index: pieces[index] for index in spread(len(pieces), policy.streamed_blocks)}
+    if not blocks:
+        return None
+
+    def open_tier(sizes: list[int]) -> Tier:
+        if device.type == "cpu":
+            return DiskTier(folder, sizes)
+        return HostTier(sizes, device) if policy.stream_from == "host" else StagedDiskTier(folder, sizes, device)
+
+    return Streaming(model, blocks, device=device, open_tier=open_tier)
 
 
 def quant_spec(policy: Policy) -> QuantSpec:

@@ -1,0 +1,267 @@
+"""Frozen weights of some blocks live below the device and are on it only while their block works.
+
+The device holds a ring of slots, each as large as the largest streamed block. A block's weights are brought up when
+they are first asked for, and while the block works the next one is copied into another slot: forward in order, then in
+reverse for backward, where the last blocks are still there from the turn. Whoever reads a weight (layers, adapters,
+initialisations, a merge) asks for it in the way that it always does, and cannot meet another block's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.quant.experts import QuantStack
+from lowmem_ft.quant.linear import QuantLinear
+from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
+from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, device_memory
+
+SLOTS = 2  # the block at work and the next one
+_ALIGN = 512  # bytes, of each tensor within its block: what CUDA's own allocations start on
+_FETCH = "_fetch_streamed"  # the attribute of a module that brings its weights up
+
+
+def spread(depth: int, count: int) -> list[int]:
+    """Which `count` of `depth` blocks are streamed: as evenly as possible, so that each copy has the same time."""
+    return [at for at in range(depth) if (at + 1) * count // depth > at * count // depth]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor of a streamed block and its place in the block's bytes."""
+
+    path: str  # in the model
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, slot: Tensor) -> Tensor:
+        """This tensor as a view of the slot that its block lies in."""
+        return slot[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+def streamable(model: nn.Module) -> list[list[Piece]]:
+    """What can be streamed of each block: matrices and stacks of experts, quantized or not, with their scales.
+
+    Norms, biases and routers stay on the device, and so does what several blocks share.
+
+    Args:
+        model: swapped already, before adapters; meta is enough.
+    """
+    path, layers = find_blocks(model)
+    owners = Counter(id(module) for layer in layers for module in layer.modules())
+    found: list[list[Piece]] = []
+    for index, layer in enumerate(layers):
+        found.append([])
+        end = 0
+        for name, module in layer.named_modules():
+            if owners[id(module)] > 1:
+                continue
+            for leaf, tensor in _streamable(module):
+                offset = -(-end // _ALIGN) * _ALIGN
+                full = ".".join(filter(None, (path, str(index), name, leaf)))
+                found[index].append(Piece(full, offset, tuple(tensor.shape), tensor.dtype))
+                end = offset + found[index][-1].nbytes
+    return found
+
+
+def _streamable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, QuantLinear | QuantStack):
+        yield from module.storage().items()
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if is_expert_stack(module, parameter) or (name == "weight" and is_plain_linear(module)):
+            yield name, parameter
+
+
+def block_bytes(pieces: Sequence[Piece]) -> int:
+    """Bytes of a block in its tier, and the size of its slot."""
+    end = max((piece.offset + piece.nbytes for piece in pieces), default=0)
+    return -(-end // PAGE) * PAGE
+
+
+class Streaming:
+    """The streamed blocks of one model.
+
+    Args:
+        model: swapped, on meta, without adapters.
+        blocks: what is streamed, by index of the block.
+        device: where they work; "meta" simulates.
+        open_tier: bytes of each streamed block -> where they lie.
+
+    Attributes:
+        blocks: their indices, ascending.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[int, list[Piece]],
+        *,
+        device: torch.device,
+        open_tier: Callable[[list[int]], Tier],
+    ) -> None:
+        self.blocks, self._model, self._pieces = sorted(blocks), model, blocks
+        sizes = [block_bytes(self._pieces[index]) for index in self.blocks]
+        self._tier: Tier = NoTier() if device.type == "meta" else open_tier(sizes)
+        self._slots = [device_memory(max(sizes, default=0), device) for _ in range(SLOTS)]
+        self._holds: list[int | None] = [None] * SLOTS
+        self._copies: list[object] = [None] * SLOTS
+        self._current: int | None = None
+        self._at = {index: at for at, index in enumerate(self.blocks)}
+        self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
+        self._layers = list(find_blocks(model)[1])
+        # where a block's pieces are held: among a module's buffers, or as a parameter
+        self._held: dict[int, list[tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]]] = {}
+
+    def place(self, path: str, tensor: Tensor) -> Tensor | None:
+        """Take a weight that was loaded. Returns what the model shall hold instead; None if it is not streamed."""
+        if path not in self._by_path:
+            return None
+        index, piece = self._by_path[path]
+        self._tier.write(self._at[index], piece.offset, tensor)
+        return piece.of(self._slots[0])
+
+    def attach(self) -> None:
+        """Have the model's modules ask for their weights from now on."""
+        if not self._held:
+            self._held = {index: [self._held_by(piece) for piece in self._pieces[index]] for index in self.blocks}
+            for index in self.blocks:
+                self._bind(index, self._slots[0])
+                if any(parameter is not None for _, parameter, _ in self._held[index]):
+                    self._keep_no_views(index)
+        for index in self.blocks:
+            layer = self._layers[index]
+            streamed = {id(parameter) for _, parameter, _ in self._held[index]}
+            for module in list(layer.modules()):
+                names = tuple(name for name, parameter in module._parameters.items() if id(parameter) in streamed)
+                if (isinstance(module, QuantLinear | QuantStack) or any(names)) and _FETCH not in vars(module):
+                    setattr(module, _FETCH, functools.partial(self.fetch, index))
+                    module.__class__ = _asking(type(module), names)  # type: ignore[arg-type]
+
+    def attach_to_adapters(self) -> None:
+        """The same for what adapters have put around weights.
+
+        Raises:
+            UnsupportedError: a streamed weight is trained.
+        """
+        self.attach()
+        for index in self.blocks:
+            streamed = {id(parameter) for _, parameter, _ in self._held[index]}
+            parameters = dict(self._layers[index].named_parameters())
+            trained = [name for name, it in parameters.items() if id(it) in streamed and it.requires_grad]
+            trained += [name for name in parameters if "modules_to_save" in name.split(".")]
+            if trained:
+                raise UnsupportedError(
+                    "A matrix of a streamed block is trained whole.",
+                    given=f"{trained[0]} of block {index}",
+                    fix=f"set policy.resident_blocks: {len(self._layers)}, or train adapters only",
+                )
+
+    def fetch(self, block: int) -> None:
+        """Have a block's weights on the device, and begin to copy those that will be asked for next."""
+        if block == self._current:
+            return
+        wanted = {block, self._next(block)}
+        for index in sorted(wanted, key=lambda it: it != block):
+            if index not in self._holds:
+                slot = next(at for at, held in enumerate(self._holds) if held not in wanted)
+                self._holds[slot], self._copies[slot] = index, self._tier.start(self._at[index], self._slots[slot])
+        slot = self._holds.index(block)
+        self._tier.wait(self._copies[slot])
+        self._bind(block, self._slots[slot])
+        self._current = block
+
+    def _next(self, block: int) -> int:
+        """The block that is asked for after `block`, in forward and then in reverse."""
+        at, last = self._at[block], len(self.blocks) - 1
+        came = -1 if self._current is None else self._at[self._current]
+        wraps = came == last and at == 0  # from one forward into the next
+        if at > came or wraps:
+            turns = at == last
+            after = at + 1 if not turns else last - 1 if self._layers[block].training else 0
+        else:
+            after = at - 1 if at > 0 else 1
+        return self.blocks[min(max(after, 0), last)]
+
+    def _held_by(self, piece: Piece) -> tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]:
+        path, _, name = piece.path.rpartition(".")
+        module = self._model.get_submodule(path)
+        if isinstance(module, QuantLinear | QuantStack):
+            return module._buffers, None, piece
+        return None, module._parameters[name], piece
+
+    def _bind(self, block: int, slot: Tensor) -> None:
+        """Let the block's weights be those in `slot`."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for buffers, parameter, piece in self._held[block]:
+                view = piece.of(slot)
+                if parameter is not None:
+                    parameter.data = view
+                elif buffers is not None:
+                    buffers[piece.path.rpartition(".")[2]] = view
+
+    def _keep_no_views(self, index: int) -> None:
+        """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
+        storages = [slot.untyped_storage()._cdata for slot in self._slots]
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.untyped_storage()._cdata not in storages:
+                return tensor
+            return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            dtype, offset, shape, stride = kept
+            self.fetch(index)
+            slot = self._slots[self._holds.index(index)]
+            found: Tensor = torch.empty(0, dtype=dtype, device=slot.device)
+            return found.set_(slot.untyped_storage(), offset, shape, stride)
+
+        entered: list[saved_tensors_hooks] = []
+
+        def enter(*_: object) -> None:
+            entered.append(saved_tensors_hooks(pack, unpack))
+            entered[-1].__enter__()
+
+        def leave(*_: object) -> None:
+            entered.pop().__exit__()
+
+        self._layers[index].register_forward_pre_hook(enter)
+        self._layers[index].register_forward_hook(leave, always_call=True)
+
+
+@functools.cache
+def _asking(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """`cls`, whose objects bring their weights up before they are read."""
+
+    def storage(self: Any) -> dict[str, Tensor]:
+        getattr(self, _FETCH)()
+        return cls.storage(self)  # type: ignore[attr-defined,no-any-return]
+
+    def reader(name: str) -> property:
+        def read(self: Any) -> Any:
+            vars(self)[_FETCH]()
+            return nn.Module.__getattr__(self, name)
+
+        return property(read)
+
+    members: dict[str, Any] = {name: reader(name) for name in names}
+    if issubclass(cls, QuantLinear | QuantStack):
+        members["storage"] = storage
+    return type(cls.__name__, (cls,), members)

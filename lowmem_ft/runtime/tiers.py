@@ -1,0 +1,256 @@
+"""Where streamed weights lie below the device, and how they come up: from host RAM or from disk, one block at a time.
+
+Every block is one flat run of bytes, so that it takes a single copy. Disk is read past the page cache where the file
+system allows it: cached pages would be a second copy of the model in RAM, which no budget knows of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem_ft.core.errors import LowMemError
+
+PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
+_CACHED = 64 << 20  # bytes that may wait in the page cache for the disk
+_STAGES = 2  # pinned buffers between disk and device: one is read into while the other is copied from
+
+
+class Tier(Protocol):
+    """A place for the bytes of streamed blocks."""
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        """Store a tensor of a block at its offset in bytes."""
+
+    def start(self, block: int, slot: Tensor) -> object:
+        """Begin to fill `slot` (uint8, on the device) with a block, when all work given to the device so far is done.
+
+        Returns:
+            what `wait` takes.
+        """
+
+    def wait(self, copy: Any) -> None:
+        """Let the work that is given to the device from now on see the copy's result."""
+
+
+def device_memory(nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised uint8 memory for a slot; on a CPU it begins on a page."""
+    if device.type != "cpu" or nbytes == 0:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+class NoTier:
+    """Of a simulated run: nothing is stored and nothing is copied."""
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        raise AssertionError("a simulated run has no weights")
+
+    def start(self, block: int, slot: Tensor) -> None:
+        assert slot.is_meta
+
+    def wait(self, copy: None) -> None:
+        """Nothing was begun."""
+
+
+class DiskTier:
+    """A file without a name, which is gone when the process ends, however it ends. For a device that is a CPU.
+
+    Args:
+        folder: where the file lies.
+        sizes: bytes of each block, multiples of `PAGE`.
+
+    Raises:
+        LowMemError: the folder cannot be written, or has no room.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        assert all(size % PAGE == 0 for size in sizes), sizes
+        self._folder, self._sizes = folder, list(sizes)
+        self._starts = [0, *accumulate(sizes)][: len(sizes)]
+        with self._clear_errors():
+            self._file, self._direct = _unnamed_file(folder)
+            # a full disk is found here, and not with half of the weights written
+            if hasattr(os, "posix_fallocate") and any(sizes):
+                os.posix_fallocate(self._file.fileno(), 0, sum(sizes))
+        self._written = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stream")
+        weakref.finalize(self, _close, self._reader, {self._file, self._direct})
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        data = memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
+        self._written += len(data)
+        with self._clear_errors():
+            self._file.seek(self._starts[block] + offset)
+            while data:
+                data = data[self._file.write(data) :]
+            if self._written >= _CACHED:
+                _forget_pages(self._file)
+                self._written = 0
+
+    def start(self, block: int, slot: Tensor) -> Future[None]:
+        return self._reader.submit(self.read, block, slot)
+
+    def wait(self, copy: Future[None]) -> None:
+        copy.result()
+
+    def read(self, block: int, into: Tensor) -> None:
+        """Fill the first bytes of `into` (uint8, in RAM, beginning on a page) with a block, now."""
+        data = memoryview(into.numpy())[: self._sizes[block]]  # type: ignore[arg-type,unused-ignore]
+        with self._clear_errors():
+            if self._written:
+                _forget_pages(self._file)
+                self._written = 0
+            self._direct.seek(self._starts[block])
+            while data:
+                done = self._direct.readinto(data)
+                if not done:
+                    raise OSError(errno.EIO, "the file is shorter than what was written")
+                data = data[done:]
+            if self._direct is self._file:
+                _forget_pages(self._file)
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise LowMemError(
+                "No space left for streamed weights." if full else "Streamed weights cannot be written or read.",
+                given=f"{self._folder}: {error.strerror}",
+                allowed=f"{sum(self._sizes)} bytes on a local disk",
+                fix="free some space, let `cache` or `output` name a folder on another disk, or raise the budget so "
+                "that fewer blocks are streamed",
+            ) from error
+
+
+class HostTier:
+    """Pinned host RAM, below a device that copies by itself.
+
+    The memory is registered with the driver instead of allocated by it: PyTorch rounds pinned allocations up to powers
+    of two, which could double them.
+
+    Args:
+        sizes: bytes of each block.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        starts = [0, *accumulate(sizes)]
+        self._arena = device_memory(starts[-1], torch.device("cpu"))
+        self._blocks = [self._arena[a:b] for a, b in pairwise(starts)]
+        _pin(self, self._arena)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        self._blocks[block][offset : offset + data.numel()].copy_(data)
+
+    def start(self, block: int, slot: Tensor) -> torch.cuda.Event:
+        return _upload(self._stream, self._blocks[block], slot, after=_now(slot.device))
+
+    def wait(self, copy: torch.cuda.Event) -> None:
+        copy.wait()
+
+
+class StagedDiskTier:
+    """A file below a device that is not the CPU: read into pinned buffers by turns, and copied from there.
+
+    Args:
+        folder, sizes: as for `DiskTier`.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[int], device: torch.device) -> None:
+        self._disk = DiskTier(folder, sizes)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._sizes = list(sizes)
+        self._arena = device_memory(_STAGES * max(sizes, default=0), torch.device("cpu"))
+        _pin(self, self._arena)
+        self._stages = list(self._arena.view(_STAGES, -1))
+        self._busy: list[torch.cuda.Event | None] = [None] * _STAGES
+        self._turn = 0
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stage")
+        self._close = weakref.finalize(self, _close, self._worker, set())
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        self._disk.write(block, offset, tensor)
+
+    def start(self, block: int, slot: Tensor) -> Future[torch.cuda.Event]:
+        return self._worker.submit(self._bring, block, slot, _now(slot.device))
+
+    def wait(self, copy: Future[torch.cuda.Event]) -> None:
+        copy.result().wait()
+
+    def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        turn, self._turn = self._turn, (self._turn + 1) % _STAGES
+        before = self._busy[turn]
+        if before is not None:
+            before.synchronize()
+        self._disk.read(block, self._stages[turn])
+        done = _upload(self._stream, self._stages[turn][: self._sizes[block]], slot, after=after)
+        self._busy[turn] = done
+        return done
+
+
+def _now(device: torch.device) -> torch.cuda.Event:
+    """An event after all work that this thread has given to `device`."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _upload(stream: torch.cuda.Stream, source: Tensor, slot: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
+    stream.wait_event(after)
+    with torch.cuda.stream(stream):
+        slot[: source.numel()].copy_(source, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _pin(owner: object, memory: Tensor) -> None:
+    """Lock `memory` in RAM for direct copies for as long as `owner` lives."""
+    if memory.numel() == 0:
+        return
+    driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    weakref.finalize(owner, driver.cudaHostUnregister, memory.data_ptr())
+
+
+def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO]:
+    """A new file, opened for writing, and for reading past the page cache where that is possible."""
+    while not folder.exists():
+        folder = folder.parent
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".lowmem-ft-stream-")
+    file = direct = FileIO(handle, "r+")
+    with contextlib.suppress(OSError):  # tmpfs and some network file systems cannot
+        direct = FileIO(os.open(name, os.O_RDONLY | os.O_DIRECT)) if hasattr(os, "O_DIRECT") else file
+    with contextlib.suppress(PermissionError):  # Windows removes no open file: there it stays in the folder
+        os.unlink(name)
+    return file, direct
+
+
+def _forget_pages(file: FileIO) -> None:
+    """Drop what was written or read from the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _close(threads: ThreadPoolExecutor, files: set[FileIO]) -> None:
+    threads.shutdown(wait=False)  # what is still to be read holds the tier, so there is nothing
+    for file in files:
+        file.close()

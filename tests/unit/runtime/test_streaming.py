@@ -1,0 +1,260 @@
+"""Streamed blocks: whatever weights, adapters, activations and copies are like, results are those of a resident run.
+
+Equal means bit by bit: loss, gradients' norm, trained weights and held-out loss of a step of two micro-batches.
+Slots are filled with poison before every copy, and one tier is slow, so that whoever reads early or late is found out.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_ft import assemble as assembling
+from lowmem_ft.assemble import Assembled, assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.quant.linear import QuantLinear, get_base_weight
+from lowmem_ft.runtime.streaming import block_bytes, spread
+from lowmem_ft.runtime.tiers import PAGE, DiskTier, device_memory
+from lowmem_ft.step import eval_step, train_step
+from tests.models import save_tiny
+from tests.unit.planner.policies import policy
+
+DEPTH, LENGTH = 5, 32
+QUANT: dict[str, dict[str, Any]] = {
+    "nf4": {"bits": 4, "type": "nf4", "double_quant": True},
+    "fp4": {"bits": 4, "type": "fp4", "double_quant": False},
+    "int8": {"bits": 8},
+    "bf16": {"bits": 16},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "dropout": 0.1},
+    "rslora on attention": {"rank": 4, "rslora": True, "targets": ["q_proj", "v_proj"]},
+    "dora": {"rank": 4, "dora": True, "targets": ["q_proj", "v_proj"]},
+    "peft": {"method": "peft", "peft": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "v_proj"]}},
+}
+STREAMED = {"one resident": DEPTH - 1, "half": 3, "none resident": DEPTH}
+KEEPS = {"keep": DEPTH, "some": 2, "recompute": 0}
+
+
+class Poisoned(DiskTier):
+    """Spoils what was in a slot before it is filled again, and takes its time."""
+
+    seconds = 0.0
+
+    def start(self, block: int, slot: Tensor) -> Any:
+        slot.fill_(0xFF)  # NaN as a scale and as a weight
+        return super().start(block, slot)
+
+    def read(self, block: int, into: Tensor) -> None:
+        time.sleep(self.seconds)
+        super().read(block, into)
+
+
+class Slow(Poisoned):
+    seconds = 0.02
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("streaming")
+    return {
+        name: save_tiny(name, folder / name, n_layer=DEPTH, num_hidden_layers=DEPTH)
+        for name in ("llama", "mixtral", "gpt2", "qwen2")
+    }
+
+
+def trained(
+    model: Path, sections: dict[str, Any], *, streamed: int, keep: int, packing: bool = True
+) -> tuple[list[float], dict[str, Tensor]]:
+    """What a step and an evaluation report, and the weights that the step leaves."""
+    config = settings(model, sections, packing=packing)
+    ready = equipped(config, streamed=streamed, keep=keep)
+    batches = full_batches(config, a_policy(config, streamed=streamed, keep=keep), vocabulary=100)
+    result = train_step(ready, batches, lr=1e-2)
+    said = [result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
+    return said, {name: parameter.detach().clone() for name, parameter in ready.trainable.items()}
+
+
+def settings(model: Path, sections: dict[str, Any], *, packing: bool = True) -> RunConfig:
+    data = {"seq_len": LENGTH, "packing": packing}
+    return RunConfig.from_dict({"model": str(model), "output": str(model / "run"), "data": data, **sections})
+
+
+def a_policy(config: RunConfig, *, streamed: int, keep: int) -> Any:
+    kinds: dict[Any, str] = {4: config.quant.type, 8: "int8", 16: "none"}
+    return policy(
+        rows=2, seq_len=LENGTH, depth=DEPTH, keep=keep, accumulation=2, bits=config.quant.bits,
+        quant=kinds[config.quant.bits], double_quant=config.quant.double_quant and config.quant.bits == 4,
+        resident_blocks=DEPTH - streamed, streamed_blocks=streamed, loss_chunk_tokens=16, optimizer="adamw",
+    )  # fmt: skip
+
+
+def equipped(config: RunConfig, *, streamed: int, keep: int) -> Assembled:
+    torch.manual_seed(0)
+    return assemble(config, a_policy(config, streamed=streamed, keep=keep), torch.device("cpu"))
+
+
+@contextmanager
+def tiers(kind: type[DiskTier]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembling, "DiskTier", kind)
+        yield
+
+
+def same(a: tuple[list[float], dict[str, Tensor]], b: tuple[list[float], dict[str, Tensor]]) -> bool:
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
+
+
+TABLE = list(itertools.product(QUANT, ADAPTERS, KEEPS, STREAMED, (True, False)))
+
+
+def some(table: list[tuple[str, str, str, str, bool]]) -> Iterator[tuple[str, str, str, str, bool]]:
+    """A third of half of them, in which every pair of values is met: `benchmarks/streaming_exact.py` runs all."""
+    positions = [list(QUANT), list(ADAPTERS), list(KEEPS), list(STREAMED)]
+    for entry in table:
+        quant, adapter, keep, streamed = (names.index(str(it)) for names, it in zip(positions, entry, strict=False))
+        if (quant + adapter + keep + streamed) % 3 == 0 and (quant + adapter // 2 + keep) % 2 == int(entry[4]):
+            yield entry
+
+
+@pytest.mark.parametrize(("quant", "adapter", "keep", "streamed", "packing"), list(some(TABLE)))
+def test_results_are_those_of_a_resident_run(
+    models: dict[str, Path], quant: str, adapter: str, keep: str, streamed: str, packing: bool
+) -> None:
+    assert exact(models["llama"], quant, adapter, keep, streamed, packing)
+
+
+def exact(model: Path, quant: str, adapter: str, keep: str, streamed: str, packing: bool) -> bool:
+    """Whether a row of the table gives the same results as without streaming."""
+    sections = {"quant": QUANT[quant], "adapter": ADAPTERS[adapter]}
+    resident = trained(model, sections, streamed=0, keep=KEEPS[keep], packing=packing)
+    with tiers(Poisoned):
+        return same(trained(model, sections, streamed=STREAMED[streamed], keep=KEEPS[keep], packing=packing), resident)
+
+
+def test_every_pair_of_the_table_is_met() -> None:
+    met = {pair for entry in some(TABLE) for pair in itertools.combinations(enumerate(entry), 2)}
+    assert met == {pair for entry in TABLE for pair in itertools.combinations(enumerate(entry), 2)}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["experts too", "attention"])
+@pytest.mark.parametrize("quant", QUANT)
+def test_mixtures_of_experts(models: dict[str, Path], quant: str, targets: Any, keep: str) -> None:
+    sections = {"quant": QUANT[quant], "adapter": {"rank": 4, "targets": targets}}
+    resident = trained(models["mixtral"], sections, streamed=0, keep=KEEPS[keep])
+    with tiers(Poisoned):
+        assert same(trained(models["mixtral"], sections, streamed=DEPTH, keep=KEEPS[keep]), resident)
+
+
+@pytest.mark.parametrize("quant", QUANT)
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])  # Conv1D; biases
+def test_other_layers(models: dict[str, Path], name: str, quant: str) -> None:
+    sections = {"quant": QUANT[quant], "adapter": {"rank": 4}}
+    resident = trained(models[name], sections, streamed=0, keep=DEPTH)
+    with tiers(Slow):
+        assert same(trained(models[name], sections, streamed=4, keep=DEPTH), resident)
+
+
+def test_a_saved_adapter_and_the_cache(models: dict[str, Path], tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"adapter": {"rank": 4}, "cache": str(tmp_path)}
+    resident = trained(models["llama"], sections, streamed=0, keep=2)
+    assert same(trained(models["llama"], sections, streamed=4, keep=2), resident), "read from the cache"
+
+
+def test_weights_are_there_for_whoever_asks(models: dict[str, Path]) -> None:
+    config = settings(models["llama"], {"adapter": {"rank": 4}})
+    resident, streamed = equipped(config, streamed=0, keep=0), equipped(config, streamed=DEPTH, keep=0)
+    layers = [[m for m in it.model.modules() if isinstance(m, QuantLinear)] for it in (resident, streamed)]
+    generator = torch.Generator().manual_seed(0)
+    for at in torch.randperm(len(layers[0]), generator=generator).tolist():  # back and forth between blocks
+        assert torch.equal(get_base_weight(layers[0][at]), get_base_weight(layers[1][at]))
+        assert torch.equal(layers[0][at].weight, layers[1][at].weight)
+
+
+def test_generating_between_steps_changes_nothing(models: dict[str, Path]) -> None:
+    config = settings(models["llama"], {"adapter": {"rank": 4}})
+    ids = torch.arange(3, 11).view(1, 8)
+    said = []
+    for streamed in (0, DEPTH):
+        ready = equipped(config, streamed=streamed, keep=DEPTH)
+        batches = full_batches(config, a_policy(config, streamed=streamed, keep=DEPTH), vocabulary=100)
+        first = train_step(ready, batches, lr=1e-2).loss
+        ready.model.eval()
+        with torch.inference_mode():
+            tokens = ready.model.generate(ids, max_new_tokens=4, do_sample=False)
+        said.append((first, tokens.tolist(), train_step(ready, batches, lr=1e-2).loss))
+    assert said[0] == said[1]
+
+
+def test_each_block_is_copied_once_for_each_pass(models: dict[str, Path]) -> None:
+    copies: list[int] = []
+
+    class Counted(DiskTier):
+        def start(self, block: int, slot: Tensor) -> Any:
+            copies.append(block)
+            return super().start(block, slot)
+
+    config = settings(models["llama"], {"adapter": {"rank": 4}, "data": {"packing": False, "seq_len": LENGTH}})
+    with tiers(Counted):
+        ready = equipped(config, streamed=DEPTH, keep=2)
+    batches = full_batches(config, a_policy(config, streamed=DEPTH, keep=2), vocabulary=100)
+    train_step(ready, batches[:1], lr=1e-2)
+    copies.clear()
+    train_step(ready, batches[:1], lr=1e-2)
+    # 0 and 1 lie there from the step before; 4 and 3 from the turn
+    assert copies == [2, 3, 4, 2, 1, 0]
+    copies.clear()
+    for _ in range(2):
+        eval_step(ready, batches[0])
+    assert copies == [2, 3, 4, 0, 1, 2, 3, 4, 0], "evaluation goes forward only, and begins again"
+
+
+def test_what_is_streamed_and_what_that_saves(models: dict[str, Path]) -> None:
+    config = settings(models["llama"], {"adapter": {"rank": 4}})
+    whole, streamed = equipped(config, streamed=0, keep=0), equipped(config, streamed=2, keep=0)
+    pieces = [whole.streamable[index] for index in spread(DEPTH, 2)]
+    names = {piece.path.split(".")[-2] for of_block in pieces for piece in of_block}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    moved = sum(piece.nbytes for of_block in pieces for piece in of_block)
+    slot = max(block_bytes(of_block) for of_block in pieces)
+    assert held(streamed.model) == held(whole.model) - moved + 2 * slot
+
+
+def held(model: torch.nn.Module) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(("depth", "count"), [(5, 0), (5, 1), (5, 2), (5, 5), (32, 7), (80, 79)])
+def test_streamed_blocks_lie_apart(depth: int, count: int) -> None:
+    chosen = spread(depth, count)
+    assert len(chosen) == count
+    gaps = [b - a for a, b in zip([-1, *chosen], chosen, strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_matrix_that_is_trained_whole_cannot_be_streamed(models: dict[str, Path]) -> None:
+    train = {"quant": {"bits": 16}, "adapter": {"rank": 4, "train_modules": ["q_proj"]}}
+    with pytest.raises(UnsupportedError, match="trained whole"):
+        equipped(settings(models["llama"], train), streamed=2, keep=0)
+
+
+def test_a_file_that_was_cut_short_is_a_clear_error(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, [2 * PAGE])
+    tier.write(0, 0, torch.arange(2 * PAGE, dtype=torch.int64).to(torch.uint8))
+    assert not list(tmp_path.iterdir()), "no name is left in the folder"
+    into = device_memory(2 * PAGE, torch.device("cpu"))
+    tier.wait(tier.start(0, into))
+    assert torch.equal(into, torch.arange(2 * PAGE, dtype=torch.int64).to(torch.uint8))
+    tier._file.truncate(PAGE)
+    with pytest.raises(LowMemError, match="shorter than what was written"):
+        tier.wait(tier.start(0, into))
