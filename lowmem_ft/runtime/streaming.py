@@ -94,6 +94,56 @@ def block_bytes(pieces: Sequence[Piece]) -> int:
     return -(-end // PAGE) * PAGE
 
 
+class Ring:
+    """Which streamed block lies in which slot, and which comes next. Used by the run and by its prediction.
+
+    Args:
+        count: streamed blocks, numbered from 0 here in the order of the model.
+
+    Attributes:
+        current: the block at work, or None before the first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.current: int | None = None
+        self._last = count - 1
+        self._holds: list[int | None] = [None] * SLOTS
+
+    def ask(self, block: int, *, returns: bool) -> list[tuple[int, int]]:
+        """Make `block` the one at work.
+
+        Args:
+            returns: whether a backward pass follows the forward pass.
+
+        Returns:
+            (slot, block) of the copies to begin now, the first first.
+        """
+        wanted = list(dict.fromkeys((block, self._next(block, returns))))
+        copies = []
+        for coming in wanted:
+            if coming not in self._holds:
+                slot = next(at for at, held in enumerate(self._holds) if held not in wanted)
+                self._holds[slot] = coming
+                copies.append((slot, coming))
+        self.current = block
+        return copies
+
+    def slot_of(self, block: int) -> int:
+        """Where a block lies, or is being copied to."""
+        return self._holds.index(block)
+
+    def _next(self, block: int, returns: bool) -> int:
+        """The block that is asked for after `block`: the passes go forward and, if there is one, back in reverse."""
+        came = -1 if self.current is None else self.current
+        wraps = came == self._last and block == 0  # from one forward pass into the next
+        if block > came or wraps:
+            turns = block == self._last
+            after = block + 1 if not turns else self._last - 1 if returns else 0
+        else:
+            after = block - 1 if block > 0 else 1
+        return min(max(after, 0), self._last)
+
+
 class Streaming:
     """The streamed blocks of one model.
 
@@ -119,10 +169,8 @@ class Streaming:
         sizes = [block_bytes(self._pieces[index]) for index in self.blocks]
         self._tier: Tier = NoTier() if device.type == "meta" else open_tier(sizes)
         self._slots = [device_memory(max(sizes, default=0), device) for _ in range(SLOTS)]
-        self._holds: list[int | None] = [None] * SLOTS
         self._copies: list[object] = [None] * SLOTS
-        self._current: int | None = None
-        self._at = {index: at for at, index in enumerate(self.blocks)}
+        self._ring = Ring(len(self.blocks))
         self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
         self._layers = list(find_blocks(model)[1])
         # where a block's pieces are held: among a module's buffers, or as a parameter
@@ -133,7 +181,7 @@ class Streaming:
         if path not in self._by_path:
             return None
         index, piece = self._by_path[path]
-        self._tier.write(self._at[index], piece.offset, tensor)
+        self._tier.write(self.blocks.index(index), piece.offset, tensor)
         return piece.of(self._slots[0])
 
     def attach(self) -> None:
@@ -174,29 +222,14 @@ class Streaming:
 
     def fetch(self, block: int) -> None:
         """Have a block's weights on the device, and begin to copy those that will be asked for next."""
-        if block == self._current:
+        at = self.blocks.index(block)
+        if at == self._ring.current:
             return
-        wanted = {block, self._next(block)}
-        for index in sorted(wanted, key=lambda it: it != block):
-            if index not in self._holds:
-                slot = next(at for at, held in enumerate(self._holds) if held not in wanted)
-                self._holds[slot], self._copies[slot] = index, self._tier.start(self._at[index], self._slots[slot])
-        slot = self._holds.index(block)
+        for slot, coming in self._ring.ask(at, returns=self._layers[block].training):
+            self._copies[slot] = self._tier.start(coming, self._slots[slot])
+        slot = self._ring.slot_of(at)
         self._tier.wait(self._copies[slot])
         self._bind(block, self._slots[slot])
-        self._current = block
-
-    def _next(self, block: int) -> int:
-        """The block that is asked for after `block`, in forward and then in reverse."""
-        at, last = self._at[block], len(self.blocks) - 1
-        came = -1 if self._current is None else self._at[self._current]
-        wraps = came == last and at == 0  # from one forward into the next
-        if at > came or wraps:
-            turns = at == last
-            after = at + 1 if not turns else last - 1 if self._layers[block].training else 0
-        else:
-            after = at - 1 if at > 0 else 1
-        return self.blocks[min(max(after, 0), last)]
 
     def _held_by(self, piece: Piece) -> tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]:
         path, _, name = piece.path.rpartition(".")
@@ -229,7 +262,7 @@ class Streaming:
                 return kept
             dtype, offset, shape, stride = kept
             self.fetch(index)
-            slot = self._slots[self._holds.index(index)]
+            slot = self._slots[self._ring.slot_of(self.blocks.index(index))]
             found: Tensor = torch.empty(0, dtype=dtype, device=slot.device)
             return found.set_(slot.untyped_storage(), offset, shape, stride)
 
