@@ -5,6 +5,11 @@ CPU and measured by PyTorch's own allocator events. For a share of them a fresh 
 and its resident set is held against the planned process peak.
 
     python benchmarks/plan_accuracy.py --count 300 --out benchmarks/results/plan_accuracy.json
+
+On a GPU the same configurations, in larger models, are planned as for a run there and measured in two steps: peaks of
+what is allocated, reserved and taken by the process, and every single event of PyTorch's allocator.
+
+    python benchmarks/plan_accuracy.py --device cuda --count 300 --out benchmarks/results/plan_accuracy_cuda.json
 """
 
 from __future__ import annotations
@@ -16,12 +21,15 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +41,16 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "large": (768, 2048, 12, 32000), "half a billion": (1280, 3456, 20, 50304),
 }  # fmt: skip
 SHARES = {"tiny": 40, "small": 35, "medium": 19, "large": 5, "half a billion": 1}
+# 40M to 1.3B parameters: on a GPU smaller ones would measure the allocator's granularity of 20 MiB
+CUDA_SHAPES: dict[str, tuple[int, int, int, int]] = {
+    "small": (512, 1376, 8, 32000), "medium": (1024, 2816, 16, 32000), "large": (2048, 5632, 22, 32000),
+}  # fmt: skip
+CUDA_SHARES, CUDA_LENGTHS = {"small": 45, "medium": 45, "large": 10}, (512, 1000, 2048)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="predicted memory beside real memory, on the CPU")
+    parser = argparse.ArgumentParser(description="predicted memory beside real memory")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--count", type=int, default=300, help="configurations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=24, help="how many of them also in a fresh process")
@@ -44,14 +58,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    on_cpu = options.device == "cpu"
+    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     warnings.simplefilter("ignore")
     if options.child:
         print(json.dumps(train_here(json.loads(options.child.read_text()))))
         return
-    result = benchmark(options)
+    result = benchmark(options) if on_cpu else benchmark_cuda(options)
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
@@ -98,6 +114,70 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "worst": worst,
         "configurations": found,
     }
+
+
+def benchmark_cuda(options: argparse.Namespace) -> dict[str, Any]:
+    """What `summary` says of all configurations, on a device that is here."""
+    import torch
+
+    from lowmem_ft.planner.device import find_device
+    from lowmem_ft.planner.verify import full_batches
+    from tests.unit.planner.on_cuda import judge, measure, predict
+    from tests.unit.planner.sampler import draw, prepared
+
+    device, generator, found = find_device(options.device), random.Random(options.seed), []
+    for index in range(options.count):
+        size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
+        drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS)
+        folder = Path(tempfile.mkdtemp(prefix="lowmem-ft-accuracy-"))
+        try:
+            config, policy = prepared(drawn, folder)
+            batches = full_batches(config, policy, vocabulary=100)
+            predicted = predict(config, policy, device, loss_tokens=batches[0].loss_tokens)
+            one = {"size": size, **drawn, **judge(predicted, *measure(config, policy, device, batches))}
+        except torch.OutOfMemoryError:
+            one = {"size": size, **drawn, "out_of_memory": True}
+        finally:
+            shutil.rmtree(folder)
+        found.append(one)
+        print(f"{index:4} {describe_cuda(one)}", file=sys.stderr, flush=True)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "torch": torch.__version__, "device": device.to_dict()},
+        "settings": {name: getattr(options, name) for name in ("device", "count", "seed")},
+        **summary(found),
+    }
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Distributions of the errors, and what the scratch table lacks most."""
+    judged = [one for one in found if "events" in one]
+    by_op: Counter[str] = Counter()
+    scratch: Counter[str] = Counter()
+    for one in judged:
+        by_op.update({op: missing + surplus for op, (missing, surplus) in one["by_op"].items()})
+        scratch.update({f"{op} {pieces}": times for op, pieces, times in one["scratch"]})
+    return {
+        **{
+            name: distribution([one[f"{name}_error"] for one in judged if f"{name}_error" in one])
+            for name in ("allocated", "reserved", "process")
+        },
+        "out_of_memory": len(found) - len(judged),
+        "differing_events": [one["events"]["differing"] for one in judged],
+        "same_events": [one["events"]["equal"] for one in judged],
+        "bytes_by_op": dict(by_op.most_common(20)),
+        "scratch": dict(scratch.most_common(40)),
+        "configurations": list(found),
+    }
+
+
+def describe_cuda(one: dict[str, Any]) -> str:
+    """One line of the table."""
+    names = ("allocated_error", "reserved_error", "process_error")
+    errors = " ".join(f"{one.get(name, float('nan')):+8.2%}" for name in names)
+    events = one.get("events", {"differing": "-", "equal": "-"})
+    differing = f"{events['differing']:>6} events differ, {events['equal']:>6} do not"
+    return f"{errors} {differing} {one['architecture']:12} {one['size']}"
 
 
 def distribution(errors: list[float]) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def assemble(
     if optimizer:
         _add_optimizer(ready, config, policy)
     ready.model.train()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took for a moment would count as reserved while training
     return ready
 
 

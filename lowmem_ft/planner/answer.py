@@ -40,8 +40,8 @@ class Answer:
     """The policy that was chosen and what was found about it.
 
     Attributes:
-        budget, process, reserved: bytes of the device: allowed to the process, its peak over all phases of the run, and
-            what PyTorch's allocator holds at that of training.
+        budget, process: bytes of the device: allowed to the process, and its peak over all phases of the run.
+        allocated, reserved: what PyTorch counts as in use, and what its allocator holds, at most during training.
         phases: peak bytes by phase and tier, as in a plan.
         options: all policies that were estimated.
         tokens: of a step.
@@ -53,6 +53,7 @@ class Answer:
     scales: Scales
     weighed: Weighed
     process: int
+    allocated: int
     reserved: int
     phases: dict[str, dict[str, int]]
     options: tuple[Option, ...]
@@ -107,7 +108,7 @@ def write_plan(answer: Answer) -> Plan:
         budget={"device_bytes": answer.budget, "host_bytes": answer.host_budget},
         policy=weighed.policy,
         predicted=Predicted(
-            allocated_peak_bytes=weighed.allocated,
+            allocated_peak_bytes=answer.allocated,
             reserved_peak_bytes=answer.reserved,
             process_peak_bytes=answer.process,
             host_peak_bytes=answer.host,

@@ -104,12 +104,14 @@ class CostModel:
         self._native = kind == "cuda" or multiplies(torch.bfloat16)
         self._rules: dict[Any, Callable[..., float] | None] = {
             torch.ops.lowmem_ft.product.default: self._product,
-            torch.ops.lowmem_ft.attention.default: self._attention,
-            torch.ops.lowmem_ft.attention_backward.default: self._attention_backward,
             torch.ops.lowmem_ft.dequantize_4bit.default: self._dequantize_4bit,
             torch.ops.lowmem_ft.dequantize_int8.default: self._dequantize_8bit,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: self._flash,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: self._flash_backward,
+            torch.ops.aten._scaled_dot_product_flash_attention.default: self._flash,
+            torch.ops.aten._scaled_dot_product_flash_attention_backward.default: self._flash_backward_cuda,
+            torch.ops.aten._scaled_dot_product_efficient_attention.default: self._efficient,
+            torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: self._efficient_backward,
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: self._update,
             torch.ops.bitsandbytes.optimizer_update_32bit.default: self._update,
             torch.ops.aten.bernoulli_.float: self._draw,
@@ -151,15 +153,16 @@ class CostModel:
     def _addmm(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         return self._mm(out, a, b)
 
-    def _attention(self, out: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> float:
-        return _attention_work(q, causal=mask is None) / self._rates.attention_forward
+    def _efficient(self, out: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> float:
+        return _attention_work(q, causal=bias is None) / self._rates.attention_forward
 
-    def _attention_backward(
-        self, out: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any
-    ) -> float:
-        return 2.5 * _attention_work(q, causal=mask is None) / self._rates.attention_backward
+    def _efficient_backward(self, out: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> float:
+        return 2.5 * _attention_work(q, causal=bias is None) / self._rates.attention_backward
 
-    def _flash(self, out: Any, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, causal: bool = False) -> float:
+    def _flash_backward_cuda(self, out: Any, dout: Tensor, q: Tensor, *_: Any) -> float:
+        return 2.5 * _attention_work(q, causal=True) / self._rates.attention_backward
+
+    def _flash(self, out: Any, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, causal: bool = False, *_: Any) -> float:
         return _attention_work(q, causal=causal) / self._rates.attention_forward
 
     def _flash_backward(

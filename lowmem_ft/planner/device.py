@@ -16,8 +16,12 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import Profile, load_profile, profile_names
 from lowmem_ft.planner.trace import Cost
+from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
+from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
 from lowmem_ft.quant.products import mm
+from lowmem_ft.runtime.attention import attention
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
+from lowmem_ft.runtime.optim import AdamW
 
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
 # where nvidia-ml-py (extra `gpu`) is not there to measure it.
@@ -34,12 +38,14 @@ class Device:
     """Facts of one device; sizes in bytes, speed in floating-point operations per second.
 
     Attributes:
-        process_bytes: what the process takes of the device before a model is loaded.
+        process_bytes: what the process takes of the device before a model is loaded, beside PyTorch's pool.
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
         profile: name or file of its profile, if that is where the facts come from.
         present: False for a device that is known from its profile only: one can plan for it, not train on it.
         host_free_bytes: beside a card, what the process may take of RAM; 0 where that is unknown, as for a profile.
         host_process_bytes: beside a card, what the process takes of RAM before a model is loaded.
+        compute_capability, sm_count: as in a profile; None and 0 for a CPU.
+        forward_workspace, bias_workspace, backward_workspace: see `profile.Workspaces`; 0 for a CPU.
     """
 
     name: str
@@ -54,6 +60,11 @@ class Device:
     profile: str | None = None
     host_free_bytes: int = 0
     host_process_bytes: int = 0
+    compute_capability: str | None = None
+    sm_count: int = 0
+    forward_workspace: int = 0
+    bias_workspace: int = 0
+    backward_workspace: int = 0
 
     @property
     def torch_device(self) -> torch.device:
@@ -115,6 +126,9 @@ def cost_of(device: Device) -> Cost:
 
 
 def _from_profile(profile: Profile, name: str) -> Device:
+    kept = profile.workspaces
+    if kept is None and profile.architecture != "cpu":
+        kept = derived_workspaces(profile.architecture)
     return Device(
         name=profile.name,
         kind=profile.kind,
@@ -127,6 +141,11 @@ def _from_profile(profile: Profile, name: str) -> Device:
         present=False,
         profile=name,
         host_process_bytes=HOST_PROCESS_BYTES if profile.kind == "cuda" else 0,
+        compute_capability=profile.compute_capability,
+        sm_count=profile.sm_count or 0,
+        forward_workspace=kept.forward.value if kept else 0,
+        bias_workspace=kept.bias.value if kept else 0,
+        backward_workspace=kept.backward.value if kept else 0,
     )
 
 
@@ -147,9 +166,14 @@ def _cpu() -> Device:
 
 
 def _cuda(index: int) -> Device:
+    where, capability = torch.device("cuda", index), torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
-    bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
-    flops = _matmul_flops(torch.device("cuda", index), torch.bfloat16 if bf16 else torch.float16)  # makes the context
+    bf16 = capability >= (8, 0)
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    flops = _matmul_flops(where, dtype)
+    kept = measured_workspaces(where)
+    load_kernels(where, dtype)
+    torch.cuda.empty_cache()  # what was taken so far would count as reserved by the run that follows
     host_free, host_taken = _free_and_taken()
     return Device(
         name=torch.cuda.get_device_name(index),
@@ -162,7 +186,27 @@ def _cuda(index: int) -> Device:
         host_process_bytes=host_taken,
         compute_dtype="bfloat16" if bf16 else "float16",
         flops=flops,
+        compute_capability=f"{capability[0]}.{capability[1]}",
+        sm_count=torch.cuda.get_device_properties(index).multi_processor_count,
+        forward_workspace=kept["forward"],
+        bias_workspace=kept["bias"],
+        backward_workspace=kept["backward"],
     )
+
+
+def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Run what a step runs, once and small: CUDA loads each kernel into the context when it is first called."""
+    x = torch.ones(1, 2, 64, 64, device=device, dtype=dtype).requires_grad_()
+    visible = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bool)
+    for mask in (None, visible):
+        torch.autograd.backward(attention(x, x, x, mask, 0.125).square().sum())
+    for bits in (4, 8):
+        spec = QuantSpec(bits=bits)
+        stored = quantize(x.detach().view(64, -1), spec)
+        dequantize(stored, kind=spec.kind, shape=(64, 128), dtype=dtype)
+    for size in (8, 32):
+        parameter = torch.nn.Parameter(torch.ones(4096, device=device, dtype=dtype))
+        AdamW([parameter], lr=0.0, bits=size).step(gradient=lambda p: torch.ones_like(p, dtype=torch.float32))
 
 
 def _free_and_taken() -> tuple[int, int]:

@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate
+from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate, Workspaces
+from lowmem_ft.planner.workspaces import architecture_of
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
 from lowmem_ft.quant.products import mm, multiplies
 from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.memory import cuda_process_bytes
 from lowmem_ft.runtime.optim import AdamW
 
 Done = Callable[[int, int], None]  # measurements done, in all
@@ -82,17 +84,18 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
         name=re.sub(r"[^a-z0-9]+", "-", f"{platform.node()}-{device.name}".lower()).strip("-")[:60].strip("-"),
         title=device.name,
         kind=device.kind,
-        architecture="cpu" if capability is None else _architecture(capability),
+        architecture="cpu" if capability is None else architecture_of(capability),
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         sm_count=None if capability is None else torch.cuda.get_device_properties(device.index).multi_processor_count,
         memory_bytes=size(device.memory_bytes, "what the driver lets programs have"),
         display_bytes=size(device.memory_bytes - device.free_bytes, "what was taken by others"),
-        context_bytes=size(device.process_bytes, "what the process took before its first tensor"),
+        context_bytes=size(_context_bytes(device), "what the process took beside tensors"),
         flops={name: rate(f"flops.{name}") for name in _dtypes(capability)},
         memory_bandwidth=rate("memory_bandwidth"),
         link_to_device=rate("link_to_device"),
         link_to_host=rate("link_to_host"),
         disk_read=rate("disk_read"),
+        workspaces=_workspaces(device),
         measured=Measured(**{name: rate(name) for name in Measured.model_fields if name in found}),
     )
 
@@ -101,17 +104,28 @@ def _dtypes(capability: tuple[int, int] | None) -> tuple[Dtype, ...]:
     return ("bfloat16", "float16", "float32") if capability is None or capability >= (8, 0) else ("float16", "float32")
 
 
-def _architecture(capability: tuple[int, int]) -> Any:
-    names = {
-        (7, 0): "volta",
-        (7, 5): "turing",
-        (8, 9): "ada",
-        8: "ampere",
-        9: "hopper",
-        10: "blackwell",
-        12: "blackwell",
+def _context_bytes(device: Device) -> int:
+    """What the process takes beside tensors, on CUDA with the kernels that measuring has loaded."""
+    if device.kind == "cpu":
+        return device.process_bytes
+    torch.cuda.empty_cache()
+    now = (cuda_process_bytes(device.index) or 0) - torch.cuda.memory_reserved(device.index)
+    return max(device.process_bytes, now)
+
+
+def _workspaces(device: Device) -> Workspaces | None:
+    """As they were found with the device; a run with the profile plans with them."""
+    if device.kind == "cpu":
+        return None
+    today = datetime.datetime.now(datetime.UTC).date()
+    source = (
+        f"torch.cuda.memory_allocated before and after a first product on {device.name}, PyTorch {torch.__version__}"
+    )
+    found = {
+        name: Bytes(value=getattr(device, f"{name}_workspace"), how="measured", source=source, date=today)
+        for name in Workspaces.model_fields
     }
-    return names.get(capability) or names.get(capability[0], "blackwell")
+    return Workspaces(**found)
 
 
 class _Bench:

@@ -32,9 +32,10 @@ def _size_or_zero(value: Any) -> int:
 
 
 class Figure(Section):
-    """Where a number comes from: a maker's document, a measurement on such a device, or an estimate with its ground."""
+    """Where a number comes from: a maker's document, a measurement on such a device, an estimate with its ground, or
+    the source code that decides it."""
 
-    how: Literal["datasheet", "measured", "estimated"]
+    how: Literal["datasheet", "measured", "estimated", "derived"]
     source: Text
     date: datetime.date
 
@@ -76,6 +77,20 @@ class Measured(Section):
     loops: Rate | None = None
 
 
+class Workspaces(Section):
+    """What cuBLAS holds of PyTorch's pool from its first products on, as long as the process lives.
+
+    Attributes:
+        forward: taken by the thread that runs forward and update.
+        bias: taken in addition where a product adds a bias.
+        backward: taken by autograd's own thread.
+    """
+
+    forward: Bytes
+    bias: Bytes
+    backward: Bytes
+
+
 class Profile(Section):
     """Facts of one device. Each figure's number is its `.value`.
 
@@ -90,6 +105,7 @@ class Profile(Section):
         memory_bandwidth: bytes per second between the device's memory and its processor.
         link_to_device, link_to_host: bytes per second of pinned copies, one direction at a time.
         disk_read: bytes per second, sequential, not from the page cache.
+        workspaces: None: by the architecture, see `planner.workspaces`; not on a CPU.
         measured: then `flops`, too, are what was reached, not a datasheet's; None for a device that nobody measured.
     """
 
@@ -107,6 +123,7 @@ class Profile(Section):
     link_to_device: Rate
     link_to_host: Rate
     disk_read: Rate
+    workspaces: Workspaces | None = None
     measured: Measured | None = None
 
     @model_validator(mode="after")
@@ -125,6 +142,8 @@ class Profile(Section):
                 given=f"{self.kind}, {self.architecture}, {self.compute_capability}, {self.sm_count}",
                 allowed="kind cuda with all of them, or kind cpu with architecture cpu and the other two null",
             )
+        if self.workspaces is not None and self.kind == "cpu":
+            raise ConfigError("workspaces concern CUDA.", given="kind cpu", fix="remove the section")
         wanted = {"float16", "float32"} | ({"bfloat16"} if self._has_bf16 else set())
         if set(self.flops) != wanted:
             raise ConfigError(
@@ -156,7 +175,7 @@ class Profile(Section):
                 found[key] = value
             elif isinstance(value, dict):
                 found |= {f"{key}.{name}": figure for name, figure in value.items()}
-            elif isinstance(value, Measured):
+            elif isinstance(value, (Measured, Workspaces)):
                 found |= {f"{key}.{name}": figure for name, figure in value if figure is not None}
         return found
 

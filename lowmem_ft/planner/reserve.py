@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.trace import Event
@@ -15,14 +18,17 @@ FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocato
 # pieces of less than 4 MiB. Measured after four bare steps: 28 MiB where tensors take 12 to 65 MiB, 94 to 110 where
 # they take 305 to 374; 89 to 93 for a demo that evaluates and saves.
 PROCESS_SLACK, HEAP_SHARE, HEAP_MOST = 92 << 20, 0.10, 96 << 20
-BLAS_WORKSPACE = 32 << 20  # cuBLAS keeps 8.1 MiB in the pool, 32 MiB on Hopper (design.md)
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes that the allocator holds and that the process takes of the device at its peak."""
+    """The most bytes of the device in tensors, held by PyTorch's allocator, and taken by the process.
 
+    On CUDA the allocator counts the first of them: rounded up, and with the workspaces of cuBLAS.
+    """
+
+    allocated: int
     reserved: int
     process: int
 
@@ -31,27 +37,47 @@ def process_estimate(device: Device, allocated: int) -> int:
     """What the process takes when its tensors take `allocated`, about."""
     if device.kind == "cpu":
         return device.process_bytes + allocated + PROCESS_SLACK + min(int(HEAP_SHARE * allocated), HEAP_MOST)
-    return device.process_bytes + BLAS_WORKSPACE + int(allocated * FRAGMENTATION)
+    return device.process_bytes + workspace_bytes(device) + int(allocated * FRAGMENTATION)
+
+
+def workspace_bytes(device: Device) -> int:
+    """What cuBLAS keeps of the pool."""
+    return device.forward_workspace + device.bias_workspace + device.backward_workspace
 
 
 def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
-        return Peak(weighed.allocated, process_estimate(device, weighed.allocated))
-    reserved = reserved_peak(scales.stage.tracer.alive(), weighed.events)
-    return Peak(reserved, device.process_bytes + reserved)
+        return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated))
+    allocator = replayed(device, scales.stage.tracer.alive(), weighed.events)
+    reserved = allocator.reserved_peak
+    return Peak(allocator.allocated_peak, reserved, device.process_bytes + reserved)
 
 
-def reserved_peak(base: Iterable[Event], step: Iterable[Event]) -> int:
-    """The most that PyTorch's caching allocator reserves, with the pieces of `base` held during steps."""
-    allocator = CachingAllocator()
-    allocator.allocate(BLAS_WORKSPACE)
+def allocator_of(device: Device) -> CachingAllocator:
+    """The allocator that a run on `device` will have, with the settings of this process's environment."""
+    return CachingAllocator(
+        expandable_segments=expandable_segments(),
+        address_space=device.memory_bytes + device.memory_bytes // 8,
+        oldest_block_first=torch.__version__.startswith("2.12."),
+    )
+
+
+def replayed(device: Device, base: Iterable[Event], step: Iterable[Event]) -> CachingAllocator:
+    """The allocator after steps with the pieces of `base` held, and with the workspaces of cuBLAS."""
+    allocator = allocator_of(device)
+    for nbytes in (device.forward_workspace, device.bias_workspace):
+        allocator.allocate(nbytes)
     handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
     events = [event for event in step if event.tier == "device"]
+    waiting = device.backward_workspace
     for _ in range(REPEATS):
         for event in events:
+            if waiting and event.phase == "backward":
+                allocator.allocate(waiting)
+                waiting = 0
             if event.nbytes > 0:
                 handles[event.key] = allocator.allocate(event.nbytes)
             else:
                 allocator.free(handles.pop(event.key, 0))
-    return allocator.reserved_peak
+    return allocator

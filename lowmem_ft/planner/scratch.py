@@ -9,20 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowmem_ft.planner.scratch_cuda import Card, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
 
 
-def scratch_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Scratch]:
+def scratch_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Scratch]:
     """Operator -> the pieces that it takes, in bytes, from its arguments."""
-    return _CPU if kind == "cpu" else {}
+    return _CPU if kind == "cpu" else {**_ANYWHERE, **scratch_on(card)}
 
 
-def whole_of(kind: Literal["cpu", "cuda"]) -> Mapping[Any, Whole]:
+def whole_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Whole]:
     """Our own operators that are traced as their implementation for the device, with all that it allocates."""
-    return _WHOLE_CPU if kind == "cpu" else {}
+    return _WHOLE_CPU if kind == "cpu" else whole_on(card)
 
 
 def _flash_blocks(q: Tensor) -> tuple[int, int, int]:
@@ -155,7 +156,9 @@ _SCATTERS = (
     "scatter_add_.default",
 )
 _POINTWISE = ("add", "sub", "mul", "div")
+_ANYWHERE: Mapping[Any, Scratch] = {torch.ops.aten._safe_softmax.default: _safe_softmax}
 _CPU: Mapping[Any, Scratch] = {
+    **_ANYWHERE,
     **dict.fromkeys(overloads(*(f"{name}.Tensor" for name in _POINTWISE)), _promoted),
     **dict.fromkeys(overloads(*(f"{name}_.Tensor" for name in _POINTWISE)), _promoted_in_place),
     torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
@@ -165,7 +168,6 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,
     torch.ops.aten.sort.stable: _sort,
-    torch.ops.aten._safe_softmax.default: _safe_softmax,
     torch.ops.aten.sum.dim_IntList: _sum,
     torch.ops.aten.sum.default: _sum,
     torch.ops.aten.linalg_vector_norm.default: _vector_norm,

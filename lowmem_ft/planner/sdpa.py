@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.attention import additive, attention, repeated
 
 
 @contextmanager
@@ -95,5 +95,10 @@ def _on_cuda(
     if dropout_p > 0 or query.ndim != 4 or query.shape[-1] != value.shape[-1]:
         return None
     mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask == 0
-    out = attention(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
-    return out.transpose(1, 2)
+    if key.shape[2] == query.shape[2]:
+        out = attention(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        return out.transpose(1, 2)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default  # a prefix, which comes with a mask
+    key, value = repeated(query, key), repeated(query, value)
+    longer: Tensor = efficient(query, key, value, additive(query, mask), True, 0.0, is_causal, scale=scale)[0]
+    return longer

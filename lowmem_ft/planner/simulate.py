@@ -21,6 +21,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.planner.scratch import scratch_of, whole_of
+from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.runtime.activations import apply_activation_policy
@@ -58,7 +59,12 @@ class Simulation:
 
 
 def simulate(
-    config: RunConfig, policy: Policy, *, kind: Literal["cpu", "cuda"], loss_tokens: int | None = None
+    config: RunConfig,
+    policy: Policy,
+    *,
+    kind: Literal["cpu", "cuda"],
+    loss_tokens: int | None = None,
+    card: Card | None = None,
 ) -> Simulation:
     """Run one step of `config` under `policy` without data.
 
@@ -67,8 +73,9 @@ def simulate(
     Args:
         kind: of the device that is planned for.
         loss_tokens: of each micro-batch; by default all of its tokens, which is the most.
+        card: see `Stage`.
     """
-    stage = Stage(config, policy, kind=kind)
+    stage = Stage(config, policy, kind=kind, card=card)
     trace = stage.step(policy, keep=policy.keep_blocks, loss_tokens=loss_tokens)
     trained = len(trace.events)
     stage.evaluate(policy, loss_tokens=loss_tokens)
@@ -95,6 +102,7 @@ class Stage:
         policy: of it precision, compute dtype and optimizer hold for all steps.
         kind: of the device that is planned for.
         cost: see `Tracer`.
+        card: of CUDA; by default an A100.
 
     Attributes:
         ready: the assembled model.
@@ -103,10 +111,17 @@ class Stage:
     """
 
     def __init__(
-        self, config: RunConfig, policy: Policy, *, kind: Literal["cpu", "cuda"], cost: Cost | None = None
+        self,
+        config: RunConfig,
+        policy: Policy,
+        *,
+        kind: Literal["cpu", "cuda"],
+        cost: Cost | None = None,
+        card: Card | None = None,
     ) -> None:
         self.config, self.kind = config, kind
-        self.tracer = Tracer(scratch_of(kind), whole_of(kind), cost)
+        card = card or Card()
+        self.tracer = Tracer(scratch_of(kind, card), whole_of(kind, card), cost)
         with self.tracer:
             self.ready = assemble(config, policy, torch.device("meta"))
         self.ready.activations.remove()  # each step decides anew

@@ -24,6 +24,7 @@ from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, cost_of, find_device
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
 from lowmem_ft.planner.reserve import process_estimate, process_peak
+from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
@@ -144,7 +145,7 @@ class Search:
     def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> None:
         self.config, self.device = config, device
         self._start = first_policy(config, device, bits)
-        self.scales = Scales(config, self._start, kind=device.kind, cost=cost_of(device))
+        self.scales = Scales(config, self._start, kind=device.kind, cost=cost_of(device), card=Card.of(device))
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
         self._size(config)
@@ -229,8 +230,8 @@ class Search:
         phases = self._aside.phases(self.device, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
-            process=max(phases[name]["device_bytes"] for name in OF_A_RUN), reserved=peak.reserved, phases=phases,
-            options=tuple(options), tokens=self.tokens,
+            process=max(phases[name]["device_bytes"] for name in OF_A_RUN), allocated=peak.allocated,
+            reserved=peak.reserved, phases=phases, options=tuple(options), tokens=self.tokens,
         )  # fmt: skip
 
     def _keep_choices(self) -> Sequence[int]:

@@ -14,6 +14,7 @@ from typing import Literal
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.compose import Pieces, Place, Segment, peak, segment_of, segments, shorten, unroll
+from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
@@ -51,6 +52,7 @@ class Scales:
         start: of it precision, compute dtype and optimizer hold for all.
         kind: of the device.
         cost: of its operations, see `Tracer`.
+        card: see `Stage`.
 
     Attributes:
         stage: the model without data.
@@ -60,8 +62,16 @@ class Scales:
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
     """
 
-    def __init__(self, config: RunConfig, start: Policy, *, kind: Literal["cpu", "cuda"], cost: Cost) -> None:
-        self.stage = Stage(config, start, kind=kind, cost=cost)
+    def __init__(
+        self,
+        config: RunConfig,
+        start: Policy,
+        *,
+        kind: Literal["cpu", "cuda"],
+        cost: Cost,
+        card: Card | None = None,
+    ) -> None:
+        self.stage = Stage(config, start, kind=kind, cost=cost, card=card)
         self.depth = len(self.stage.blocks)
         self._tier: Tier | None = None if kind == "cpu" else "device"
         self.held = next(reversed(list(self.stage.tracer.trace.curve(self._tier))))

@@ -204,25 +204,41 @@ torch.library.impl("lowmem_ft::attention", "CPU", attention_cpu)
 torch.library.impl("lowmem_ft::attention_backward", "CPU", attention_backward_cpu)
 
 
-@torch.library.impl("lowmem_ft::attention", "CUDA")
-def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if _flash(q, mask):
+def attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    capability: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """On a card of this compute capability; by default that which holds the tensors."""
+    if _flash(q, mask, capability):
         result = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, False, scale=scale)
     else:
-        k, v = _repeated(q, k), _repeated(q, v)
+        k, v = repeated(q, k), repeated(q, v)
         result = torch.ops.aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, _bias(q, mask), True, 0.0, mask is None, scale=scale
+            q, k, v, additive(q, mask), True, 0.0, mask is None, scale=scale
         )
     return result[0].transpose(1, 2).contiguous(), result[1]
 
 
-@torch.library.impl("lowmem_ft::attention_backward", "CUDA")
-def _attention_backward_cuda(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+def attention_backward_cuda(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     length, none = q.shape[2], torch.zeros(2, dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
-    if _flash(q, mask):
+    if _flash(q, mask, capability):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
         dq, dk, dv = flash(
             *(dout, q, k, v, out, lse, None, None, length, length, 0.0, True, none, none[0]), scale=scale
@@ -230,7 +246,7 @@ def _attention_backward_cuda(
         return dq, dk, dv
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
     dq, dk, dv, _ = efficient(
-        *(dout, q, _repeated(q, k), _repeated(q, v), _bias(q, mask), out, lse, none[0], none[1], 0.0),
+        *(dout, q, repeated(q, k), repeated(q, v), additive(q, mask), out, lse, none[0], none[1], 0.0),
         *([True, True, True, False], mask is None),
         scale=scale,
     )
@@ -238,23 +254,27 @@ def _attention_backward_cuda(
     return dq, *(t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
 
 
-def _flash(q: Tensor, mask: Tensor | None) -> bool:
+torch.library.impl("lowmem_ft::attention", "CUDA", attention_cuda)
+torch.library.impl("lowmem_ft::attention_backward", "CUDA", attention_backward_cuda)
+
+
+def _flash(q: Tensor, mask: Tensor | None, capability: tuple[int, int] | None) -> bool:
     """Whether FlashAttention takes it: no mask, 16-bit floats, Ampere or newer, head sizes it is built for."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return mask is None and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return mask is None and fits and (capability or torch.cuda.get_device_capability(q.device)) >= (8, 0)
 
 
-def _repeated(q: Tensor, k: Tensor) -> Tensor:
+def repeated(q: Tensor, k: Tensor) -> Tensor:
     """Keys or values, one for each query head."""
     share = q.shape[1] // k.shape[1]
     return k if share == 1 else k.repeat_interleave(share, 1)
 
 
-def _bias(q: Tensor, mask: Tensor | None) -> Tensor | None:
+def additive(q: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask as the memory-efficient kernel wants it: additive, lines aligned to 16 elements, one for each head."""
     if mask is None:
         return None
-    length = q.shape[2]
-    lines = q.new_zeros(*mask.shape[:3], -(-length // 16) * 16)[..., :length]
+    keys = mask.shape[3]
+    lines = q.new_zeros(*mask.shape[:3], -(-keys // 16) * 16)[..., :keys]
     lines.masked_fill_(~mask, torch.finfo(q.dtype).min)
-    return lines.expand(q.shape[0], q.shape[1], length, length)
+    return lines.expand(q.shape[0], q.shape[1], q.shape[2], keys)

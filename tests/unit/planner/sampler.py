@@ -40,11 +40,19 @@ PEFT: list[dict[str, Any]] = [
 ]
 
 
-def draw(generator: random.Random, shape: tuple[int, int, int, int] = (48, 80, 2, 131)) -> dict[str, Any]:
-    """An architecture, its size (hidden, inner, blocks, vocabulary) and the sections of a config."""
+def draw(
+    generator: random.Random,
+    shape: tuple[int, int, int, int] = (48, 80, 2, 131),
+    lengths: tuple[int, int, int] = (128, 200, 256),
+) -> dict[str, Any]:
+    """An architecture, its size (hidden, inner, blocks, vocabulary) and the sections of a config.
+
+    Args:
+        lengths: of sequences, of which one is drawn.
+    """
     pick = generator.choice
     name = pick(DENSE * 2 + MIXTURES)
-    length, rows, batches = pick([128, 200, 256]), pick([1, 2, 3, 4]), pick([1, 1, 2])
+    length, rows, batches = pick(lengths), pick([1, 2, 3, 4]), pick([1, 1, 2])
     adapter = _adapter(generator, name, shape[2])
     prompted = adapter.get("peft", {}).get("num_virtual_tokens") is not None
     keep = pick([0, shape[2], generator.randrange(shape[2] + 1)])
@@ -53,6 +61,7 @@ def draw(generator: random.Random, shape: tuple[int, int, int, int] = (48, 80, 2
     return {
         "architecture": name,
         "shape": shape,
+        "positions": 2 * max(lengths),
         "sections": {
             "quant": quant,
             "adapter": adapter,
@@ -86,14 +95,28 @@ def _adapter(generator: random.Random, name: str, blocks: int) -> dict[str, Any]
     return settings | generator.choice(options)
 
 
+_HEADS = {"bloom": "n_head", "gpt_neo": "num_heads"}
+
+
+def settings_of(drawn: dict[str, Any]) -> dict[str, Any]:
+    """Of `tests.models.tiny_config`, for what was drawn."""
+    name, positions = drawn["architecture"], drawn["positions"]
+    return {"max_position_embeddings": positions, **sizes_of(name, drawn["shape"], positions)}
+
+
+def prepared(drawn: dict[str, Any], folder: Path) -> tuple[RunConfig, Policy]:
+    """What was drawn as a config, whose model lies in `folder`, and as the policy that it pins."""
+    name, settings = drawn["architecture"], settings_of(drawn)
+    key = hashlib.sha256(json.dumps([name, settings]).encode()).hexdigest()[:12]
+    if not (folder / key).exists():
+        save_tiny(name, folder / key, **settings)
+    config = RunConfig.from_dict({"model": str(folder / key), **drawn["sections"]})
+    return config, policy_of(config, drawn["shape"][2])
+
+
 def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What was drawn, with simulated / measured - 1 of a training and an evaluation step."""
-    name = drawn["architecture"]
-    key = hashlib.sha256(json.dumps([name, drawn["shape"]]).encode()).hexdigest()[:12]
-    if not (folder / key).exists():
-        save_tiny(name, folder / key, max_position_embeddings=512, **sizes_of(name, drawn["shape"]))
-    config = RunConfig.from_dict({"model": str(folder / key), **drawn["sections"]})
-    policy = policy_of(config, drawn["shape"][2])
+    config, policy = prepared(drawn, folder)
     batches = full_batches(config, policy, vocabulary=100)
     simulated = simulate(config, policy, kind="cpu", loss_tokens=batches[0].loss_tokens)
     train, evaluation = measured_train_peak(config, policy, batches), measured_eval_peak(config, policy, batches[0])
@@ -107,16 +130,23 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def sizes_of(name: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Settings of `tests.models.tiny_config` that give architecture `name` this shape."""
+def sizes_of(name: str, shape: tuple[int, int, int, int], positions: int = 512) -> dict[str, Any]:
+    """Settings of `tests.models.tiny_config` that give architecture `name` this shape; heads of at most 128."""
     hidden, inner, blocks, vocabulary = shape
+    heads = max(4, hidden // 128)
     if name in ("gpt2", "gptj"):
-        return {"n_embd": hidden, "n_layer": blocks, "n_positions": 512, "vocab_size": vocabulary}
+        own = {"n_embd": hidden, "n_layer": blocks, "n_positions": positions, "vocab_size": vocabulary}
+        return own | ({"n_head": heads} if heads > 4 else {})
     if name == "mpt":
-        return {"d_model": hidden, "n_layers": blocks, "max_seq_len": 512, "vocab_size": vocabulary}
+        own = {"d_model": hidden, "n_layers": blocks, "max_seq_len": positions, "vocab_size": vocabulary}
+        return own | ({"n_heads": heads} if heads > 4 else {})
     found = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": vocabulary}
     if name in ("gemma2", "gemma3", "mistral", "qwen3", "qwen3_moe", "glm4", "gpt_oss"):
-        found["head_dim"] = hidden // 4
+        found["head_dim"] = hidden // heads
+    if heads > 4:
+        found[_HEADS.get(name, "num_attention_heads")] = heads
+        if name == "deepseek_v3":  # whose query heads share no keys
+            found["num_key_value_heads"] = heads
     if name == "opt":
         found |= {"ffn_dim": inner, "word_embed_proj_dim": hidden}
     if name == "gpt_neo":

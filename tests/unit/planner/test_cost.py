@@ -43,9 +43,20 @@ def test_arithmetic_of_known_operations() -> None:
     assert seconds(ours.product.default, *low_rank, **one) == 2 * 3 * 5 * 7 + 2 * 3 * 2 * (5 + 7)
     qkv = (meta(2, 4, 16, 8), meta(2, 2, 16, 8), meta(2, 2, 16, 8))
     causal = 2 * 2 * 4 * 16 * 16 * 8
-    assert seconds(ours.attention.default, *qkv, None, 1.0, attention_forward=1.0) == causal
-    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool, device="meta")
-    assert seconds(ours.attention.default, *qkv, mask, 1.0, attention_forward=1.0) == 2 * causal
+    flash, efficient = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention
+    mask = meta(2, 4, 16, 16)
+    assert seconds(flash.default, *qkv, 0.0, True, attention_forward=1.0) == causal
+    assert seconds(efficient.default, *qkv, None, True, 0.0, True, attention_forward=1.0) == causal
+    assert seconds(efficient.default, *qkv, mask, True, attention_forward=1.0) == 2 * causal
+    saved = (qkv[0], meta(2, 4, 16, dtype=torch.float32))
+    seed = meta(2, dtype=torch.int64)
+    back = aten._scaled_dot_product_flash_attention_backward.default
+    rest = (*saved, None, None, 16, 16, 0.0, True, seed, seed)
+    assert seconds(back, qkv[0], *qkv, *rest, attention_backward=1.0) == 2.5 * causal
+    back = aten._scaled_dot_product_efficient_attention_backward.default
+    rest = (*saved, seed, seed, 0.0, [True, True, True, False])
+    assert seconds(back, qkv[0], *qkv, None, *rest, attention_backward=1.0) == 2.5 * causal
+    assert seconds(back, qkv[0], *qkv, mask, *rest, attention_backward=1.0) == 5 * causal
     assert seconds(aten.bernoulli_.float, meta(6), 0.5, draws=2.0) == 3
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lowmem_ft.cli.app import app
@@ -34,3 +36,18 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert cost_of(device)
     shown = CliRunner().invoke(app, ["profiles", "show", str(file)])
     assert "measured.dequantize_4bit" in shown.output
+
+
+def test_what_a_card_keeps_besides_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = replace(find_device("h100-80gb"), process_bytes=400, forward_workspace=32, bias_workspace=1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
+    monkeypatch.setattr(module, "cuda_process_bytes", lambda _: 530)
+    assert module._context_bytes(card) == 500, "kernels were loaded since the device was found"
+    monkeypatch.setattr(module, "cuda_process_bytes", lambda _: None)
+    assert module._context_bytes(card) == 400
+    kept = module._workspaces(card)
+    assert kept is not None
+    assert (kept.forward.value, kept.bias.value, kept.backward.value) == (32, 1, card.backward_workspace)
+    assert {figure.how for _, figure in kept} == {"measured"}
+    assert module._workspaces(find_device("cpu")) is None

@@ -148,7 +148,7 @@ BROKEN: list[tuple[str, Any, list[str]]] = [
     ("link_to_host.value", float("inf"), ["'link_to_host.value'", "a finite number"]),
     ("link_to_host.value", "fast", ["'link_to_host.value'", "fast"]),
     ("link_to_host.value", True, ["link_to_host", "takes no boolean"]),
-    ("disk_read.how", "guessed", ["'disk_read.how'", "'datasheet', 'measured' or 'estimated'"]),
+    ("disk_read.how", "guessed", ["'disk_read.how'", "'datasheet', 'measured', 'estimated' or 'derived'"]),
     ("disk_read.source", "  ", ["'disk_read.source'"]),
     ("disk_read.date", "yesterday", ["'disk_read.date'", "yesterday"]),
     ("name", "RTX 4060", ["'name'", "RTX 4060"]),

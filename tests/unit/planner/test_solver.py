@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -352,14 +353,18 @@ def test_what_is_free_of_the_host_is_its_budget(models: dict[str, Path]) -> None
 def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     facts: dict[str, Any] = {
         "device_count": 1, "mem_get_info": (10, 20), "get_device_capability": (8, 6), "get_device_name": "card",
-        "memory_reserved": 2,
+        "memory_reserved": 2, "empty_cache": None, "get_device_properties": SimpleNamespace(multi_processor_count=28),
     }  # fmt: skip
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(device_facts, "_matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(device_facts, "cuda_process_bytes", lambda _: 7)
+    monkeypatch.setattr(device_facts, "load_kernels", lambda *_: None)
+    monkeypatch.setattr(device_facts, "measured_workspaces", lambda _: {"forward": 3, "bias": 0, "backward": 4})
     card, cpu = find_device("cuda:0"), find_device("cpu")
     assert (card.free_bytes, card.process_bytes) == (10, 5)
+    assert (card.compute_capability, card.sm_count) == ("8.6", 28)
+    assert (card.forward_workspace, card.bias_workspace, card.backward_workspace) == (3, 0, 4)
     assert card.host_process_bytes == pytest.approx(cpu.process_bytes, rel=0.1)
     assert card.host_free_bytes == pytest.approx(cpu.free_bytes, rel=0.2), "other processes run beside this one"
 

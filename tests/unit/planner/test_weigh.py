@@ -10,7 +10,8 @@ import pytest
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import unroll
-from lowmem_ft.planner.reserve import reserved_peak
+from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.weigh import Scales
 from tests.models import tiny_config
@@ -70,8 +71,9 @@ def test_reserved_is_above_allocated_and_counts_the_device_alone(tmp_path: Path)
     _, made = scales("llama", tmp_path, kind="cuda")
     weighed = made.weigh(policy(rows=8, seq_len=SEQ_LEN, keep=0, depth=DEPTH))
     step, base = unroll(weighed.places, DEPTH), made.stage.tracer.alive()
-    reserved = reserved_peak(base, step)
-    assert reserved > weighed.allocated
+    card = find_device("rtx-3060-12gb")
+    allocator = replayed(card, base, step)
+    assert allocator.reserved_peak >= allocator.allocated_peak > weighed.allocated + card.forward_workspace
     on_device = [event for event in step if event.tier == "device"]
     assert len(on_device) < len(step), "the batch comes from the host"
-    assert reserved_peak(base, on_device) == reserved
+    assert replayed(card, base, on_device).reserved_peak == allocator.reserved_peak

@@ -1,0 +1,195 @@
+"""What operators take inside on a CUDA card, by the card's architecture: from the sources of PyTorch 2.13.
+
+Nothing here was measured yet. `planner.calibrate` holds it against what a real card records and says what is missing.
+Letters in shapes: B rows, H query heads, T positions, E head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.trace import Scratch, Whole, overloads
+from lowmem_ft.runtime import attention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What decides which kernels run.
+
+    Attributes:
+        capability: compute capability, such as (8, 6).
+        processors: streaming multiprocessors.
+    """
+
+    capability: tuple[int, int] = (8, 0)
+    processors: int = 108
+
+    @classmethod
+    def of(cls, device: Device) -> Card:
+        """The card of a CUDA device; of a CPU one that is never asked."""
+        if device.compute_capability is None:
+            return cls()
+        major, minor = device.compute_capability.split(".")
+        return cls(capability=(int(major), int(minor)), processors=device.sm_count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A backward kernel of memory-efficient attention: queries and keys that a block works on."""
+
+    queries: int
+    keys: int
+
+
+# aten/native/transformers/cuda/mem_eff_attention/kernels/cutlassB.h: the largest head size -> kernels for it. The first
+# whose shared memory the card has is taken; which one that is is not known here, so that the larger scratch counts.
+_EFFICIENT: Mapping[int, tuple[_Tile, ...]] = {
+    64: (_Tile(64, 64),),
+    128: (_Tile(128, 128), _Tile(128, 64), _Tile(64, 64)),
+    1 << 16: (_Tile(128, 64), _Tile(64, 64)),
+}
+
+
+def scratch_on(card: Card) -> Mapping[Any, Scratch]:
+    """Operator -> the pieces that it takes on `card`, in bytes, from its arguments."""
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention.default: functools.partial(_flash, card),
+        aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        aten._scaled_dot_product_efficient_attention.default: _efficient,
+        aten._scaled_dot_product_efficient_attention_backward.default: functools.partial(_efficient_backward, card),
+        aten.embedding_dense_backward.default: _embedding_backward,
+        aten.nonzero_static.default: functools.partial(_nonzero, card),
+        **dict.fromkeys(overloads("sort.stable", "sort.default"), _sort),
+        torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
+    }
+
+
+def whole_on(card: Card) -> Mapping[Any, Whole]:
+    """Our own operators that are traced as their implementation for `card`, with all that it allocates."""
+
+    def on_card(implementation: Callable[..., Any]) -> Whole:
+        return functools.partial(implementation, capability=card.capability), lambda *_: 1.0
+
+    return {
+        torch.ops.lowmem_ft.attention.default: on_card(attention.attention_cuda),
+        torch.ops.lowmem_ft.attention_backward.default: on_card(attention.attention_backward_cuda),
+    }
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def _flash(card: Card, q_BHTE: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Where rows and heads are too few for all processors, keys are split, and each part has its own sums in fp32.
+
+    aten/native/transformers/cuda/flash_attn/flash_api.cpp, `set_params_splitkv`.
+    """
+    rows, heads, length, size = q_BHTE.shape
+    splits = _flash_splits(card, rows * heads * -(-length // 64), k.shape[2], size)
+    if splits == 1:
+        return []
+    sums = 4 * splits * rows * heads * length
+    return [sums, sums * _round_up(size, 32 if size <= 128 else 64)]
+
+
+def _flash_splits(card: Card, tiles: int, keys: int, size: int) -> int:
+    """`num_splits_heuristic` there: the fewest splits that keep 85% of the best occupancy of half-processors."""
+    places = 2 * card.processors
+    blocks = -(-keys // (256 if size <= 64 else 128 if size <= 128 else 64))
+    if tiles >= 0.8 * places:
+        return 1
+    occupancy: dict[int, float] = {}
+    for splits in range(1, min(128, places, blocks) + 1):
+        if splits == 1 or -(-blocks // splits) != -(-blocks // (splits - 1)):
+            waves = tiles * splits / places
+            occupancy[splits] = waves / math.ceil(waves)
+    best = max(occupancy.values())
+    return next(splits for splits, share in occupancy.items() if share >= 0.85 * best)
+
+
+def _flash_backward(dout: Tensor, q_BHTE: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Sums of fp32 for dq, and dk and dv of each query head where heads share keys: `mha_bwd` in flash_api.cpp."""
+    rows, heads, length, size = q_BHTE.shape
+    copied = [] if dout.transpose(1, 2).is_contiguous() else [dout.nbytes]
+    lines = rows * heads * _round_up(length, 128)
+    sums = [4 * lines, 4 * lines * _round_up(size, 32 if size <= 128 else 64)]
+    expanded = q_BHTE.element_size() * rows * k.shape[2] * heads * size
+    return [*copied, *sums, *([expanded] * 2 if k.shape[1] != heads else [])]
+
+
+def _efficient(q_BHTE: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> list[int]:
+    """The output in fp32, where a 16-bit one does not fit the registers (`kNeedsOutputAccumulatorBuffer` in
+    mem_eff_attention/kernel_forward.h)."""
+    wide = v.shape[3] > 128 and q_BHTE.element_size() < 4
+    return [4 * q_BHTE.shape[0] * q_BHTE.shape[1] * q_BHTE.shape[2] * v.shape[3]] if wide else []
+
+
+def _efficient_backward(card: Card, dout: Tensor, q_BHTE: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    """What aten/native/transformers/cuda/attention_backward.cu takes, and the kernel's own workspace.
+
+    The sum of dout * out over E is taken by the kernel, or from copies in fp32 where that does not.
+    """
+    rows, heads, length, size = q_BHTE.shape
+    half = q_BHTE.element_size() < 4
+    pieces = [] if dout.transpose(1, 2).is_contiguous() else [dout.nbytes]
+    whole, sums = 4 * q_BHTE.numel(), 4 * rows * heads * length
+    if half and (card.capability[0] > 7 or card.capability == (7, 5)):
+        pieces.append(sums)
+    else:
+        pieces += [whole, whole, whole, sums, sums] if half else [whole, sums, sums]
+    largest = next(limit for limit in _EFFICIENT if size <= limit)
+    pieces.append(max(_gradient_sums(tile, largest, q_BHTE, k.shape[2]) for tile in _EFFICIENT[largest]))
+    return pieces
+
+
+def _gradient_sums(tile: _Tile, largest: int, q_BHTE: Tensor, keys: int) -> int:
+    """`workspace_size` in mem_eff_attention/kernel_backward.h: fp32 sums of dq for each tile of queries, and of dk and
+    dv for each split of the keys where these do not fit the registers."""
+    rows, heads, length, size = q_BHTE.shape
+    columns = -(-length // tile.queries) * -(-size // tile.keys)
+    elements = columns * (4 + tile.queries * tile.keys)  # four for the lock
+    if q_BHTE.element_size() == 2 and largest > tile.queries:
+        splits = max(1, min(-(-keys // tile.keys), 200 // (rows * heads)))
+        elements += 2 * splits * tile.keys * _round_up(size, tile.queries)
+    return 4 * rows * heads * _round_up(elements, 4)
+
+
+def _embedding_backward(dout: Tensor, indices: Tensor, vocabulary: int, *_: Any) -> list[int]:
+    """Positions are sorted by token, and rows of one token summed in fp32, ten at a time: aten/native/cuda/Embedding.cu
+    and EmbeddingBackwardKernel.cu. Up to 3072 positions another kernel takes nothing."""
+    count, size = indices.numel(), dout.shape[-1]
+    if count <= 3072:
+        return []
+    tokens = min(count, vocabulary)
+    parts = count // 10 + tokens
+    return [*[8 * count] * 5, *[8 * tokens] * 2, 8 * parts, 4 * parts * size]
+
+
+def _nonzero(card: Card, x: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Counts of each block, and their sums: aten/native/cuda/Nonzero.cu."""
+    items = 512 * 16
+    blocks = -(-x.numel() // items)
+    each = -(-blocks // ((2 if x.element_size() == 1 else 1) * card.processors)) or 1
+    blocks = -(-x.numel() // (each * items))
+    return [4 * blocks, 8 * blocks]
+
+
+def _sort(x: Tensor, *_: Any, **__: Any) -> list[int]:
+    """cub's radix sort passes values and positions to and fro; short lines are sorted where they lie
+    (aten/native/cuda/Sort.cpp)."""
+    return [] if x.numel() <= 4096 else [x.nbytes + 8 * x.numel(), 8 * x.numel()]
+
+
+def _dequantize_int8(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> list[int]:
+    """Ours (`quant.ops`): the scale of one step; the product casts in its registers."""
+    return [scale.nbytes]

@@ -1,0 +1,80 @@
+"""What is planned for a step on CUDA against what the card takes: workspaces, peaks, and event by event.
+
+Each setting of the allocator has a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.plan_accuracy import CUDA_LENGTHS, CUDA_SHAPES
+from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.measure import measure as measure_profile
+from lowmem_ft.planner.profile import write_profile
+from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.workspaces import architecture_of, derived_workspaces, measured_workspaces
+from tests.unit.planner.on_cuda import judge, measure, predict
+from tests.unit.planner.sampler import draw, prepared
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parent.parent.parent
+UNDER, OVER = 0.0, 0.03  # the planner's promise for reserved bytes
+
+
+def test_workspaces_are_those_of_the_architecture() -> None:
+    measured = measured_workspaces(torch.device("cuda"))
+    derived = derived_workspaces(architecture_of(torch.cuda.get_device_capability()))
+    assert measured == {name: figure.value for name, figure in derived}
+    assert measured_workspaces(torch.device("cuda")) == measured, "measured anew, whatever was there before"
+
+
+def test_a_measured_profile_plans_as_the_card_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_ft.planner.measure.SECONDS", 0.01)
+    card = find_device("cuda")
+    write_profile(measure_profile(card), tmp_path / "own.yaml")
+    known = find_device(str(tmp_path / "own.yaml"))
+    for name in ("forward_workspace", "bias_workspace", "backward_workspace", "compute_capability", "sm_count"):
+        assert getattr(known, name) == getattr(card, name)
+    assert known.process_bytes >= card.process_bytes
+
+
+@pytest.mark.parametrize("expandable", [False, True], ids=["native", "expandable"])
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_take_what_was_planned(seed: int, expandable: bool) -> None:
+    setting = f"expandable_segments:{expandable}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.test_planned", str(seed)],
+        cwd=ROOT,
+        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def judged(seed: int) -> dict[str, Any]:
+    drawn = draw(random.Random(seed), CUDA_SHAPES["small"], CUDA_LENGTHS)
+    card = find_device("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        config, policy = prepared(drawn, Path(folder))
+        batches = full_batches(config, policy, vocabulary=100)
+        predicted = predict(config, policy, card, loss_tokens=batches[0].loss_tokens)
+        return {**drawn, **judge(predicted, *measure(config, policy, card, batches))}
+
+
+if __name__ == "__main__":
+    one = judged(int(sys.argv[1]))
+    print(one)
+    for kind in ("allocated", "reserved"):
+        assert UNDER <= one[f"{kind}_error"] <= OVER, (kind, one["first_difference"])
+    assert not any(nbytes > 1 << 20 for _, pieces, _ in one["scratch"] for nbytes in pieces), one["scratch"]

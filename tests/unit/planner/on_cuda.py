@@ -1,0 +1,77 @@
+"""A configuration's memory on CUDA as it is planned and as a card records it, and what the one says of the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_ft.assemble import assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.packing import Batch
+from lowmem_ft.planner.calibrate import Recording, compare, record
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.reserve import replayed
+from lowmem_ft.planner.scratch_cuda import Card
+from lowmem_ft.planner.simulate import Stage
+from lowmem_ft.planner.trace import Event, with_key
+from lowmem_ft.step import train_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """Peak bytes of a first step, and the events of a later micro-batch, which recomputes less."""
+
+    allocated: int
+    reserved: int
+    process: int
+    later: Sequence[Event]
+
+
+def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: int) -> Predicted:
+    """As `planner.reserve` does for a plan, but with every block traced."""
+    stage = Stage(config, policy, kind="cuda", card=Card.of(device))
+
+    def step(*, settled: bool) -> list[Event]:
+        trace = stage.step(policy, keep=policy.keep_blocks, loss_tokens=loss_tokens, settled=settled)
+        return trace.events
+
+    held = stage.tracer.alive()
+    before = {event.key for event in held}  # which `replayed` knows by negative keys, as in a composed step
+    taken = [event for event in step(settled=False) if event.phase != "load"]
+    first = [with_key(event, -event.key, event.block) if event.key in before else event for event in taken]
+    allocator = replayed(device, held, first)
+    return Predicted(
+        allocated=allocator.allocated_peak,
+        reserved=allocator.reserved_peak,
+        process=device.process_bytes + allocator.reserved_peak,
+        later=step(settled=True),
+    )
+
+
+def measure(config: RunConfig, policy: Policy, device: Device, batches: Sequence[Batch]) -> tuple[Recording, Recording]:
+    """A first step, and a later one with a single micro-batch."""
+    gc.collect()  # what another configuration has left would be counted
+    torch.cuda.empty_cache()
+    ready = assemble(config, policy, device.torch_device)
+    steps = (batches, batches[:1])
+    first, later = (record(lambda it=it: train_step(ready, it, lr=1e-4), device.torch_device) for it in steps)
+    return first, later
+
+
+def judge(predicted: Predicted, first: Recording, later: Recording) -> dict[str, Any]:
+    """Predicted / recorded - 1 of each peak, and the differences event by event."""
+    found = compare(predicted.later, later.events)
+    pairs = {name: (getattr(predicted, name), getattr(first, name)) for name in ("allocated", "reserved", "process")}
+    return {
+        **{f"{name}_bytes": recorded for name, (_, recorded) in pairs.items()},
+        **{f"{name}_error": ours / theirs - 1 for name, (ours, theirs) in pairs.items() if theirs},
+        "events": {"equal": found.equal, "differing": found.differing, "moved": found.moved},
+        "first_difference": str(found.differences[0]) if found.differences else None,
+        "by_op": found.by_op(),
+        "scratch": [[op, list(pieces), times] for (op, pieces), times in found.scratch().items()],
+    }
