@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
+from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, Tier
 
@@ -102,7 +103,8 @@ def assemble(
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
     swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
     pieces = streamable(model)
-    streaming = _streaming(model, pieces, policy, device, folder=Path(config.cache or config.output))
+    folder = Path(config.cache or config.output)  # of files that have no name
+    streaming = _streaming(model, pieces, policy, device, folder)
     if not simulated:
 
         def place(name: str, tensor: Tensor) -> Tensor:
@@ -137,7 +139,12 @@ def assemble(
         head=head_of(equipped),  # after the adapter, which may have put a trained copy in its place
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
-        activations=apply_activation_policy(model, keep=policy.keep_blocks),
+        activations=apply_activation_policy(
+            model,
+            keep=policy.keep_blocks,
+            offload=policy.offload_blocks,
+            shelf=Shelf(policy.offload_blocks, _below(device, "host", folder)),
+        ),
         streamable=pieces,
     )
     if optimizer:
@@ -149,19 +156,24 @@ def assemble(
 
 
 def _streaming(
-    model: PreTrainedModel, pieces: Sequence[list[Piece]], policy: Policy, device: torch.device, *, folder: Path
+    model: PreTrainedModel, pieces: Sequence[list[Piece]], policy: Policy, device: torch.device, folder: Path
 ) -> Streaming | None:
-    """The blocks that `policy` streams, from where it says; a file of theirs lies in `folder`."""
+    """The blocks that `policy` streams, from where it says."""
     blocks = {index: pieces[index] for index in spread(len(pieces), policy.streamed_blocks)}
     if not blocks:
         return None
+    return Streaming(model, blocks, device=device, open_tier=_below(device, policy.stream_from, folder))
+
+
+def _below(device: torch.device, tier: Literal["host", "disk"], folder: Path) -> Callable[[list[int]], Tier]:
+    """Opens that tier below `device`, which below a CPU is the disk. A file lies in `folder`."""
 
     def open_tier(sizes: list[int]) -> Tier:
         if device.type == "cpu":
             return DiskTier(folder, sizes)
-        return HostTier(sizes, device) if policy.stream_from == "host" else StagedDiskTier(folder, sizes, device)
+        return HostTier(sizes, device) if tier == "host" else StagedDiskTier(folder, sizes, device)
 
-    return Streaming(model, blocks, device=device, open_tier=open_tier)
+    return open_tier
 
 
 def quant_spec(policy: Policy) -> QuantSpec:

@@ -27,6 +27,8 @@ from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
 from lowmem_ft.runtime.experts import STANDS_FOR
+from lowmem_ft.runtime.shelf import Shelf
+from lowmem_ft.runtime.tiers import NoTier
 from lowmem_ft.step import eval_step, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
@@ -76,7 +78,7 @@ def simulate(
         card: see `Stage`.
     """
     stage = Stage(config, policy, kind=kind, card=card)
-    trace = stage.step(policy, keep=policy.keep_blocks, loss_tokens=loss_tokens)
+    trace = stage.step(policy, keep=policy.keep_blocks, offload=policy.offload_blocks, loss_tokens=loss_tokens)
     trained = len(trace.events)
     stage.evaluate(policy, loss_tokens=loss_tokens)
     levels = list(trace.curve())
@@ -144,6 +146,7 @@ class Stage:
         policy: Policy,
         *,
         keep: int,
+        offload: int = 0,
         only: Sequence[int] | None = None,
         update: bool = True,
         settled: bool = False,
@@ -152,15 +155,19 @@ class Stage:
         """The trace of a training step with one micro-batch, after the births of all that is held.
 
         Args:
-            policy: of it micro-batch and loss chunk hold; `keep` takes the place of its count.
+            policy: of it micro-batch and loss chunk hold; `keep` and `offload` take the place of its counts.
             keep: blocks that keep their activations, the last ones.
+            offload: blocks whose inputs lie below the device, the first ones.
             only: the blocks that run; by default all. The update is always that of all.
             update: without it the optimizer does nothing, as it depends on neither micro-batch nor activations.
             settled: as a later micro-batch, in which recomputing leaves out what an earlier backward found unread.
         """
         tracer = self.tracer
         with only_blocks(self.ready.model, only), planned_attention(find_blocks(self.ready.model)[1], self.kind):
-            activations = apply_activation_policy(causal_model(self.ready.model), keep=keep)
+            shelf = Shelf(offload, open_tier=lambda sizes: NoTier())
+            activations = apply_activation_policy(
+                causal_model(self.ready.model), keep=keep, offload=offload, shelf=shelf
+            )
             recomputing = list(zip(find_blocks(self.ready.model)[1], activations.unread, strict=False))
             if settled:
                 for block, unread in recomputing:

@@ -1,7 +1,8 @@
-"""What each block does with its activations between forward and backward: keep them, or compute them again.
+"""What each block does with its activations between forward and backward: keep them, compute them again, or offload.
 
 Recomputing is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): a block's forward runs without a graph and
-only its inputs survive; backward runs it once more, with the same random numbers, and differentiates that.
+only its inputs survive; backward runs it once more, with the same random numbers, and differentiates that. A block
+that offloads recomputes too, and its input survives below the device (`runtime.shelf`).
 
 The second run leaves out products whose values nobody reads: the gradient of `residual + W h` needs neither W h nor the
 sum, so a Llama block computes its down projection only once. That is a quarter of a block's products.
@@ -23,17 +24,19 @@ from transformers import Cache
 
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.shelf import Shelf
 
 
 class ActivationPolicy:
     """The wrapped blocks of a model. `remove()` gives every block its own forward back."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], offload: int, shelf: Shelf | None) -> None:
         # an accelerate hook may have put a forward of its own on the instance
         self._before = [(block, vars(block).get("forward")) for block in blocks]
         self.unread = [_Unread() for _ in blocks]
-        for block, unread in zip(blocks, self.unread, strict=True):
-            wrapped = functools.partial(_recomputed, block, block.forward, unread)
+        for at, (block, unread) in enumerate(zip(blocks, self.unread, strict=True)):
+            place = (shelf, at) if shelf is not None and at < offload else None
+            wrapped = functools.partial(_recomputed, block, block.forward, unread, place)
             block.forward = functools.wraps(block.forward)(wrapped)
 
     def remove(self) -> None:
@@ -44,20 +47,26 @@ class ActivationPolicy:
         self._before.clear()
 
 
-def apply_activation_policy(model: nn.Module, *, keep: int) -> ActivationPolicy:
+def apply_activation_policy(
+    model: nn.Module, *, keep: int, offload: int = 0, shelf: Shelf | None = None
+) -> ActivationPolicy:
     """Let the last `keep` blocks of `model` keep their activations, and all others compute them again in backward.
 
     The last blocks keep, because theirs are the activations that live shortest. In evaluation and under `no_grad` a
     block runs as it is.
 
+    Args:
+        offload: so many blocks, the first ones, have their inputs on `shelf` meanwhile.
+
     Raises:
-        ConfigError: `keep` is negative or exceeds the number of blocks.
+        ConfigError: there are not so many blocks to keep and to offload.
         UnsupportedError: the blocks were not found.
     """
     _, blocks = find_blocks(model)
-    if not 0 <= keep <= len(blocks):
-        raise ConfigError("More blocks were to keep their activations than there are.", given=keep, allowed=len(blocks))
-    return ActivationPolicy(list(blocks)[: len(blocks) - keep])
+    if keep < 0 or offload < 0 or keep + offload > len(blocks):
+        given = f"{keep} that keep and {offload} that offload" if offload else keep
+        raise ConfigError("There are not so many blocks.", given=given, allowed=len(blocks))
+    return ActivationPolicy(list(blocks)[: len(blocks) - keep], offload, shelf)
 
 
 @dataclass(slots=True)
@@ -119,6 +128,8 @@ class _Call:
     spec: TreeSpec
     random: _Random
     autocast: list[tuple[str, torch.dtype]]
+    place: tuple[Shelf, int] | None  # of the block's input, if it is offloaded
+    offloaded: tuple[torch.Size, torch.dtype, torch.device] | None = None  # what it is like
     out_leaves: list[Any] = field(default_factory=list)
     out_positions: list[int] = field(default_factory=list)
     out_spec: TreeSpec | None = None
@@ -133,6 +144,23 @@ class _Call:
         self.out_positions = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor)]
         self.out_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in out]
         return [out[i] for i in self.out_positions]
+
+    def put_down(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What autograd shall hold of the inputs: all, or those after the first, which is offloaded."""
+        if self.place is None:
+            return tensors
+        shelf, at = self.place
+        shelf.put(at, tensors[0])
+        self.offloaded = tensors[0].shape, tensors[0].dtype, tensors[0].device
+        return tensors[1:]
+
+    def take_up(self, held: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs again."""
+        if self.place is None:
+            return held
+        assert self.offloaded is not None
+        shelf, at = self.place
+        return [shelf.take(at, *self.offloaded), *held]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The block's own return value around `tensors`."""
@@ -155,7 +183,7 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*call.put_down(tensors))
         outputs = call.run(tensors)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
@@ -164,7 +192,8 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         wanted = ctx.needs_input_grad[2:]
-        inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        taken = call.take_up(ctx.saved_tensors)
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(taken, wanted, strict=True)]
         with ExitStack() as stack:
             stack.enter_context(call.random.restored())
             for device_type, dtype in call.autocast:
@@ -182,7 +211,14 @@ class _Recompute(torch.autograd.Function):
         return None, None, *(t.grad for t in inputs)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any], unread: _Unread, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    unread: _Unread,
+    place: tuple[Shelf, int] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Call `forward`, the own forward of `block`, so that backward computes its activations again."""
     leaves, spec = tree_flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -195,7 +231,7 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], unread: _Unread, 
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     active = [kind for kind in {device.type, "cpu"} if kind != "meta" and torch.is_autocast_enabled(kind)]
     autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in active]
-    call = _Call(forward, unread, leaves, positions, spec, _Random(device), autocast)
+    call = _Call(forward, unread, leaves, positions, spec, _Random(device), autocast, place)
     anchor = torch.empty(0, requires_grad=True)
     outputs = _Recompute.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
     shared = [value for value in kwargs.values() if isinstance(value, (UserDict, Cache))]

@@ -250,21 +250,22 @@ class Streaming:
 
     def _keep_no_views(self, index: int) -> None:
         """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
-        storages = [slot.untyped_storage()._cdata for slot in self._slots]
+        begins = {slot.untyped_storage()._cdata: slot.storage_offset() for slot in self._slots}
 
         def pack(tensor: Tensor) -> Any:
-            if tensor.untyped_storage()._cdata not in storages:
+            begin = begins.get(tensor.untyped_storage()._cdata)
+            if begin is None:
                 return tensor
-            return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+            offset = tensor.storage_offset() - begin // tensor.element_size()
+            return tensor.dtype, offset, tensor.shape, tensor.stride()
 
         def unpack(kept: Any) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
             dtype, offset, shape, stride = kept
             self.fetch(index)
-            slot = self._slots[self._ring.slot_of(self.blocks.index(index))]
-            found: Tensor = torch.empty(0, dtype=dtype, device=slot.device)
-            return found.set_(slot.untyped_storage(), offset, shape, stride)
+            slot = self._slots[self._ring.slot_of(self.blocks.index(index))].view(dtype)
+            return slot.as_strided(shape, stride, slot.storage_offset() + offset)
 
         entered: list[saved_tensors_hooks] = []
 

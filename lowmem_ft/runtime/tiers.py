@@ -1,4 +1,4 @@
-"""Where streamed weights lie below the device, and how they come up: from host RAM or from disk, one block at a time.
+"""What lies below the device, in host RAM or on disk, and how it comes up and goes down: one block at a time.
 
 Every block is one flat run of bytes, so that it takes a single copy. Disk is read past the page cache where the file
 system allows it: cached pages would be a second copy of the model in RAM, which no budget knows of.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import tempfile
 import weakref
@@ -26,14 +25,21 @@ from lowmem_ft.core.errors import LowMemError
 
 PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
 _CACHED = 64 << 20  # bytes that may wait in the page cache for the disk
-_STAGES = 2  # pinned buffers between disk and device: one is read into while the other is copied from
+STAGES = 2  # pinned buffers between disk and device: one is read into while the other is copied from
 
 
 class Tier(Protocol):
-    """A place for the bytes of streamed blocks."""
+    """A place for the bytes of streamed blocks, or of their inputs."""
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         """Store a tensor of a block at its offset in bytes."""
+
+    def store(self, block: int, tensor: Tensor) -> object:
+        """Begin to copy a block's bytes down, from the device, when all work given to it so far is done.
+
+        Returns:
+            what `wait` takes; until then `tensor` must live and keep its values.
+        """
 
     def start(self, block: int, slot: Tensor) -> object:
         """Begin to fill `slot` (uint8, on the device) with a block, when all work given to the device so far is done.
@@ -47,10 +53,10 @@ class Tier(Protocol):
 
 
 def device_memory(nbytes: int, device: torch.device) -> Tensor:
-    """Uninitialised uint8 memory for a slot; on a CPU it begins on a page."""
-    if device.type != "cpu" or nbytes == 0:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    """Uninitialised uint8 memory that begins on a page; it takes `PAGE` bytes more than asked for."""
+    whole = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=device)
+    begin = 0 if whole.is_meta else -whole.data_ptr() % PAGE
+    return whole[begin : begin + nbytes]
 
 
 class NoTier:
@@ -58,6 +64,9 @@ class NoTier:
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         raise AssertionError("a simulated run has no weights")
+
+    def store(self, block: int, tensor: Tensor) -> None:
+        assert tensor.is_meta
 
     def start(self, block: int, slot: Tensor) -> None:
         assert slot.is_meta
@@ -100,6 +109,9 @@ class DiskTier:
             if self._written >= _CACHED:
                 _forget_pages(self._file)
                 self._written = 0
+
+    def store(self, block: int, tensor: Tensor) -> Future[None]:
+        return self._reader.submit(self.write, block, 0, tensor)
 
     def start(self, block: int, slot: Tensor) -> Future[None]:
         return self._reader.submit(self.read, block, slot)
@@ -159,8 +171,12 @@ class HostTier:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         self._blocks[block][offset : offset + data.numel()].copy_(data)
 
+    def store(self, block: int, tensor: Tensor) -> torch.cuda.Event:
+        data = tensor.view(-1).view(torch.uint8)
+        return _copy(self._stream, data, self._blocks[block][: data.numel()], after=_now(tensor.device))
+
     def start(self, block: int, slot: Tensor) -> torch.cuda.Event:
-        return _upload(self._stream, self._blocks[block], slot, after=_now(slot.device))
+        return _copy(self._stream, self._blocks[block], slot[: len(self._blocks[block])], after=_now(slot.device))
 
     def wait(self, copy: torch.cuda.Event) -> None:
         copy.wait()
@@ -177,16 +193,19 @@ class StagedDiskTier:
         self._disk = DiskTier(folder, sizes)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._sizes = list(sizes)
-        self._arena = device_memory(_STAGES * max(sizes, default=0), torch.device("cpu"))
+        self._arena = device_memory(STAGES * max(sizes, default=0), torch.device("cpu"))
         _pin(self, self._arena)
-        self._stages = list(self._arena.view(_STAGES, -1))
-        self._busy: list[torch.cuda.Event | None] = [None] * _STAGES
+        self._stages = list(self._arena.view(STAGES, -1))
+        self._busy: list[torch.cuda.Event | None] = [None] * STAGES
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stage")
         self._close = weakref.finalize(self, _close, self._worker, set())
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         self._disk.write(block, offset, tensor)
+
+    def store(self, block: int, tensor: Tensor) -> Future[torch.cuda.Event]:
+        return self._worker.submit(self._take, block, tensor, _now(tensor.device))
 
     def start(self, block: int, slot: Tensor) -> Future[torch.cuda.Event]:
         return self._worker.submit(self._bring, block, slot, _now(slot.device))
@@ -195,14 +214,26 @@ class StagedDiskTier:
         copy.result().wait()
 
     def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        turn, self._turn = self._turn, (self._turn + 1) % _STAGES
+        turn = self._free_stage()
+        self._disk.read(block, self._stages[turn])
+        size = self._sizes[block]
+        done = _copy(self._stream, self._stages[turn][:size], slot[:size], after=after)
+        self._busy[turn] = done
+        return done
+
+    def _take(self, block: int, tensor: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        turn, data = self._free_stage(), tensor.view(-1).view(torch.uint8)
+        done = _copy(self._stream, data, self._stages[turn][: data.numel()], after=after)
+        done.synchronize()
+        self._disk.write(block, 0, self._stages[turn][: data.numel()])
+        return done
+
+    def _free_stage(self) -> int:
+        turn, self._turn = self._turn, (self._turn + 1) % STAGES
         before = self._busy[turn]
         if before is not None:
             before.synchronize()
-        self._disk.read(block, self._stages[turn])
-        done = _upload(self._stream, self._stages[turn][: self._sizes[block]], slot, after=after)
-        self._busy[turn] = done
-        return done
+        return turn
 
 
 def _now(device: torch.device) -> torch.cuda.Event:
@@ -212,10 +243,10 @@ def _now(device: torch.device) -> torch.cuda.Event:
     return event
 
 
-def _upload(stream: torch.cuda.Stream, source: Tensor, slot: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
+def _copy(stream: torch.cuda.Stream, source: Tensor, target: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
     stream.wait_event(after)
     with torch.cuda.stream(stream):
-        slot[: source.numel()].copy_(source, non_blocking=True)
+        target.copy_(source, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

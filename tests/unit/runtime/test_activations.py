@@ -126,7 +126,7 @@ def test_explicit_masks_and_positions_pass_through() -> None:
 
 @pytest.mark.parametrize("keep", [-1, 3])
 def test_more_blocks_than_there_are(keep: int) -> None:
-    with pytest.raises(ConfigError, match="More blocks"):
+    with pytest.raises(ConfigError, match="not so many blocks"):
         apply_activation_policy(tiny_model("llama"), keep=keep)
 
 
