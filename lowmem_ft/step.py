@@ -192,7 +192,6 @@ def _prompted_hidden_states(model: Any, causal: Any, decoder: nn.Module, batch: 
 
 def _values(*scalars: Tensor) -> list[float]:
     """The numbers in fp32 scalars, waiting for the device once. A simulated step has none: they read as zero."""
-    if any(scalar.is_meta for scalar in scalars):
-        return [0.0] * len(scalars)
-    values: list[float] = torch.stack(scalars).tolist()
+    together = torch.stack(scalars)
+    values: list[float] = [0.0] * len(scalars) if together.is_meta else together.tolist()
     return values

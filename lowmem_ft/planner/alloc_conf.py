@@ -11,6 +11,7 @@ from collections.abc import Mapping
 # as c10/cuda/CUDAAllocatorConfig.h reads them: the second one only where the first is not set
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _OF_THE_DEVICE = {
+    "large_segment_size_mb",
     "max_split_size_mb",
     "max_non_split_rounding_mb",
     "garbage_collection_threshold",

@@ -59,7 +59,7 @@ def record(step: Callable[[], object], device: torch.device) -> Recording:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    torch.cuda.memory._record_memory_history(context="alloc", stacks="python")
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", clear_history=True)
     try:
         step()
         torch.cuda.synchronize(device)

@@ -1,6 +1,11 @@
 """What operators take inside on a CUDA card, by the card's architecture: from the sources of PyTorch 2.13.
 
+Of memory-efficient attention the headers of 2.11.0 and 2.12.1 say the same.
+
 Nothing here was measured yet. `planner.calibrate` holds it against what a real card records and says what is missing.
+Not listed, because they take nothing: pointwise operators, sums and norms in another dtype (the CPU copies there),
+bitsandbytes' kernels (backends/cuda/ops.py of 0.50.2) and products, whose workspace is kept (`planner.workspaces`); and
+because they take little: sums over more than a block of threads, and sorting by `topk`.
 Letters in shapes: B rows, H query heads, T positions, E head size.
 """
 

@@ -1,7 +1,8 @@
 """What cuBLAS keeps of the CUDA allocator's pool: by architecture, by environment, or measured.
 
 PyTorch gives each pair of cuBLAS handle and stream a workspace at its first product and never takes it back. A handle
-belongs to a thread, and autograd runs backward on a thread of its own: so there are two.
+belongs to a thread, and autograd runs backward on a thread of its own: so there are two (the headers of 2.11.0, 2.12.1
+and 2.13.0 all key workspaces by handle and stream).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _derived(value: int, source: str) -> Bytes:
 
 
 _SMALL = _derived((2 * 4096 + 8 * 16) << 10, f"PyTorch 2.13, {_WHERE}, parseChosenWorkspaceSize")
-_LARGE = _derived(32 << 20, f"{_SMALL.source}; 2.11 and 2.12 give Blackwell less")
+_LARGE = _derived(32 << 20, f"{_SMALL.source}; older ones give Blackwell less")
 # 2.13 lets cuBLASLt have the workspace of cuBLAS; before, one of its own was made
 _BIAS = _derived(1 << 20, f"PyTorch up to 2.12, {_WHERE}, parseCUDABlasLtWorkspaceSize")
 _NO_BIAS = _derived(0, f"PyTorch 2.13, {_WHERE}, getCUDABlasLtWorkspace")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner import calibrate as module
 from lowmem_ft.planner.allocator import CachingAllocator
-from lowmem_ft.planner.calibrate import Taken, compare, recorded_events
+from lowmem_ft.planner.calibrate import Taken, compare, record, recorded_events
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event
 from tests.models import tiny_config
@@ -96,6 +99,33 @@ def test_a_piece_of_another_size_and_one_that_is_freed_later(step: list[Event]) 
     late = [*taken[:free], *taken[free + 1 : free + 40], taken[free], *taken[free + 40 :]]
     found = compare(step, late)
     assert (found.differing, found.moved) == (2, 2)
+
+
+def test_recording_asks_pytorch_as_it_wants_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions take these arguments, and what they say is read; the recording ends also where the step fails."""
+    asked: list[Any] = []
+    memory = torch.cuda.memory
+    signature = inspect.signature(memory._record_memory_history)
+
+    def switched(enabled: str | None = "all", **settings: Any) -> None:
+        signature.bind(enabled, **settings)
+        asked.append(enabled)
+
+    entries = [{"action": "alloc", "size": 700, "frames": []}, {"action": "segment_alloc", "size": 2 << 20}]
+    monkeypatch.setattr(memory, "_record_memory_history", switched)
+    monkeypatch.setattr(memory, "_snapshot", lambda _: {"device_traces": [[], entries]})
+    for name, value in {"synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 2 << 20)
+    monkeypatch.setattr(module, "cuda_process_bytes", lambda index: 100 + index)
+    found = record(lambda: asked.append("step"), torch.device("cuda", 1))
+    assert asked == ["all", "step", None]
+    assert (found.allocated, found.reserved, found.process) == (700, 2 << 20, 101)
+    assert list(found.events) == [Taken(1024)]
+    with pytest.raises(ZeroDivisionError):
+        record(lambda: 1 // 0, torch.device("cuda", 1))
+    assert asked[-1] is None
 
 
 def test_a_step_that_goes_another_way_ends_somewhere(step: list[Event]) -> None:

@@ -12,6 +12,7 @@ from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.profile import profile_names
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
+from lowmem_ft.planner.sdpa import _on_cuda
 from lowmem_ft.planner.trace import Event, Tracer
 from lowmem_ft.runtime.attention import attention
 
@@ -94,6 +95,22 @@ def test_a_mask_is_made_additive_and_shared_heads_are_repeated() -> None:
     assert taken == [2 * 100 * 112 * 2] * 2
     repeated = [event.nbytes for event in seen if event.op == "aten.repeat_interleave.self_int"]
     assert repeated == [2 * 6 * 100 * 32 * 2] * 4, "k and v, in forward and in backward"
+
+
+def test_keys_of_a_prefix_go_to_the_efficient_kernel() -> None:
+    """As PyTorch's own attention takes them; ours wants as many keys as queries."""
+    tracer = Tracer(scratch_of("cuda", AMPERE), whole_of("cuda", AMPERE))
+    with tracer:
+        q, k = heads(2, 6, 100, 32).requires_grad_(), heads(2, 2, 104, 32)
+        mask = meta(2, 1, 100, 104, dtype=torch.bool)
+        out = _on_cuda(q, k, k, mask)
+        assert out is not None
+        assert out.shape == q.shape
+        out.sum().backward()
+    births = [event for event in tracer.trace.events if event.nbytes > 0 and "efficient" in event.op]
+    sums = 2 * 6 * 2 * (16 + 4 * 64 * 64)
+    assert births[0].nbytes == 2 * 6 * 100 * 32 * 2
+    assert births[-1].nbytes == sums
 
 
 def test_other_operators() -> None:

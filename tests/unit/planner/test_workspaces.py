@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.planner.alloc_conf import expandable_segments
-from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.device import find_device, load_kernels
 from lowmem_ft.planner.profile import Workspaces, load_profile, write_profile
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.trace import Event
@@ -56,6 +58,23 @@ def test_measuring_takes_the_difference_that_each_first_product_makes(monkeypatc
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(counted))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     assert measured_workspaces(torch.device("cpu")) == {"forward": 8, "bias": 1, "backward": 8}
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_are_loaded_before_the_context_is_measured() -> None:
+    with _Called() as called:
+        load_kernels(torch.device("cpu"), torch.bfloat16)
+    step = {"attention", "attention_backward", "dequantize_4bit", "dequantize_blockwise", "dequantize_int8"}
+    assert called.names >= step | {"optimizer_update_8bit_blockwise", "optimizer_update_32bit"}
 
 
 def test_a_cpu_has_none(tmp_path: Path) -> None:
