@@ -8,7 +8,7 @@ depth is put together from their segments: forward through every block, the loss
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, TypeAlias, cast
@@ -27,20 +27,27 @@ def windows(classes: Sequence[Hashable]) -> list[Window]:
     return [(padded[i], padded[i + 1], padded[i + 2]) for i in range(len(classes))]
 
 
-def shorten(classes: Sequence[Hashable]) -> list[int]:
-    """Indices of a few blocks that, one after the other, have every window that all of them have."""
+def shorten(classes: Sequence[Hashable], wanted: Collection[Window] | None = None) -> list[int]:
+    """Indices of a few blocks that, one after the other, have every window that all of them have.
+
+    Of windows that are `wanted` alone, these: then blocks at either end may go, which gives their neighbours others.
+    """
     kept = list(range(len(classes)))
-    wanted = set(windows(classes))
+    needed = set(windows(classes) if wanted is None else wanted)
     while True:
         now = windows([classes[i] for i in kept])
         cuts = ((i, j) for i in range(len(kept)) for j in range(len(kept) - 1, i, -1) if now[i] == now[j])
         # what lies between two equal windows can go, if what it holds is found elsewhere
         for i, j in sorted(cuts, key=lambda cut: cut[0] - cut[1]):
-            if set(now[: i + 1] + now[j + 1 :]) == wanted:
+            if needed <= {*now[: i + 1], *now[j + 1 :]}:
                 del kept[i + 1 : j + 1]
                 break
         else:
-            return kept
+            break
+    for ends in (slice(1, None), slice(None, -1)) if wanted is not None else ():
+        while needed <= set(windows([classes[i] for i in kept[ends]])) and len(kept) > 1:
+            kept = kept[ends]
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +184,20 @@ class Pieces:
         """Whether a block of each class was traced."""
         return {window[1] for _, window in self.by_window} >= set(classes)
 
-    def take(self, other: Pieces) -> None:
-        """Add what only `other` has."""
+    def take(self, other: Pieces, classes: Sequence[Hashable]) -> None:
+        """Add what only `other` has, of windows of these blocks.
+
+        They come in the order of a trace of them all: it decides between pieces that are equally near.
+        """
+        at = windows([classes[i] for i in shorten(classes)])
+        order = [*(("forward", window) for window in at), *(("backward", window) for window in reversed(at))]
+        both = {**other.by_window, **self.by_window}
         self.outside = {**other.outside, **self.outside}
-        self.by_window = {**other.by_window, **self.by_window}
+        self.by_window = {key: both[key] for key in (*order, *self.by_window) if key in both}
+
+    def lack(self, classes: Sequence[Hashable]) -> set[Window]:
+        """Windows of these blocks of which none was traced."""
+        return {window for window in windows(classes) if ("forward", window) not in self.by_window}
 
     def with_backward(self, shares: Mapping[Hashable, float]) -> Pieces:
         """The same pieces, the backward pass of a block of each class taking such a share of its time."""
@@ -203,10 +220,12 @@ class Pieces:
         What is made so has sizes and times alone, no events.
         """
         made = Pieces()
-        for part in self.outside.keys() & other.outside.keys():
-            made.outside[part] = _between(self.outside[part], other.outside[part], share)
-        for key in self.by_window.keys() & other.by_window.keys():
-            made.by_window[key] = _between(self.by_window[key], other.by_window[key], share)
+        for part, segment in self.outside.items():
+            if part in other.outside:
+                made.outside[part] = _between(segment, other.outside[part], share)
+        for key, segment in self.by_window.items():  # in order, which decides between pieces that are equally near
+            if key in other.by_window:
+                made.by_window[key] = _between(segment, other.by_window[key], share)
         return made
 
     def _nearest(self, part: Part, window: Window) -> Segment:

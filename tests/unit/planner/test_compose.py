@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Hashable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,38 @@ def test_a_step_leaves_nothing_for_the_garbage_collector(name: str, keep: int, t
     finally:
         gc.enable()
     assert left == []
+
+
+def test_shortening_to_what_is_wanted() -> None:
+    """Those windows are there, in few blocks; all others are such as some block of the whole has, but at the ends."""
+    classes: list[Hashable] = [0, *[1] * 40, *[2] * 39]
+    every = windows(classes)
+    first, turn, last = every[0], every[40], every[-1]
+    assert turn == (1, 1, 2)
+    assert shorten(classes, {first}) == [0, 1]
+    assert shorten(classes, {turn})[1:] == [40, 41]
+    for wanted in ({first}, {turn}, {last}, {first, turn}, {first, last}, set(every)):
+        only = shorten(classes, wanted)
+        found = windows([classes[at] for at in only])
+        assert wanted <= set(found)
+        assert set(found[1:-1]) <= set(every)
+        assert len(only) <= 7
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_wanted_windows_of_fewer_blocks_are_the_same(keep: int, tmp_path: Path) -> None:
+    """What estimates take from traces of a few windows is what a trace of all of them has."""
+    made = stage("deepseek_v3", tmp_path)
+    classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
+
+    def traced(only: list[int]) -> Pieces:
+        pieces, own = Pieces(), only_classes(classes, only)
+        pieces.add(own, segments(made.step(policy(), keep=sum(kept for _, kept in own), only=only), {}, "device"))
+        return pieces
+
+    every = traced(shorten(classes))
+    for window in set(windows(classes)):
+        few = traced(shorten(classes, {window}))
+        for part in ("forward", "backward"):
+            one, other = every.by_window[part, window], few.by_window[part, window]
+            assert (one.delta, one.high) == (other.delta, other.high)
