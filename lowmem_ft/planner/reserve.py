@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.trace import Event
+from lowmem_ft.planner.trace import Event, Move
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
@@ -38,20 +38,20 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
         return Peak(weighed.allocated, process_estimate(device, weighed.allocated))
-    reserved = reserved_peak(scales.stage.tracer.alive(), weighed.events)
+    reserved = reserved_peak(scales.stage.tracer.alive(), weighed.moves)
     return Peak(reserved, device.process_bytes + reserved)
 
 
-def reserved_peak(base: Iterable[Event], step: Iterable[Event]) -> int:
+def reserved_peak(base: Iterable[Event], step: Iterable[Move]) -> int:
     """The most that PyTorch's caching allocator reserves, with the pieces of `base` held during steps."""
     allocator = CachingAllocator()
     allocator.allocate(BLAS_WORKSPACE)
     handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
-    events = [event for event in step if event.tier == "device"]
+    moves = [(key, event.nbytes) for key, event in step if event.tier == "device"]
     for _ in range(REPEATS):
-        for event in events:
-            if event.nbytes > 0:
-                handles[event.key] = allocator.allocate(event.nbytes)
+        for key, nbytes in moves:
+            if nbytes > 0:
+                handles[key] = allocator.allocate(nbytes)
             else:
-                allocator.free(handles.pop(event.key, 0))
+                allocator.free(handles.pop(key, 0))
     return allocator.reserved_peak

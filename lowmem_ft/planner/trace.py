@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -150,6 +150,9 @@ class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixt
     inside: bool = False
 
 
+Move: TypeAlias = tuple[int, Event]  # an event under another key than its own
+
+
 @dataclass(slots=True)
 class Trace:
     """Events in order."""
@@ -164,28 +167,29 @@ class Trace:
                 held += event.nbytes
                 yield held
 
-    def alive_at_peak(self) -> list[Event]:
-        """The births of all pieces that are held when the two tiers together hold the most."""
-        levels = list(self.curve())
-        alive: dict[int, Event] = {}
-        for event in self.events[: levels.index(max(levels)) + 1]:
-            if event.nbytes > 0:
-                alive[event.key] = event
-            else:
-                alive.pop(event.key, None)  # of what was there before, if the trace does not begin with it
-        return list(alive.values())
-
     def holders(self) -> dict[str, int]:
-        """Bytes at the peak that the step itself holds: `activations`, `loss` and `workspace`."""
-        found = {"activations": 0, "loss": 0, "workspace": 0}
-        for event in self.alive_at_peak():
-            if event.inside:
-                found["workspace"] += event.nbytes
-            elif event.phase == "loss":
-                found["loss"] += event.nbytes
-            elif event.phase != "load":
-                found["activations"] += event.nbytes
-        return found
+        """See `holders`."""
+        return holders([(event.key, event) for event in self.events])
+
+
+def holders(moves: Sequence[Move]) -> dict[str, int]:
+    """Bytes that a step itself holds when both tiers together hold the most: `activations`, `loss` and `workspace`."""
+    levels = list(accumulate(event.nbytes for _, event in moves))
+    alive: dict[int, Event] = {}
+    for key, event in moves[: levels.index(max(levels)) + 1]:
+        if event.nbytes > 0:
+            alive[key] = event
+        else:
+            alive.pop(key, None)  # of what was there before, if the moves do not begin with it
+    found = {"activations": 0, "loss": 0, "workspace": 0}
+    for event in alive.values():
+        if event.inside:
+            found["workspace"] += event.nbytes
+        elif event.phase == "loss":
+            found["loss"] += event.nbytes
+        elif event.phase != "load":
+            found["activations"] += event.nbytes
+    return found
 
 
 class Repeats:

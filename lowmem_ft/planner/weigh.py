@@ -18,15 +18,15 @@ from lowmem_ft.planner.compose import (
     Place,
     Segment,
     Window,
+    moves,
     peak,
     segment_of,
     segments,
     shorten,
-    unroll,
     windows,
 )
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
-from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
+from lowmem_ft.planner.trace import Cost, Move, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 
 Class: TypeAlias = tuple[int, bool]  # of a block: its kind, and whether it keeps its activations
@@ -52,9 +52,9 @@ class Weighed:
     places: Sequence[Place]
 
     @cached_property
-    def events(self) -> list[Event]:
-        """Those of that step, as if it had been traced whole."""
-        return unroll(self.places, sum(place.segment.part == "forward" for place in self.places))
+    def moves(self) -> list[Move]:
+        """The events of that step, as if it had been traced whole."""
+        return moves(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
 class Scales:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.compose import unroll
+from lowmem_ft.planner.compose import moves
 from lowmem_ft.planner.reserve import reserved_peak
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.weigh import Scales
@@ -69,9 +69,9 @@ def test_seconds_are_those_of_all_blocks_and_micro_batches(tmp_path: Path) -> No
 def test_reserved_is_above_allocated_and_counts_the_device_alone(tmp_path: Path) -> None:
     _, made = scales("llama", tmp_path, kind="cuda")
     weighed = made.weigh(policy(rows=8, seq_len=SEQ_LEN, keep=0, depth=DEPTH))
-    step, base = unroll(weighed.places, DEPTH), made.stage.tracer.alive()
+    step, base = moves(weighed.places, DEPTH), made.stage.tracer.alive()
     reserved = reserved_peak(base, step)
     assert reserved > weighed.allocated
-    on_device = [event for event in step if event.tier == "device"]
+    on_device = [move for move in step if move[1].tier == "device"]
     assert len(on_device) < len(step), "the batch comes from the host"
     assert reserved_peak(base, on_device) == reserved
