@@ -14,7 +14,7 @@ from lowmem_ft.planner.compose import Place
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.phases import OF_A_RUN
 from lowmem_ft.planner.stored import Stored
-from lowmem_ft.planner.trace import Trace
+from lowmem_ft.planner.trace import holders
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime.blocks import causal_model
 
@@ -158,7 +158,7 @@ def _describe(answer: Answer, stored: Stored) -> dict[str, Any]:
 
 def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     """Bytes at the training peak by what holds them; together they are the process's."""
-    held = Trace(answer.weighed.events).holders()
+    held = holders(answer.weighed.moves)
     found = {name: held[name] for name in ("loss", "workspace")}
     return {
         "base_weights": stored.base_weights,

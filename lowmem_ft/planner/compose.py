@@ -8,16 +8,17 @@ depth is put together from their segments: forward through every block, the loss
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
-from lowmem_ft.planner.trace import Event, Tier, Trace, with_key
+from lowmem_ft.planner.trace import Event, Move, Tier, Trace
 
 Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
 Part: TypeAlias = Literal["load", "start", "forward", "loss", "backward", "end", "update"]
 _OUTSIDE: tuple[Part, ...] = ("start", "loss", "end", "update")
+_OF_A_STEP = frozenset({"forward", "loss", "backward", "update"})
 _WITHOUT_BLOCK = frozenset({"loss", "update"})
 
 
@@ -27,24 +28,30 @@ def windows(classes: Sequence[Hashable]) -> list[Window]:
     return [(padded[i], padded[i + 1], padded[i + 2]) for i in range(len(classes))]
 
 
-def shorten(classes: Sequence[Hashable]) -> list[int]:
-    """Indices of a few blocks that, one after the other, have every window that all of them have."""
+def shorten(classes: Sequence[Hashable], wanted: Collection[Window] | None = None) -> list[int]:
+    """Indices of a few blocks that, one after the other, have every window that all of them have.
+
+    Of windows that are `wanted` alone, these: then blocks at either end may go, which gives their neighbours others.
+    """
     kept = list(range(len(classes)))
-    wanted = set(windows(classes))
+    needed = set(windows(classes) if wanted is None else wanted)
     while True:
         now = windows([classes[i] for i in kept])
         cuts = ((i, j) for i in range(len(kept)) for j in range(len(kept) - 1, i, -1) if now[i] == now[j])
         # what lies between two equal windows can go, if what it holds is found elsewhere
         for i, j in sorted(cuts, key=lambda cut: cut[0] - cut[1]):
-            if set(now[: i + 1] + now[j + 1 :]) == wanted:
+            if needed <= {*now[: i + 1], *now[j + 1 :]}:
                 del kept[i + 1 : j + 1]
                 break
         else:
-            return kept
+            break
+    for ends in (slice(1, None), slice(None, -1)) if wanted is not None else ():
+        while needed <= set(windows([classes[i] for i in kept[ends]])) and len(kept) > 1:
+            kept = kept[ends]
+    return kept
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """Where a piece of memory was taken: in a segment of which block, and as its which piece.
 
     Attributes:
@@ -101,29 +108,34 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
     births: dict[int, tuple[Part, int | None, int]] = {}  # by key
     groups: list[tuple[Part, int | None, list[Step]]] = [("start", None, [])]
     end: list[Step] = []
-    last = max((event.block for event in trace.events if event.block is not None), default=0)
-    lowest = min((e.block for e in trace.events if e.phase == "backward" and e.block is not None), default=0)
+    worked = {(event.phase, event.block) for event in trace.events if event.block is not None}
+    last = max((at for _, at in worked if at is not None), default=0)
+    lowest = min((at for phase, at in worked if phase == "backward" and at is not None), default=0)
     ordinal = 0
+    part, block, steps = groups[0]
+    before: tuple[str, int | None] = "forward", None  # phase and block of the event before
     for event in trace.events:
-        if event.phase not in ("forward", "loss", "backward", "update"):
-            if event.nbytes > 0:
-                births[event.key] = "load", None, event.key
+        key, nbytes, _, _, phase, worker, _ = event
+        if phase not in _OF_A_STEP:
+            if nbytes > 0:
+                births[key] = "load", None, key
             continue
-        part, block, steps = groups[-1]
-        now: tuple[Part, int | None] = part, block
-        if event.phase in _WITHOUT_BLOCK:
-            now = cast(Part, event.phase), None
-        elif event.block is not None:
-            now = cast(Part, event.phase), event.block
-        if now != (part, block):
-            (part, block), steps, ordinal = now, [], 0
-            groups.append((part, block, steps))
-        if event.nbytes > 0:
-            births[event.key] = part, block, ordinal
+        if (phase, worker) != before:
+            before = phase, worker
+            now: tuple[Part, int | None] = part, block
+            if phase in _WITHOUT_BLOCK:
+                now = cast(Part, phase), None
+            elif worker is not None:
+                now = cast(Part, phase), worker
+            if now != (part, block):
+                (part, block), steps, ordinal = now, [], 0
+                groups.append((part, block, steps))
+        if nbytes > 0:
+            births[key] = part, block, ordinal
             ordinal += 1
             steps.append((event, None))
             continue
-        there, at, number = births[event.key]
+        there, at, number = births[key]
         origin = block if block is not None else last if part == "loss" else lowest
         birth = Birth(there, None if at is None else at - origin, number)
         early = (part == "backward" and there == "start") or (part == "update" and there not in ("load", "update"))
@@ -177,10 +189,20 @@ class Pieces:
         """Whether a block of each class was traced."""
         return {window[1] for _, window in self.by_window} >= set(classes)
 
-    def take(self, other: Pieces) -> None:
-        """Add what only `other` has."""
+    def take(self, other: Pieces, classes: Sequence[Hashable]) -> None:
+        """Add what only `other` has, of windows of these blocks.
+
+        They come in the order of a trace of them all: it decides between pieces that are equally near.
+        """
+        at = windows([classes[i] for i in shorten(classes)])
+        order = [*(("forward", window) for window in at), *(("backward", window) for window in reversed(at))]
+        both = {**other.by_window, **self.by_window}
         self.outside = {**other.outside, **self.outside}
-        self.by_window = {**other.by_window, **self.by_window}
+        self.by_window = {key: both[key] for key in (*order, *self.by_window) if key in both}
+
+    def lack(self, classes: Sequence[Hashable]) -> set[Window]:
+        """Windows of these blocks of which none was traced."""
+        return {window for window in windows(classes) if ("forward", window) not in self.by_window}
 
     def with_backward(self, shares: Mapping[Hashable, float]) -> Pieces:
         """The same pieces, the backward pass of a block of each class taking such a share of its time."""
@@ -203,10 +225,12 @@ class Pieces:
         What is made so has sizes and times alone, no events.
         """
         made = Pieces()
-        for part in self.outside.keys() & other.outside.keys():
-            made.outside[part] = _between(self.outside[part], other.outside[part], share)
-        for key in self.by_window.keys() & other.by_window.keys():
-            made.by_window[key] = _between(self.by_window[key], other.by_window[key], share)
+        for part, segment in self.outside.items():
+            if part in other.outside:
+                made.outside[part] = _between(segment, other.outside[part], share)
+        for key, segment in self.by_window.items():  # in order, which decides between pieces that are equally near
+            if key in other.by_window:
+                made.by_window[key] = _between(segment, other.by_window[key], share)
         return made
 
     def _nearest(self, part: Part, window: Window) -> Segment:
@@ -238,26 +262,31 @@ def peak(places: Iterable[Place]) -> int:
     return most
 
 
-def unroll(places: Sequence[Place], depth: int) -> list[Event]:
-    """The events of a composed step, as if it had been traced whole.
+def moves(places: Sequence[Place], depth: int) -> list[Move]:
+    """The events of a composed step as they were traced, each with the key of its piece of memory.
 
     What is born in a block's segment and given back in its own or a neighbour's keeps that distance. What was there
     before the step has the negative key that it had when it was traced.
     """
-    born: dict[tuple[Part, int | None, int], int] = {}  # part, block, ordinal -> key
-    result: list[Event] = []
+    first: dict[tuple[Part, int | None], int] = {}  # part, block -> key of the segment's first piece
+    result: list[Move] = []
     reached = (it.at for it in places if it.segment.part == "backward" and it.segment.events)
     lowest = min((at for at in reached if at is not None), default=0)
+    top = 1
     for place in places:
-        ordinal = 0
-        origin = place.at if place.at is not None else depth - 1 if place.segment.part == "loss" else lowest
+        part = place.segment.part
+        first[part, place.at] = own = top
+        origin = place.at if place.at is not None else depth - 1 if part == "loss" else lowest
+        inside = part, None if place.at is None else 0
         for event, birth in place.segment.events:
             if birth is None:
-                key = len(result) + 1
-                born[place.segment.part, place.at, ordinal] = key
-                ordinal += 1
+                key = top
+                top += 1
+            elif birth[:2] == inside:
+                key = own + birth.ordinal
+            elif birth.part == "load":
+                key = -birth.ordinal
             else:
-                at = None if birth.distance is None else origin + birth.distance
-                key = -birth.ordinal if birth.part == "load" else born[birth.part, at, birth.ordinal]
-            result.append(with_key(event, key, place.at))
+                key = first[birth.part, None if birth.distance is None else origin + birth.distance] + birth.ordinal
+            result.append((key, event))
     return result

@@ -53,6 +53,35 @@ class Tiers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """What the base model alone decides, in one precision, whatever it is trained with.
+
+    Attributes:
+        reading: bytes of the device that reading and quantizing take at most, and then the check of packing.
+        copied: bytes of the files that a merged checkpoint takes over.
+    """
+
+    footprint: LoadFootprint
+    reading: int
+    copied: int
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: Policy, stage: Stage) -> Base:
+        """Predict it, see `Aside.of`."""
+        checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
+        footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
+        small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
+        check = _isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0
+        casts = 0 if stage.kind == "cpu" else CHUNK_BYTES  # a piece on the device in the dtype of the file
+        return cls(
+            footprint=footprint,
+            reading=max(footprint.peak + casts, footprint.held + check) + UNSEEN_BYTES,
+            copied=sum(file.stat().st_size for file in small if not file.name.endswith(".index.json")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Aside:
     """The phases that are no steps; they are the same for all policies of one precision."""
 
@@ -61,24 +90,22 @@ class Aside:
     merge: Tiers
 
     @classmethod
-    def of(cls, config: RunConfig, policy: Policy, scales: Scales) -> Aside:
+    def of(cls, config: RunConfig, policy: Policy, scales: Scales, base: Base | None = None) -> Aside:
         """Predict them.
 
         Args:
             policy: of it precision and compute dtype count.
+            base: if it is known from another adapter or optimizer.
 
         Raises:
             CheckpointError, UnsupportedError: what loading finds in headers.
         """
-        checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
-        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
-        footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
-        small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
-        copied = sum(file.stat().st_size for file in small if not file.name.endswith(".index.json"))
+        base = base or Base.of(config, policy, scales.stage)
+        merged = base.footprint.merged + base.copied
         return cls(
-            load=_load(config, scales, footprint),
+            load=_load(config, scales, base),
             save=_save(config, scales),
-            merge=Tiers(device=_merge_work(scales.stage), host=CHUNK_BYTES, disk=footprint.merged + copied),
+            merge=Tiers(device=_merge_work(scales.stage), host=CHUNK_BYTES, disk=merged),
         )
 
     def phases(self, device: Device, *, train: int, evaluation: int) -> dict[str, dict[str, int]]:
@@ -100,24 +127,20 @@ class Aside:
         return found
 
 
-def _load(config: RunConfig, scales: Scales, footprint: LoadFootprint) -> Tiers:
+def _load(config: RunConfig, scales: Scales, base: Base) -> Tiers:
     """While `assemble` runs: reading and quantizing, then the check of packing, then adapters, then all that is held.
 
     The cache of quantized weights is taken to be empty: whether it is would take reading the whole checkpoint, and a
     load from the cache takes less. Pages of mapped files are no allocations; weights are read, not mapped.
     """
-    stage, on_cpu = scales.stage, scales.stage.kind == "cpu"
-    work = [0]
-    if config.data.packing and not config.adapter.prompt_learning:
-        work.append(_isolation_work(stage))
+    stage, footprint, work = scales.stage, base.footprint, 0
     adapters = _adapters(stage.ready.model)
     if config.adapter.dora:
         trained = sum(parameter.nbytes for parameter in stage.ready.trainable.values())
-        work.append(trained + _work(stage, lambda: _norms(max(adapters, key=_elements))))
-    casts = 0 if on_cpu else CHUNK_BYTES  # a piece on the device in the dtype of the file
+        work = trained + _work(stage, lambda: _norms(max(adapters, key=_elements)))
     drawn = max((4 * adapter.lora_A.numel() for adapter in adapters), default=0)  # on the host, in fp32
     return Tiers(
-        device=max(footprint.peak + casts, footprint.held + max(work), scales.held) + UNSEEN_BYTES,
+        device=max(base.reading, footprint.held + work + UNSEEN_BYTES, scales.held + UNSEEN_BYTES),
         host=max(footprint.copied, drawn),
         disk=footprint.cache if config.cache else 0,
     )

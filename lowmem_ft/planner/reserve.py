@@ -10,7 +10,7 @@ import torch
 from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.trace import Event
+from lowmem_ft.planner.trace import Event, Move
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
@@ -49,7 +49,7 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
         return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated))
-    allocator = replayed(device, scales.stage.tracer.alive(), weighed.events)
+    allocator = replayed(device, scales.stage.tracer.alive(), weighed.moves)
     reserved = allocator.reserved_peak
     return Peak(allocator.allocated_peak, reserved, device.process_bytes + reserved)
 
@@ -63,21 +63,21 @@ def allocator_of(device: Device) -> CachingAllocator:
     )
 
 
-def replayed(device: Device, base: Iterable[Event], step: Iterable[Event]) -> CachingAllocator:
+def replayed(device: Device, base: Iterable[Event], step: Iterable[Move]) -> CachingAllocator:
     """The allocator after steps with the pieces of `base` held, and with the workspaces of cuBLAS."""
     allocator = allocator_of(device)
     for nbytes in (device.forward_workspace, device.bias_workspace):
         allocator.allocate(nbytes)
     handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
-    events = [event for event in step if event.tier == "device"]
+    moves = [(key, event.nbytes, event.phase) for key, event in step if event.tier == "device"]
     waiting = device.backward_workspace
     for _ in range(REPEATS):
-        for event in events:
-            if waiting and event.phase == "backward":
+        for key, nbytes, phase in moves:
+            if waiting and phase == "backward":
                 allocator.allocate(waiting)
                 waiting = 0
-            if event.nbytes > 0:
-                handles[event.key] = allocator.allocate(event.nbytes)
+            if nbytes > 0:
+                handles[key] = allocator.allocate(nbytes)
             else:
-                allocator.free(handles.pop(event.key, 0))
+                allocator.free(handles.pop(key, 0))
     return allocator

@@ -22,7 +22,7 @@ from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.answer import Answer, Option, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, cost_of, find_device
-from lowmem_ft.planner.phases import OF_A_RUN, Aside
+from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
@@ -64,22 +64,13 @@ def _make_plan(config: RunConfig, device: Device | None) -> Plan:
     device = device or find_device(config.budget.device)
     if config.policy.objective == "context":
         config = _with_longest_sequence(config, device)
-    answer = solve(config, device)
-    if not answer.fits:
-        smallest = _smallest(Search(config, device, answer.weighed.policy.bits), answer.budget)
-        answer = replace(answer, changes=cheapest_changes(config, smallest))
-    return write_plan(answer)
-
-
-def solve(config: RunConfig, device: Device) -> Answer:
-    """The best policy of `config` on `device`, or the smallest if none fits."""
     budget = _budget(config, device)
     for bits in _precisions(config):
         search = Search(config, device, bits)
         answer = search.best(budget)
         if answer.fits:
-            break  # the highest precision that fits
-    return answer
+            return write_plan(answer)  # with the highest precision that fits
+    return write_plan(replace(answer, changes=cheapest_changes(config, _smallest(search, budget))))
 
 
 def _budget(config: RunConfig, device: Device) -> int:
@@ -88,19 +79,37 @@ def _budget(config: RunConfig, device: Device) -> int:
     return min([device.free_bytes, *(size for size in stated if size)])
 
 
-def _smallest(search: Search, budget: int) -> Callable[[RunConfig], Answer | None]:
-    """The answer for a config's smallest policy, if that fits; `search` serves its neighbours in length."""
+def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None]:
+    """The answer for a config's smallest policy, if that fits; of the config of `first`, or one that differs a little.
+
+    What differs in the data alone is weighed on the same model, and what was asked before is not weighed again.
+    """
+    data = first.config.data
+    searches = [(first.config, first)]  # by config, but for its data
+    known: list[tuple[RunConfig, Answer | None]] = []
 
     def of(config: RunConfig) -> Answer | None:
-        nonlocal search
-        if config.model_copy(update={"data": search.config.data}) == search.config:
-            search.lengthen(config)
-        else:
-            search = Search(config, search.device, _precisions(config)[-1])
-        weighed = search.scales.weigh(search.least, timed=False)
-        if search.process_estimate(weighed.allocated) > NEAR * budget:
-            return None  # without another trace
-        answer = search.answer(weighed, (), budget)
+        if config not in [asked for asked, _ in known]:
+            known.append((config, weighed(config)))
+        return next(answer for asked, answer in known if asked == config)
+
+    def weighed(config: RunConfig) -> Answer | None:
+        apart = config.model_copy(update={"data": data})
+        search = next((search for own, search in searches if own == apart), None)
+        if search is None:
+            bits = _precisions(config)[-1]
+            base = next((search.base for _, search in searches if search.bits == bits), None)
+            if base is not None and process_estimate(first.device, base.reading) > NEAR * budget:
+                return None  # loading alone takes too much
+            search = Search(config, first.device, bits, base=base)
+            searches.append((apart, search))
+        search.lengthen(config)
+        if search.process_estimate(0) > NEAR * budget:
+            return None  # without a trace
+        step = search.scales.weigh(search.least, timed=False)
+        if search.process_estimate(step.allocated) > NEAR * budget:
+            return None
+        answer = search.answer(step, (), budget)
         return answer if answer.fits else None
 
     return of
@@ -137,17 +146,21 @@ def require_fit(plan: Plan) -> Plan:
 class Search:
     """All policies of one precision that this version can run.
 
+    Args:
+        base: if it is known from another adapter or optimizer, in the same precision.
+
     Attributes:
         scales: weigh them.
         tokens: of a step.
     """
 
-    def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16], *, base: Base | None = None) -> None:
+        self.config, self.device, self.bits = config, device, bits
         self._start = first_policy(config, device, bits)
         self.scales = Scales(config, self._start, kind=device.kind, cost=cost_of(device), card=Card.of(device))
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
+        self._base = base
         self._size(config)
 
     def lengthen(self, config: RunConfig) -> None:
@@ -178,7 +191,12 @@ class Search:
 
     @cached_property
     def _aside(self) -> Aside:
-        return Aside.of(self.config, self._start, self.scales)
+        return Aside.of(self.config, self._start, self.scales, self.base)
+
+    @cached_property
+    def base(self) -> Base:
+        """What the base model alone takes in the other phases."""
+        return self._base or Base.of(self.config, self._start, self.scales.stage)
 
     def process_estimate(self, allocated: int) -> int:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.runtime.experts import GO_ALIKE, STANDS_FOR
@@ -39,38 +40,94 @@ def overloads(*names: str) -> frozenset[Any]:
     return frozenset(getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in names)
 
 
-# Ops whose results are told from their arguments. PyTorch itself tells it in Python too, but for every case there is,
-# which took half of all the time that planning a mixture of experts takes.
-_POINTWISE = overloads(
-    "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "mul.Scalar", "div.Scalar", "neg.default", "silu.default"
-)
-_POINTWISE_IN_PLACE = overloads("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor")
-_NEW = overloads("new_empty.default", "new_zeros.default")
-_LIKE = overloads("empty_like.default", "zeros_like.default")
-_KNOWN = _POINTWISE | _POINTWISE_IN_PLACE | _NEW | _LIKE
+class _Op(NamedTuple):
+    """What the Tracer knows of an operator.
+
+    Attributes:
+        name: asking an operator for it each time takes as long as all the rest.
+        views: all that it returns lies in one storage, mostly that of an argument.
+        told: what it returns is told from shapes, strides and types: new tensors, its first argument, or nothing.
+    """
+
+    name: str
+    views: bool
+    told: bool
+    scratch: Scratch | None
+    whole: Whole | None
+
+    @classmethod
+    def of(cls, func: Any, scratch: Mapping[Any, Scratch], whole: Mapping[Any, Whole]) -> _Op:
+        infos = [returned.alias_info for returned in func._schema.returns]
+        views = len(infos) == 1 and infos[0] is not None
+        new = all(info is None for info in infos)
+        own = len(infos) == 1 and infos[0] is not None and infos[0].is_write and _writes_first(func._schema)
+        return cls(str(func), views, (new or own) and func is not _ASK, scratch.get(func), whole.get(func))
 
 
-def _plain_result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of one of these ops in its plainest case, on dense floats of one dtype, else None."""
-    first = args[0]
-    if not (first.is_meta and first.is_contiguous()):
-        return None
-    if func in _NEW or func in _LIKE:
-        if kwargs.get("device", first.device).type != "meta" or kwargs.get("memory_format") is not None:
+def _writes_first(schema: Any) -> bool:
+    """Whether what an operator in place returns is its first argument."""
+    info = schema.arguments[0].alias_info if schema.arguments else None
+    return info is not None and info.before_set == schema.returns[0].alias_info.before_set
+
+
+class _Results:
+    """What operators return for tensors on meta, each asked once for arguments of equal shapes, strides and types.
+
+    PyTorch tells most of it in Python, for every case there is, which took half of all the time that planning takes.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Callable[[Any], Any] | None] = {}  # None: not to be told from the arguments
+
+    def of(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same as `func(*args, **kwargs)`."""
+        key = name, _told(args), _told(kwargs) if kwargs else None, torch.get_default_dtype()
+        try:
+            again = self._known.get(key, self)
+        except TypeError:  # an argument that has no hash
+            return func(*args, **kwargs)
+        if again is self:
+            out = func(*args, **kwargs)
+            self._known[key] = None if key[1] != _told(args) else _repeated(out, args, kwargs)
+            return out
+        return func(*args, **kwargs) if again is None else again(args)  # type: ignore[operator]
+
+
+def _told(value: Any) -> Hashable:
+    """What of an argument decides about results."""
+    if isinstance(value, Tensor):
+        # a number in a tensor on the host may stand for a Python number, which promotes otherwise
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
+    if isinstance(value, (list, tuple)):
+        return tuple([_told(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _told(item)) for name, item in value.items()])
+    return type(value), value
+
+
+def _repeated(out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], Any] | None:
+    """How to make `out` once more from equal arguments, if it is one of those that `_Op.told` names."""
+    if out is None:
+        return lambda _: None
+    if args and out is args[0]:
+        return itemgetter(0)
+    leaves, spec = tree_flatten(out)
+    given = {it.untyped_storage()._cdata for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)}
+    shapes = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_meta or leaf.untyped_storage()._cdata in given:
             return None
-        shape = args[1] if func in _NEW else first.shape
-        return torch.empty(shape, dtype=kwargs.get("dtype") or first.dtype, device="meta")
-    second = args[1] if len(args) > 1 else 1.0
-    if not first.is_floating_point() or not (isinstance(second, (int, float)) or _fits(second, first)):
+        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        if like.untyped_storage().nbytes() != leaf.untyped_storage().nbytes():
+            return None
+        shapes.append((leaf.shape, leaf.stride(), leaf.dtype))
+    if len({leaf.untyped_storage()._cdata for leaf in leaves}) < len(leaves):
         return None
-    return first if func in _POINTWISE_IN_PLACE else torch.empty(first.shape, dtype=first.dtype, device="meta")
 
-
-def _fits(second: Any, first: Tensor) -> bool:
-    """Whether `second` is a tensor of the same dtype that broadcasts to the shape of `first`."""
-    if not isinstance(second, Tensor) or second.dtype != first.dtype or second.ndim > first.ndim:
-        return False
-    return all(own in (1, other) for own, other in zip(reversed(second.shape), reversed(first.shape), strict=False))
+    if isinstance(out, Tensor):
+        ((size, stride, dtype),) = shapes
+        return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    return lambda _: tree_unflatten([torch.empty_strided(*it[:2], dtype=it[2], device="meta") for it in shapes], spec)
 
 
 class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixture of experts
@@ -93,6 +150,9 @@ class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixt
     inside: bool = False
 
 
+Move: TypeAlias = tuple[int, Event]  # an event under another key than its own
+
+
 @dataclass(slots=True)
 class Trace:
     """Events in order."""
@@ -107,28 +167,29 @@ class Trace:
                 held += event.nbytes
                 yield held
 
-    def alive_at_peak(self) -> list[Event]:
-        """The births of all pieces that are held when the two tiers together hold the most."""
-        levels = list(self.curve())
-        alive: dict[int, Event] = {}
-        for event in self.events[: levels.index(max(levels)) + 1]:
-            if event.nbytes > 0:
-                alive[event.key] = event
-            else:
-                alive.pop(event.key, None)  # of what was there before, if the trace does not begin with it
-        return list(alive.values())
-
     def holders(self) -> dict[str, int]:
-        """Bytes at the peak that the step itself holds: `activations`, `loss` and `workspace`."""
-        found = {"activations": 0, "loss": 0, "workspace": 0}
-        for event in self.alive_at_peak():
-            if event.inside:
-                found["workspace"] += event.nbytes
-            elif event.phase == "loss":
-                found["loss"] += event.nbytes
-            elif event.phase != "load":
-                found["activations"] += event.nbytes
-        return found
+        """See `holders`."""
+        return holders([(event.key, event) for event in self.events])
+
+
+def holders(moves: Sequence[Move]) -> dict[str, int]:
+    """Bytes that a step itself holds when both tiers together hold the most: `activations`, `loss` and `workspace`."""
+    levels = list(accumulate(event.nbytes for _, event in moves))
+    alive: dict[int, Event] = {}
+    for key, event in moves[: levels.index(max(levels)) + 1]:
+        if event.nbytes > 0:
+            alive[key] = event
+        else:
+            alive.pop(key, None)  # of what was there before, if the moves do not begin with it
+    found = {"activations": 0, "loss": 0, "workspace": 0}
+    for event in alive.values():
+        if event.inside:
+            found["workspace"] += event.nbytes
+        elif event.phase == "loss":
+            found["loss"] += event.nbytes
+        elif event.phase != "load":
+            found["activations"] += event.nbytes
+    return found
 
 
 class Repeats:
@@ -147,8 +208,8 @@ class Repeats:
         self._led: set[int] = set()  # keys that another one stands for
 
     def go_alike(self, keys: Sequence[int]) -> None:
-        """Let the first of these pieces, taken outside of such work, stand for all when it is given back."""
-        self._held[keys[0]] = list(keys)
+        """Let the first of these pieces stand for all, and for what they stand for, when it is given back."""
+        self._held[keys[0]] = [own for key in keys for own in self._held.pop(key, [key])]
         self._led.update(keys[1:])
 
     def repeat(self, work: Sequence[Event], times: int) -> list[Event]:
@@ -204,7 +265,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase, self.block = "load", None  # type: tuple[str, int | None]
         self._scratch, self._whole, self._cost = scratch, whole, cost
         self._alive: dict[int, tuple[weakref.ref[Any], Event]] = {}  # by the storage's address
-        self._names: dict[Any, str] = {}  # of ops: asking each time takes as long as the rest
+        self._ops: dict[Any, _Op] = {}
+        self._results = _Results()
         self._op = ""
         self._keys = count(1)
         self._repeats = Repeats(self._keys)
@@ -228,18 +290,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = str(func)
-        self._op = name
+        op = self._ops.get(func) or self._know(func)
+        self._op = op.name
         if func is STANDS_FOR:
             self._stand_for(args[1])
             return None
         if func is GO_ALIKE:
             self._repeats.go_alike([self._alive[tensor.untyped_storage()._cdata][1].key for tensor in args[0]])
             return None
-        if func in self._whole:
-            implementation, times = self._whole[func]
+        if op.whole is not None:
+            implementation, times = op.whole
             before = self.seconds[self.phase, self.block]
             with self:
                 out = implementation(*args, **kwargs)
@@ -249,27 +309,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _ASK and args[0].is_meta:
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
             return {torch.bool: True}.get(args[0].dtype, 1)
-        if self.phase == "backward":
-            func = _IN_PLACE.get(func, func)
+        if func in _IN_PLACE and self.phase == "backward":
+            func = _IN_PLACE[func]
+            op = self._ops.get(func) or self._know(func)
         try:
-            out = _plain_result(func, args, kwargs) if func in _KNOWN else None
-            if out is None:
-                out = func(*args, **kwargs)
+            out = self._results.of(op.name, func, args, kwargs) if op.told else func(*args, **kwargs)
         except NotImplementedError as error:
             raise UnsupportedError(
                 "What this model allocates depends on the values of its tensors, so it cannot be planned without them.",
-                given=f"{name} ({error})",
+                given=f"{op.name} ({error})",
                 fix="use another model; of mixtures of experts those that go by transformers' experts interface",
             ) from None
-        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
-        inside = self._scratch.get(func)
-        if inside is not None:
-            self._pass_through(inside(*args, **kwargs))
+        if isinstance(out, Tensor):
+            self._see(out)
+        else:
+            for leaf in out[:1] if op.views else tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf)
+        if op.scratch is not None:
+            self._pass_through(op.scratch(*args, **kwargs))
         if self._cost is not None:
             self.seconds[self.phase, self.block] += self._times * self._cost(func, args, kwargs, out)
         return out
+
+    def _know(self, func: Any) -> _Op:
+        op = self._ops[func] = _Op.of(func, self._scratch, self._whole)
+        return op
 
     def _stand_for(self, times: int) -> None:
         events = self.trace.events

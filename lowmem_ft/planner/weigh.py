@@ -6,18 +6,31 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.planner.compose import Pieces, Place, Segment, peak, segment_of, segments, shorten, unroll
+from lowmem_ft.planner.compose import (
+    Pieces,
+    Place,
+    Segment,
+    Window,
+    moves,
+    peak,
+    segment_of,
+    segments,
+    shorten,
+    windows,
+)
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
-from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
+from lowmem_ft.planner.trace import Cost, Move, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
+
+Class: TypeAlias = tuple[int, bool]  # of a block: its kind, and whether it keeps its activations
 
 LONGEST = 1 << 17  # positions of models whose config names none
 _NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all further ones are like the first
@@ -40,9 +53,9 @@ class Weighed:
     places: Sequence[Place]
 
     @cached_property
-    def events(self) -> list[Event]:
-        """Those of that step, as if it had been traced whole."""
-        return unroll(self.places, sum(place.segment.part == "forward" for place in self.places))
+    def moves(self) -> list[Move]:
+        """The events of that step, as if it had been traced whole."""
+        return moves(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
 class Scales:
@@ -83,6 +96,7 @@ class Scales:
         self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
         self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
         self._between: dict[tuple[int, int], Pieces] = {}
+        self._evaluations: dict[tuple[int, int, int], int] = {}  # by length, these and those: peak bytes
         self._update: Segment | None = None
         self._shares: dict[Hashable, float] = {}  # by class: of a first backward's time how much a later one takes
 
@@ -101,21 +115,25 @@ class Scales:
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
         classes = self._classes(policy.keep_blocks)
-        pieces = self._steady(policy, classes) if timed else self._traced(policy, classes)
+        pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
         return self._weighed(policy, pieces.step(classes))
 
     def evaluation_peak(self, policy: Policy) -> int:
         """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
-        self.stage.tracer.begin()
-        in_loss = min(policy.micro_batch_tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
-        only = None if self._whole else shorten(self._kinds)
-        trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
-        longer = policy.micro_batch_tokens / in_loss
-        listed = {event.key for event in trace.events if event.op == _LISTING}
-        events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
-        return max(Trace(events).curve(self._tier)) + unseen_bytes(policy)
+        tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
+        key = self.stage.config.data.seq_len, tokens, chunk
+        if key not in self._evaluations:
+            self.stage.tracer.begin()
+            in_loss = min(tokens, chunk + _NEXT_CHUNK)
+            only = None if self._whole else shorten(self._kinds)
+            trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
+            listed = {event.key for event in trace.events if event.op == _LISTING}
+            longer = tokens / in_loss
+            events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
+            self._evaluations[key] = max(Trace(events).curve(self._tier))
+        return self._evaluations[key] + unseen_bytes(policy)
 
-    def _classes(self, keep: int) -> list[tuple[int, bool]]:
+    def _classes(self, keep: int) -> list[Class]:
         return [(kind, at >= self.depth - keep) for at, kind in enumerate(self._kinds)]
 
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
@@ -126,37 +144,49 @@ class Scales:
             pieces = self._sized[tokens] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
-                if not pieces.know(self._classes(keep)):
-                    pieces.take(self._steady(sized, self._classes(keep)))
+                classes = self._classes(keep)
+                if not pieces.know(classes):
+                    pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
             self._losses[tokens, chunk] = pieces.outside["loss"]
         if (tokens, chunk) not in self._losses:
             classes = self._classes(self.keep[0])
-            one = self._traced(sized, classes if self._whole else classes[-1:])
+            classes = classes if self._whole else classes[-1:]
+            one = self._traced(sized, classes, range(len(classes)))
             self._losses[tokens, chunk] = one.outside["loss"]
         return pieces.with_loss(self._losses[tokens, chunk])
 
-    def _steady(self, policy: Policy, classes: Sequence[tuple[int, bool]]) -> Pieces:
+    def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
-        pieces = self._traced(policy, classes)
-        if {one for one in classes if not one[1]} - self._shares.keys():
-            later = self._traced(policy, classes, settled=True)
-            for (part, window), segment in pieces.by_window.items():
-                if part == "backward":
-                    share = later.by_window[part, window].seconds / segment.seconds if segment.seconds else 1.0
-                    self._shares.setdefault(window[1], share)
+        taken = self._shortened(classes, wanted)
+        pieces = self._traced(policy, classes, taken)
+        unknown = {one for one in classes if not one[1]} - self._shares.keys()
+        if unknown:
+            # of each class the last block that was traced, whose backward came first
+            last = {window[1]: window for window in windows([classes[at] for at in taken]) if window[1] in unknown}
+            few = [taken[at] for at in shorten([classes[at] for at in taken], last.values())]
+            later = self._traced(policy, classes, taken if self._whole else few, settled=True)
+            for one, window in last.items():
+                segment = pieces.by_window.get(("backward", window))
+                if segment is not None:
+                    again = later.by_window["backward", window].seconds
+                    self._shares[one] = again / segment.seconds if segment.seconds else 1.0
         return pieces.with_backward(self._shares)
 
-    def _traced(self, policy: Policy, classes: Sequence[tuple[int, bool]], *, settled: bool = False) -> Pieces:
-        """The segments of a step through blocks of `classes`, the last ones of the model."""
+    def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
+        return list(range(len(classes))) if self._whole else shorten(classes, wanted)
+
+    def _traced(
+        self, policy: Policy, classes: Sequence[Class], taken: Sequence[int], *, settled: bool = False
+    ) -> Pieces:
+        """The segments of a step through those of the last blocks, which are of `classes`, that are `taken`."""
         first = self.depth - len(classes)
-        only = list(range(len(classes))) if self._whole else shorten(classes)
-        taken = [classes[at] for at in only]
+        own = [classes[at] for at in taken]
         tokens = policy.micro_batch_tokens
         in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
         trace = self.stage.step(
             policy,
-            keep=sum(kept for _, kept in taken),
-            only=None if self._whole else [first + at for at in only],
+            keep=sum(kept for _, kept in own),
+            only=None if self._whole else [first + at for at in taken],
             update=self._update is None,
             settled=settled,
             loss_tokens=in_loss,
@@ -167,7 +197,7 @@ class Scales:
         if self._update is None:
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
-        pieces.add(taken, [*(segment for segment in found if segment.part != "update"), self._update])
+        pieces.add(own, [*(segment for segment in found if segment.part != "update"), self._update])
         return pieces
 
     def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:

@@ -220,7 +220,7 @@ def _touch_factors(experts: Any, out_TD: Tensor, times: int) -> Tensor:
 class _Touched(torch.autograd.Function):
     """Its first input; the others get gradients that are never filled.
 
-    In each range of `alike` the first one's stands for those of all.
+    In each range of `alike` the first one's stands for those of all; the others share one, which is not added to.
     """
 
     @staticmethod
@@ -231,7 +231,17 @@ class _Touched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dx,) = gradients
-        touched = [dx.new_empty(shape, dtype=dtype) for shape, dtype in ctx.shapes]
-        for one_for_all in ctx.alike:
-            GO_ALIKE([touched[at] for at in one_for_all])
+        touched: list[Tensor] = []
+        rests = {one_for_all[1]: one_for_all[1:] for one_for_all in ctx.alike}
+        while len(touched) < len(ctx.shapes):
+            shape, dtype = ctx.shapes[len(touched)]
+            rest = rests.get(len(touched))
+            if rest is None:
+                touched.append(dx.new_empty(shape, dtype=dtype))
+                continue
+            STANDS_FOR(dx, len(rest))
+            one = dx.new_empty(shape, dtype=dtype)
+            STANDS_FOR(dx, 1)
+            GO_ALIKE([touched[-1], one])
+            touched += [one] * len(rest)
         return dx, None, *touched

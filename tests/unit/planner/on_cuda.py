@@ -18,7 +18,7 @@ from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage
-from lowmem_ft.planner.trace import Event, with_key
+from lowmem_ft.planner.trace import Event
 from lowmem_ft.step import train_step
 
 
@@ -43,7 +43,7 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     held = stage.tracer.alive()
     before = {event.key for event in held}  # which `replayed` knows by negative keys, as in a composed step
     taken = [event for event in step(settled=False) if event.phase != "load"]
-    first = [with_key(event, -event.key, event.block) if event.key in before else event for event in taken]
+    first = [(-event.key if event.key in before else event.key, event) for event in taken]
     allocator = replayed(device, held, first)
     return Predicted(
         allocated=allocator.allocated_peak,

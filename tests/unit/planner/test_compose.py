@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.compose import Pieces, peak, segments, shorten, unroll, windows
+from lowmem_ft.planner.compose import Pieces, Place, moves, peak, segments, shorten, windows
 from lowmem_ft.planner.simulate import Stage, block_kinds
-from lowmem_ft.planner.trace import Event
+from lowmem_ft.planner.trace import Event, with_key
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 
@@ -28,6 +29,12 @@ DEEP: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": DEPTH},
     "gpt_neo": {"num_layers": DEPTH, "attention_types": [[["global", "local"], DEPTH // 2]]},
 }
+
+
+def unrolled(places: Sequence[Place], depth: int) -> list[Event]:
+    """The events of a composed step, as if it had been traced whole."""
+    at = (place.at for place in places for _ in place.segment.events)
+    return [with_key(event, key, block) for (key, event), block in zip(moves(places, depth), at, strict=True)]
 
 
 def stage(name: str, folder: Path, **sections: Any) -> Stage:
@@ -64,7 +71,7 @@ def check_composed(made: Stage, keep: int) -> None:
     few = made.step(policy(), keep=sum(kept for _, kept in only_classes(classes, only)), only=only)
     pieces.add(only_classes(classes, only), segments(few, {}))
     places = pieces.step(classes)
-    found = unroll(places, DEPTH)
+    found = unrolled(places, DEPTH)
     assert made.held + peak(places) == max(whole.curve())
     assert seen(found) == seen(wanted)
     keys: dict[int, int] = {}
@@ -105,3 +112,38 @@ def test_a_step_leaves_nothing_for_the_garbage_collector(name: str, keep: int, t
     finally:
         gc.enable()
     assert left == []
+
+
+def test_shortening_to_what_is_wanted() -> None:
+    """Those windows are there, in few blocks; all others are such as some block of the whole has, but at the ends."""
+    classes: list[Hashable] = [0, *[1] * 40, *[2] * 39]
+    every = windows(classes)
+    first, turn, last = every[0], every[40], every[-1]
+    assert turn == (1, 1, 2)
+    assert shorten(classes, {first}) == [0, 1]
+    assert shorten(classes, {turn})[1:] == [40, 41]
+    for wanted in ({first}, {turn}, {last}, {first, turn}, {first, last}, set(every)):
+        only = shorten(classes, wanted)
+        found = windows([classes[at] for at in only])
+        assert wanted <= set(found)
+        assert set(found[1:-1]) <= set(every)
+        assert len(only) <= 7
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_wanted_windows_of_fewer_blocks_are_the_same(keep: int, tmp_path: Path) -> None:
+    """What estimates take from traces of a few windows is what a trace of all of them has."""
+    made = stage("deepseek_v3", tmp_path)
+    classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
+
+    def traced(only: list[int]) -> Pieces:
+        pieces, own = Pieces(), only_classes(classes, only)
+        pieces.add(own, segments(made.step(policy(), keep=sum(kept for _, kept in own), only=only), {}, "device"))
+        return pieces
+
+    every = traced(shorten(classes))
+    for window in set(windows(classes)):
+        few = traced(shorten(classes, {window}))
+        for part in ("forward", "backward"):
+            one, other = every.by_window[part, window], few.by_window[part, window]
+            assert (one.delta, one.high) == (other.delta, other.high)

@@ -20,6 +20,7 @@ from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import PROCESS_SLACK, process_peak
 from lowmem_ft.planner.solver import Search, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
+from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
@@ -379,3 +380,18 @@ def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:
         loop.device_of(plan)
     with pytest.raises(UnsupportedError, match="did you mean 'rtx-3060-12gb'"):
         find_device("rtx-3060-12g")
+
+
+def test_neighbours_are_weighed_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of changes that all miss: one model for the config and for each rank, one trace of each length and rank."""
+    settings = config(models["long"], data={"seq_len": 1024}, train={"tokens_per_step": 1024}, adapter={"rank": 8})
+    start = Search(settings, DEVICE, 4)
+    taken = process_peak(DEVICE, start.scales, start.smallest()).process
+    made, weighed = [], []
+    search, weigh = Search.__init__, Scales.weigh
+    monkeypatch.setattr(Search, "__init__", lambda own, *args, **keys: made.append(1) or search(own, *args, **keys))
+    monkeypatch.setattr(Scales, "weigh", lambda *args, **keys: weighed.append(1) or weigh(*args, **keys))
+    assert not with_budget(settings)(DEVICE.process_bytes).fits
+    assert len(made) == 1, "what loading takes alone is too much for all of them"
+    assert len(weighed) == 2, "the smallest, with its last block keeping or not"
+    assert taken > DEVICE.process_bytes
