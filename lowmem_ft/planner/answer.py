@@ -68,9 +68,7 @@ class Answer:
     @property
     def host_budget(self) -> int:
         """What it may take of the host; 0 where that is unknown."""
-        if self.device.kind == "cpu":
-            return self.budget
-        return min((size for size in (self.config.budget.host, self.device.host_free_bytes) if size), default=0)
+        return self.budget if self.device.kind == "cpu" else host_budget(self.config, self.device)
 
     @property
     def host_binds(self) -> bool:
@@ -90,6 +88,11 @@ class Answer:
             step_seconds=option.seconds,
             tokens_per_second=self.tokens / option.seconds,
         )
+
+
+def host_budget(config: RunConfig, device: Device) -> int:
+    """Bytes that a run on a card may take of the host; 0 where that is unknown."""
+    return min((size for size in (config.budget.host, device.host_free_bytes) if size), default=0)
 
 
 def write_plan(answer: Answer) -> Plan:
@@ -123,7 +126,7 @@ def write_plan(answer: Answer) -> Plan:
         reason=_reason(answer, own, frontier),
         changes=answer.changes,
         frontier=tuple(answer.candidate(option) for option in _thinned(frontier, FRONTIER)),
-        timeline=tuple(_timeline(answer.scales.held, weighed.places)),
+        timeline=tuple(_timeline(answer.scales.held_by(weighed.policy), weighed.places)),
         config=answer.config.model_dump(mode="json"),
     )
 
@@ -160,12 +163,13 @@ def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     """Bytes at the training peak by what holds them; together they are the process's."""
     held = holders(answer.weighed.moves)
     found = {name: held[name] for name in ("loss", "workspace")}
+    below = answer.scales.moved(answer.weighed.policy.streamed_blocks).saved
     return {
-        "base_weights": stored.base_weights,
+        "base_weights": stored.base_weights - below,
         "adapter": stored.adapter,
         "gradients": stored.gradients,
         "optimizer": stored.optimizer,
-        "activations": answer.weighed.allocated - stored.total - sum(found.values()),
+        "activations": answer.weighed.allocated - (stored.total - below) - sum(found.values()),
         **found,
         "overhead": answer.process - answer.weighed.allocated,
     }

@@ -2,7 +2,7 @@
 
 An operation takes the longer of its arithmetic at the device's rate and its bytes at the device's bandwidth, plus what
 every call costs. Products, attention and dequantization have rates of their own, because what a device reaches in them
-is far from its datasheet. Copies between tiers overlap with arithmetic.
+is far from its datasheet. Copies between tiers are in `planner.pipeline`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class Rates:
         updates: elements that the optimizer updates.
         draws: random values.
         call: seconds that any operation takes at least.
-        to_device, to_host: bytes of copies.
     """
 
     products: Mapping[torch.dtype, float]
@@ -53,8 +52,6 @@ class Rates:
     updates: float
     draws: float
     call: float
-    to_device: float
-    to_host: float
 
     @classmethod
     def of(cls, profile: Profile) -> Rates:
@@ -62,7 +59,6 @@ class Rates:
         flops = {getattr(torch, name): rate.value for name, rate in profile.flops.items()}
         fastest = max(flops.values())
         bandwidth = profile.memory_bandwidth.value
-        links = {"to_device": profile.link_to_device.value, "to_host": profile.link_to_host.value}
         found = profile.measured
         if found is None:
             return cls(
@@ -75,7 +71,6 @@ class Rates:
                 updates=BANDWIDTH_SHARE * bandwidth / BYTES_PER_UPDATE,
                 draws=BANDWIDTH_SHARE * bandwidth / BYTES_PER_DRAW,
                 call=CALL_SECONDS,
-                **links,
             )
         return cls(
             products=flops,
@@ -87,13 +82,7 @@ class Rates:
             updates=found.updates.value,
             draws=found.draws.value,
             call=1 / found.calls.value,
-            **links,
         )
-
-
-def overlapped(compute: float, copy: float, blocks: int) -> float:
-    """Seconds for `blocks` blocks, each of which computes while the next one's weights are copied in."""
-    return copy + (blocks - 1) * max(compute, copy) + compute if blocks else 0.0
 
 
 class CostModel:

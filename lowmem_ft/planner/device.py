@@ -116,13 +116,26 @@ def find_device(name: str) -> Device:
 
 def cost_of(device: Device) -> Cost:
     """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, in proportion."""
-    profile = load_profile(device.profile or ("cpu" if device.kind == "cpu" else SIMILAR_TO_CUDA))
+    profile = _profile_of(device)
     rates = Rates.of(profile)
     if device.profile is None:
         faster = device.flops / profile.flops[device.compute_dtype].value
         products = {dtype: rate * faster for dtype, rate in rates.products.items()}
         rates = replace(rates, products=products)
     return CostModel(rates, kind=device.kind).seconds
+
+
+def link_of(device: Device, tier: Literal["host", "disk"]) -> float:
+    """Bytes per second from a tier to the device. From disk to a card they go through the host, side by side."""
+    profile = _profile_of(device)
+    link = profile.link_to_device.value
+    if tier == "host":
+        return link
+    return profile.disk_read.value if device.kind == "cpu" else min(link, profile.disk_read.value)
+
+
+def _profile_of(device: Device) -> Profile:
+    return load_profile(device.profile or ("cpu" if device.kind == "cpu" else SIMILAR_TO_CUDA))
 
 
 def _from_profile(profile: Profile, name: str) -> Device:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.quant.ops import layout_bytes
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.streaming import SLOTS, Moved, Piece
+from lowmem_ft.runtime.tiers import STAGES
 
 OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what a merged checkpoint takes over from its base
@@ -52,18 +55,22 @@ class Tiers:
     disk: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """What the base model alone decides, in one precision, whatever it is trained with.
 
     Attributes:
-        reading: bytes of the device that reading and quantizing take at most, and then the check of packing.
+        check: bytes of the device that the check of packing takes beside the model.
+        casts: and a piece that is read, in the dtype of its file.
         copied: bytes of the files that a merged checkpoint takes over.
+        streamable: what can be streamed of each block.
     """
 
     footprint: LoadFootprint
-    reading: int
+    check: int
+    casts: int
     copied: int
+    streamable: Sequence[list[Piece]]
 
     @classmethod
     def of(cls, config: RunConfig, policy: Policy, stage: Stage) -> Base:
@@ -72,26 +79,55 @@ class Base:
         dtype: torch.dtype = getattr(torch, policy.compute_dtype)
         footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
         small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
-        check = _isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0
-        casts = 0 if stage.kind == "cpu" else CHUNK_BYTES  # a piece on the device in the dtype of the file
         return cls(
             footprint=footprint,
-            reading=max(footprint.peak + casts, footprint.held + check) + UNSEEN_BYTES,
+            check=_isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0,
+            casts=0 if stage.kind == "cpu" else CHUNK_BYTES,
             copied=sum(file.stat().st_size for file in small if not file.name.endswith(".index.json")),
+            streamable=stage.ready.streamable,
         )
+
+    def reading(self, streamed: int) -> int:
+        """Bytes of the device that reading and quantizing take at most, and then the check of packing."""
+        moved, below = Moved.of(self.streamable, streamed), set()
+        for index in moved.blocks:
+            for piece in self.streamable[index]:
+                layer = piece.path.rpartition(".")[0]
+                below |= {piece.path, layer, f"{layer}.weight"}
+        read = self.footprint.peak(below) + self.casts + SLOTS * moved.slot
+        return max(read, self.footprint.held - moved.saved + self.check) + UNSEEN_BYTES
+
+    @cached_property
+    def least(self) -> int:
+        """The same with every block streamed, or resident if that takes less."""
+        return min(self.reading(0), self.reading(len(self.streamable)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aside:
-    """The phases that are no steps; they are the same for all policies of one precision."""
+    """The phases that are no steps. Of a policy only precision, compute dtype and streamed blocks matter to them.
 
-    load: Tiers
+    Attributes:
+        starting: bytes of the device that the start of the adapters takes beside the model.
+        drawn: of the host while an adapter is.
+        cache: of the disk, for the cache of quantized weights.
+        save, merge: with every block resident.
+    """
+
+    scales: Scales
+    base: Base
+    starting: int
+    drawn: int
+    cache: int
     save: Tiers
     merge: Tiers
 
     @classmethod
     def of(cls, config: RunConfig, policy: Policy, scales: Scales, base: Base | None = None) -> Aside:
         """Predict them.
+
+        The cache of quantized weights is taken to be empty: whether it is would take reading the whole checkpoint, and
+        a load from the cache takes less. Pages of mapped files are no allocations; weights are read, not mapped.
 
         Args:
             policy: of it precision and compute dtype count.
@@ -102,48 +138,71 @@ class Aside:
         """
         base = base or Base.of(config, policy, scales.stage)
         merged = base.footprint.merged + base.copied
+        adapters = _adapters(scales.stage.ready.model)
         return cls(
-            load=_load(config, scales, base),
+            scales=scales,
+            base=base,
+            starting=_starting(config, scales.stage, adapters),
+            drawn=max((4 * adapter.lora_A.numel() for adapter in adapters), default=0),  # in fp32
+            cache=base.footprint.cache if config.cache else 0,
             save=_save(config, scales),
             merge=Tiers(device=_merge_work(scales.stage), host=CHUNK_BYTES, disk=merged),
         )
 
-    def phases(self, device: Device, *, train: int, evaluation: int) -> dict[str, dict[str, int]]:
+    def load(self, policy: Policy) -> Tiers:
+        """While `assemble` runs: reading and quantizing, then the check of packing and adapters, then all is held."""
+        moved = self.scales.moved(policy.streamed_blocks)
+        starting = self.base.footprint.held - moved.saved + self.starting
+        most = max(starting, self.scales.held_by(policy)) + UNSEEN_BYTES
+        return Tiers(
+            device=max(self.base.reading(policy.streamed_blocks), most),
+            host=max(self.base.footprint.copied, self.drawn),
+            disk=self.cache + (moved.stored if self._on_disk(policy) else 0),
+        )
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host that loading or saving takes, without what is streamed."""
+        return max(self.base.footprint.copied, self.drawn, self.save.host)
+
+    def most(self, policy: Policy) -> int:
+        """Bytes of the device's tensors while loading and saving."""
+        saved = self.scales.moved(policy.streamed_blocks).saved
+        return max(self.load(policy).device, self.save.device - saved)
+
+    def phases(self, device: Device, policy: Policy, *, train: int, evaluation: int) -> dict[str, dict[str, int]]:
         """All phases as a plan holds them, with what the process takes anyway.
 
         Args:
             train, evaluation: bytes that the process takes of the device.
         """
-        own = {"load": self.load, "save": self.save, "merge": self.merge}
+        moved = self.scales.moved(policy.streamed_blocks)
+        save = replace(self.save, device=self.save.device - moved.saved)
+        own = {"load": self.load(policy), "save": save, "merge": self.merge}
         sizes = {name: process_estimate(device, tiers.device) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
         found: dict[str, dict[str, int]] = {}
         for name in (*OF_A_RUN, "merge"):
             tiers = own.get(name, Tiers(device=0))
+            pinned = 0
+            if device.kind != "cpu" and name != "merge":
+                pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
             found[name] = {"device_bytes": sizes[name]}
             if device.kind != "cpu":
-                found[name]["host_bytes"] = device.host_process_bytes + tiers.host
-            found[name] |= {"pinned_bytes": 0, "disk_bytes": tiers.disk}
+                found[name]["host_bytes"] = device.host_process_bytes + tiers.host + pinned
+            found[name] |= {"pinned_bytes": pinned, "disk_bytes": tiers.disk}
         return found
 
+    def _on_disk(self, policy: Policy) -> bool:
+        return policy.stream_from == "disk" or self.scales.stage.kind == "cpu"
 
-def _load(config: RunConfig, scales: Scales, base: Base) -> Tiers:
-    """While `assemble` runs: reading and quantizing, then the check of packing, then adapters, then all that is held.
 
-    The cache of quantized weights is taken to be empty: whether it is would take reading the whole checkpoint, and a
-    load from the cache takes less. Pages of mapped files are no allocations; weights are read, not mapped.
-    """
-    stage, footprint, work = scales.stage, base.footprint, 0
-    adapters = _adapters(stage.ready.model)
-    if config.adapter.dora:
-        trained = sum(parameter.nbytes for parameter in stage.ready.trainable.values())
-        work = trained + _work(stage, lambda: _norms(max(adapters, key=_elements)))
-    drawn = max((4 * adapter.lora_A.numel() for adapter in adapters), default=0)  # on the host, in fp32
-    return Tiers(
-        device=max(base.reading, footprint.held + work + UNSEEN_BYTES, scales.held + UNSEEN_BYTES),
-        host=max(footprint.copied, drawn),
-        disk=footprint.cache if config.cache else 0,
-    )
+def _starting(config: RunConfig, stage: Stage, adapters: list[Any]) -> int:
+    """What the start of the adapters takes of the device beside the model."""
+    if not config.adapter.dora:
+        return 0
+    trained = sum(parameter.nbytes for parameter in stage.ready.trainable.values())
+    return trained + _work(stage, lambda: _norms(max(adapters, key=_elements)))
 
 
 def _save(config: RunConfig, scales: Scales) -> Tiers:

@@ -18,6 +18,8 @@ def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float]) -> fl
         places: of the micro-batch, without the update.
         copies: seconds that a block takes to be copied, by index of the streamed blocks.
     """
+    if not copies:
+        return sum(place.segment.seconds for place in places)
     order = sorted(copies)
     ring, ready = Ring(len(order)), [0.0] * SLOTS
     now = free = 0.0  # of the work, of the link

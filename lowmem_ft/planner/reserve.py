@@ -49,7 +49,7 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
         return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated))
-    allocator = replayed(device, scales.stage.tracer.alive(), weighed.moves)
+    allocator = replayed(device, scales.base(weighed.policy), weighed.moves)
     reserved = allocator.reserved_peak
     return Peak(allocator.allocated_peak, reserved, device.process_bytes + reserved)
 

@@ -6,7 +6,9 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -25,10 +27,12 @@ from lowmem_ft.planner.compose import (
     shorten,
     windows,
 )
+from lowmem_ft.planner.pipeline import streamed_seconds
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
-from lowmem_ft.planner.trace import Cost, Move, Tier, Trace
+from lowmem_ft.planner.trace import Cost, Event, Move, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
+from lowmem_ft.runtime.streaming import SLOTS, Moved
 
 Class: TypeAlias = tuple[int, bool]  # of a block: its kind, and whether it keeps its activations
 
@@ -66,11 +70,12 @@ class Scales:
         kind: of the device.
         cost: of its operations, see `Tracer`.
         card: see `Stage`.
+        link: tier -> bytes per second that streamed weights come up with.
 
     Attributes:
         stage: the model without data.
         depth: number of blocks.
-        held: bytes of the device before a step.
+        held: bytes of the device before a step, with every block resident.
         longest: positions that the model knows.
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
     """
@@ -83,6 +88,7 @@ class Scales:
         kind: Literal["cpu", "cuda"],
         cost: Cost,
         card: Card | None = None,
+        link: Callable[[Literal["host", "disk"]], float] = lambda tier: math.inf,
     ) -> None:
         self.stage = Stage(config, start, kind=kind, cost=cost, card=card)
         self.depth = len(self.stage.blocks)
@@ -91,6 +97,8 @@ class Scales:
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
         self._kinds = block_kinds(self.stage.ready.model)
+        self._link = link
+        self._moved: dict[int, Moved] = {}  # by number of streamed blocks
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
         self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
@@ -131,7 +139,30 @@ class Scales:
             longer = tokens / in_loss
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
-        return self._evaluations[key] + unseen_bytes(policy)
+        saved = self.moved(policy.streamed_blocks).saved
+        return self._evaluations[key] - saved + unseen_bytes(policy)
+
+    def moved(self, streamed: int) -> Moved:
+        """What changes if so many blocks are streamed."""
+        if streamed not in self._moved:
+            self._moved[streamed] = Moved.of(self.stage.ready.streamable, streamed)
+        return self._moved[streamed]
+
+    def held_by(self, policy: Policy) -> int:
+        """Bytes of the device before a step of `policy`."""
+        return self.held - self.moved(policy.streamed_blocks).saved
+
+    def base(self, policy: Policy) -> list[Event]:
+        """The births of all that is held before a step of `policy`."""
+        moved, kept = self.moved(policy.streamed_blocks), []
+        gone = Counter(moved.tensors)
+        for event in self.stage.tracer.alive():
+            if gone[event.nbytes]:
+                gone[event.nbytes] -= 1
+            else:
+                kept.append(event)
+        slot = Event(0, moved.slot, "device", "ring", "load", None)
+        return [slot] * (SLOTS if moved.slot else 0) + kept
 
     def _classes(self, keep: int) -> list[Class]:
         return [(kind, at >= self.depth - keep) for at, kind in enumerate(self._kinds)]
@@ -213,11 +244,13 @@ class Scales:
         return segment_of("loss", None, steps, segment.seconds * factor, self._tier)
 
     def _weighed(self, policy: Policy, places: Sequence[Place]) -> Weighed:
-        allocated = self.held + peak(places) + unseen_bytes(policy)
+        allocated = self.held_by(policy) + peak(places) + unseen_bytes(policy)
         return Weighed(policy, allocated, self._seconds(policy, places), places)
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""
-        one = sum(place.segment.seconds for place in places[:-1])
+        bandwidth = self._link(policy.stream_from)
+        copies = {block: nbytes / bandwidth for block, nbytes in self.moved(policy.streamed_blocks).blocks.items()}
+        one = streamed_seconds(places[:-1], copies)
         tokens = max(self.stage.config.train.tokens_per_step, policy.micro_batch_tokens)
         return one * tokens / policy.micro_batch_tokens + places[-1].segment.seconds

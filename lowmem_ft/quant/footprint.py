@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,17 +33,36 @@ class LoadFootprint:
 
     Attributes:
         held: of all tensors of the loaded model.
-        peak: the most in tensors while they are read and quantized, those of the model included.
+        scratch: that all steps of reading share.
+        steps: of each the tensors that it makes, what the model holds more afterwards, and what it takes meanwhile.
+        computed: the most while buffers are made that no file holds, beside the model.
         copied: the most that lies on the host on its way to another device.
         cache: of the entry in the cache of quantized weights.
         merged: of a checkpoint with the same tensors in 16 bits.
     """
 
     held: int
-    peak: int
+    scratch: int
+    steps: tuple[tuple[frozenset[str], int, int], ...]
+    computed: int
     copied: int
     cache: int
     merged: int
+
+    def peak(self, below: Collection[str] = ()) -> int:
+        """The most in tensors while they are read and quantized, those that stay on the device included.
+
+        Args:
+            below: names of tensors that leave the device as soon as they are made.
+        """
+        read = most = left = 0
+        for names, kept, work in self.steps:
+            most = max(most, read + kept + work)
+            if names <= set(below):
+                left += kept
+            else:
+                read += kept
+        return max(self.scratch + most, self.held - left + self.computed)
 
 
 def load_footprint(checkpoint: Checkpoint, *, spec: QuantSpec, dtype: torch.dtype) -> LoadFootprint:
@@ -64,18 +83,16 @@ def load_footprint(checkpoint: Checkpoint, *, spec: QuantSpec, dtype: torch.dtyp
     swapped = swap_quantized(model, spec=effective_spec(checkpoint, spec), skip=[] if head is None else [head])
     steps = loading_steps(plan, template, checkpoint, ModelHolder(model, lambda name, tensor: tensor), redundant)
     scratch = max((step.scratch_bytes for step in steps), default=0)
-    read = peak = 0
-    for step in steps:
-        kept, work = step.footprint(redundant)
-        peak = max(peak, read + kept + work)
-        read += kept
+    sizes = tuple((frozenset(step.step.targets), *step.footprint(redundant)) for step in steps)
     held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     state = model.state_dict()
     computed = max((tensor.nbytes for name, tensor in model.named_buffers() if name not in state), default=0)
     cached = bool(swapped) and stored_spec(checkpoint) is None
     return LoadFootprint(
         held=held,
-        peak=max(scratch + peak, held + _MAKING * computed),
+        scratch=scratch,
+        steps=sizes,
+        computed=_MAKING * computed,
         copied=max([CHUNK_BYTES, *(tensor.nbytes for tensor in state.values() if cached)]),
         cache=entry_bytes(model, absent={*plan.missing, *redundant}) if cached else 0,
         merged=_merged_bytes(steps, dtype),

@@ -94,6 +94,38 @@ def block_bytes(pieces: Sequence[Piece]) -> int:
     return -(-end // PAGE) * PAGE
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What streaming some blocks changes, in bytes.
+
+    Attributes:
+        blocks: which ones -> bytes of their copies.
+        tensors: of each tensor that leaves the device.
+        slot: of each of the ring's `SLOTS`, which come to the device; 0 without streaming.
+    """
+
+    blocks: Mapping[int, int]
+    tensors: tuple[int, ...]
+    slot: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[list[Piece]], count: int) -> Moved:
+        """Of a model with these pieces, `count` of whose blocks are streamed."""
+        blocks = {index: block_bytes(pieces[index]) for index in spread(len(pieces), count)}
+        tensors = tuple(piece.nbytes for index in blocks for piece in pieces[index])
+        return cls(blocks, tensors, max(blocks.values()) + PAGE if blocks else 0)
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the device holds less."""
+        return sum(self.tensors) - SLOTS * self.slot
+
+    @property
+    def stored(self) -> int:
+        """Bytes in the tier below."""
+        return sum(self.blocks.values())
+
+
 class Ring:
     """Which streamed block lies in which slot, and which comes next. Used by the run and by its prediction.
 

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms": {"adapter": {"train_modules": ["norm"], "targets": ["q_proj", "v_proj"], "layers": [0, 7]}},
     "patterns": {"adapter": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8}}},
     "recompute": {"policy": {"activations": "recompute", "micro_batch_tokens": 64, "loss_chunk_tokens": 16}},
+    "streamed": {"policy": {"resident_blocks": 2}},
     "unpacked": {"data": {"packing": False}},
     "all tokens": {"data": {"assistant_only": False}},
     "paged": {"train": {"optimizer": "paged_adamw8bit"}},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.cost import CostModel, Rates, overlapped
+from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.simulate import Stage
 from tests.models import tiny_config
@@ -72,12 +72,6 @@ def test_bytes_calls_and_views() -> None:
         (aten.new_empty.default, (meta(4), [1 << 20])),
     ):
         assert seconds(func, *args, elementwise=1e-9, call=1.0) == 0, func
-
-
-def test_copies_hide_behind_arithmetic() -> None:
-    assert overlapped(3.0, 1.0, 4) == 1 + 4 * 3, "the first copy alone is seen"
-    assert overlapped(1.0, 3.0, 4) == 4 * 3 + 1, "the last block's arithmetic alone is seen"
-    assert overlapped(1.0, 3.0, 0) == 0
 
 
 def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:

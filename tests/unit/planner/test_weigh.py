@@ -38,6 +38,18 @@ def test_weighing_few_blocks_is_simulating_all(name: str, keeps: tuple[int, ...]
         assert made.evaluation_peak(asked) == whole.eval_peak
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("streamed", [4, DEPTH])
+def test_streamed_blocks_are_weighed_as_simulated(name: str, streamed: int, tmp_path: Path) -> None:
+    config, made = scales(name, tmp_path)
+    asked = policy(rows=2, seq_len=SEQ_LEN, keep=3, depth=DEPTH, streamed_blocks=streamed)
+    whole = simulate(config, asked, kind="cpu")
+    assert made.weigh(asked, timed=False).allocated == whole.train_peak
+    assert made.evaluation_peak(asked) == whole.eval_peak
+    held = [event.nbytes for event in whole.trace.events if event.phase == "load"]
+    assert sorted(event.nbytes for event in made.base(asked)) == sorted(held)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
 def test_estimates_are_close_and_grow(name: str, tmp_path: Path) -> None:
     _, made = scales(name, tmp_path)

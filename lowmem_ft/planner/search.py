@@ -1,0 +1,286 @@
+"""The policies of one precision: which there are, what they take by an estimate, and the best within a budget."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+from lowmem_ft.adapters.inject import injection_of, is_injected
+from lowmem_ft.adapters.targets import is_inside
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.planner.answer import Answer, Option, host_budget
+from lowmem_ft.planner.device import Device, cost_of, link_of
+from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
+from lowmem_ft.planner.reserve import process_estimate, process_peak
+from lowmem_ft.planner.scratch_cuda import Card
+from lowmem_ft.planner.weigh import Scales, Weighed
+from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.streaming import SLOTS
+
+LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
+NEAR = 1.02  # estimates this much above the budget are weighed too
+TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
+SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
+
+
+class Search:
+    """All policies of one precision that this version can run.
+
+    Args:
+        base: if it is known from another adapter or optimizer, in the same precision.
+
+    Attributes:
+        scales: weigh them.
+        tokens: of a step.
+    """
+
+    def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16], *, base: Base | None = None) -> None:
+        self.config, self.device, self.bits = config, device, bits
+        self._start = first_policy(config, device, bits)
+        self.scales = Scales(
+            config,
+            self._start,
+            kind=device.kind,
+            cost=cost_of(device),
+            card=Card.of(device),
+            link=partial(link_of, device),
+        )
+        self._keep = self._keep_choices()
+        self.scales.keep = self._keep
+        self._base = base
+        self._beside: dict[int, int] = {}  # by streamed blocks: what loading and saving take
+        _refuse_pins(config, device, self.scales.depth)
+        self._streams = self._stream_choices()
+        self._size(config)
+
+    def lengthen(self, config: RunConfig) -> None:
+        """Go on with another sequence length, of which the model does not depend."""
+        self.config = self.scales.stage.config = config
+        self._start = replace(self._start, micro_batch_tokens=config.data.seq_len)
+        self._size(config)
+
+    def _size(self, config: RunConfig) -> None:
+        seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
+        rows = max(1, config.train.tokens_per_step // seq_len)
+        self.tokens = rows * seq_len
+        choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
+        self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
+
+    def best(self, budget: int) -> Answer:
+        """The policy that serves the objective best within `budget` bytes of the process."""
+        options = {option.policy: option for option in self.options(budget)}
+        for option in self._in_order([*options.values()], budget):
+            answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
+            if answer.fits:
+                return answer
+            if answer.host_binds:
+                break  # of the host all policies take the same
+            refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
+            options[option.policy] = refused  # or it would pass for a safer one
+        return self.answer(self.smallest(), options.values(), budget)
+
+    @cached_property
+    def _aside(self) -> Aside:
+        return Aside.of(self.config, self._start, self.scales, self.base)
+
+    @cached_property
+    def base(self) -> Base:
+        """What the base model alone takes in the other phases."""
+        return self._base or Base.of(self.config, self._start, self.scales.stage)
+
+    def process_estimate(self, policy: Policy, allocated: int) -> int:
+        """What the process takes in all phases when the tensors of a training step take `allocated`, about."""
+        streamed = policy.streamed_blocks
+        if streamed not in self._beside:
+            self._beside[streamed] = self._aside.most(policy)
+        return process_estimate(self.device, max(allocated, self._beside[streamed]))
+
+    def smallest(self, *, timed: bool = True) -> Weighed:
+        """The policy with the smallest peak. Where the loss takes little, the last block may as well keep: its backward
+        is the first thing that follows."""
+        few = (
+            self.scales.weigh(self._blocks(self.least, keep, streamed=self._most_saved), timed=timed)
+            for keep in self._keep[:2]
+        )
+        return min(few, key=lambda it: it.allocated)
+
+    def smallest_process(self) -> int:
+        """What the process takes under that policy, about."""
+        weighed = self.smallest(timed=False)
+        return self.process_estimate(weighed.policy, weighed.allocated)
+
+    @property
+    def least(self) -> Policy:
+        """The policy with the smallest peak, give or take the last block."""
+        fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
+        chunk = self._chunks(fewest.micro_batch_tokens)[0]
+        return self._blocks(replace(fewest, loss_chunk_tokens=chunk), self._keep[0], streamed=self._most_saved)
+
+    def options(self, budget: int) -> Iterator[Option]:
+        """Policies with their estimates: every one without more streaming than is asked for, then for those that do not
+        fit the fewest streamed blocks with which they do."""
+        seq_len = self.config.data.seq_len
+        resident = []
+        for rows in self._rows:
+            sized = replace_rows(self._start, rows, seq_len, self.tokens)
+            for chunk in self._chunks(rows * seq_len):
+                for keep in self._keep:
+                    policy = self._blocks(replace(sized, loss_chunk_tokens=chunk), keep, streamed=self._streams[0])
+                    resident.append(self._option(policy))
+        yield from resident
+        if len(self._streams) > 1:
+            yield from self._streamed(resident, budget)
+
+    def _streamed(self, resident: Sequence[Option], budget: int) -> Iterator[Option]:
+        """The same with streamed blocks: enough to fit, and of the smallest ones more, to show what that buys."""
+        best, every = math.inf, self.config.policy.objective != "speed"
+        for option in sorted(resident, key=lambda it: it.seconds):
+            if option.process <= budget or (option.seconds >= best and not every):
+                continue  # streaming makes none faster
+            streamed = self._fewest_streamed(option, budget)
+            if streamed is not None:
+                found = self._option(self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed))
+                best = min(best, found.seconds)
+                yield found
+        small = [it.policy for it in resident if it.policy.keep_blocks == self._keep[0]]
+        least = {policy.micro_batch_tokens: policy for policy in reversed(small)}  # of each size the smallest chunk
+        for policy in least.values():
+            for streamed in {self._streams[-1] * part // SHOWN for part in range(1, SHOWN + 1)} & set(self._streams):
+                yield self._option(self._blocks(policy, policy.keep_blocks, streamed=streamed))
+
+    def _option(self, policy: Policy) -> Option:
+        seq_len = self.config.data.seq_len
+        weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
+        process = self.process_estimate(policy, weighed.allocated)
+        return Option(policy, weighed.allocated, process, weighed.seconds)
+
+    def _fewest_streamed(self, option: Option, budget: int) -> int | None:
+        """With how many streamed blocks a policy that has none fits, by the estimate."""
+        counts = self._streams[1:]
+
+        def fits(streamed: int) -> bool:
+            policy = self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed)
+            allocated = option.allocated - self.scales.moved(streamed).saved
+            return self.process_estimate(policy, allocated) <= budget
+
+        at = bisect_left(counts, True, key=fits)
+        return counts[at] if at < len(counts) else None
+
+    def _in_order(self, options: Sequence[Option], budget: int) -> list[Option]:
+        """Those that may fit, the best first, as many as are worth an exact weighing."""
+        order: Callable[[Option], tuple[float, float]] = {
+            "speed": lambda it: (it.seconds, it.process),
+            "memory": lambda it: (it.process, it.seconds),
+            "batch": lambda it: (-it.policy.micro_batch_tokens, it.seconds),
+            "context": lambda it: (it.seconds, it.process),
+        }[self.config.policy.objective]
+        near = sorted((it for it in options if it.process <= NEAR * budget), key=order)
+        certain = [it for it in near if it.process <= budget]
+        return [*near[:TRIES], *[it for it in certain if it not in near[:TRIES]][:TRIES]]
+
+    def answer(self, weighed: Weighed, options: Iterable[Option], budget: int) -> Answer:
+        """What a policy that was weighed takes in all phases, and whether that fits."""
+        peak = process_peak(self.device, self.scales, weighed)
+        evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy))
+        phases = self._aside.phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
+        return Answer(
+            config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
+            process=max(phases[name]["device_bytes"] for name in OF_A_RUN), allocated=peak.allocated,
+            reserved=peak.reserved, phases=phases, options=tuple(options), tokens=self.tokens,
+        )  # fmt: skip
+
+    def _keep_choices(self) -> Sequence[int]:
+        pinned, depth = self.config.policy, self.scales.depth
+        if self.config.adapter.prompt_learning or pinned.activations == "keep":
+            return (depth,)
+        if pinned.activations == "recompute":
+            return (0,)
+        return range(depth + 1) if pinned.keep_blocks is None else (min(pinned.keep_blocks, depth),)
+
+    def _chunks(self, tokens: int) -> list[int]:
+        pinned = self.config.policy.loss_chunk_tokens
+        return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS})
+
+    def _stream_choices(self) -> Sequence[int]:
+        """Numbers of streamed blocks, ascending. So few that the slots are as large as they save nothing."""
+        depth, pinned = self.scales.depth, self.config.policy.resident_blocks
+        if pinned is not None:
+            return (depth - pinned,)
+        if _trains_matrices(self.scales.stage.ready.model):
+            return (0,)
+        return (0, *range(SLOTS + 1, depth + 1))
+
+    @property
+    def _most_saved(self) -> int:
+        """The number of streamed blocks that saves the most memory."""
+        return max(self._streams, key=lambda streamed: self.scales.moved(streamed).saved)
+
+    def _blocks(self, policy: Policy, keep: int, *, streamed: int) -> Policy:
+        depth = self.scales.depth
+        return replace(
+            policy, resident_blocks=depth - streamed, streamed_blocks=streamed, stream_from=self._tier(streamed),
+            keep_blocks=keep, recompute_blocks=depth - keep,
+        )  # fmt: skip
+
+    def _tier(self, streamed: int) -> Literal["host", "disk"]:
+        """Where streamed blocks lie: on the host, unless that is the device, or has no room for them."""
+        pinned = self.config.policy.stream_from
+        if not streamed or pinned is not None:
+            return pinned or "host"
+        allowed = host_budget(self.config, self.device)
+        taken = self.device.host_process_bytes + self._aside.host + self.scales.moved(streamed).stored
+        return "disk" if self.device.kind == "cpu" or 0 < allowed < taken else "host"
+
+
+def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
+    """What all policies of one precision have in common, with one row per micro-batch."""
+    names: dict[int, Literal["nf4", "fp4", "int8", "none"]] = {4: config.quant.type, 8: "int8", 16: "none"}
+    return Policy(
+        bits=bits,
+        quant=names[bits],
+        double_quant=config.quant.double_quant and bits == 4,
+        compute_dtype=config.policy.compute_dtype or device.compute_dtype,
+        micro_batch_tokens=config.data.seq_len,
+        accumulation=1,
+        resident_blocks=0,
+        streamed_blocks=0,
+        stream_from="host",
+        keep_blocks=0,
+        recompute_blocks=0,
+        offload_blocks=0,
+        optimizer=config.train.optimizer,
+        loss_chunk_tokens=1,
+    )
+
+
+def replace_rows(policy: Policy, rows: int, seq_len: int, tokens: int) -> Policy:
+    """`policy` in micro-batches of so many rows, as many as a step of `tokens` needs."""
+    return replace(policy, micro_batch_tokens=rows * seq_len, accumulation=math.ceil(tokens / (rows * seq_len)))
+
+
+def _trains_matrices(model: Any) -> bool:
+    """Whether matrices of blocks are trained whole, which keeps them on the device."""
+    whole = injection_of(model).trained_modules if is_injected(model) else []
+    inside = f"{find_blocks(model)[0]}."
+    trained = [n for n, it in model.named_parameters() if it.requires_grad and it.ndim > 1 and n.startswith(inside)]
+    return any("modules_to_save" in name.split(".") or is_inside(name, whole) for name in trained)
+
+
+def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:
+    """Of a policy what this model or device does not have."""
+    resident = config.policy.resident_blocks
+    if resident is not None and resident > depth:
+        raise ConfigError("There are not so many blocks.", given=f"policy.resident_blocks: {resident}", allowed=depth)
+    if config.policy.stream_from == "host" and device.kind == "cpu":
+        raise ConfigError(
+            "On a CPU the host is the device: blocks are streamed from disk.",
+            given="policy.stream_from: host",
+            allowed="disk",
+            fix="remove policy.stream_from",
+        )
