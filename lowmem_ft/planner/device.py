@@ -125,13 +125,11 @@ def cost_of(device: Device) -> Cost:
     return CostModel(rates, kind=device.kind).seconds
 
 
-def link_of(device: Device, tier: Literal["host", "disk"]) -> float:
-    """Bytes per second from a tier to the device. From disk to a card they go through the host, side by side."""
+def links_of(device: Device) -> dict[str, float]:
+    """Tier -> bytes per second that copies to the device reach. From disk they go through the host, side by side."""
     profile = _profile_of(device)
-    link = profile.link_to_device.value
-    if tier == "host":
-        return link
-    return profile.disk_read.value if device.kind == "cpu" else min(link, profile.disk_read.value)
+    link, disk = profile.link_to_device.value, profile.disk_read.value
+    return {"host": link, "disk": disk if device.kind == "cpu" else min(link, disk)}
 
 
 def _profile_of(device: Device) -> Profile:

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
@@ -15,7 +15,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.answer import Answer, Option, host_budget
-from lowmem_ft.planner.device import Device, cost_of, link_of
+from lowmem_ft.planner.device import Device, cost_of, links_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
@@ -49,7 +49,7 @@ class Search:
             kind=device.kind,
             cost=cost_of(device),
             card=Card.of(device),
-            link=partial(link_of, device),
+            link=links_of(device),
         )
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
@@ -83,7 +83,9 @@ class Search:
                 break  # of the host all policies take the same
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        return self.answer(self.smallest(), options.values(), budget)
+        smallest = self.smallest()
+        options.setdefault(smallest.policy, self._option(smallest.policy))
+        return self.answer(smallest, options.values(), budget)
 
     @cached_property
     def _aside(self) -> Aside:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -88,7 +88,7 @@ class Scales:
         kind: Literal["cpu", "cuda"],
         cost: Cost,
         card: Card | None = None,
-        link: Callable[[Literal["host", "disk"]], float] = lambda tier: math.inf,
+        link: Mapping[str, float] | None = None,
     ) -> None:
         self.stage = Stage(config, start, kind=kind, cost=cost, card=card)
         self.depth = len(self.stage.blocks)
@@ -97,7 +97,7 @@ class Scales:
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
         self._kinds = block_kinds(self.stage.ready.model)
-        self._link = link
+        self._link = link or {}
         self._moved: dict[int, Moved] = {}  # by number of streamed blocks
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
@@ -249,8 +249,8 @@ class Scales:
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""
-        bandwidth = self._link(policy.stream_from)
-        copies = {block: nbytes / bandwidth for block, nbytes in self.moved(policy.streamed_blocks).blocks.items()}
+        streamed = self.moved(policy.streamed_blocks).blocks
+        copies = {block: nbytes / self._link.get(policy.stream_from, math.inf) for block, nbytes in streamed.items()}
         one = streamed_seconds(places[:-1], copies)
         tokens = max(self.stage.config.train.tokens_per_step, policy.micro_batch_tokens)
         return one * tokens / policy.micro_batch_tokens + places[-1].segment.seconds
