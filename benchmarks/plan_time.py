@@ -1,8 +1,8 @@
 """Seconds that a plan takes, for models of real shapes, on the CPU of this machine. Imports are not counted.
 
 Each plan is made in a process of its own from a config.json alone: one where all of a card may be used, one that a
-budget just below the smallest peak refuses (so that changes which would fit are sought closely), and one that a
-quarter of that refuses.
+budget 3% below the smallest peak refuses (so that changes which would fit are sought closely), and one that a quarter
+of that peak refuses.
 
     python benchmarks/plan_time.py --out benchmarks/results/plan_time.json
 """
@@ -116,7 +116,7 @@ def main() -> None:
             config.save_pretrained(Path(name) / model)
             for length in options.seq_len:
                 smallest = timed(Path(name) / model, device, length, 1 << 20)["process_peak_bytes"]
-                budgets = {"fits": None, "just refused": smallest - 1, "far refused": smallest // 4}
+                budgets = {"fits": None, "just refused": int(0.97 * smallest), "far refused": smallest // 4}
                 for case, budget in budgets.items():
                     result = timed(Path(name) / model, device, length, budget)
                     load = os.getloadavg()[0]
