@@ -19,7 +19,7 @@ from lowmem_ft.planner.answer import write_plan
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import PROCESS_SLACK, process_peak
 from lowmem_ft.planner.search import Search
-from lowmem_ft.planner.solver import make_plan, require_fit
+from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.trainer import loop
@@ -445,16 +445,44 @@ def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:
         find_device("rtx-3060-12g")
 
 
-def test_neighbours_are_weighed_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of changes that all miss: one model for the config and for each rank, one trace of each length and rank."""
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a model was assembled and a policy weighed."""
+    found = {"searches": 0, "weighed": 0}
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Search, "__init__", counting("searches", Search.__init__))
+    monkeypatch.setattr(Scales, "weigh", counting("weighed", Scales.weigh))
+    return found
+
+
+def test_neighbours_share_a_model(models: dict[str, Path], counted: dict[str, int]) -> None:
+    """And what is weighed so is what a search of its own finds."""
     settings = config(models["long"], data={"seq_len": 1024}, train={"tokens_per_step": 1024}, adapter={"rank": 8})
-    start = Search(settings, DEVICE, 4)
-    taken = process_peak(DEVICE, start.scales, start.smallest()).process
-    made, weighed = [], []
-    search, weigh = Search.__init__, Scales.weigh
-    monkeypatch.setattr(Search, "__init__", lambda own, *args, **keys: made.append(1) or search(own, *args, **keys))
-    monkeypatch.setattr(Scales, "weigh", lambda *args, **keys: weighed.append(1) or weigh(*args, **keys))
-    assert not with_budget(settings)(DEVICE.process_bytes).fits
-    assert len(made) == 1, "what loading takes alone is too much for all of them"
-    assert len(weighed) == 2, "the smallest, with its last block keeping or not"
-    assert taken > DEVICE.process_bytes
+
+    def changed(rank: int, seq_len: int) -> RunConfig:
+        adapter, data = {"rank": rank}, {"seq_len": seq_len}
+        return config(models["long"], data=data, train={"tokens_per_step": 1024}, adapter=adapter)
+
+    for device in (DEVICE, CARD):
+        smallest = _smallest(Search(settings, device, 4), device.free_bytes)
+        counted.update(searches=0, weighed=0)
+        asked = [changed(4, 1024), changed(8, 512), changed(4, 512), changed(4, 1024)]
+        answers = [smallest(it) for it in asked]
+        assert counted == {"searches": 1, "weighed": 3}
+        for one, answer in zip(asked, answers, strict=True):
+            assert answer is not None
+            own = Search(one, device, 4)
+            fresh = own.answer(own.scales.weigh(own.least, timed=False), (), device.free_bytes)
+            assert (answer.process, answer.reserved, answer.phases) == (fresh.process, fresh.reserved, fresh.phases)
+
+
+def test_no_neighbour_is_weighed_where_loading_takes_too_much(models: dict[str, Path], counted: dict[str, int]) -> None:
+    assert not with_budget(config(models["long"], adapter={"rank": 8}))(DEVICE.process_bytes).fits
+    assert counted == {"searches": 1, "weighed": 2}, "the smallest, whose last block keeps or not"
