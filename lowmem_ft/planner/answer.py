@@ -24,13 +24,14 @@ WORTH = 0.01  # of speed that more memory would buy, to be told
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A policy with its estimated price: bytes of tensors and of the process, and seconds of a step.
+    """A policy with its estimated price: bytes of tensors, of the heap and of the process, and seconds of a step.
 
     Of one that was weighed exactly and refused the bytes are exact; seconds stay estimates, to be compared.
     """
 
     policy: Policy
     allocated: int
+    heap: int
     process: int
     seconds: float
 

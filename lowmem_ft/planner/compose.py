@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple, TypeAlias, cast
 
+from lowmem_ft.core.host import LARGE
 from lowmem_ft.planner.trace import Event, Move, Tier, Trace
 
 Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
@@ -76,6 +77,7 @@ class Segment:
         events: in order; beside each that gives a piece back, where that was taken.
         delta, high: bytes held at the end and at most, more than at its begin, in the tiers that were asked for.
         seconds: predicted.
+        heap_delta, heap_high: on a CPU the same of the pieces that lie in the heap (`core.host.LARGE`).
     """
 
     part: Part
@@ -84,6 +86,8 @@ class Segment:
     delta: int
     high: int
     seconds: float
+    heap_delta: int = 0
+    heap_high: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,9 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
 
 def segment_of(part: Part, block: int | None, steps: Sequence[Step], seconds: float, tier: Tier | None) -> Segment:
     """A segment of these events, with its sizes in `tier`."""
-    levels = list(accumulate(event.nbytes for event, _ in steps if tier is None or event.tier == tier))
-    return Segment(part, block, tuple(steps), levels[-1] if levels else 0, max([0, *levels]), seconds)
+    levels = [0, *accumulate(event.nbytes for event, _ in steps if tier is None or event.tier == tier)]
+    heap = [0, *accumulate(event.nbytes for event, _ in steps if tier is None and abs(event.nbytes) < LARGE)]
+    return Segment(part, block, tuple(steps), levels[-1], max(levels), seconds, heap[-1], max(heap))
 
 
 class Pieces:
@@ -249,17 +254,25 @@ def _between(a: Segment, b: Segment, share: float) -> Segment:
         return x + (y - x) * share
 
     return Segment(
-        a.part, a.block, (), round(mix(a.delta, b.delta)), round(mix(a.high, b.high)), mix(a.seconds, b.seconds)
+        a.part,
+        a.block,
+        (),
+        round(mix(a.delta, b.delta)),
+        round(mix(a.high, b.high)),
+        mix(a.seconds, b.seconds),
+        round(mix(a.heap_delta, b.heap_delta)),
+        round(mix(a.heap_high, b.heap_high)),
     )
 
 
-def peak(places: Iterable[Place]) -> int:
-    """The most bytes held, more than before the step."""
-    level = most = 0
+def peaks(places: Iterable[Place]) -> tuple[int, int]:
+    """The most bytes held, and of them the most in the heap, more than before the step."""
+    level = most = heap = most_heap = 0
     for place in places:
-        most = max(most, level + place.segment.high)
-        level += place.segment.delta
-    return most
+        segment = place.segment
+        most, most_heap = max(most, level + segment.high), max(most_heap, heap + segment.heap_high)
+        level, heap = level + segment.delta, heap + segment.heap_delta
+    return most, most_heap
 
 
 def moves(places: Sequence[Place], depth: int) -> list[Move]:

@@ -179,7 +179,8 @@ class Aside:
         moved = self.scales.moved(policy.streamed_blocks)
         save = replace(self.save, device=self.save.device - moved.saved)
         own = {"load": self.load(policy), "save": save, "merge": self.merge}
-        sizes = {name: process_estimate(device, tiers.device) for name, tiers in own.items()}
+        heap = self.scales.heap_held(policy)
+        sizes = {name: process_estimate(device, tiers.device, heap) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
         found: dict[str, dict[str, int]] = {}
         for name in (*OF_A_RUN, "merge"):

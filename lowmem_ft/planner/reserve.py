@@ -14,10 +14,11 @@ from lowmem_ft.planner.trace import Event, Move
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
-# On a CPU beside tensors: later imports, thread stacks, kernels; and the holes in glibc's heap, which keeps freed
-# pieces of less than 4 MiB. Measured after four bare steps: 28 MiB where tensors take 12 to 65 MiB, 94 to 110 where
-# they take 305 to 374; 89 to 93 for a demo that evaluates and saves.
-PROCESS_SLACK, HEAP_SHARE, HEAP_MOST = 92 << 20, 0.10, 96 << 20
+# On a CPU beside tensors: later imports, thread stacks, kernels, packed matrices of MKL; and the holes in glibc's heap,
+# which keeps freed pieces of less than 4 MiB. Measured in MiB after two bare steps of 24 configurations: 21 to 27 where
+# the heap holds up to 18, 28 to 45 at 25 to 35 (78 once, in fp32), 77 at 87; in runs that read data, evaluate and save
+# 138 at 192, 89 to 93 for the demo.
+PROCESS_SLACK, HEAP_SHARE = 64 << 20, 0.5
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
 
@@ -33,10 +34,10 @@ class Peak:
     process: int
 
 
-def process_estimate(device: Device, allocated: int) -> int:
-    """What the process takes when its tensors take `allocated`, about."""
+def process_estimate(device: Device, allocated: int, heap: int = 0) -> int:
+    """What the process takes when its tensors take `allocated`, about; on a CPU `heap` of them lie in the heap."""
     if device.kind == "cpu":
-        return device.process_bytes + allocated + PROCESS_SLACK + min(int(HEAP_SHARE * allocated), HEAP_MOST)
+        return device.process_bytes + allocated + PROCESS_SLACK + int(HEAP_SHARE * heap)
     return device.process_bytes + workspace_bytes(device) + int(allocated * FRAGMENTATION)
 
 
@@ -48,7 +49,7 @@ def workspace_bytes(device: Device) -> int:
 def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
-        return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated))
+        return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated, weighed.heap))
     allocator = replayed(device, scales.base(weighed.policy), weighed.moves)
     reserved = allocator.reserved_peak
     return Peak(allocator.allocated_peak, reserved, device.process_bytes + reserved)

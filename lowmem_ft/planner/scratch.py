@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.scratch_cuda import Card, scratch_on, whole_on
+from lowmem_ft.planner.scratch_cuda import Card, copied_factors, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
@@ -55,9 +55,12 @@ def _product(
     d: Tensor | None,
     *_: Any,
 ) -> list[int]:
-    """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats."""
-    if c is None or multiplies(a.dtype):
+    """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats; else BLAS has a copy
+    made of a factor without neighbouring elements, as those of one expert among all are."""
+    if c is None:
         return []
+    if multiplies(a.dtype):
+        return copied_factors(by, d)
     factors = [4 * factor.numel() for factor in (by, d) if factor is not None]
     return [*factors, 4 * min(TILE, c.shape[0]) * c.shape[1]]
 

@@ -75,6 +75,7 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
         aten.nonzero_static.default: functools.partial(_nonzero, card),
         **dict.fromkeys(overloads("sort.stable", "sort.default"), _sort),
         torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
+        torch.ops.lowmem_ft.product.default: _product,
     }
 
 
@@ -193,6 +194,18 @@ def _sort(x: Tensor, *_: Any, **__: Any) -> list[int]:
     """cub's radix sort passes values and positions to and fro; short lines are sorted where they lie
     (aten/native/cuda/Sort.cpp)."""
     return [] if x.numel() <= 4096 else [x.nbytes + 8 * x.numel(), 8 * x.numel()]
+
+
+def copied_factors(*factors: Tensor | None) -> list[int]:
+    """What BLAS is given instead of low-rank factors without neighbouring elements, one after the other."""
+    return [max((it.nbytes for it in factors if it is not None and 1 not in it.stride()), default=0)]
+
+
+def _product(
+    out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Any, by: Tensor | None, d: Tensor | None, *_: Any
+) -> list[int]:
+    """aten/native/cuda/Blas.cpp copies what cuBLAS cannot read as it lies."""
+    return copied_factors(by, d)
 
 
 def _dequantize_int8(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> list[int]:

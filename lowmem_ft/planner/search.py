@@ -96,12 +96,14 @@ class Search:
         """What the base model alone takes in the other phases."""
         return self._base or Base.of(self.config, self._start, self.scales.stage)
 
-    def process_estimate(self, policy: Policy, allocated: int) -> int:
-        """What the process takes in all phases when the tensors of a training step take `allocated`, about."""
+    def process_estimate(self, policy: Policy, allocated: int, heap: int) -> int:
+        """What the process takes in all phases when the tensors of a training step take `allocated`, about; on a CPU
+        `heap` of them lie in the heap."""
         streamed = policy.streamed_blocks
         if streamed not in self._beside:
             self._beside[streamed] = self._aside.most(policy)
-        return process_estimate(self.device, max(allocated, self._beside[streamed]))
+        beside = process_estimate(self.device, self._beside[streamed], self.scales.heap_held(policy))
+        return max(process_estimate(self.device, allocated, heap), beside)
 
     def smallest(self, *, timed: bool = True) -> Weighed:
         """The policy with the smallest peak. Where the loss takes little, the last block may as well keep: its backward
@@ -115,7 +117,7 @@ class Search:
     def smallest_process(self) -> int:
         """What the process takes under that policy, about."""
         weighed = self.smallest(timed=False)
-        return self.process_estimate(weighed.policy, weighed.allocated)
+        return self.process_estimate(weighed.policy, weighed.allocated, weighed.heap)
 
     @property
     def least(self) -> Policy:
@@ -159,8 +161,8 @@ class Search:
     def _option(self, policy: Policy) -> Option:
         seq_len = self.config.data.seq_len
         weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
-        process = self.process_estimate(policy, weighed.allocated)
-        return Option(policy, weighed.allocated, process, weighed.seconds)
+        process = self.process_estimate(policy, weighed.allocated, weighed.heap)
+        return Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
 
     def _fewest_streamed(self, option: Option, budget: int) -> int | None:
         """With how many streamed blocks a policy that has none fits, by the estimate."""
@@ -169,7 +171,8 @@ class Search:
         def fits(streamed: int) -> bool:
             policy = self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed)
             allocated = option.allocated - self.scales.moved(streamed).saved
-            return self.process_estimate(policy, allocated) <= budget
+            heap = option.heap - self.scales.heap_held(option.policy) + self.scales.heap_held(policy)
+            return self.process_estimate(policy, allocated, heap) <= budget
 
         at = bisect_left(counts, True, key=fits)
         return counts[at] if at < len(counts) else None
@@ -189,7 +192,7 @@ class Search:
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits."""
         peak = process_peak(self.device, self.scales, weighed)
-        evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy))
+        evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy), weighed.heap)
         phases = self._aside.phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,

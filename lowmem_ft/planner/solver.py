@@ -100,10 +100,10 @@ def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None
                 return None  # not everything goes in every precision
             searches.append((apart, search))
         search.lengthen(config)
-        if search.process_estimate(search.least, 0) > NEAR * budget:
+        if search.process_estimate(search.least, 0, 0) > NEAR * budget:
             return None  # without a trace
         step = search.scales.weigh(search.least, timed=False)
-        if search.process_estimate(step.policy, step.allocated) > NEAR * budget:
+        if search.process_estimate(step.policy, step.allocated, step.heap) > NEAR * budget:
             return None
         answer = search.answer(step, (), budget)
         return answer if answer.fits else None

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.host import LARGE
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.compose import (
     Pieces,
@@ -21,7 +22,7 @@ from lowmem_ft.planner.compose import (
     Segment,
     Window,
     moves,
-    peak,
+    peaks,
     segment_of,
     segments,
     shorten,
@@ -47,12 +48,14 @@ class Weighed:
 
     Attributes:
         allocated: peak bytes in tensors of the device during a training step.
+        heap: on a CPU those of them that lie in the heap, at most.
         seconds: of a whole step with all its micro-batches.
         places: the composed step of one micro-batch.
     """
 
     policy: Policy
     allocated: int
+    heap: int
     seconds: float
     places: Sequence[Place]
 
@@ -99,6 +102,7 @@ class Scales:
         self._kinds = block_kinds(self.stage.ready.model)
         self._link = link or {}
         self._moved: dict[int, Moved] = {}  # by number of streamed blocks
+        self._heaps: dict[int, int] = {}  # by the same
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
         self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
@@ -151,6 +155,14 @@ class Scales:
     def held_by(self, policy: Policy) -> int:
         """Bytes of the device before a step of `policy`."""
         return self.held - self.moved(policy.streamed_blocks).saved
+
+    def heap_held(self, policy: Policy) -> int:
+        """On a CPU the bytes of the heap before a step of `policy`."""
+        streamed = policy.streamed_blocks
+        if streamed not in self._heaps:
+            sizes = [event.nbytes for event in self.base(policy)] if self._tier is None else []
+            self._heaps[streamed] = sum(nbytes for nbytes in sizes if nbytes < LARGE)
+        return self._heaps[streamed]
 
     def base(self, policy: Policy) -> list[Event]:
         """The births of all that is held before a step of `policy`."""
@@ -244,8 +256,9 @@ class Scales:
         return segment_of("loss", None, steps, segment.seconds * factor, self._tier)
 
     def _weighed(self, policy: Policy, places: Sequence[Place]) -> Weighed:
-        allocated = self.held_by(policy) + peak(places) + unseen_bytes(policy)
-        return Weighed(policy, allocated, self._seconds(policy, places), places)
+        most, heap = peaks(places)
+        allocated = self.held_by(policy) + most + unseen_bytes(policy)
+        return Weighed(policy, allocated, self.heap_held(policy) + heap, self._seconds(policy, places), places)
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""

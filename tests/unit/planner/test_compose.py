@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.compose import Pieces, Place, moves, peak, segments, shorten, windows
+from lowmem_ft.planner.compose import Pieces, Place, moves, peaks, segments, shorten, windows
 from lowmem_ft.planner.simulate import Stage, block_kinds
 from lowmem_ft.planner.trace import Event, with_key
 from tests.models import tiny_config
@@ -72,7 +72,7 @@ def check_composed(made: Stage, keep: int) -> None:
     pieces.add(only_classes(classes, only), segments(few, {}))
     places = pieces.step(classes)
     found = unrolled(places, DEPTH)
-    assert made.held + peak(places) == max(whole.curve())
+    assert made.held + peaks(places)[0] == max(whole.curve())
     assert seen(found) == seen(wanted)
     keys: dict[int, int] = {}
     device = [[event for event in events if event.tier == "device"] for events in (found, wanted)]

@@ -19,7 +19,7 @@ ENDLESS = 1e30
 FREE: dict[str, Any] = {
     "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": ENDLESS, "attention_forward": ENDLESS,
     "attention_backward": ENDLESS, "elementwise": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
-    "draws": ENDLESS, "call": 0.0, "to_device": 1.0, "to_host": 1.0,
+    "draws": ENDLESS, "call": 0.0,
 }  # fmt: skip
 
 

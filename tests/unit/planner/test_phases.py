@@ -233,7 +233,8 @@ def test_a_whole_run(models: dict[str, Path], name: str, bits: int, monkeypatch:
     plan = make_plan(settings, device=DEVICE)
     assert list(plan.phases) == [*OF_A_RUN, "merge"]
     assert all(list(it) == ["device_bytes", "pinned_bytes", "disk_bytes"] for it in plan.phases.values())
-    assert plan.phases["train"]["device_bytes"] == process_estimate(DEVICE, plan.predicted.allocated_peak_bytes)
+    allocated, train = plan.predicted.allocated_peak_bytes, plan.phases["train"]["device_bytes"]
+    assert process_estimate(DEVICE, allocated) < train <= process_estimate(DEVICE, allocated, heap=allocated)
     assert plan.predicted.process_peak_bytes == max(plan.phases[phase]["device_bytes"] for phase in OF_A_RUN)
     most = run(settings, plan, monkeypatch)
     # measured: 5.5 KB over (0.07% to 0.21%), the room that is left for JSON

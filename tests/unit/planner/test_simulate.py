@@ -8,15 +8,20 @@ from __future__ import annotations
 import random
 import statistics
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.planner.scratch import scratch_of
+from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.planner.verify import allocator_events
 from tests.models import save_tiny, tiny_config
 from tests.unit.planner.sampler import compare, describe, draw
 from tests.unit.planner.test_solver import DEVICE
@@ -82,3 +87,15 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         settings = {"data": {"seq_len": 64}, "train": {"tokens_per_step": 64}}
         with pytest.raises(UnsupportedError, match=fault):
             make_plan(RunConfig.from_dict({"model": str(tmp_path / name), **settings}), device=DEVICE)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["plain", "of one expert"])
+def test_low_rank_factors_that_are_copied(strided: bool) -> None:
+    """An expert's factor is a view of all experts' whose elements are no neighbours."""
+    a, b, c = (torch.ones(shape) for shape in ((64, 96), (96, 128), (64, 8)))
+    d = torch.ones(8, 4, 128)[:, 1] if not strided else torch.ones(128, 8, 4)[:, :, 1].t()
+    out = torch.empty(64, 128)
+    asked = (out, a, b, None, c, None, d, 1.0)
+    taken = max(accumulate(allocator_events(lambda: torch.ops.lowmem_ft.product.default(*asked))), default=0)
+    assert taken == sum(scratch_of("cpu", Card())[torch.ops.lowmem_ft.product.default](*asked))
+    assert (taken > 0) == strided

@@ -14,7 +14,7 @@ from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.device import find_device, load_kernels
 from lowmem_ft.planner.profile import Workspaces, load_profile, write_profile
 from lowmem_ft.planner.reserve import replayed
-from lowmem_ft.planner.trace import Event
+from lowmem_ft.planner.trace import Event, Move
 from lowmem_ft.planner.workspaces import architecture_of, derived_workspaces, measured_workspaces
 
 MIB = 1 << 20
@@ -92,8 +92,8 @@ def test_the_replay_takes_them_when_the_run_does(monkeypatch: pytest.MonkeyPatch
     card = find_device("h100-80gb")
     held = Event(1, 40 * MIB, "device", "", "load", None)
 
-    def step(phase: str) -> list[Event]:
-        return [Event(2, sign * 30 * MIB, "device", "", phase, None) for sign in (1, -1)]
+    def step(phase: str) -> list[Move]:
+        return [(2, Event(2, sign * 30 * MIB, "device", "", phase, None)) for sign in (1, -1)]
 
     forward = replayed(card, [held], step("forward"))
     assert forward.allocated_peak == (32 + 40 + 30) * MIB
