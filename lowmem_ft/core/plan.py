@@ -52,9 +52,10 @@ class Policy:
             )
             if count
         ]
+        below = f" from {self.stream_from}" if self.streamed_blocks else ""
         return (
             f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
-            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed, {self.optimizer}, "
+            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed{below}, {self.optimizer}, "
             f"loss chunk {self.loss_chunk_tokens}"
         )
 
