@@ -257,11 +257,15 @@ class Streaming:
         at = self.blocks.index(block)
         if at == self._ring.current:
             return
-        for slot, coming in self._ring.ask(at, returns=self._layers[block].training):
-            self._copies[slot] = self._tier.start(coming, self._slots[slot])
-        slot = self._ring.slot_of(at)
-        self._tier.wait(self._copies[slot])
-        self._bind(block, self._slots[slot])
+        try:
+            for slot, coming in self._ring.ask(at, returns=self._layers[block].training):
+                self._copies[slot] = self._tier.start(coming, self._slots[slot])
+            slot = self._ring.slot_of(at)
+            self._tier.wait(self._copies[slot])
+            self._bind(block, self._slots[slot])
+        except BaseException:
+            self._ring = Ring(len(self.blocks))  # whoever asks again must not take what did not come for what did
+            raise
 
     def _held_by(self, piece: Piece) -> tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]:
         path, _, name = piece.path.rpartition(".")

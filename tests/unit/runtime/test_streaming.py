@@ -231,6 +231,28 @@ def test_each_block_is_copied_once_for_each_pass(models: dict[str, Path]) -> Non
     assert copies == [2, 3, 4, 0, 1, 2, 3, 4, 0], "evaluation goes forward only, and begins again"
 
 
+def test_after_a_copy_that_failed_weights_are_asked_for_again(models: dict[str, Path]) -> None:
+    class Failing(Poisoned):
+        fails = False
+
+        def read(self, block: int, into: Tensor) -> None:
+            if self.fails:
+                raise LowMemError("no such disk")
+            super().read(block, into)
+
+    config = settings(models["llama"], {"adapter": {"rank": 4}})
+    expected = equipped(config, streamed=0, activations="keep")
+    with tiers(Failing):
+        ready = equipped(config, streamed=DEPTH, activations="keep")
+    batches = full_batches(config, a_policy(config, streamed=DEPTH, activations="keep"), vocabulary=100)
+    Failing.fails = True
+    for _ in range(2):
+        with pytest.raises(LowMemError, match="no such disk"):
+            eval_step(ready, batches[0])
+    Failing.fails = False
+    assert eval_step(ready, batches[0]) == eval_step(expected, batches[0])
+
+
 def test_what_is_streamed_and_what_that_saves(models: dict[str, Path]) -> None:
     config = settings(models["llama"], {"adapter": {"rank": 4}})
     whole, streamed = (
