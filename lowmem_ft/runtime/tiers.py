@@ -11,7 +11,7 @@ import errno
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from itertools import accumulate, pairwise
@@ -91,13 +91,13 @@ class DiskTier:
         self._folder, self._sizes = folder, list(sizes)
         self._starts = [0, *accumulate(sizes)][: len(sizes)]
         with self._clear_errors():
-            self._file, self._direct = _unnamed_file(folder)
+            self._file, self._direct, name = _unnamed_file(folder)
             # a full disk is found here, and not with half of the weights written
             if hasattr(os, "posix_fallocate") and any(sizes):
                 os.posix_fallocate(self._file.fileno(), 0, sum(sizes))
         self._written = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stream")
-        weakref.finalize(self, _close, self._reader, {self._file, self._direct})
+        weakref.finalize(self, _close, self._reader, {self._file, self._direct}, name)
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         data = memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
@@ -199,7 +199,7 @@ class StagedDiskTier:
         self._busy: list[torch.cuda.Event | None] = [None] * STAGES
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stage")
-        self._close = weakref.finalize(self, _close, self._worker, set())
+        weakref.finalize(self, _close, self._worker)
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         self._disk.write(block, offset, tensor)
@@ -261,17 +261,20 @@ def _pin(owner: object, memory: Tensor) -> None:
     weakref.finalize(owner, driver.cudaHostUnregister, memory.data_ptr())
 
 
-def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO]:
-    """A new file, opened for writing, and for reading past the page cache where that is possible."""
+def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO, str | None]:
+    """A new file, opened for writing, and for reading past the page cache where that is possible; and its name if it
+    has one: Windows removes no file that is open."""
     while not folder.exists():
         folder = folder.parent
     handle, name = tempfile.mkstemp(dir=folder, prefix=".lowmem-ft-stream-")
     file = direct = FileIO(handle, "r+")
     with contextlib.suppress(OSError):  # tmpfs and some network file systems cannot
         direct = FileIO(os.open(name, os.O_RDONLY | os.O_DIRECT)) if hasattr(os, "O_DIRECT") else file
-    with contextlib.suppress(PermissionError):  # Windows removes no open file: there it stays in the folder
+    try:
         os.unlink(name)
-    return file, direct
+    except PermissionError:
+        return file, direct, name
+    return file, direct, None
 
 
 def _forget_pages(file: FileIO) -> None:
@@ -281,7 +284,9 @@ def _forget_pages(file: FileIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _close(threads: ThreadPoolExecutor, files: set[FileIO]) -> None:
+def _close(threads: ThreadPoolExecutor, files: Collection[FileIO] = (), name: str | None = None) -> None:
     threads.shutdown(wait=False)  # what is still to be read holds the tier, so there is nothing
     for file in files:
         file.close()
+    if name is not None:
+        os.unlink(name)
