@@ -17,7 +17,7 @@ FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocato
 # On a CPU beside tensors: later imports, thread stacks, kernels, packed matrices of MKL; and the holes in glibc's heap,
 # which keeps freed pieces of less than 4 MiB. Measured in MiB after two bare steps of 24 configurations: 21 to 27 where
 # the heap holds up to 18, 28 to 45 at 25 to 35 (78 once, in fp32), 77 at 87; in runs that read data, evaluate and save
-# 138 at 192, 89 to 93 for the demo.
+# 138 at 192, 89 to 93 for the demo. In fp32 more, see `weigh.FP32_HEAP`.
 PROCESS_SLACK, HEAP_SHARE = 64 << 20, 0.5
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
