@@ -399,10 +399,10 @@ def main() -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
+        from lowmem_ft.core.files import write_text
+
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = options.out.with_name(options.out.name + ".part")
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, options.out)
+        write_text(options.out, text + "\n")
 
 
 if __name__ == "__main__":

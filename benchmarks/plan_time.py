@@ -138,9 +138,9 @@ def main() -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
-        scratch = options.out.with_name(options.out.name + ".part")
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, options.out)
+        from lowmem_ft.core.files import write_text
+
+        write_text(options.out, text + "\n")
 
 
 if __name__ == "__main__":

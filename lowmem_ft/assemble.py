@@ -143,7 +143,10 @@ def assemble(
             model,
             keep=policy.keep_blocks,
             offload=policy.offload_blocks,
-            shelf=Shelf(policy.offload_blocks, _below(device, "host", folder)),
+            shelf=Shelf(
+                policy.offload_blocks,
+                lambda sizes: DiskTier(folder, sizes) if device.type == "cpu" else HostTier(sizes, device),
+            ),
         ),
         streamable=pieces,
     )

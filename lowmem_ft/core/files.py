@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
 from lowmem_ft.core.errors import ConfigError
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit of file sizes leaves no more room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:

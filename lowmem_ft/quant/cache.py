@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.files import is_full
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
     CHUNK_BYTES,
@@ -284,7 +285,7 @@ class CacheWriter:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = is_full(error)
             raise CheckpointError(
                 "no space left for the cache of quantized weights" if full else "the cache cannot be written",
                 given=f"{self._entry.folder.parent}: {error.strerror}",

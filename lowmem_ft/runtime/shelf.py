@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, device_memory
+from lowmem_ft.runtime.tiers import PAGE, NoTier, TakingTier, device_memory
 
 SLOTS = 2  # on the device during backward: the input at work, and the next one on its way up
 
@@ -22,10 +22,10 @@ class Shelf:
         open_tier: bytes of each place -> where they lie. Not asked in a simulated run, whose tensors are on meta.
     """
 
-    def __init__(self, count: int, open_tier: Callable[[list[int]], Tier]) -> None:
+    def __init__(self, count: int, open_tier: Callable[[list[int]], TakingTier]) -> None:
         self._count, self._open_tier = count, open_tier
         self._size = 0  # bytes of a place
-        self._tier: Tier = NoTier()
+        self._tier: TakingTier = NoTier()
         self._full: set[int] = set()
         self._going: tuple[object, Tensor] | None = None
         self._slots: list[Tensor] = []

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.files import is_full
 
 PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
 _CACHED = 64 << 20  # bytes that may wait in the page cache for the disk
@@ -29,17 +30,10 @@ STAGES = 2  # pinned buffers between disk and device: one is read into while the
 
 
 class Tier(Protocol):
-    """A place for the bytes of streamed blocks, or of their inputs."""
+    """A place for the bytes of blocks."""
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         """Store a tensor of a block at its offset in bytes."""
-
-    def store(self, block: int, tensor: Tensor) -> object:
-        """Begin to copy a block's bytes down, from the device, when all work given to it so far is done.
-
-        Returns:
-            what `wait` takes; until then `tensor` must live and keep its values.
-        """
 
     def start(self, block: int, slot: Tensor) -> object:
         """Begin to fill `slot` (uint8, on the device) with a block, when all work given to the device so far is done.
@@ -50,6 +44,17 @@ class Tier(Protocol):
 
     def wait(self, copy: Any) -> None:
         """Let the work that is given to the device from now on see the copy's result."""
+
+
+class TakingTier(Tier, Protocol):
+    """One that also takes from the device while that works."""
+
+    def store(self, block: int, tensor: Tensor) -> object:
+        """Begin to copy a block's bytes down, from the device, when all work given to it so far is done.
+
+        Returns:
+            what `wait` takes; until then `tensor` must live and keep its values.
+        """
 
 
 def device_memory(nbytes: int, device: torch.device) -> Tensor:
@@ -140,7 +145,7 @@ class DiskTier:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = is_full(error)
             raise LowMemError(
                 "No space left for streamed weights." if full else "Streamed weights cannot be written or read.",
                 given=f"{self._folder}: {error.strerror}",
@@ -204,9 +209,6 @@ class StagedDiskTier:
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         self._disk.write(block, offset, tensor)
 
-    def store(self, block: int, tensor: Tensor) -> Future[torch.cuda.Event]:
-        return self._worker.submit(self._take, block, tensor, _now(tensor.device))
-
     def start(self, block: int, slot: Tensor) -> Future[torch.cuda.Event]:
         return self._worker.submit(self._bring, block, slot, _now(slot.device))
 
@@ -214,26 +216,15 @@ class StagedDiskTier:
         copy.result().wait()
 
     def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        turn = self._free_stage()
+        turn, self._turn = self._turn, (self._turn + 1) % STAGES
+        before = self._busy[turn]
+        if before is not None:
+            before.synchronize()
         self._disk.read(block, self._stages[turn])
         size = self._sizes[block]
         done = _copy(self._stream, self._stages[turn][:size], slot[:size], after=after)
         self._busy[turn] = done
         return done
-
-    def _take(self, block: int, tensor: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        turn, data = self._free_stage(), tensor.view(-1).view(torch.uint8)
-        done = _copy(self._stream, data, self._stages[turn][: data.numel()], after=after)
-        done.synchronize()
-        self._disk.write(block, 0, self._stages[turn][: data.numel()])
-        return done
-
-    def _free_stage(self) -> int:
-        turn, self._turn = self._turn, (self._turn + 1) % STAGES
-        before = self._busy[turn]
-        if before is not None:
-            before.synchronize()
-        return turn
 
 
 def _now(device: torch.device) -> torch.cuda.Event:

@@ -3,38 +3,26 @@
 Each run has a process of its own, for the allocator's settings and so that nothing else is allocated.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from lowmem_ft.planner.allocator import CachingAllocator, OutOfDeviceMemory
+from tests.gpu import run_alone
 from tests.unit.planner.test_allocator_traces import random_trace
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parent.parent.parent
 LIMIT = 640 << 20  # bytes, for the seeds that have one; the others reserve up to 2.1 GiB
 
 
 @pytest.mark.parametrize("expandable", [False, True], ids=["native", "expandable"])
 @pytest.mark.parametrize(("seed", "limited"), [(0, False), (1, True), (5, True)])
 def test_reserved_and_allocated_after_every_event(seed: int, limited: bool, expandable: bool) -> None:
-    setting = f"expandable_segments:{expandable}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.test_allocator", str(seed), str(int(limited)), str(int(expandable))],
-        cwd=ROOT,
-        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_alone("tests.gpu.test_allocator", seed, int(limited), int(expandable), expandable=expandable)
 
 
 def compare(seed: int, *, limited: bool, expandable: bool) -> None:

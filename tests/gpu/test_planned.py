@@ -5,9 +5,7 @@ Each setting of the allocator has a process of its own.
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,11 +20,11 @@ from lowmem_ft.planner.measure import measure as measure_profile
 from lowmem_ft.planner.profile import write_profile
 from lowmem_ft.planner.verify import full_batches
 from lowmem_ft.planner.workspaces import architecture_of, derived_workspaces, measured_workspaces
+from tests.gpu import run_alone
 from tests.unit.planner.on_cuda import judge, measure, predict
 from tests.unit.planner.sampler import draw, prepared
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parent.parent.parent
 UNDER, OVER = 0.0, 0.03  # the planner's promise for reserved bytes
 
 
@@ -50,16 +48,7 @@ def test_a_measured_profile_plans_as_the_card_itself(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("expandable", [False, True], ids=["native", "expandable"])
 @pytest.mark.parametrize("seed", range(6))
 def test_steps_take_what_was_planned(seed: int, expandable: bool) -> None:
-    setting = f"expandable_segments:{expandable}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.test_planned", str(seed)],
-        cwd=ROOT,
-        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_alone("tests.gpu.test_planned", seed, expandable=expandable)
 
 
 def judged(seed: int) -> dict[str, Any]:
