@@ -56,12 +56,14 @@ def first_run(*, tests: bool) -> dict[str, Any]:
             "demo_says": [line for line in said.splitlines() if re.search(r"held-out|planned", line)][-8:],
         }
         if tests:
-            programs = environment(Path(name) / "developer")
-            installing, _ = timed([programs / "pip", "install", "--quiet", ".[test]"], clone)
-            testing, said = timed([programs / "pytest", "-q"], clone)
-            found["test_install_seconds"] = round(installing, 1)
-            found["tests_seconds"] = round(testing, 1)
-            found["tests_say"] = said.strip().splitlines()[-1]
+            testing, said = timed(["bash", ".ci/run"], clone)  # the second command, in an environment of its own
+            closing = said.strip().splitlines()[-1]
+            ran = re.search(r"in ([0-9.]+)s", closing)
+            found |= {
+                "ci_seconds": round(testing, 1),
+                "tests_say": closing,
+                "tests_seconds": float(ran[1]) if ran else None,
+            }
     return found
 
 

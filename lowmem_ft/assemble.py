@@ -34,7 +34,7 @@ from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
-from lowmem_ft.runtime.streaming import Piece, Streaming, spread, streamable
+from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
@@ -58,6 +58,7 @@ class Assembled:
     activations: ActivationPolicy
     streamable: list[list[Piece]]
     activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
+    stream: Callable[[Policy], None]  # puts blocks below the device as a policy says, and those that were there before
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -68,7 +69,12 @@ class Assembled:
         return dict(trainable_parameters(self.model))
 
     def follow(self, policy: Policy) -> None:
-        """Go on with the activations and the loss chunk of another policy; its weights must lie where these do."""
+        """Go on with another policy, of other activations, another loss chunk, or all of whose blocks are streamed.
+
+        Raises:
+            UnsupportedError: weights are trained that it streams; nothing has changed then.
+        """
+        self.stream(policy)
         self.activations.remove()
         self.activations = self.activate(policy)
         self.loss_chunk_tokens = policy.loss_chunk_tokens
@@ -128,8 +134,9 @@ def assemble(
             cache=Path(config.cache) if config.cache else None,
             device=device,
         )
+    holders = holders_of(model, pieces)
     if streaming is not None:
-        streaming.attach()
+        streaming.attach(holders)
     model.config.use_cache = False
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
@@ -140,6 +147,15 @@ def assemble(
 
     def activate(policy: Policy) -> ActivationPolicy:
         return _activated(model, policy, device, folder)
+
+    def stream(policy: Policy) -> None:
+        nonlocal streaming
+        if policy.streamed_blocks == (0 if streaming is None else len(streaming.blocks)):
+            return
+        wider = _streaming(model, pieces, policy, device, folder)
+        assert wider is not None, "blocks do not come back"
+        wider.take_over(holders, streaming)
+        streaming = wider
 
     ready = Assembled(
         model=equipped,
@@ -152,6 +168,7 @@ def assemble(
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
         activate=activate,
+        stream=stream,
         streamable=pieces,
     )
     if optimizer:

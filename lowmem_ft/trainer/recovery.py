@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from lowmem_ft.assemble import Assembled
-from lowmem_ft.core.errors import BudgetError
+from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
@@ -30,14 +30,9 @@ T = TypeVar("T")
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors of no own class
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
-_OF_STEPS = (
-    "micro_batch_tokens",
-    "accumulation",
-    "keep_blocks",
-    "recompute_blocks",
-    "offload_blocks",
-    "loss_chunk_tokens",
-)
+_OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
+_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks"}
+_OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: blocks go down, but do not come back
 
 
 class NoSaferPolicyError(BudgetError):
@@ -84,7 +79,7 @@ class Recovery:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready, self.policy, self._planned = ready, policy, policy
-        self._alternatives = [it for it in alternatives if _differ_in_steps(it, policy)]
+        self._alternatives = [it for it in alternatives if _reachable(it, policy)]
         self._may_recompute, self._watch, self._say = may_recompute, watch, say
         self.repeated = 0
 
@@ -197,18 +192,27 @@ class Recovery:
         if policy.keep_blocks and self._may_recompute:
             yield replace(policy, keep_blocks=0, recompute_blocks=policy.recompute_blocks + policy.keep_blocks)
         yield from _reductions(policy, row_tokens)
+        depth = policy.resident_blocks + policy.streamed_blocks
+        if policy.resident_blocks:
+            below = "disk" if self.ready.device.type == "cpu" else policy.stream_from
+            yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=below)
         if policy.recompute_blocks:
             yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
 
     def _follow_first(self, policies: Iterator[Policy]) -> bool:
-        policy = next(policies, None)
-        if policy is not None:
-            self._follow(policy)
-        return policy is not None
+        """Follow the first of them that can be, if any."""
+        return any(self._follow(policy) for policy in policies)
 
-    def _follow(self, policy: Policy) -> None:
-        self.ready.follow(policy)
+    def _follow(self, policy: Policy) -> bool:
+        """Whether `policy` could be taken up."""
+        try:
+            self.ready.follow(policy)
+        except Exception as error:
+            if isinstance(error, UnsupportedError) or is_out_of_memory(error):
+                return False  # what is trained cannot be streamed; and to move weights takes memory too
+            raise
         self.policy = policy
+        return True
 
 
 def _reductions(policy: Policy, row_tokens: int) -> Iterator[Policy]:
@@ -222,10 +226,11 @@ def _reductions(policy: Policy, row_tokens: int) -> Iterator[Policy]:
         yield replace(policy, loss_chunk_tokens=max(_SMALLEST_CHUNK, policy.loss_chunk_tokens // 4))
 
 
-def _differ_in_steps(policy: Policy, other: Policy) -> bool:
+def _reachable(policy: Policy, now: Policy) -> bool:
     """Whether `policy` is another one that can be taken up without loading the model again."""
-    mine, theirs = asdict(policy), asdict(other)
-    return policy != other and all(mine[name] == theirs[name] for name in mine if name not in _OF_STEPS)
+    theirs, ours = asdict(policy), asdict(now)
+    free = _OF_STEPS | (_OF_TIERS if policy.resident_blocks == 0 else set())
+    return policy != now and all(theirs[name] == ours[name] for name in theirs if name not in free)
 
 
 def _attempt(work: Callable[[], T]) -> T | _Failure:

@@ -2,7 +2,7 @@
 
 import errno
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,24 @@ class Trained:
     """A model after some steps, and what is compared of it."""
 
     def __init__(
-        self, model: Path, of: Policy, *, dropout: float = 0.1, length: int = LENGTH, device: str = "cpu", **more: Any
+        self,
+        model: Path,
+        of: Policy,
+        *,
+        dropout: float = 0.1,
+        length: int = LENGTH,
+        device: str = "cpu",
+        alternatives: Sequence[Policy] = (),
+        adapter: dict[str, Any] | None = None,
     ) -> None:
-        adapter = {"rank": 4, "dropout": dropout, "targets": ["v_proj"]}
+        settings = {"rank": 4, "dropout": dropout, "targets": ["v_proj"], **(adapter or {})}
         keys: dict[str, Any] = {
-            "model": str(model), "output": str(model / "run"), "adapter": adapter, "data": {"seq_len": length},
+            "model": str(model), "output": str(model / "run"), "adapter": settings, "data": {"seq_len": length},
         }  # fmt: skip
         torch.manual_seed(0)
         self.ready: Assembled = assemble(RunConfig.from_dict(keys), of, torch.device(device))
         self.said: list[str] = []
-        self.recovery = Recovery(self.ready, of, say=self.said.append, **more)
+        self.recovery = Recovery(self.ready, of, alternatives=alternatives, say=self.said.append)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 131, (ROWS, length), generator=generator).tolist()
         loader = BatchLoader(
@@ -124,7 +132,7 @@ def test_failing_again_and_again_ends_in_safer_policies_and_the_same_step(model:
     expected, _ = trained.step()
     weights = trained.state()
     seen = []
-    for failures in (2, 3, 4):
+    for failures in (2, 3, 4, 5):
         trained = Trained(model, planned(), dropout=0.0)
         left = iter(range(failures))
         found, _ = trained.step(lambda at, left=left: at % 40 == 0 and next(left, None) is not None)
@@ -135,18 +143,50 @@ def test_failing_again_and_again_ends_in_safer_policies_and_the_same_step(model:
             assert same(trained.state(), weights)
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)
-    decided = [(it.keep_blocks, it.micro_batch_tokens, it.offload_blocks) for it in seen]
-    assert decided == [(0, 2 * LENGTH, 0), (0, LENGTH, 0), (0, LENGTH, DEPTH)]
+    decided = [(it.keep_blocks, it.micro_batch_tokens, it.streamed_blocks, it.offload_blocks) for it in seen]
+    assert decided == [
+        (0, 2 * LENGTH, 0, 0), (0, LENGTH, 0, 0), (0, LENGTH, DEPTH, 0), (0, LENGTH, DEPTH, DEPTH),
+    ]  # fmt: skip
 
 
 def test_the_safer_policies_of_a_plan_come_first(model: Path) -> None:
     safer = planned(keep_blocks=0, recompute_blocks=DEPTH)
-    unreachable = planned(streamed_blocks=DEPTH, resident_blocks=0)
+    unreachable = planned(streamed_blocks=1, resident_blocks=1)
     trained = Trained(model, planned(), alternatives=[unreachable, safer])
     trained.step(lambda at: at in (5, 10))
     assert trained.recovery.policy == safer
     assert trained.said[0].endswith("done again as it was.")
     assert trained.said[1].endswith(f"done again with {safer.describe()}.")
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_blocks_go_below_the_device_in_the_middle_of_a_run(
+    streamed: int, bits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into another step and back through an evaluation the results are those of a run that has not moved them."""
+    model = save_tiny("llama", tmp_path / "llama", num_hidden_layers=3)
+    names: dict[int, Any] = {4: "nf4", 16: "none"}
+    of = policy(
+        rows=1, seq_len=LENGTH, depth=3, accumulation=ROWS, bits=bits, quant=names[bits], double_quant=bits == 4,
+        resident_blocks=3 - streamed, streamed_blocks=streamed, stream_from="disk",
+    )  # fmt: skip
+    said = []
+    for fails in (lambda at: False, lambda at: at in (5, 10)):
+        trained = Trained(model, of)
+        steps = [trained.step(fails)[0], trained.recovery.step(trained.batches, lr=1e-2)]
+        said.append((steps, trained.recovery.evaluate(trained.batches, lambda done, total: None), trained.state()))
+    assert trained.recovery.policy.streamed_blocks == 3
+    assert said[0][:2] == said[1][:2]
+    assert same(said[0][2], said[1][2])
+
+
+def test_what_is_trained_whole_stays_on_the_device(model: Path) -> None:
+    of = planned(bits=16, quant="none", double_quant=False)
+    trained = Trained(model, of, adapter={"train_modules": ["model.layers.1.mlp.up_proj"]})
+    trained.step(lambda at: at in (5, 10, 15, 20))
+    assert trained.recovery.policy.streamed_blocks == 0
+    assert trained.recovery.policy.offload_blocks == DEPTH
 
 
 def test_when_nothing_helps_nothing_has_changed(model: Path) -> None:
@@ -184,7 +224,8 @@ def test_an_update_that_stops_goes_on_where_it_stopped(model: Path, monkeypatch:
     assert not isinstance(raised.value, NoSaferPolicyError), "its weights must not be saved"
 
 
-def test_evaluation_is_done_again_too(model: Path) -> None:
+def test_evaluation_is_done_again_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     trained = Trained(model, planned())
     loss = trained.recovery.evaluate(trained.batches, lambda done, total: None)
     with Failing() as failing:
