@@ -9,6 +9,8 @@ next. Which of them can be left out, so that both peaks stay the same to the byt
   give back all that they take, and nothing else, leave it as it was, unless the driver is asked for memory. It is not
   if one free block has the bytes of all their pieces together: of what has not been used of it, the end is large
   enough for each next piece. (Not so in torch 2.12, where blocks also have an age.)
+- Nor is it if the very same events came before in the same state and asked for none. In the small pool the backward
+  pass of a block that recomputes is such a run as a whole, and nothing is left between it and the next block's.
 - The bytes in use are those of the pieces, rounded up, but for rests of up to 1 MiB that stay with a piece of the
   large pool. So it is known beforehand up to which peak such events matter.
 """
@@ -205,7 +207,7 @@ class _Pool:
                 self.peak = allocator.allocated + beside + most
 
     def _run(self, run: Run, firsts: Sequence[int], beside: int) -> None:
-        """The same, unless it changes nothing."""
+        """Play it, unless it changes nothing."""
         state, reserved = self._state, self.allocator.reserved
         known, before = self._known.get(run, (-1, 0))
         if known == state and before >= beside:
