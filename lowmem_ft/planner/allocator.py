@@ -34,16 +34,21 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from typing import Literal
+from operator import itemgetter
+from typing import Literal, TypeAlias
 
 _MIB = 1 << 20
 _UNIT = 512  # all block sizes are multiples
-_SMALL_MAX = _MIB  # the largest request of the small pool
+SMALL_MAX = _MIB  # the largest request of the small pool
+SLACK = _MIB  # in the large pool a rest of at most so much stays with its request
 _OWN_SEGMENT_MIN = 10 * _MIB  # from here on a request gets a segment of its own size
 _SEGMENT_UNIT = 2 * _MIB
 _SMALL_PAGE = 2 * _MIB  # a segment of the small pool, or a page of its expandable segment
 _LARGE_PAGE = 20 * _MIB
 _ENDLESS = 1 << 60
+# What a block is; unmapped: addresses of an expandable segment that no memory lies behind
+_USED, _FREE, _UNMAPPED = 1, 2, 3
+_Entry: TypeAlias = "tuple[int, int, _Block]"  # birth and address, of which no two are the same
 
 
 class OutOfDeviceMemory(Exception):  # noqa: N818 - an outcome of planning, which no user sees
@@ -89,12 +94,53 @@ class Segment:
 class _Pool:
     stream: int
     small: bool
-    free: list[tuple[int, int, int]] = field(default_factory=list)  # (size, birth, address) of mapped blocks, sorted
-    unmapped: list[int] = field(default_factory=list)  # addresses, sorted
+    page: int  # bytes that an expandable segment grows by
+    slack: int  # a rest of at most so much stays with its request
+    # Mapped free blocks by size, and in order of it; some sizes may have none left. So most requests, for sizes that
+    # were there before, find theirs without a search
+    free: dict[int, list[_Entry]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    unmapped: list[_Entry] = field(default_factory=list)
 
-    @property
-    def page(self) -> int:
-        return _SMALL_PAGE if self.small else _LARGE_PAGE
+    def first(self, size: int) -> list[_Entry] | None:
+        """Of the smallest size that fits the free blocks in order, at least one."""
+        found = self.free.get(size)
+        if found:
+            return found
+        at = bisect_left(self.sizes, size)
+        while at < len(self.sizes):
+            found = self.free[self.sizes[at]]
+            if found:
+                return found
+            del self.free[self.sizes[at]], self.sizes[at]
+        return None
+
+    def ordered(self) -> list[_Block]:
+        """All free blocks, by size."""
+        return [block for size in self.sizes for _, _, block in self.free[size]]
+
+    def add(self, block: _Block) -> None:
+        """Put a block that is not in use on its list."""
+        if block.state == _UNMAPPED:
+            insort(self.unmapped, (0, block.address, block))
+            return
+        entry = block.birth, block.address, block
+        same = self.free.get(block.size)
+        if same:
+            insort(same, entry)
+        elif same is not None:
+            same.append(entry)
+        else:
+            self.free[block.size] = [entry]
+            insort(self.sizes, block.size)
+
+    def remove(self, block: _Block) -> None:
+        """Take it off."""
+        if block.state == _UNMAPPED:
+            del self.unmapped[bisect_left(self.unmapped, (0, block.address))]
+            return
+        same = self.free[block.size]
+        del same[bisect_left(same, (block.birth, block.address)) if len(same) > 1 else 0]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,8 +148,7 @@ class _Block:
     address: int
     size: int
     pool: _Pool
-    mapped: bool = True  # False: addresses of an expandable segment that no memory lies behind
-    used: bool = False
+    state: int
     prev: _Block | None = None  # neighbours in the segment
     next: _Block | None = None
     birth: int = 0  # orders free blocks of one size; 0 where the address alone does
@@ -124,6 +169,7 @@ class CachingAllocator:
     Attributes:
         allocated, reserved: bytes in live blocks and held in all: `torch.cuda.memory_allocated` and `memory_reserved`.
         allocated_peak, reserved_peak: the most that they have been.
+        oldest_block_first: as given.
     """
 
     def __init__(
@@ -137,9 +183,10 @@ class CachingAllocator:
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = 0
         self._expandable, self._capacity = expandable_segments, capacity
         self._address_space = _ENDLESS if address_space is None else address_space
-        self._oldest_block_first, self._births = oldest_block_first, 0
-        self._pools: dict[tuple[int, bool], _Pool] = {}
-        self._blocks: dict[int, _Block] = {}  # by address; of every kind
+        self.oldest_block_first, self._births = oldest_block_first, 0
+        self._pools: tuple[dict[int, _Pool], dict[int, _Pool]] = {}, {}  # large and small ones by stream
+        self._used: dict[int, _Block] = {}  # by address
+        self._segments: dict[int, _Block] = {}  # by address the first block of each
         self._top = _LARGE_PAGE  # the next segment's address; 0 is no block's
 
     def allocate(self, nbytes: int, *, stream: int = 0) -> int:
@@ -152,9 +199,16 @@ class CachingAllocator:
         if nbytes == 0:
             return 0
         # this and `free` run some 100,000 times for a step of a large model, so calls are spared where that is easy
-        size = -(-nbytes // _UNIT) * _UNIT
-        pool = self._pools.get((stream, size <= _SMALL_MAX)) or self._new_pool(stream, size <= _SMALL_MAX)
-        block = self._best_fit(pool, size) or self._grow(pool, size)
+        size = rounded(nbytes)
+        pool = self._pools[size <= SMALL_MAX].get(stream) or self._new_pool(stream, size <= SMALL_MAX)
+        fitting = pool.first(size)
+        block: _Block | None
+        if fitting is None:
+            block = self._grow(pool, size)
+        elif self._expandable:
+            block = self._nearest(pool, fitting)
+        else:
+            block = fitting.pop(0)[2]
         if block is None:
             self.empty_cache()
             block = self._grow(pool, size)
@@ -167,9 +221,10 @@ class CachingAllocator:
                 reserved=self.reserved,
                 capacity=self._capacity,
             )
-        if block.size - size > (0 if pool.small or self._expandable else _SMALL_MAX):
-            self._list(self._split(block, size, newer="first"))
-        block.used = True
+        if block.size - size > pool.slack:
+            pool.add(self._split(block, size, newer="first"))
+        block.state = _USED
+        self._used[block.address] = block
         self.allocated += block.size
         if self.allocated > self.allocated_peak:
             self.allocated_peak = self.allocated
@@ -179,58 +234,67 @@ class CachingAllocator:
         """Give back what `allocate` returned."""
         if handle == 0:
             return
-        block = self._blocks[handle]
-        assert block.used, f"freed twice: {handle}"
-        block.used = False
+        block = self._used.pop(handle, None)
+        assert block is not None, f"freed twice: {handle}"
+        block.state = _FREE
         self.allocated -= block.size
-        self._list(self._join(block))
+        block.pool.add(self._join(block))
+
+    def stays(self, nbytes: int, *, small: bool, stream: int = 0) -> bool:
+        """Whether a pool is surely as it was after requests for `nbytes` together, all given back.
+
+        Else it may have grown. With `oldest_block_first` its blocks would be younger.
+        """
+        pool = self._pools[small].get(stream)
+        return pool is not None and not self.oldest_block_first and pool.first(nbytes) is not None
 
     def empty_cache(self) -> None:
         """Return to the driver whole free segments, or with expandable segments whole free pages."""
-        for pool in self._pools.values():
-            for _, _, address in list(pool.free):
-                block = self._blocks[address]
+        for pool in [pool for pools in self._pools for pool in pools.values()]:
+            for block in pool.ordered():
                 if self._expandable:
                     self._unmap(block)
                 elif block.prev is None and block.next is None:
-                    self._unlist(block)
-                    del self._blocks[address]
+                    pool.remove(block)
+                    del self._segments[block.address]
                     self.reserved -= block.size
 
     def segments(self) -> list[Segment]:
         """What is reserved, in address order."""
         runs: list[list[_Block]] = []
-        for _, block in sorted(self._blocks.items()):
-            if not block.mapped:
-                continue
-            if block.prev is None or not block.prev.mapped:
-                runs.append([])
-            runs[-1].append(block)
+        for _, first in sorted(self._segments.items(), key=itemgetter(0)):
+            runs.append([])
+            block: _Block | None = first
+            while block is not None:
+                if block.state != _UNMAPPED:
+                    runs[-1].append(block)
+                elif runs[-1]:
+                    runs.append([])
+                block = block.next
         return [
-            Segment(run[0].address, run[0].pool.stream, run[0].pool.small, tuple((b.size, b.used) for b in run))
+            Segment(
+                run[0].address, run[0].pool.stream, run[0].pool.small, tuple((b.size, b.state == _USED) for b in run)
+            )
             for run in runs
+            if run
         ]
 
     def _new_pool(self, stream: int, small: bool) -> _Pool:
-        pool = self._pools[stream, small] = _Pool(stream, small)
+        slack = 0 if small or self._expandable else SLACK
+        pool = self._pools[small][stream] = _Pool(stream, small, _SMALL_PAGE if small else _LARGE_PAGE, slack)
         return pool
 
-    def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
-        """The free block to use, taken off its list; in an expandable segment a block counts with the unmapped
-        addresses that follow it, so that the end of the segment is the last choice."""
-        free = pool.free
-        at = bisect_left(free, (size, 0, 0))
-        if at == len(free):
-            return None
-        if self._expandable:
-            while at + 1 < len(free) and self._reach(free[at + 1]) < self._reach(free[at]):
-                at += 1
-        return self._blocks[free.pop(at)[2]]
-
-    def _reach(self, entry: tuple[int, int, int]) -> int:
-        size, _, address = entry
-        after = self._blocks[address].next
-        return size if after is None or after.mapped else size + after.size
+    def _nearest(self, pool: _Pool, fitting: list[_Entry]) -> _Block:
+        """The free block to use in expandable segments, taken off its list. It counts with the unmapped addresses that
+        follow it, so that the end of a segment is the last choice."""
+        best = fitting[0][2]
+        while _reach(best) > best.size:
+            fitting = fitting[1:] or pool.first(best.size + 1) or []
+            if not fitting or _reach(fitting[0][2]) >= _reach(best):
+                break
+            best = fitting[0][2]
+        pool.remove(best)
+        return best
 
     def _grow(self, pool: _Pool, size: int) -> _Block | None:
         """A block of new memory, on no list; None where the limit forbids it."""
@@ -244,69 +308,68 @@ class CachingAllocator:
 
     def _expand(self, pool: _Pool, size: int) -> _Block:
         block = self._room(pool, size)
-        if not block.mapped:
+        if block.state == _UNMAPPED:
             block = self._map(block, min(block.size, size))
         while block.size < size:
             after = block.next
             assert after is not None
             block = self._map(after, min(after.size, size - block.size))
-        self._unlist(block)
+        pool.remove(block)
         return block
 
     def _room(self, pool: _Pool, size: int) -> _Block:
         """The first of neighbouring free and unmapped blocks that hold `size` together, at the lowest address."""
-        for address in pool.unmapped:
-            first = self._blocks[address]
-            if first.prev is not None and not first.prev.used:
+        for _, _, first in pool.unmapped:
+            if first.prev is not None and first.prev.state != _USED:
                 first = first.prev
             found, block = 0, first
             while True:
                 found += block.size
                 if found >= size:
                     return first
-                if block.next is None or block.next.used:
+                if block.next is None or block.next.state == _USED:
                     break
                 block = block.next
-        block = self._new_segment(pool, _round_up(self._address_space, pool.page))
-        block.mapped = False
-        self._list(block)
+        block = self._new_segment(pool, _round_up(self._address_space, pool.page), _UNMAPPED)
+        pool.add(block)
         return block
 
     def _map(self, block: _Block, nbytes: int) -> _Block:
         """Put memory behind the first pages of an unmapped block; returns the free block that they belong to then."""
-        nbytes = _round_up(nbytes, block.pool.page)
-        self._unlist(block)
+        pool = block.pool
+        nbytes = _round_up(nbytes, pool.page)
+        pool.remove(block)
         if nbytes < block.size:
-            self._list(self._split(block, nbytes, newer="rest"))
-        block.mapped = True
+            pool.add(self._split(block, nbytes, newer="rest"))
+        block.state = _FREE
         self._reserve(nbytes)
         block = self._join(block)
-        self._list(block)
+        pool.add(block)
         return block
 
     def _unmap(self, block: _Block) -> None:
         """Return the pages that lie whole inside a free block."""
-        page, end = block.pool.page, block.address + block.size
-        first, last = _round_up(block.address, page), end // page * page
+        pool, end = block.pool, block.address + block.size
+        first, last = _round_up(block.address, pool.page), end // pool.page * pool.page
         if first >= last:
             return
-        self._unlist(block)
+        pool.remove(block)
         if first > block.address:
             middle = self._split(block, first - block.address, newer="first")
-            self._list(block)
+            pool.add(block)
             block = middle
         if last < end:
-            self._list(self._split(block, last - block.address, newer="rest"))
-        block.mapped = False
+            pool.add(self._split(block, last - block.address, newer="rest"))
+        block.state = _UNMAPPED
         self.reserved -= block.size
         block = self._join(block)
         if block.prev is None and block.next is None:
-            del self._blocks[block.address]  # nothing is left of the segment: its addresses go back too
+            del self._segments[block.address]  # nothing is left of it: its addresses go back too
         else:
-            self._list(block)
+            pool.add(block)
 
-    def _new_segment(self, pool: _Pool, size: int) -> _Block:
-        block = self._blocks[self._top] = _Block(self._top, size, pool, birth=self._birth())
+    def _new_segment(self, pool: _Pool, size: int, state: int = _FREE) -> _Block:
+        block = self._segments[self._top] = _Block(self._top, size, pool, state, birth=self._birth())
         self._top += _round_up(size, _LARGE_PAGE)  # pages of both sizes start at multiples of theirs
         return block
 
@@ -315,20 +378,18 @@ class CachingAllocator:
         self.reserved_peak = max(self.reserved_peak, self.reserved)
 
     def _birth(self) -> int:
-        self._births += self._oldest_block_first
+        self._births += self.oldest_block_first
         return self._births
 
     def _split(self, block: _Block, size: int, *, newer: Literal["first", "rest"]) -> _Block:
-        """Shorten `block` to `size` and return the rest, on no list. One of the two counts as new."""
-        rest = _Block(block.address + size, block.size - size, block.pool, block.mapped, prev=block, next=block.next)
-        if rest.next is not None:
-            rest.next.prev = rest
+        """Shorten `block`, on no list, to `size` and return the rest, on none either. One of the two counts as new."""
+        after = block.next
+        rest = _Block(block.address + size, block.size - size, block.pool, block.state, block, after, block.birth)
+        if after is not None:
+            after.prev = rest
         block.size, block.next = size, rest
-        if newer == "first":
-            block.birth, rest.birth = self._birth(), block.birth
-        else:
-            rest.birth = self._birth()
-        self._blocks[rest.address] = rest
+        if self.oldest_block_first:
+            (block if newer == "first" else rest).birth = self._birth()
         return rest
 
     def _join(self, block: _Block) -> _Block:
@@ -336,37 +397,33 @@ class CachingAllocator:
 
         The whole is as old as `block`.
         """
-        before = block.prev
-        if before is not None and not before.used and before.mapped == block.mapped:
-            self._unlist(before)
-            self._absorb_next(before)
+        before, after = block.prev, block.next
+        if after is not None and after.state == block.state:
+            block.pool.remove(after)
+            _absorb_next(block, after)
+        if before is not None and before.state == block.state:
+            block.pool.remove(before)
             before.birth = block.birth
-            block = before
-        after = block.next
-        if after is not None and not after.used and after.mapped == block.mapped:
-            self._unlist(after)
-            self._absorb_next(block)
+            _absorb_next(before, block)
+            return before
         return block
 
-    def _absorb_next(self, block: _Block) -> None:
-        after = block.next
-        assert after is not None
-        del self._blocks[after.address]
-        block.size, block.next = block.size + after.size, after.next
-        if after.next is not None:
-            after.next.prev = block
 
-    def _list(self, block: _Block) -> None:
-        if block.mapped:
-            insort(block.pool.free, (block.size, block.birth, block.address))
-        else:
-            insort(block.pool.unmapped, block.address)
+def _absorb_next(block: _Block, after: _Block) -> None:
+    block.size += after.size
+    block.next = after.next
+    if after.next is not None:
+        after.next.prev = block
 
-    def _unlist(self, block: _Block) -> None:
-        if block.mapped:
-            del block.pool.free[bisect_left(block.pool.free, (block.size, block.birth, block.address))]
-        else:
-            del block.pool.unmapped[bisect_left(block.pool.unmapped, block.address)]
+
+def _reach(block: _Block) -> int:
+    after = block.next
+    return block.size + after.size if after is not None and after.state == _UNMAPPED else block.size
+
+
+def rounded(nbytes: int) -> int:
+    """The bytes that a request takes."""
+    return (nbytes + _UNIT - 1) // _UNIT * _UNIT
 
 
 def _round_up(nbytes: int, unit: int) -> int:
@@ -375,6 +432,6 @@ def _round_up(nbytes: int, unit: int) -> int:
 
 def _segment_size(size: int) -> int:
     """Bytes that the driver is asked for, for a block of `size` bytes."""
-    if size <= _SMALL_MAX:
+    if size <= SMALL_MAX:
         return _SMALL_PAGE
     return _LARGE_PAGE if size < _OWN_SEGMENT_MIN else _round_up(size, _SEGMENT_UNIT)

@@ -10,11 +10,10 @@ from typing import Any
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Candidate, Change, Plan, Policy, Predicted, Sample, binds_host
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.planner.compose import Place
+from lowmem_ft.planner.compose import Place, holders
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.phases import OF_A_RUN
 from lowmem_ft.planner.stored import Stored
-from lowmem_ft.planner.trace import holders
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime.blocks import causal_model
 
@@ -162,7 +161,7 @@ def _describe(answer: Answer, stored: Stored) -> dict[str, Any]:
 
 def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     """Bytes at the training peak by what holds them; together they are the process's."""
-    held = holders(answer.weighed.moves)
+    held = holders(answer.weighed.places)
     found = {name: held[name] for name in ("loss", "workspace")}
     below = answer.scales.moved(answer.weighed.policy.streamed_blocks).saved
     return {

@@ -8,13 +8,15 @@ depth is put together from their segments: forward through every block, the loss
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, NamedTuple, TypeAlias, cast
 
 from lowmem_ft.core.host import LARGE
-from lowmem_ft.planner.trace import Event, Move, Tier, Trace
+from lowmem_ft.planner.trace import Event, Tier, Trace
 
 Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
 Part: TypeAlias = Literal["load", "start", "forward", "loss", "backward", "end", "update"]
@@ -275,31 +277,100 @@ def peaks(places: Iterable[Place]) -> tuple[int, int]:
     return most, most_heap
 
 
-def moves(places: Sequence[Place], depth: int) -> list[Move]:
-    """The events of a composed step as they were traced, each with the key of its piece of memory.
+class Turn(NamedTuple):
+    """A segment at its place in a composed step.
+
+    Attributes:
+        events: its own.
+        pieces: of each event the piece of memory: of which origin, and as its which.
+        firsts: of each origin the key of the first piece.
+    """
+
+    events: Sequence[Step]
+    pieces: Sequence[tuple[int, int]]
+    firsts: Sequence[int]
+
+
+def turns(places: Sequence[Place], depth: int) -> list[Turn]:
+    """A composed step, in which each piece of memory has a key of its own.
 
     What is born in a block's segment and given back in its own or a neighbour's keeps that distance. What was there
-    before the step has the negative key that it had when it was traced.
+    before the step has the negative key that it had when it was traced. Segments that stand at several places are the
+    same objects in all their turns.
     """
-    first: dict[tuple[Part, int | None], int] = {}  # part, block -> key of the segment's first piece
-    result: list[Move] = []
+    known: dict[int, _Linked] = {}  # by segment
+    first: dict[tuple[Part, int | None], int] = {("load", None): 0}  # part, block -> key of the segment's first piece
+    found: list[Turn] = []
     reached = (it.at for it in places if it.segment.part == "backward" and it.segment.events)
     lowest = min((at for at in reached if at is not None), default=0)
     top = 1
     for place in places:
-        part = place.segment.part
-        first[part, place.at] = own = top
-        origin = place.at if place.at is not None else depth - 1 if part == "loss" else lowest
-        inside = part, None if place.at is None else 0
-        for event, birth in place.segment.events:
-            if birth is None:
-                key = top
-                top += 1
-            elif birth[:2] == inside:
-                key = own + birth.ordinal
-            elif birth.part == "load":
-                key = -birth.ordinal
-            else:
-                key = first[birth.part, None if birth.distance is None else origin + birth.distance] + birth.ordinal
-            result.append((key, event))
-    return result
+        segment = place.segment
+        if id(segment) not in known:
+            known[id(segment)] = _linked(segment)
+        linked = known[id(segment)]
+        first[segment.part, place.at] = own = top
+        origin = place.at if place.at is not None else depth - 1 if segment.part == "loss" else lowest
+        others = (first[part, None if away is None else origin + away] for part, away in linked.others)
+        found.append(Turn(segment.events, linked.pieces, [own, *others]))
+        top += linked.taken
+    return found
+
+
+class _Linked(NamedTuple):
+    """Of a segment's events the pieces, as in `Turn`, where the first origin is the segment itself; the part and
+    distance of the other ones; and how many pieces are taken in it."""
+
+    pieces: Sequence[tuple[int, int]]
+    others: Sequence[tuple[Part, int | None]]
+    taken: int
+
+
+def _linked(segment: Segment) -> _Linked:
+    origins: dict[tuple[Part, int | None], int] = {(segment.part, None if segment.block is None else 0): 0}
+    pieces: list[tuple[int, int]] = []
+    taken = 0
+    for _, birth in segment.events:
+        if birth is None:
+            pieces.append((0, taken))
+            taken += 1
+        else:
+            part, distance, ordinal = birth
+            at = origins.setdefault((part, distance), len(origins))
+            pieces.append((at, -ordinal if part == "load" else ordinal))
+    return _Linked(pieces, list(origins)[1:], taken)
+
+
+def holders(places: Sequence[Place]) -> dict[str, int]:
+    """Of a composed step the same as `Trace.holders`."""
+    curves: dict[int, list[int]] = {}  # by segment: bytes held after each event, more than at its begin
+    level, most, end = 0, -math.inf, (0, 0)
+    for at, place in enumerate(places):
+        events = place.segment.events
+        if not events:
+            continue
+        if id(events) not in curves:
+            curves[id(events)] = list(accumulate(event.nbytes for event, _ in events))
+        curve = curves[id(events)]
+        if level + max(curve) > most:
+            most = level + max(curve)
+            end = at, curve.index(max(curve)) + 1
+        level += curve[-1]
+    found = _left(places[end[0]].segment.events[: end[1]])
+    whole: dict[int, Counter[str]] = {}
+    for place in places[: end[0]]:
+        events = place.segment.events
+        if id(events) not in whole:
+            whole[id(events)] = _left(events)
+        found.update(whole[id(events)])
+    return {name: found[name] for name in ("activations", "loss", "workspace")}
+
+
+def _left(steps: Iterable[Step]) -> Counter[str]:
+    """Bytes that these events take and leave, by what they are for; negative if they only give them back."""
+    found = Counter[str]()
+    for event, birth in steps:
+        part = event.phase if birth is None else birth.part
+        if part != "load":
+            found["workspace" if event.inside else "loss" if part == "loss" else "activations"] += event.nbytes
+    return found

@@ -87,9 +87,9 @@ class Base:
             streamable=stage.ready.streamable,
         )
 
-    def reading(self, streamed: int) -> int:
+    def reading(self, moved: Moved) -> int:
         """Bytes of the device that reading and quantizing take at most, and then the check of packing."""
-        moved, below = Moved.of(self.streamable, streamed), set()
+        below = set()
         for index in moved.blocks:
             for piece in self.streamable[index]:
                 layer = piece.path.rpartition(".")[0]
@@ -100,7 +100,7 @@ class Base:
     @cached_property
     def least(self) -> int:
         """The same with every block streamed, or resident if that takes less."""
-        return min(self.reading(0), self.reading(len(self.streamable)))
+        return min(self.reading(Moved.of(self.streamable, count)) for count in (0, len(self.streamable)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,7 @@ class Aside:
         starting = self.base.footprint.held - moved.saved + self.starting
         most = max(starting, self.scales.held_by(policy)) + UNSEEN_BYTES
         return Tiers(
-            device=max(self.base.reading(policy.streamed_blocks), most),
+            device=max(self.base.reading(moved), most),
             host=max(self.base.footprint.copied, self.drawn),
             disk=self.cache + (moved.stored if self._on_disk(policy) else 0),
         )

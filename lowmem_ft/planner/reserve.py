@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.allocator import CachingAllocator
+from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.trace import Event, Move
+from lowmem_ft.planner.replay import Peaks, Script, replay
+from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
@@ -19,6 +22,7 @@ FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocato
 # the heap holds up to 18, 28 to 45 at 25 to 35 (78 once, in fp32), 77 at 87; in runs that read data, evaluate and save
 # 138 at 192, 89 to 93 for the demo. In fp32 more, see `weigh.FP32_HEAP`.
 PROCESS_SLACK, HEAP_SHARE = 64 << 20, 0.5
+_KEPT = 1 << 60  # the key of a piece that nothing gives back
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
 
@@ -50,9 +54,8 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
     """What the process takes during a training step of the policy that was weighed."""
     if device.kind == "cpu":
         return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated, weighed.heap))
-    allocator = replayed(device, scales.base(weighed.policy), weighed.moves)
-    reserved = allocator.reserved_peak
-    return Peak(allocator.allocated_peak, reserved, device.process_bytes + reserved)
+    peaks = replayed(device, scales.base(weighed.policy), weighed.turns)
+    return Peak(peaks.allocated, peaks.reserved, device.process_bytes + peaks.reserved)
 
 
 def allocator_of(device: Device) -> CachingAllocator:
@@ -64,21 +67,47 @@ def allocator_of(device: Device) -> CachingAllocator:
     )
 
 
-def replayed(device: Device, base: Iterable[Event], step: Iterable[Move]) -> CachingAllocator:
-    """The allocator after steps with the pieces of `base` held, and with the workspaces of cuBLAS."""
-    allocator = allocator_of(device)
-    for nbytes in (device.forward_workspace, device.bias_workspace):
-        allocator.allocate(nbytes)
-    handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
-    moves = [(key, event.nbytes, event.phase) for key, event in step if event.tier == "device"]
-    waiting = device.backward_workspace
-    for _ in range(REPEATS):
-        for key, nbytes, phase in moves:
-            if waiting and phase == "backward":
-                allocator.allocate(waiting)
-                waiting = 0
-            if nbytes > 0:
-                handles[key] = allocator.allocate(nbytes)
-            else:
-                allocator.free(handles.pop(key, 0))
-    return allocator
+def replayed(device: Device, base: Iterable[Event], step: Sequence[Turn]) -> Peaks:
+    """The peaks of steps with the pieces of `base` held, and with the workspaces of cuBLAS."""
+    before = [(-event.key, event.nbytes) for event in base if event.tier == "device"]
+    workspaces = [(_KEPT, nbytes) for nbytes in (device.forward_workspace, device.bias_workspace) if nbytes]
+    held, waiting = {key for key, _ in before}, device.backward_workspace
+    known: dict[int, _OnDevice] = {}
+    scripts: dict[Hashable, Script] = {}
+    played = []
+    for turn in [*step] * REPEATS:
+        if id(turn.events) not in known:
+            known[id(turn.events)] = _OnDevice.of(turn)
+        events = known[id(turn.events)]
+        gone, backward = events.before & held, events.backward if waiting else None
+        held -= gone
+        key = id(turn.events), gone, backward
+        if key not in scripts:
+            own = list(events.pieces)
+            if backward is not None:
+                own.insert(backward, (waiting, 0, _KEPT))
+            scripts[key] = Script.of(it for it in own if it[2] >= 0 or it[2] in gone)
+        waiting = 0 if backward is not None else waiting
+        played.append((scripts[key], turn.firsts))
+    return replay(lambda: allocator_of(device), [*workspaces, *before], played)
+
+
+class _OnDevice(NamedTuple):
+    """The events of a turn that are the device's.
+
+    Attributes:
+        pieces: bytes, origin and number of each.
+        before: keys of pieces from before the step that it gives back.
+        backward: the index of the first in backward, if there is one.
+    """
+
+    pieces: Sequence[tuple[int, int, int]]
+    before: frozenset[int]
+    backward: int | None
+
+    @classmethod
+    def of(cls, turn: Turn) -> _OnDevice:
+        both = [(event, it) for (event, _), it in zip(turn.events, turn.pieces, strict=True) if event.tier == "device"]
+        pieces = [(event.nbytes, *it) for event, it in both]
+        backward = next((at for at, (event, _) in enumerate(both) if event.phase == "backward"), None)
+        return cls(pieces, frozenset(ordinal for _, _, ordinal in pieces if ordinal < 0), backward)

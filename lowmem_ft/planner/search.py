@@ -77,15 +77,29 @@ class Search:
         options = {option.policy: option for option in self.options(budget)}
         for option in self._in_order([*options.values()], budget):
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
+            if answer.fits and self.config.policy.objective == "memory":
+                smallest = self._smallest_answer(options, budget)
+                return smallest if smallest.fits and smallest.process < answer.process else answer
             if answer.fits:
                 return answer
             if answer.host_binds:
                 break  # of the host all policies take the same
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        smallest = self.smallest()
-        options.setdefault(smallest.policy, self._option(smallest.policy))
-        return self.answer(smallest, options.values(), budget)
+        return self._smallest_answer(options, budget)
+
+    def _smallest_answer(self, options: dict[Policy, Option], budget: int) -> Answer:
+        """The policy with the smallest peak of the process, added to `options` if it is not there."""
+        found: Answer | None = None
+        for weighed in sorted(self._few(timed=True), key=lambda it: it.allocated):
+            # at least what is in use is reserved, so that on a card a look at it may save a replay
+            if found is None or self.device.kind == "cpu" or weighed.allocated < found.reserved:
+                answer = self.answer(weighed, (), budget)
+                found = answer if found is None or answer.process < found.process else found
+        assert found is not None
+        policy = found.weighed.policy
+        options.setdefault(policy, self._option(policy))
+        return replace(found, options=tuple(options.values()))
 
     @cached_property
     def _aside(self) -> Aside:
@@ -105,18 +119,21 @@ class Search:
         beside = process_estimate(self.device, self._beside[streamed], self.scales.heap_held(policy))
         return max(process_estimate(self.device, allocated, heap), beside)
 
-    def smallest(self, *, timed: bool = True) -> Weighed:
-        """The policy with the smallest peak. Where the loss takes little, the last block may as well keep: its backward
-        is the first thing that follows."""
-        few = (
+    def smallest(self) -> Weighed:
+        """The policy with the smallest peak of bytes in tensors; its time is that of a first micro-batch."""
+        return min(self._few(timed=False), key=lambda it: it.allocated)
+
+    def _few(self, *, timed: bool) -> list[Weighed]:
+        """Policies of which one is the smallest. Where the loss takes little, the last block may as well keep: its
+        backward is the first thing that follows."""
+        return [
             self.scales.weigh(self._blocks(self.least, keep, streamed=self._most_saved), timed=timed)
             for keep in self._keep[:2]
-        )
-        return min(few, key=lambda it: it.allocated)
+        ]
 
     def smallest_process(self) -> int:
         """What the process takes under that policy, about."""
-        weighed = self.smallest(timed=False)
+        weighed = self.smallest()
         return self.process_estimate(weighed.policy, weighed.allocated, weighed.heap)
 
     @property

@@ -163,7 +163,7 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
         else:
             high = middle - 1
     search.lengthen(of(max(low, 1)))
-    while low and process_peak(device, search.scales, search.smallest(timed=False)).process > budget:
+    while low and process_peak(device, search.scales, search.smallest()).process > budget:
         low -= max(1, low // 64)  # the estimate was too low
         search.lengthen(of(max(low, 1)))
     return search.config if low else config

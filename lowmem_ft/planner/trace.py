@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import count
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -84,7 +84,7 @@ class _Results:
         key = name, _told(args), _told(kwargs) if kwargs else None, torch.get_default_dtype()
         try:
             again = self._known.get(key, self)
-        except TypeError:  # an argument that has no hash
+        except TypeError:  # an argument that has no hash, or that lies on the host
             return func(*args, **kwargs)
         if again is self:
             out = func(*args, **kwargs)
@@ -93,11 +93,14 @@ class _Results:
         return func(*args, **kwargs) if again is None else again(args)  # type: ignore[operator]
 
 
+_UNTOLD: Any = []  # has no hash
+
+
 def _told(value: Any) -> Hashable:
     """What of an argument decides about results."""
     if isinstance(value, Tensor):
         # a number in a tensor on the host may stand for a Python number, which promotes otherwise
-        return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else _UNTOLD
     if isinstance(value, (list, tuple)):
         return tuple([_told(item) for item in value])
     if isinstance(value, dict):
@@ -150,9 +153,6 @@ class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixt
     inside: bool = False
 
 
-Move: TypeAlias = tuple[int, Event]  # an event under another key than its own
-
-
 @dataclass(slots=True)
 class Trace:
     """Events in order."""
@@ -168,28 +168,23 @@ class Trace:
                 yield held
 
     def holders(self) -> dict[str, int]:
-        """See `holders`."""
-        return holders([(event.key, event) for event in self.events])
-
-
-def holders(moves: Sequence[Move]) -> dict[str, int]:
-    """Bytes that a step itself holds when both tiers together hold the most: `activations`, `loss` and `workspace`."""
-    levels = list(accumulate(event.nbytes for _, event in moves))
-    alive: dict[int, Event] = {}
-    for key, event in moves[: levels.index(max(levels)) + 1]:
-        if event.nbytes > 0:
-            alive[key] = event
-        else:
-            alive.pop(key, None)  # of what was there before, if the moves do not begin with it
-    found = {"activations": 0, "loss": 0, "workspace": 0}
-    for event in alive.values():
-        if event.inside:
-            found["workspace"] += event.nbytes
-        elif event.phase == "loss":
-            found["loss"] += event.nbytes
-        elif event.phase != "load":
-            found["activations"] += event.nbytes
-    return found
+        """Bytes that a step itself holds when both tiers together hold the most: `activations`, `loss`, `workspace`."""
+        levels = list(self.curve())
+        alive: dict[int, Event] = {}
+        for event in self.events[: levels.index(max(levels)) + 1]:
+            if event.nbytes > 0:
+                alive[event.key] = event
+            else:
+                alive.pop(event.key, None)  # of what was there before, if the events do not begin with it
+        found = {"activations": 0, "loss": 0, "workspace": 0}
+        for event in alive.values():
+            if event.inside:
+                found["workspace"] += event.nbytes
+            elif event.phase == "loss":
+                found["loss"] += event.nbytes
+            elif event.phase != "load":
+                found["activations"] += event.nbytes
+        return found
 
 
 class Repeats:

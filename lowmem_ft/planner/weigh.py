@@ -20,18 +20,19 @@ from lowmem_ft.planner.compose import (
     Pieces,
     Place,
     Segment,
+    Turn,
     Window,
-    moves,
     peaks,
     segment_of,
     segments,
     shorten,
+    turns,
     windows,
 )
 from lowmem_ft.planner.pipeline import streamed_seconds
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
-from lowmem_ft.planner.trace import Cost, Event, Move, Tier, Trace
+from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.streaming import SLOTS, Moved
 
@@ -63,9 +64,9 @@ class Weighed:
     places: Sequence[Place]
 
     @cached_property
-    def moves(self) -> list[Move]:
-        """The events of that step, as if it had been traced whole."""
-        return moves(self.places, sum(place.segment.part == "forward" for place in self.places))
+    def turns(self) -> list[Turn]:
+        """That step, as if it had been traced whole."""
+        return turns(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
 class Scales:

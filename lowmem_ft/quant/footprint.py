@@ -56,9 +56,10 @@ class LoadFootprint:
             below: names of tensors that leave the device as soon as they are made.
         """
         read = most = left = 0
+        gone = frozenset(below)
         for names, kept, work in self.steps:
             most = max(most, read + kept + work)
-            if names <= set(below):
+            if names <= gone:
                 left += kept
             else:
                 read += kept

@@ -14,6 +14,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.planner.calibrate import Recording, compare, record
+from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.scratch_cuda import Card
@@ -43,12 +44,12 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     held = stage.tracer.alive()
     before = {event.key for event in held}  # which `replayed` knows by negative keys, as in a composed step
     taken = [event for event in step(settled=False) if event.phase != "load"]
-    first = [(-event.key if event.key in before else event.key, event) for event in taken]
-    allocator = replayed(device, held, first)
+    keys = [-event.key if event.key in before else event.key for event in taken]
+    peaks = replayed(device, held, [Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])])
     return Predicted(
-        allocated=allocator.allocated_peak,
-        reserved=allocator.reserved_peak,
-        process=device.process_bytes + allocator.reserved_peak,
+        allocated=peaks.allocated,
+        reserved=peaks.reserved,
+        process=device.process_bytes + peaks.reserved,
         later=step(settled=True),
     )
 

@@ -302,6 +302,40 @@ def test_a_second_expandable_segment_where_addresses_run_out() -> None:
     assert [segment.size for segment in allocator.segments()] == [20 * MIB, 20 * MIB, 40 * MIB]
 
 
+# ---- what leaves a pool as it was
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_a_pool_stays_as_it_was_if_one_free_block_holds_all(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable_segments=expandable)
+    handles = take(allocator, 8 * MIB, 2 * MIB, 6 * MIB, 4 * MIB, 512)
+    assert not allocator.stays(6 * MIB, small=False)
+    for handle in (handles[0], handles[2]):
+        allocator.free(handle)
+    before = layout(allocator)
+    assert [allocator.stays(size, small=False) for size in (8 * MIB, 8 * MIB + 512)] == [True, False]
+    first, second = take(allocator, 5 * MIB, 3 * MIB)
+    allocator.free(first)
+    allocator.free(second)
+    assert layout(allocator) == before
+    assert allocator.stays(512, small=True)
+    assert not allocator.stays(512, small=True, stream=1), "its pool is another one"
+
+
+def test_in_torch_2_12_blocks_are_younger_afterwards() -> None:
+    taken = []
+    for between in ((), (4 * MIB,)):
+        allocator = CachingAllocator(oldest_block_first=True)
+        holes = take(allocator, 8 * MIB, 2 * MIB, 8 * MIB, 2 * MIB)
+        allocator.free(holes[0])
+        allocator.free(holes[2])
+        assert not allocator.stays(4 * MIB, small=False)
+        for handle in take(allocator, *between):
+            allocator.free(handle)
+        taken.append(holes.index(allocator.allocate(8 * MIB)))
+    assert taken == [0, 2]
+
+
 # ---- the limit
 
 

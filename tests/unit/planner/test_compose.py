@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.compose import Pieces, Place, moves, peaks, segments, shorten, windows
+from lowmem_ft.planner.compose import Pieces, Place, holders, peaks, segments, shorten, turns, windows
 from lowmem_ft.planner.simulate import Stage, block_kinds
 from lowmem_ft.planner.trace import Event, with_key
 from tests.models import tiny_config
@@ -33,8 +33,11 @@ DEEP: dict[str, dict[str, Any]] = {
 
 def unrolled(places: Sequence[Place], depth: int) -> list[Event]:
     """The events of a composed step, as if it had been traced whole."""
-    at = (place.at for place in places for _ in place.segment.events)
-    return [with_key(event, key, block) for (key, event), block in zip(moves(places, depth), at, strict=True)]
+    return [
+        with_key(event, turn.firsts[origin] + ordinal, place.at)
+        for place, turn in zip(places, turns(places, depth), strict=True)
+        for (event, _), (origin, ordinal) in zip(turn.events, turn.pieces, strict=True)
+    ]
 
 
 def stage(name: str, folder: Path, **sections: Any) -> Stage:
@@ -74,6 +77,7 @@ def check_composed(made: Stage, keep: int) -> None:
     found = unrolled(places, DEPTH)
     assert made.held + peaks(places)[0] == max(whole.curve())
     assert seen(found) == seen(wanted)
+    assert holders(places) == whole.holders()
     keys: dict[int, int] = {}
     device = [[event for event in events if event.tier == "device"] for events in (found, wanted)]
     for composed, traced in zip(*device, strict=True):

@@ -199,6 +199,21 @@ def test_objectives(models: dict[str, Path]) -> None:
     assert plans["speed"].predicted.step_seconds == min(plan.predicted.step_seconds for plan in plans.values())
 
 
+def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path]) -> None:
+    """Here the last block keeps, with which more bytes are in tensors and fewer are reserved."""
+    sections = {"data": {"seq_len": 1536}, "policy": {"loss_chunk_tokens": 32}}
+    search = Search(config(models["wide"], **sections), CARD, 4)
+    least, other = search._few(timed=False)
+    exact = process_peak(CARD, search.scales, other).process
+    assert least.allocated < other.allocated
+    assert exact < process_peak(CARD, search.scales, least).process
+    sections["policy"]["objective"] = "memory"
+    for memory in (1, exact):
+        plan = make_plan(config(models["wide"], **sections, budget={"memory": memory}), device=CARD)
+        assert (plan.fits, plan.predicted.process_peak_bytes) == (memory == exact, exact)
+        assert plan.policy == other.policy
+
+
 def test_the_longest_sequence_that_fits(models: dict[str, Path]) -> None:
     folder = models["long"]
     roomy = make_plan(config(folder, policy={"objective": "context"}), device=DEVICE)

@@ -65,6 +65,7 @@ def test_what_decides_is_told_apart() -> None:
     assert dtype(aten.mul.Tensor, whole, 1) == torch.int64
     assert dtype(aten.mul.Tensor, whole, 1.0) == torch.float32
     assert dtype(aten.mul.Tensor, meta(4), torch.tensor(1.0)) == torch.bfloat16, "a number in a tensor on the host"
+    assert len(results._known) == 2, "of what lies on the host nothing is kept"
     assert dtype(aten.mul.Tensor, meta(4), meta(1, dtype=torch.float32)) == torch.float32
     before = torch.get_default_dtype()
     for default in (torch.float32, torch.float64):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.compose import moves
+from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import simulate
@@ -82,10 +82,15 @@ def test_seconds_are_those_of_all_blocks_and_micro_batches(tmp_path: Path) -> No
 def test_reserved_is_above_allocated_and_counts_the_device_alone(tmp_path: Path) -> None:
     _, made = scales("llama", tmp_path, kind="cuda")
     weighed = made.weigh(policy(rows=8, seq_len=SEQ_LEN, keep=0, depth=DEPTH))
-    step, base = moves(weighed.places, DEPTH), made.stage.tracer.alive()
+    step, base = weighed.turns, made.stage.tracer.alive()
     card = find_device("rtx-3060-12gb")
-    allocator = replayed(card, base, step)
-    assert allocator.reserved_peak >= allocator.allocated_peak > weighed.allocated + card.forward_workspace
-    on_device = [move for move in step if move[1].tier == "device"]
-    assert len(on_device) < len(step), "the batch comes from the host"
-    assert replayed(card, base, on_device).reserved_peak == allocator.reserved_peak
+    taken = replayed(card, base, step)
+    assert taken.reserved >= taken.allocated > weighed.allocated + card.forward_workspace
+    tiers = [event.tier for turn in step for event, _ in turn.events]
+    assert 0 < tiers.count("host") < len(tiers), "the batch comes from the host"
+    assert replayed(card, base, [without_host(turn) for turn in step]) == taken
+
+
+def without_host(turn: Turn) -> Turn:
+    both = [it for it in zip(turn.events, turn.pieces, strict=True) if it[0][0].tier == "device"]
+    return turn._replace(events=[event for event, _ in both], pieces=[piece for _, piece in both])

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.planner.alloc_conf import expandable_segments
+from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device, load_kernels
 from lowmem_ft.planner.profile import Workspaces, load_profile, write_profile
 from lowmem_ft.planner.reserve import replayed
-from lowmem_ft.planner.trace import Event, Move
+from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.workspaces import architecture_of, derived_workspaces, measured_workspaces
 
 MIB = 1 << 20
@@ -92,13 +93,14 @@ def test_the_replay_takes_them_when_the_run_does(monkeypatch: pytest.MonkeyPatch
     card = find_device("h100-80gb")
     held = Event(1, 40 * MIB, "device", "", "load", None)
 
-    def step(phase: str) -> list[Move]:
-        return [(2, Event(2, sign * 30 * MIB, "device", "", phase, None)) for sign in (1, -1)]
+    def step(phase: str) -> list[Turn]:
+        events = [Event(2, sign * 30 * MIB, "device", "", phase, None) for sign in (1, -1)]
+        return [Turn([(event, None) for event in events], [(0, 2)] * 2, [0])]
 
     forward = replayed(card, [held], step("forward"))
-    assert forward.allocated_peak == (32 + 40 + 30) * MIB
+    assert forward.allocated == (32 + 40 + 30) * MIB
     backward = replayed(card, [held], step("backward"))
-    assert backward.allocated_peak == (32 + 40 + 32 + 30) * MIB
+    assert backward.allocated == (32 + 40 + 32 + 30) * MIB
 
 
 def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
