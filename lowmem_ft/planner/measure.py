@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.adapters.lora import LoraLinear
+from lowmem_ft.core.host import map_large_tensors
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate, Workspaces
 from lowmem_ft.planner.workspaces import architecture_of
@@ -47,6 +48,8 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
     Returns:
         a profile in which all figures are measured, for `profile.write_profile`.
     """
+    if device.kind == "cpu":
+        map_large_tensors()  # as runs do, which pay for the pages of what they allocate
     bench = _Bench(device.torch_device)
     capability = torch.cuda.get_device_capability(device.index) if device.kind == "cuda" else None
     steps: dict[str, Callable[[], float]] = {

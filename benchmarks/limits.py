@@ -1,0 +1,138 @@
+"""How little memory is enough, and how long a sequence fits: what plans predict for models of 8B to 70B parameters.
+
+For each model the smallest budget of the device at which a plan exists, its speed, and plans at several budgets; and
+the longest sequence of the 8B model on cards of 8, 12 and 24 GB. Beside it stands what peers report on their pages.
+Nothing here is measured on a card: these are predictions, the same that `lowmem-ft plan` makes.
+
+    python benchmarks/limits.py --out benchmarks/results/limits.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "Qwen3-14B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 17408,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
+    "Qwen3-32B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600,
+        "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
+    "Llama-3-70B": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+SEQ_LENS, BUDGETS_GIB = (256, 512), (4, 6, 8, 12, 16, 24)
+CARD = "rtx-3090-24gb"  # with 24 GB and PCIe 4; smaller ones are played by the budget
+CONTEXT_CARDS = {
+    "rtx-4060-8gb": 32,
+    "rtx-3060-12gb": 32,
+    "rtx-4090-24gb": 32,
+}  # and the rank, as the peer's figures have it
+PEERS = {
+    "Llama-3.1-8B, 512 tokens": "3.3 GB (Soup, RTX 3050 4 GB)",
+    "Llama-3.1-8B, 256 tokens": "1.8 GB (Soup, embeddings and head streamed)",
+    "Llama-3-70B, 512 tokens": "4.4 GB (Soup, 8 GB card, from NVMe)",
+    "Llama-3.1-8B, longest": "8 GB 2,972; 12 GB 21,848; 24 GB 78,475 tokens (Unsloth, rank 32)",
+}
+
+
+def planned(model: Path, *, device: str, budget: int | None, seq_len: int, **sections: Any) -> dict[str, Any]:
+    from lowmem_ft.core.config import RunConfig
+    from lowmem_ft.planner.solver import make_plan
+
+    limits: dict[str, Any] = {"device": device} if budget is None else {"device": device, "memory": budget}
+    keys = {"model": str(model), "budget": limits, "data": {"seq_len": seq_len}, "train": {"tokens_per_step": seq_len}}
+    start = time.perf_counter()
+    plan = make_plan(RunConfig.from_dict({**keys, **sections}))
+    return {
+        "fits": plan.fits,
+        "process_peak_bytes": plan.predicted.process_peak_bytes,
+        "host_peak_bytes": plan.predicted.host_peak_bytes,
+        "tokens_per_second": round(plan.predicted.tokens_per_second, 1),
+        "seq_len": plan.run_config.data.seq_len,
+        "policy": plan.policy.describe(),
+        "planning_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="the smallest budgets and the longest sequences, as plans predict them"
+    )
+    parser.add_argument("--models", nargs="*", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--seq-len", type=int, nargs="*", default=[*SEQ_LENS])
+    parser.add_argument("--budgets", type=int, nargs="*", default=[*BUDGETS_GIB], help="GiB")
+    parser.add_argument("--no-context", action="store_true", help="leave out the longest sequences")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    options = parser.parse_args()
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    warnings.simplefilter("ignore")
+
+    import torch
+    from transformers import AutoConfig
+
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, plan: dict[str, Any]) -> None:
+        found.append({"what": what, **plan})
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="lowmem-ft-limits-") as name:
+        for model in {*options.models, *([] if options.no_context else ["Llama-3.1-8B"])}:
+            own = dict(SHAPES[model])
+            kind = own.pop("model_type")
+            config = AutoConfig.for_model(kind, tie_word_embeddings=False, dtype="bfloat16", **own)
+            config.save_pretrained(Path(name) / model)
+        for model in options.models:
+            for length in options.seq_len:
+                least = planned(Path(name) / model, device=CARD, budget=1 << 20, seq_len=length)
+                add(f"{model}, {length} tokens, the smallest", least)
+            for budget in options.budgets:
+                plan = planned(Path(name) / model, device=CARD, budget=budget * GIB, seq_len=max(options.seq_len))
+                add(f"{model}, {max(options.seq_len)} tokens in {budget} GiB", plan)
+        for card, rank in {} if options.no_context else CONTEXT_CARDS.items():
+            longest = {"adapter": {"rank": rank}, "policy": {"objective": "context"}}
+            plan = planned(Path(name) / "Llama-3.1-8B", device=card, budget=None, seq_len=2048, **longest)
+            add(f"Llama-3.1-8B, rank {rank}, the longest on {card}", plan)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
+        "versions": {"torch": torch.__version__},
+        "card": CARD,
+        "measured": "nothing on a card: predictions",
+        "peers": PEERS,
+        "plans": found,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        from lowmem_ft.core.files import write_text
+
+        write_text(options.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()
