@@ -176,7 +176,7 @@ class Aside:
         Args:
             train, evaluation: bytes that the process takes of the device.
         """
-        moved = self.scales.moved(policy.streamed_blocks)
+        moved, inputs = self.scales.moved(policy.streamed_blocks), self.scales.inputs_stored(policy)
         save = replace(self.save, device=self.save.device - moved.saved)
         own = {"load": self.load(policy), "save": save, "merge": self.merge}
         heap = self.scales.heap_held(policy)
@@ -185,13 +185,16 @@ class Aside:
         found: dict[str, dict[str, int]] = {}
         for name in (*OF_A_RUN, "merge"):
             tiers = own.get(name, Tiers(device=0))
-            pinned = 0
-            if device.kind != "cpu" and name != "merge":
-                pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
             found[name] = {"device_bytes": sizes[name]}
-            if device.kind != "cpu":
+            pinned, disk = 0, tiers.disk
+            if device.kind == "cpu":
+                disk += inputs if name == "train" else 0  # with the first step, and then until the process ends
+            else:
+                if name != "merge":
+                    pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
+                    pinned += inputs if name != "load" else 0
                 found[name]["host_bytes"] = device.host_process_bytes + tiers.host + pinned
-            found[name] |= {"pinned_bytes": pinned, "disk_bytes": tiers.disk}
+            found[name] |= {"pinned_bytes": pinned, "disk_bytes": disk}
         return found
 
     def _on_disk(self, policy: Policy) -> bool:

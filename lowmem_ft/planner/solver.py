@@ -172,13 +172,12 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
 def _refuse_what_cannot_run(config: RunConfig) -> None:
     pinned = config.policy
     refused = {
-        "policy.activations: offload": pinned.activations == "offload",
         "policy.optimizer_on: host": pinned.optimizer_on == "host",
     }
     for what, asked in refused.items():
         if asked:
             raise UnsupportedError(
                 f"{what} is not offered by this version.",
-                allowed="activations keep or recompute, the optimizer on the device",
+                allowed="the optimizer on the device",
                 fix=f"remove {what.partition(':')[0]}",
             )

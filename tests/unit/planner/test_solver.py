@@ -22,6 +22,7 @@ from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime.shelf import SLOTS
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
@@ -124,33 +125,70 @@ def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], nam
     assert not with_budget(settings)(sizes[0] - 2**16).fits
 
 
-def test_streaming_fills_the_gap(models: dict[str, Path]) -> None:
-    """Below what resident blocks need the plan streams, and of all numbers of blocks it takes the fastest that fits."""
-    settings = config(models["deep"], policy={"loss_chunk_tokens": 32, "micro_batch_tokens": 128})
-    search = Search(settings, DEVICE, 4)
-    resident = [option.policy for option in search.options(DEVICE.free_bytes) if not option.policy.streamed_blocks]
-    exact = []
-    for policy in resident:
-        weighed = search.scales.weigh(policy)
-        for streamed in (0, *range(3, DEEP + 1)):
-            other = search._blocks(policy, policy.keep_blocks, streamed=streamed)
-            changed = search.scales._weighed(other, weighed.places)
-            exact.append((process_peak(DEVICE, search.scales, changed).process, changed.seconds, streamed))
-    needed = min(size for size, _, streamed in exact if not streamed)
-    least = min(size for size, _, _ in exact)
-    assert least < needed - 2**18
+@pytest.mark.parametrize("pins", [{}, {"resident_blocks": DEEP, "keep_blocks": 1}], ids=["streamed", "resident"])
+def test_what_lies_below_fills_the_gap(models: dict[str, Path], pins: dict[str, Any]) -> None:
+    """Below what resident blocks that keep or recompute need the plan streams or offloads, and of all numbers of blocks
+    it takes the fastest that fits."""
+    settings = config(models["deep"], policy={"loss_chunk_tokens": 32, "micro_batch_tokens": 128, **pins})
+    search, exact = Search(settings, DEVICE, 4), []
+    policy, streams = search.least, (0,) if pins else (0, *range(3, DEEP + 1))
+    for keep in search.scales.keep:
+        for offload in {0, DEEP - keep if DEEP - keep > SLOTS else 0}:
+            weighed = search.scales.weigh(search._blocks(policy, keep, streamed=0, offload=offload))
+            for streamed in streams:
+                other = search._blocks(policy, keep, streamed=streamed, offload=offload)
+                changed = search.scales._weighed(other, weighed.places)
+                exact.append((process_peak(DEVICE, search.scales, changed).process, changed.seconds, other))
+    plain = [size for size, _, other in exact if not other.streamed_blocks + other.offload_blocks]
+    least, needed = min(size for size, _, _ in exact), min(plain)
+    assert least < needed - 2**16
     for budget in (least, (least + needed) // 2):
         plan = with_budget(settings)(budget)
         assert plan.fits
-        assert plan.policy.streamed_blocks >= 3
-        assert plan.policy.stream_from == "disk"
-        assert plan.predicted.disk_bytes > 0
         assert plan.predicted.step_seconds <= 1.05 * min(seconds for size, seconds, _ in exact if size <= budget)
-    refused = with_budget(settings)(least - 2**16)
+        assert plan.policy.streamed_blocks >= 3 or plan.policy.offload_blocks
+        assert plan.policy.stream_from == "disk" or not plan.policy.streamed_blocks
+        assert plan.predicted.disk_bytes > 0
+    refused = with_budget(settings)(least - 2**12)
     assert not refused.fits
     assert refused.predicted.process_peak_bytes == least
-    assert refused.policy.streamed_blocks == DEEP
-    assert with_budget(settings)(max(size for size, _, _ in exact) + 2**20).policy.streamed_blocks == 0
+    assert refused.policy.streamed_blocks == (0 if pins else DEEP)
+    assert refused.policy.offload_blocks > 0
+    roomy = with_budget(settings)(max(plain) + 2**20).policy
+    assert roomy.streamed_blocks == roomy.offload_blocks == 0
+
+
+def test_offloading_is_pinned_and_counted_where_inputs_lie(models: dict[str, Path]) -> None:
+    def planned(device: Device, **pins: Any) -> Plan:
+        small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "resident_blocks": DEEP}
+        return make_plan(config(models["deep"], policy={**small, **pins}), device=device)
+
+    one = 128 * 128 * 2  # tokens x features, in 16 bits
+    for keep in (0, 2):
+        pins = {"activations": "offload", **({"keep_blocks": keep} if keep else {})}
+        offload, plain = planned(DEVICE, **pins), planned(DEVICE, keep_blocks=keep)
+        assert (offload.policy.keep_blocks, offload.policy.recompute_blocks) == (keep, 0)
+        assert offload.to_dict()["policy"]["offload_blocks"] == DEEP - keep
+        assert f"{DEEP - keep} offload" in offload.policy.describe()
+        assert offload.predicted.disk_bytes - plain.predicted.disk_bytes == (DEEP - keep - 1) * one
+        assert offload.predicted.allocated_peak_bytes < plain.predicted.allocated_peak_bytes - one
+    card = planned(CARD, activations="offload")
+    below = (DEEP - 1) * one
+    assert [it["pinned_bytes"] for it in card.phases.values()] == [0, below, below, below, 0]
+    assert card.predicted.pinned_bytes == below
+    taken = [plan.phases["train"]["host_bytes"] for plan in (card, planned(CARD, activations="recompute"))]
+    assert taken[0] - taken[1] == below
+
+
+def test_nothing_is_offloaded_to_a_host_without_room(models: dict[str, Path]) -> None:
+    small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "resident_blocks": DEEP}
+    roomy = make_plan(config(models["deep"], policy=small, budget={"memory": 1}), device=CARD)
+    assert roomy.policy.offload_blocks >= DEEP - 1
+    bare = make_plan(config(models["deep"], policy={**small, "activations": "recompute"}), device=CARD)
+    tight = {"memory": 1, "host": bare.predicted.host_peak_bytes}
+    plan = make_plan(config(models["deep"], policy=small, budget=tight), device=CARD)
+    assert plan.policy.offload_blocks == 0
+    assert not plan.host_binds
 
 
 def test_streaming_from_the_host_while_it_has_room(models: dict[str, Path]) -> None:
@@ -348,7 +386,7 @@ def test_auto_bits_takes_the_most_that_fit(models: dict[str, Path]) -> None:
     assert nothing.policy.bits == 4
 
 
-@pytest.mark.parametrize("pins", [{"activations": "offload"}, {"optimizer_on": "host"}])
+@pytest.mark.parametrize("pins", [{"optimizer_on": "host"}])
 def test_what_cannot_run_yet_is_refused(models: dict[str, Path], pins: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match="not offered by this version"):
         make_plan(config(models["llama"], policy=pins), device=DEVICE)
