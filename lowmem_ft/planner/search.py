@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
 from lowmem_ft.adapters.targets import is_inside
@@ -23,6 +23,8 @@ from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime import shelf
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.streaming import SLOTS
+
+Place: TypeAlias = Literal["device", "host"]
 
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
 NEAR = 1.02  # estimates this much above the budget are weighed too
@@ -56,7 +58,7 @@ class Search:
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
         self._base = base
-        self._beside: dict[int, int] = {}  # by streamed blocks: what loading and saving take
+        self._beside: dict[tuple[int, str], int] = {}  # by streamed blocks and optimizer: what loading and saving take
         _refuse_pins(config, device, self.scales.depth)
         self._streams = self._stream_choices()
         self._size(config)
@@ -76,8 +78,20 @@ class Search:
 
     def best(self, budget: int) -> Answer:
         """The policy that serves the objective best within `budget` bytes of the process."""
-        options = {option.policy: option for option in self.options(budget)}
-        for option in self._in_order([*options.values()], budget):
+        first, *others = self._optimizers
+        options: dict[Policy, Option] = {}
+        answer = self._best(budget, first, options)
+        for place in others:
+            if not answer.fits:
+                answer = self._smallest(budget, place, options)  # says whether it is worth the search
+                answer = self._best(budget, place, options) if answer.fits else answer
+        return answer
+
+    def _best(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
+        """The same with the optimizer in this place. What was estimated is added to `options`."""
+        found = {option.policy: option for option in self.options(budget, optimizer_on=place)}
+        options |= found
+        for option in self._in_order([*found.values()], budget):
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits:
                 return answer
@@ -85,7 +99,10 @@ class Search:
                 break  # nor will any other: what can lie on the disk does
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        smallest = self.smallest()
+        return self._smallest(budget, place, options)
+
+    def _smallest(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
+        smallest = self.smallest(optimizer_on=place)
         options.setdefault(smallest.policy, self._option(smallest.policy))
         return self.answer(smallest, options.values(), budget)
 
@@ -101,16 +118,17 @@ class Search:
     def process_estimate(self, policy: Policy, allocated: int, heap: int) -> int:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about; on a CPU
         `heap` of them lie in the heap."""
-        streamed = policy.streamed_blocks
-        if streamed not in self._beside:
-            self._beside[streamed] = self._aside.most(policy)
-        beside = process_estimate(self.device, self._beside[streamed], self.scales.heap_held(policy))
+        key = policy.streamed_blocks, policy.optimizer_on
+        if key not in self._beside:
+            self._beside[key] = self._aside.most(policy)
+        beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy))
         return max(process_estimate(self.device, allocated, heap), beside)
 
-    def smallest(self, *, timed: bool = True) -> Weighed:
+    def smallest(self, *, timed: bool = True, optimizer_on: Place | None = None) -> Weighed:
         """The policy with the smallest peak. Where the loss takes little, the last block may as well keep: its backward
         is the first thing that follows."""
-        few = (self.scales.weigh(self._least(keep), timed=timed) for keep in self._keep[:2])
+        place = optimizer_on or self._optimizers[-1]
+        few = [self.scales.weigh(self._least(keep, place), timed=timed) for keep in self._keep[:2]]
         return min(few, key=lambda it: it.allocated)
 
     def smallest_process(self) -> int:
@@ -121,20 +139,22 @@ class Search:
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
-        return self._least(self._keep[0])
+        return self._least(self._keep[0], self._optimizers[-1])
 
-    def _least(self, keep: int) -> Policy:
+    def _least(self, keep: int, place: Place) -> Policy:
         fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
-        sized = replace(fewest, loss_chunk_tokens=self._chunks(fewest.micro_batch_tokens)[0])
+        chunk = self._chunks(fewest.micro_batch_tokens)[0]
+        sized = replace(fewest, loss_chunk_tokens=chunk, optimizer_on=place)
         return self._blocks(sized, keep, streamed=self._most_saved, offload=self._offloads(sized, keep)[-1])
 
-    def options(self, budget: int) -> Iterator[Option]:
+    def options(self, budget: int, *, optimizer_on: Place = "device") -> Iterator[Option]:
         """Policies with their estimates: every one with no more below the device than is asked for, then for those that
         do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
         seq_len = self.config.data.seq_len
         resident = []
         for rows in self._rows:
-            sized = replace_rows(self._start, rows, seq_len, self.tokens)
+            start = replace(self._start, optimizer_on=optimizer_on)
+            sized = replace_rows(start, rows, seq_len, self.tokens)
             for chunk in self._chunks(rows * seq_len):
                 for keep in self._keep:
                     offload = self._offloads(sized, keep)[0]
@@ -233,7 +253,7 @@ class Search:
         rest, pinned = self.scales.depth - keep, self.config.policy.activations
         if pinned is not None:
             return (rest if pinned == "offload" else 0,)
-        below = self.scales.inputs_stored(replace(policy, offload_blocks=rest))
+        below = self.scales.inputs_stored(replace(policy, offload_blocks=rest)) + self.scales.optimizer_stored(policy)
         return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
 
     def _chunks(self, tokens: int) -> list[int]:
@@ -254,6 +274,17 @@ class Search:
         """The number of streamed blocks that saves the most memory."""
         return max(self._streams, key=lambda streamed: self.scales.moved(streamed).saved)
 
+    @cached_property
+    def _optimizers(self) -> tuple[Place, ...]:
+        """Where the optimizer may lie, the first place first: on the host updates are slow, and gradients go there."""
+        pinned, host = self.config.policy.optimizer_on, replace(self._start, optimizer_on="host")
+        if self.device.kind == "cpu":
+            return ("device",)  # which is the host
+        if pinned is not None:
+            return (pinned,)
+        paged = self._start.optimizer.startswith("paged")
+        return ("device",) if paged or not self._has_room(self.scales.optimizer_stored(host)) else ("device", "host")
+
     def _blocks(self, policy: Policy, keep: int, *, streamed: int, offload: int = 0) -> Policy:
         depth = self.scales.depth
         chosen = replace(
@@ -268,6 +299,7 @@ class Search:
         if not streamed or pinned is not None:
             return pinned or "host"
         below = self.scales.moved(streamed).stored + self.scales.inputs_stored(policy)
+        below += self.scales.optimizer_stored(policy)
         return "host" if self.device.kind != "cpu" and self._has_room(below) else "disk"
 
     def _has_room(self, nbytes: int) -> bool:

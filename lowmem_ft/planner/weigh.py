@@ -29,6 +29,7 @@ from lowmem_ft.planner.compose import (
     shorten,
     windows,
 )
+from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, lowest_trained, unseen_bytes
@@ -88,7 +89,7 @@ class Scales:
     """Weighs the policies of one precision for one device.
 
     Args:
-        start: of it precision, compute dtype and optimizer hold for all.
+        start: of it precision, compute dtype and kind of optimizer hold for all. That lies on the device.
         kind: of the device.
         cost: of its operations, see `Tracer`.
         card: see `Stage`.
@@ -119,6 +120,8 @@ class Scales:
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
         self._kinds = block_kinds(self.stage.ready.model)
+        assert self.stage.ready.optimizer is not None, "a plan is made for training"
+        self._optimizer = self.stage.ready.optimizer
         self._hidden, self._lowest = int(text.hidden_size), lowest_trained(self.stage.ready.model)
         self._links = links or Links()
         self._moved: dict[int, Moved] = {}  # by number of streamed blocks
@@ -130,6 +133,7 @@ class Scales:
         self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
         self._between: dict[tuple[int, int], Pieces] = {}
         self._evaluations: dict[tuple[int, int, int], int] = {}  # by length, these and those: peak bytes
+        self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
         self._shares: dict[int, float] = {}  # by kind: of a first backward's time how much a later one takes
 
@@ -149,9 +153,12 @@ class Scales:
 
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
-        classes = classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks)
-        pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
-        return self._weighed(policy, pieces.step(classes))
+        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
+        key = self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, classes, timed
+        if key not in self._latest:
+            pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
+            self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
+        return self._weighed(policy, self._latest[key])
 
     def evaluation_peak(self, policy: Policy) -> int:
         """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
@@ -166,8 +173,7 @@ class Scales:
             longer = tokens / in_loss
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
-        saved = self.moved(policy.streamed_blocks).saved
-        return self._evaluations[key] - saved + unseen_bytes(policy)
+        return self._evaluations[key] - self.held + self.held_by(policy) + unseen_bytes(policy)
 
     def moved(self, streamed: int) -> Moved:
         """What changes if so many blocks are streamed."""
@@ -190,7 +196,18 @@ class Scales:
 
     def held_by(self, policy: Policy) -> int:
         """Bytes of the device before a step of `policy`."""
-        return self.held - self.moved(policy.streamed_blocks).saved
+        state = self._state[1] if policy.optimizer_on == "host" else ()
+        return self.held - self.moved(policy.streamed_blocks).saved - sum(state)
+
+    def optimizer_stored(self, policy: Policy) -> int:
+        """Bytes of the optimizer's state on the host, if `policy` has it there."""
+        return self._state[0] if policy.optimizer_on == "host" else 0
+
+    @cached_property
+    def _state(self) -> tuple[int, list[int]]:
+        """Bytes of all that the optimizer holds, and of each tensor that it has on the device if that is its place."""
+        held = self._optimizer.held()
+        return sum(it.nbytes for it in held), [it.nbytes for it in held if it.is_meta]
 
     def heap_held(self, policy: Policy) -> int:
         """On a CPU the bytes of the heap before a step of `policy`."""
@@ -204,8 +221,9 @@ class Scales:
         """The births of all that is held before a step of `policy`."""
         moved, kept = self.moved(policy.streamed_blocks), []
         gone = Counter(moved.tensors)
+        gone.update(self._state[1] if policy.optimizer_on == "host" else ())
         for event in self.stage.tracer.alive():
-            if gone[event.nbytes]:
+            if event.tier == "device" and gone[event.nbytes]:
                 gone[event.nbytes] -= 1
             else:
                 kept.append(event)
@@ -294,10 +312,20 @@ class Scales:
 
     def _weighed(self, policy: Policy, places: Sequence[Place], *, gone: int = 0) -> Weighed:
         """`gone`: bytes of each offloaded input, if `places` have them still on the device."""
+        if policy.optimizer_on == "host":
+            places = [*places[:-1], Place(self._host_update, None)]
         most, heap = peaks(places, offloading=self._offloading(policy), nbytes=gone)
         allocated = self.held_by(policy) + most + unseen_bytes(policy)
         heap = self.heap_held(policy) + round(self._heap_counts * heap)
         return Weighed(policy, allocated, heap, self._seconds(policy, places), places)
+
+    @cached_property
+    def _host_update(self) -> Segment:
+        """An update that takes nothing of the device: gradients in fp32 and values go down, new values come up."""
+        trained = self.stage.ready.trainable.values()
+        elements, values = sum(it.numel() for it in trained), sum(it.nbytes for it in trained)
+        copies = (4 * elements + values) / self._links.down + values / self._links.up
+        return Segment("update", None, (), 0, 0, copies + elements / HOST_UPDATES[self._optimizer.bits])
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""

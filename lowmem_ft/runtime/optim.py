@@ -19,6 +19,8 @@ _BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
 _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
 _SLICE = 1 << 20  # elements updated at a time (4 MiB in fp32); a multiple of _BLOCK, so results do not depend on it
+# That an update on the host takes at most beside its state: 26 MiB measured (8 bits, bf16), and a slice of gradients
+HOST_WORK_BYTES = 32 << 20
 
 
 class AdamW(torch.optim.Optimizer):
@@ -40,6 +42,9 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in `torch.optim.AdamW`, but for a decay of 0.
         bits: size of the two moments.
         paged: on CUDA, moments in managed memory, which the driver moves to the host when the device runs out.
+        on_host: all state lies in host RAM, and the host updates (as in ZeRO-Offload, Ren et al. 2021,
+            arXiv:2101.06840, but here a step waits for it): slice by slice gradients and values go down and new values
+            come up. Equal bit by bit to an update of parameters on the CPU.
 
     Raises:
         ConfigError: a value that AdamW cannot have, or a parameter that is not a dense floating-point tensor.
@@ -55,6 +60,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         bits: Literal[32, 8] = 32,
         paged: bool = False,
+        on_host: bool = False,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ConfigError(
@@ -63,12 +69,12 @@ class AdamW(torch.optim.Optimizer):
                 allowed="lr, eps, weight_decay >= 0 and 0 <= beta < 1",
             )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.paged = bits, paged
+        self.bits, self.paged, self.on_host = bits, paged, on_host
         self._codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             group["lr_ratio"] = group["lr"] / lr if lr > 0 else 1.0
         parameters = list(self._parameters())
-        if paged and any(p.device.type == "cpu" for p in parameters):
+        if paged and (on_host or any(p.device.type == "cpu" for p in parameters)):
             warnings.warn("Paging does not exist on the CPU: the optimizer's state stays in RAM.", stacklevel=2)
             self.paged = False
         for parameter in parameters:
@@ -113,6 +119,10 @@ class AdamW(torch.optim.Optimizer):
             for name, value in self.state[parameter].items()
             if isinstance(value, Tensor)
         }
+
+    def held(self) -> list[Tensor]:
+        """All that it holds: the state, and the tables of 8-bit codes."""
+        return [*self.state_tensors().values(), *chain.from_iterable(self._codes.values())]
 
     def state_meta(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it: step counts and the groups' settings."""
@@ -160,7 +170,7 @@ class AdamW(torch.optim.Optimizer):
                 given=f"{parameter.dtype}, shape {tuple(parameter.shape)}, strides {parameter.stride()}",
                 allowed="contiguous tensors of fp32, bf16 or fp16",
             )
-        elements, device = parameter.numel(), parameter.device
+        elements, device = parameter.numel(), self._place(parameter)
         eight = self.bits == 8 and elements >= _MIN_8BIT
         dtype = torch.uint8 if eight else torch.float32
         state: dict[str, Any] = {"step": 0, "state1": self._moment(parameter, dtype)}
@@ -173,13 +183,18 @@ class AdamW(torch.optim.Optimizer):
         if parameter.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros(elements, dtype=torch.int16, device=device)
         elif parameter.dtype != torch.float32:
-            state["master"] = parameter.detach().flatten().float()
+            master = torch.empty(elements, dtype=torch.float32, device=device)
+            state["master"] = master if parameter.is_meta else master.copy_(parameter.detach().view(-1))
         return state
+
+    def _place(self, parameter: nn.Parameter) -> torch.device:
+        """Where its state lies and its updates are computed."""
+        return torch.device("cpu") if self.on_host else parameter.device
 
     def _moment(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
         elements = parameter.numel()
         if not self.paged or elements < _MIN_PAGED:
-            return torch.zeros(elements, dtype=dtype, device=parameter.device)
+            return torch.zeros(elements, dtype=dtype, device=self._place(parameter))
         if parameter.device.type != "cuda":  # simulated: counted as host memory
             return torch.zeros(elements, dtype=dtype, device="cpu")
         paged: Tensor = bnb.get_paged(elements, dtype=dtype, device=parameter.device)
@@ -196,16 +211,26 @@ class AdamW(torch.optim.Optimizer):
         for start in range(0, flat.numel(), _SLICE):
             here = slice(start, min(start + _SLICE, flat.numel()))
             value, grad = flat[here], gradient[here].float()
-            if "master" in state:
-                master = state["master"][here]
-                self._adam(master, grad, state, group, here)
-                value.copy_(master)
-            elif "remainder" in state:
-                whole = join_bf16(value, state["remainder"][here])
-                self._adam(whole, grad, state, group, here)
-                split_bf16(whole, value, state["remainder"][here])
-            else:
-                self._adam(value, grad, state, group, here)
+            if not self.on_host:
+                self._update_slice(value, grad, state, group, here)
+            elif not parameter.is_meta:  # simulated, it would be work on real numbers, and takes nothing of the device
+                below = value.to("cpu", copy=True)
+                self._update_slice(below, grad.cpu(), state, group, here)
+                value.copy_(below)
+
+    def _update_slice(
+        self, value: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], here: slice
+    ) -> None:
+        if "master" in state:
+            master = state["master"][here]
+            self._adam(master, grad, state, group, here)
+            value.copy_(master)
+        elif "remainder" in state:
+            whole = join_bf16(value, state["remainder"][here])
+            self._adam(whole, grad, state, group, here)
+            split_bf16(whole, value, state["remainder"][here])
+        else:
+            self._adam(value, grad, state, group, here)
 
     def _adam(self, value: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], here: slice) -> None:
         """bitsandbytes' kernels on the fp32 slice `here` of a parameter; they change `value` and the state in place."""

@@ -22,6 +22,7 @@ from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.shelf import SLOTS
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
@@ -386,10 +387,46 @@ def test_auto_bits_takes_the_most_that_fit(models: dict[str, Path]) -> None:
     assert nothing.policy.bits == 4
 
 
-@pytest.mark.parametrize("pins", [{"optimizer_on": "host"}])
-def test_what_cannot_run_yet_is_refused(models: dict[str, Path], pins: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match="not offered by this version"):
-        make_plan(config(models["llama"], policy=pins), device=DEVICE)
+def test_an_optimizer_on_the_host_where_nothing_else_fits(models: dict[str, Path]) -> None:
+    """And where it is pinned; the plan counts its state on the host then, and is slower."""
+    small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "activations": "recompute", "resident_blocks": DEEP}
+
+    def search(pins: dict[str, Any], **budget: int) -> Search:
+        settings = config(models["deep"], **LARGE_ADAPTER, policy={**small, **pins}, budget=budget)
+        return Search(settings, CARD, 4)
+
+    device, host = (write_plan(search({"optimizer_on": place}).best(CARD.free_bytes)) for place in ("device", "host"))
+    needed, least = (plan.predicted.process_peak_bytes for plan in (device, host))
+    state = device.breakdown["optimizer"]
+    assert host.breakdown["optimizer"] == 0
+    assert sum(host.breakdown.values()) == least
+    assert 0.9 * state <= device.predicted.allocated_peak_bytes - host.predicted.allocated_peak_bytes <= state
+    for name in ("load", "train", "eval"):
+        more = host.phases[name]["host_bytes"] - device.phases[name]["host_bytes"]
+        assert state <= more <= state + HOST_WORK_BYTES
+    assert host.phases["save"]["host_bytes"] == device.phases["save"]["host_bytes"], "what is copied is no more"
+    assert device.predicted.step_seconds < host.predicted.step_seconds
+
+    free = search({})
+    assert free.best(needed).weighed.policy == device.policy
+    for budget in (least, needed - 1):
+        answer = free.best(budget)
+        assert answer.fits
+        assert answer.weighed.policy == host.policy
+        assert answer.process == least
+    assert "adamw on the host" in host.policy.describe()
+    nothing = free.best(least - 1)
+    assert not nothing.fits
+    assert nothing.process == least
+    bound = search({}, host=device.predicted.host_peak_bytes).best(needed - 1)
+    assert not bound.fits
+    assert bound.weighed.policy.optimizer_on == "device", "the host has no room for it"
+
+
+def test_an_optimizer_on_the_host_of_a_cpu_is_a_warning(models: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="no effect on a CPU"):
+        plan = make_plan(config(models["llama"], policy={"optimizer_on": "host"}), device=DEVICE)
+    assert plan.policy == make_plan(config(models["llama"]), device=DEVICE).policy
 
 
 def test_devices() -> None:

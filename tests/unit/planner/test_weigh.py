@@ -13,7 +13,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import moves
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.reserve import replayed
-from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.simulate import simulate, unseen_bytes
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime.tiers import PAGE
 from tests.models import tiny_config
@@ -67,6 +67,28 @@ def test_offloaded_inputs_are_weighed_as_simulated(name: str, keep: int, streame
     assert without.seconds == pytest.approx(weighed.seconds, rel=0.03), "copies take no time here, views do"
     estimate = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN)
     assert abs(estimate.allocated / weighed.allocated - 1) < 0.02
+
+
+@pytest.mark.parametrize(("optimizer", "streamed"), [("adamw8bit", 0), ("adamw", DEPTH), ("paged_adamw", 0)], ids=str)
+def test_an_optimizer_on_the_host_is_weighed_as_simulated(optimizer: str, streamed: int, tmp_path: Path) -> None:
+    """The update marks no peak here, so that what is held decides; each piece that is held is one of the real ones."""
+    tiny_config("llama", **DEEP["llama"]).save_pretrained(tmp_path)
+    keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 8 * SEQ_LEN}, "adapter": {"rank": 64}}
+    config = RunConfig.from_dict({"model": str(tmp_path), **keys})
+    made = Scales(config, policy(optimizer=optimizer), kind="cuda", cost=lambda *_: 1e-6)
+    resident = policy(
+        rows=2, seq_len=SEQ_LEN, depth=DEPTH, streamed_blocks=streamed, optimizer=optimizer, accumulation=4
+    )
+    asked = replace(resident, optimizer_on="host")
+    whole, weighed = simulate(config, asked, kind="cuda"), made.weigh(asked)
+    assert weighed.allocated == max(whole.trace.curve("device")) + unseen_bytes(asked)
+    held = [event.nbytes for event in whole.trace.events if event.phase == "load" and event.tier == "device"]
+    assert sorted(event.nbytes for event in made.base(asked) if event.tier == "device") == sorted(held)
+    assert made.held_by(asked) == sum(held)
+    state = sum(it.nbytes for it in whole.trace.events if it.phase == "load" and it.tier == "host")
+    assert made.optimizer_stored(asked) == state
+    assert made.held_by(resident) > made.held_by(asked)
+    assert made.evaluation_peak(resident) - made.evaluation_peak(asked) == made.held_by(resident) - sum(held)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mpt", "opt", "gemma3"])
