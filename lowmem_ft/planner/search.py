@@ -30,6 +30,8 @@ LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight les
 NEAR = 1.02  # estimates this much above the budget are weighed too
 TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
 WORTH_COPIES = 1.001  # how many times faster a policy must be that copies what another one leaves on the device
+# Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused
+MARGINS = (1.0, 1.01, 1.03, 1.1)
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
 
 
@@ -73,6 +75,7 @@ class Search:
         seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
         rows = max(1, config.train.tokens_per_step // seq_len)
         self.tokens = rows * seq_len
+        self._estimated: dict[Policy, Option] = {}
         choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
         self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
 
@@ -166,15 +169,18 @@ class Search:
 
     def _below(self, resident: Sequence[Option], budget: int) -> Iterator[Option]:
         """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
-        best, every = math.inf, self.config.policy.objective != "speed"
-        for option in sorted(resident, key=lambda it: it.seconds):
-            if option.process <= budget or (option.seconds >= best and not every):
-                continue  # neither makes any faster
-            for offload in self._offloads(option.policy, option.policy.keep_blocks):
-                found = self._fewest_streamed(option, offload, budget)
-                if found is not None:
-                    best = min(best, found.seconds)
-                    yield found
+        every = self.config.policy.objective != "speed"
+        for margin in MARGINS[:1] if every else MARGINS:
+            best: dict[bool, float] = {}  # seconds of the fastest, by whether it offloads
+            for option in sorted(resident, key=lambda it: it.seconds):
+                if option.process <= budget / margin:
+                    continue
+                for offload in self._offloads(option.policy, option.policy.keep_blocks):
+                    if every or option.seconds < best.get(offload > 0, math.inf):  # neither makes any faster
+                        found = self._fewest_streamed(option, offload, int(budget / margin))
+                        if found is not None:
+                            best[offload > 0] = min(best.get(offload > 0, math.inf), found.seconds)
+                            yield found
         small = [it.policy for it in resident if it.policy.keep_blocks == self._keep[0]]
         least = {policy.micro_batch_tokens: policy for policy in reversed(small)}  # of each size the smallest chunk
         shown = {self._streams[-1] * part // SHOWN for part in range(SHOWN + 1)} & set(self._streams)
@@ -186,10 +192,12 @@ class Search:
                         yield self._option(other)
 
     def _option(self, policy: Policy) -> Option:
-        seq_len = self.config.data.seq_len
-        weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
-        process = self.process_estimate(policy, weighed.allocated, weighed.heap)
-        return Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
+        if policy not in self._estimated:
+            seq_len = self.config.data.seq_len
+            weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
+            process = self.process_estimate(policy, weighed.allocated, weighed.heap)
+            self._estimated[policy] = Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
+        return self._estimated[policy]
 
     def _fewest_streamed(self, option: Option, offload: int, budget: int) -> Option | None:
         """The same policy with so many offloading blocks and as few streamed ones as let it fit, by the estimate."""
@@ -197,7 +205,10 @@ class Search:
         def other(streamed: int) -> Policy:
             return self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed, offload=offload)
 
-        scales = self.scales
+        scales, most = self.scales, other(self._most_saved)
+        more = scales.held_by(option.policy) - scales.held_by(most) + scales.inputs_stored(most)
+        if self.process_estimate(most, option.allocated - more, 0) > budget:
+            return None  # which says in a moment what holds for most
         few = option if offload == option.policy.offload_blocks else self._option(other(option.policy.streamed_blocks))
         held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
 
@@ -269,7 +280,7 @@ class Search:
             return (0,)
         return (0, *range(SLOTS + 1, depth + 1))
 
-    @property
+    @cached_property
     def _most_saved(self) -> int:
         """The number of streamed blocks that saves the most memory."""
         return max(self._streams, key=lambda streamed: self.scales.moved(streamed).saved)

@@ -117,13 +117,13 @@ def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], nam
     sizes = sorted(size for size, _ in exact)
     assert len(sizes) == 9
     for budget in (sizes[0], sizes[4], sizes[-1]):
-        plan = with_budget(settings)(budget)
+        plan = write_plan(search.best(budget))
         best = min(seconds for size, seconds in exact if size <= budget)
         assert plan.fits
         assert plan.predicted.process_peak_bytes <= budget
         # estimates order what is weighed; with tiny models they are off by a few tiles (7% measured, 0 with large ones)
         assert plan.predicted.step_seconds <= 1.1 * best
-    assert not with_budget(settings)(sizes[0] - 2**16).fits
+    assert not search.best(sizes[0] - 2**16).fits
 
 
 @pytest.mark.parametrize("pins", [{}, {"resident_blocks": DEEP, "keep_blocks": 1}], ids=["streamed", "resident"])
@@ -144,18 +144,18 @@ def test_what_lies_below_fills_the_gap(models: dict[str, Path], pins: dict[str, 
     least, needed = min(size for size, _, _ in exact), min(plain)
     assert least < needed - 2**16
     for budget in (least, (least + needed) // 2):
-        plan = with_budget(settings)(budget)
+        plan = write_plan(search.best(budget))
         assert plan.fits
         assert plan.predicted.step_seconds <= 1.05 * min(seconds for size, seconds, _ in exact if size <= budget)
         assert plan.policy.streamed_blocks >= 3 or plan.policy.offload_blocks
         assert plan.policy.stream_from == "disk" or not plan.policy.streamed_blocks
         assert plan.predicted.disk_bytes > 0
-    refused = with_budget(settings)(least - 2**12)
+    refused = write_plan(search.best(least - 2**12))
     assert not refused.fits
     assert refused.predicted.process_peak_bytes == least
     assert refused.policy.streamed_blocks == (0 if pins else DEEP)
     assert refused.policy.offload_blocks > 0
-    roomy = with_budget(settings)(max(plain) + 2**20).policy
+    roomy = search.best(max(plain) + 2**20).weighed.policy
     assert roomy.streamed_blocks == roomy.offload_blocks == 0
 
 
@@ -165,14 +165,12 @@ def test_offloading_is_pinned_and_counted_where_inputs_lie(models: dict[str, Pat
         return make_plan(config(models["deep"], policy={**small, **pins}), device=device)
 
     one = 128 * 128 * 2  # tokens x features, in 16 bits
-    for keep in (0, 2):
-        pins = {"activations": "offload", **({"keep_blocks": keep} if keep else {})}
-        offload, plain = planned(DEVICE, **pins), planned(DEVICE, keep_blocks=keep)
-        assert (offload.policy.keep_blocks, offload.policy.recompute_blocks) == (keep, 0)
-        assert offload.to_dict()["policy"]["offload_blocks"] == DEEP - keep
-        assert f"{DEEP - keep} offload" in offload.policy.describe()
-        assert offload.predicted.disk_bytes - plain.predicted.disk_bytes == (DEEP - keep - 1) * one
-        assert offload.predicted.allocated_peak_bytes < plain.predicted.allocated_peak_bytes - one
+    offload, plain = planned(DEVICE, activations="offload", keep_blocks=2), planned(DEVICE, keep_blocks=2)
+    assert (offload.policy.keep_blocks, offload.policy.recompute_blocks) == (2, 0)
+    assert offload.to_dict()["policy"]["offload_blocks"] == DEEP - 2
+    assert f"{DEEP - 2} offload" in offload.policy.describe()
+    assert offload.predicted.disk_bytes - plain.predicted.disk_bytes == (DEEP - 3) * one
+    assert offload.predicted.allocated_peak_bytes < plain.predicted.allocated_peak_bytes - one
     card = planned(CARD, activations="offload")
     below = (DEEP - 1) * one
     assert [it["pinned_bytes"] for it in card.phases.values()] == [0, below, below, below, 0]
