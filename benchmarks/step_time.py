@@ -1,7 +1,8 @@
 """Predicted seconds of a training step beside real ones, on the CPU of this machine.
 
-The machine is measured (`profiles measure`) in the same run, then models of 2M to 100M parameters with random weights
-are trained for a few steps each, under settings that a seed draws. The prediction reads no weights.
+The machine is measured (`profiles measure`), then models of 2M to 100M parameters with random weights are trained for a
+few steps each, under settings that a seed draws. The prediction reads no weights. A machine that others share is not as
+fast at the end of a run as it was at its begin, so it is measured again after every few models.
 
     python benchmarks/step_time.py --out benchmarks/results/step_time.json
 """
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=5, help="timed steps of each, the fastest of which counts, after one that warms up"
     )
+    parser.add_argument("--every", type=int, default=4, help="configurations after which the machine is measured again")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
@@ -132,12 +134,14 @@ def main() -> None:
     from lowmem_ft.planner.measure import measure
     from lowmem_ft.planner.profile import write_profile
 
-    generator, found = random.Random(options.seed), []
+    generator, found, rates = random.Random(options.seed), [], []
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-time-") as name:
         profile = Path(name) / "this.yaml"
-        measured = measure(find_device("cpu"))
-        write_profile(measured, profile)
         for index in range(options.count):
+            if index % options.every == 0:
+                measured = measure(find_device("cpu"))
+                write_profile(measured, profile)
+                rates.append({key: figure.value for key, figure in measured.figures().items()})
             found.append(compare(draw(generator), Path(name) / str(index), profile, options.steps))
             last = found[-1]
             print(
@@ -149,8 +153,8 @@ def main() -> None:
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "threads": options.threads, "torch": torch.__version__},
-        "settings": {name: getattr(options, name) for name in ("count", "seed", "steps")},
-        "profile": {key: figure.value for key, figure in measured.figures().items()},
+        "settings": {name: getattr(options, name) for name in ("count", "seed", "steps", "every")},
+        "profiles": rates,
         "within_20_percent": sum(error <= 0.2 for error in off),
         "median_error": statistics.median(off),
         "largest_error": off[-1],

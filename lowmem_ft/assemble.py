@@ -34,8 +34,8 @@ from lowmem_ft.runtime.loss import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
-from lowmem_ft.runtime.streaming import Piece, Streaming, spread, streamable
-from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, Tier
+from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
+from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
 
@@ -57,6 +57,8 @@ class Assembled:
     grad_clip: float | None
     activations: ActivationPolicy
     streamable: list[list[Piece]]
+    activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
+    stream: Callable[[Policy], None]  # puts blocks below the device as a policy says, and those that were there before
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -65,6 +67,17 @@ class Assembled:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the model's order."""
         return dict(trainable_parameters(self.model))
+
+    def follow(self, policy: Policy) -> None:
+        """Go on with another policy, of other activations, another loss chunk, or all of whose blocks are streamed.
+
+        Raises:
+            UnsupportedError: weights are trained that it streams; nothing has changed then.
+        """
+        self.stream(policy)
+        self.activations.remove()
+        self.activations = self.activate(policy)
+        self.loss_chunk_tokens = policy.loss_chunk_tokens
 
 
 def assemble(
@@ -121,8 +134,9 @@ def assemble(
             cache=Path(config.cache) if config.cache else None,
             device=device,
         )
+    holders = holders_of(model, pieces)
     if streaming is not None:
-        streaming.attach()
+        streaming.attach(holders)
     model.config.use_cache = False
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
@@ -130,6 +144,19 @@ def assemble(
     equipped = _equip(model, config.adapter, adapter, dtype)
     if streaming is not None:
         streaming.attach_to_adapters()
+
+    def activate(policy: Policy) -> ActivationPolicy:
+        return _activated(model, policy, device, folder)
+
+    def stream(policy: Policy) -> None:
+        nonlocal streaming
+        if policy.streamed_blocks == (0 if streaming is None else len(streaming.blocks)):
+            return
+        wider = _streaming(model, pieces, policy, device, folder)
+        assert wider is not None, "blocks do not come back"
+        wider.take_over(holders, streaming)
+        streaming = wider
+
     ready = Assembled(
         model=equipped,
         tokenizer=None if simulated else load_tokenizer(checkpoint.folder),
@@ -139,15 +166,9 @@ def assemble(
         head=head_of(equipped),  # after the adapter, which may have put a trained copy in its place
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
-        activations=apply_activation_policy(
-            model,
-            keep=policy.keep_blocks,
-            offload=policy.offload_blocks,
-            shelf=Shelf(
-                policy.offload_blocks,
-                lambda sizes: DiskTier(folder, sizes) if device.type == "cpu" else HostTier(sizes, device),
-            ),
-        ),
+        activations=activate(policy),
+        activate=activate,
+        stream=stream,
         streamable=pieces,
     )
     if optimizer:
@@ -177,6 +198,16 @@ def _below(device: torch.device, tier: Literal["host", "disk"], folder: Path) ->
         return HostTier(sizes, device) if tier == "host" else StagedDiskTier(folder, sizes, device)
 
     return open_tier
+
+
+def _activated(model: PreTrainedModel, policy: Policy, device: torch.device, folder: Path) -> ActivationPolicy:
+    """Blocks that keep, recompute and offload as `policy` says."""
+
+    def open_tier(sizes: list[int]) -> TakingTier:
+        return DiskTier(folder, sizes) if device.type == "cpu" else HostTier(sizes, device)
+
+    count = policy.offload_blocks
+    return apply_activation_policy(model, keep=policy.keep_blocks, offload=count, shelf=Shelf(count, open_tier))
 
 
 def quant_spec(policy: Policy) -> QuantSpec:

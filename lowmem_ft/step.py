@@ -66,6 +66,22 @@ class StepResult:
     skipped: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """What a step knows once its gradients lie summed and clipped in the accumulator.
+
+    Attributes:
+        loss, tokens, loss_tokens, grad_norm: as in `StepResult`.
+        finite: whether loss and gradients are, so that there is an update to make.
+    """
+
+    loss: float
+    tokens: int
+    loss_tokens: int
+    grad_norm: float
+    finite: bool
+
+
 def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
 
@@ -75,9 +91,14 @@ def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResu
         DataError: no position of the step is in the loss.
         LowMemError: loss or gradients are not finite, and there is no loss scale to lower. Nothing was updated.
     """
-    head, accumulator, optimizer = ready.head, ready.accumulator, ready.optimizer
+    return update(ready, sum_gradients(ready, batches), lr=lr)
+
+
+def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> Gradients:
+    """The first part of `train_step`, after which no weight has changed yet. It can be done again from its beginning,
+    also after one that an error has ended."""
+    head, accumulator = ready.head, ready.accumulator
     assert accumulator is not None, "assembled without training"
-    assert optimizer is not None, "assembled without training"
     counts = [batch.loss_tokens for batch in batches]
     loss_tokens = sum(counts)
     if loss_tokens == 0:
@@ -101,11 +122,29 @@ def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResu
             given=f"loss {loss}, gradient norm {grad_norm}",
             fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
         )
-    if finite:
-        optimizer.set_lr(lr)
-        optimizer.step(gradient=accumulator.gradient)
     tokens = sum(batch.tokens for batch in batches)
-    return StepResult(loss=loss, tokens=tokens, loss_tokens=loss_tokens, grad_norm=grad_norm, skipped=not finite)
+    return Gradients(loss=loss, tokens=tokens, loss_tokens=loss_tokens, grad_norm=grad_norm, finite=finite)
+
+
+def update(ready: Ready, found: Gradients, *, lr: float, resume: bool = False) -> StepResult:
+    """The second part of `train_step`.
+
+    Args:
+        resume: go on with an update that an error has ended, where it ended.
+    """
+    optimizer, accumulator = ready.optimizer, ready.accumulator
+    assert optimizer is not None, "assembled without training"
+    assert accumulator is not None, "assembled without training"
+    if found.finite:
+        optimizer.set_lr(lr)
+        (optimizer.resume if resume else optimizer.step)(gradient=accumulator.gradient)
+    return StepResult(
+        loss=found.loss,
+        tokens=found.tokens,
+        loss_tokens=found.loss_tokens,
+        grad_norm=found.grad_norm,
+        skipped=not found.finite,
+    )
 
 
 @torch.no_grad()

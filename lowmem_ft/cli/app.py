@@ -133,11 +133,12 @@ def evaluate(
         raise ConfigError("There is nothing to evaluate on.", allowed="a JSONL file", fix="--data FILE, or data.eval")
 
     from lowmem_ft.trainer import loop
+    from lowmem_ft.trainer.recovery import Recovery
 
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, file, reporter)
     ready = _assemble(config, made, chosen, reporter)
-    loss = loop.evaluate(ready, config, made, examples, reporter)
+    loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
     print(json.dumps({"eval_loss": loss, "examples": len(examples)}) if as_json else f"held-out loss {loss:.6f}")
 
 

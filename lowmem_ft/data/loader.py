@@ -24,7 +24,7 @@ class MicroBatches(Sequence[Batch]):
     """
 
     def __init__(self, rows: Rows, *, micro_batch_tokens: int, pad_id: int, width: int | None) -> None:
-        self.pad_id, self.width = pad_id, width
+        self.pad_id, self.width, self.micro_batch_tokens = pad_id, width, micro_batch_tokens
         self.groups: list[list[Sequence[Example]]] = []
         widest = 0
         for row in sorted(rows, key=_row_tokens, reverse=True):  # the largest first: what fits then fits later
@@ -44,6 +44,18 @@ class MicroBatches(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return collate(self.groups[index], pad_id=self.pad_id, length=self.width)
+
+    @property
+    def widest(self) -> int:
+        """Positions of the longest row: the least that a micro-batch may hold."""
+        return self.width or round_up(max(_row_tokens(row) for group in self.groups for row in group))
+
+    def within(self, micro_batch_tokens: int) -> MicroBatches:
+        """The same rows in micro-batches of at most so many positions, if that is less than these have."""
+        if micro_batch_tokens >= self.micro_batch_tokens:
+            return self
+        rows = [row for group in self.groups for row in group]
+        return MicroBatches(rows, micro_batch_tokens=micro_batch_tokens, pad_id=self.pad_id, width=self.width)
 
 
 class BatchLoader(Iterator[MicroBatches]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.profile import Profile
-from lowmem_ft.quant.products import multiplies
+from lowmem_ft.quant.products import TILE, multiplies
 
 # What fallback figures are of the datasheet's, for profiles without a `measured` section. Assumed, from the usual
 # efficiency of large products and streaming kernels; not yet measured on a GPU.
@@ -25,9 +25,12 @@ BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales i
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
 CALL_SECONDS = 8e-6
+_BYTES_PER_CONVERTED = 6.0  # 16 bits read and 32 written, or the other way round
+_BYTES_PER_SUMMED = 8.0  # fp32 read and written where a product of low rank is added
+_CALLS_PER_TILE = 4  # two conversions there, one back, and the product
 # Elements per second that the host beside a card updates, by the bits of AdamW's moments. Measured on bf16 parameters
 # and one core of an AMD EPYC (Zen 3, AVX2), 2026-11-24: profiles of cards say nothing of the processor beside them.
-HOST_UPDATES = {8: 14.5e6, 32: 62e6}
+HOST_UPDATES = {8: 30e6, 32: 105e6}
 LOOPS_SHARE = 0.006  # PyTorch's own 16-bit loops on a CPU without such units: 0.8 of 136 GFLOP/s (quant/products.py)
 
 
@@ -132,10 +135,21 @@ class CostModel:
     def _product(
         self, _: None, out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Tensor | None, by: Any, d: Any, *rest: Any
     ) -> float:
-        work = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+        (rows, inner), columns = a.shape, b.shape[1]
+        work = 2.0 * rows * inner * columns
         if c is not None:
-            work += 2.0 * a.shape[0] * c.shape[1] * (b.shape[1] + (a.shape[1] if by is not None else 0))
-        return work / self._rates.products.get(a.dtype, self._rates.loops)
+            work += 2.0 * rows * c.shape[1] * (columns + (inner if by is not None else 0))
+        if self._native or a.dtype == torch.float32:
+            return work / self._rates.products.get(a.dtype, self._rates.loops)
+        # as quant/products.py does it: tile by tile, whose parts are converted to fp32 and back
+        top, left, along = (math.ceil(size / TILE) for size in (rows, columns, inner))
+        converted = rows * inner * left + inner * columns * top + rows * columns
+        again = 0 if c is None else rows * columns + (rows * inner if by is not None else 0)  # memory binds there
+        moved = _BYTES_PER_CONVERTED * converted + _BYTES_PER_SUMMED * again
+        calls = _CALLS_PER_TILE * top * left * along * self._rates.call
+        return (
+            work / self._rates.products.get(torch.float32, self._rates.loops) + moved / self._rates.elementwise + calls
+        )
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]

@@ -29,6 +29,15 @@ def process_peak_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
+def reset_process_peak() -> bool:
+    """Let `process_peak_bytes` count from now on; False where the system does not do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
 def cuda_process_bytes(index: int) -> int | None:
     """What this process takes of CUDA device `index`, context included, as `nvidia-smi` shows it.
 

@@ -18,9 +18,10 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError
 _BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
 _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
-_SLICE = 1 << 20  # elements updated at a time (4 MiB in fp32); a multiple of _BLOCK, so results do not depend on it
-# That an update on the host takes at most beside its state: 26 MiB measured (8 bits, bf16), and a slice of gradients
-HOST_WORK_BYTES = 32 << 20
+SLICE = 1 << 18  # elements updated at a time (1 MiB in fp32); results do not depend on it
+_SMALLEST_SLICE = _MIN_8BIT
+# That an update on the host takes at most beside its state: 9 MiB measured (8 bits, bf16), and a slice of gradients
+HOST_WORK_BYTES = 12 << 20
 
 
 class AdamW(torch.optim.Optimizer):
@@ -34,7 +35,8 @@ class AdamW(torch.optim.Optimizer):
     (also 2 bytes, not exact), stochastic rounding 2.2% (no bytes), plain bf16 updates 6.0%. fp16 parameters, whose
     exponent differs from that of fp32, get an fp32 master.
 
-    All state is allocated here, not in the first step.
+    All state is allocated here, not in the first step. An error in a step, such as one of memory, leaves whole slices
+    of parameters updated and the others untouched, and `resume` goes on with these.
 
     Args:
         groups: parameters, or dicts as in torch. A group's own `lr` keeps its ratio to `lr` in `set_lr` (LoRA+).
@@ -45,6 +47,9 @@ class AdamW(torch.optim.Optimizer):
         on_host: all state lies in host RAM, and the host updates (as in ZeRO-Offload, Ren et al. 2021,
             arXiv:2101.06840, but here a step waits for it): slice by slice gradients and values go down and new values
             come up. Equal bit by bit to an update of parameters on the CPU.
+
+    Attributes:
+        slice_elements: updated at a time, a multiple of 4096.
 
     Raises:
         ConfigError: a value that AdamW cannot have, or a parameter that is not a dense floating-point tensor.
@@ -69,7 +74,8 @@ class AdamW(torch.optim.Optimizer):
                 allowed="lr, eps, weight_decay >= 0 and 0 <= beta < 1",
             )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.paged, self.on_host = bits, paged, on_host
+        self.bits, self.paged, self.on_host, self.slice_elements = bits, paged, on_host, SLICE
+        self._stopped = 0, 0  # where the last step ended with an error: which parameter, its first element to do
         self._codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             group["lr_ratio"] = group["lr"] / lr if lr > 0 else 1.0
@@ -102,14 +108,30 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                grad = gradient(parameter)
-                if grad is not None:
-                    self._update(parameter, grad, group)
+        self._stopped = 0, 0  # of a step that nobody went on with
+        self.resume(gradient=gradient)
+        return loss
+
+    @torch.no_grad()
+    def resume(self, *, gradient: Callable[[nn.Parameter], Tensor | None]) -> None:
+        """Go on with a step that an error has ended, with the same gradients and learning rates."""
+        first = self._stopped[0]
+        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for index, (parameter, group) in enumerate(pairs[first:], start=first):
+            grad = gradient(parameter)
+            if grad is not None:
+                self._update(parameter, grad, group, start=self._stopped[1])
+            self._stopped = index + 1, 0
+        self._stopped = 0, 0
         if self.paged and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # the host may look at managed memory only after the device is done with it
-        return loss
+
+    def halve_slices(self) -> bool:
+        """Take less memory for a moment from now on; False if it is little already."""
+        if self.slice_elements <= _SMALLEST_SLICE:
+            return False
+        self.slice_elements //= 2
+        return True
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All state by name ("3.state1": of the fourth parameter), as it is held: copy it or write it at once."""
@@ -191,59 +213,72 @@ class AdamW(torch.optim.Optimizer):
         """Where its state lies and its updates are computed."""
         return torch.device("cpu") if self.on_host else parameter.device
 
+    def _pages(self, parameter: nn.Parameter) -> bool:
+        return self.paged and parameter.numel() >= _MIN_PAGED
+
     def _moment(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
         elements = parameter.numel()
-        if not self.paged or elements < _MIN_PAGED:
+        if not self._pages(parameter):
             return torch.zeros(elements, dtype=dtype, device=self._place(parameter))
         if parameter.device.type != "cuda":  # simulated: counted as host memory
             return torch.zeros(elements, dtype=dtype, device="cpu")
         paged: Tensor = bnb.get_paged(elements, dtype=dtype, device=parameter.device)
         return paged.zero_()
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """One step of one parameter, slice by slice."""
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], *, start: int) -> None:
+        """One step of one parameter, slice by slice from element `start` on."""
         state = self.state[parameter]
-        state["step"] += 1
+        if self.on_host and parameter.is_meta:  # it would be work on real numbers, and takes nothing of the device
+            state["step"] += 1
+            return
         for moment in (state["state1"], state["state2"]):
             if getattr(moment, "is_paged", False):
                 bnb.prefetch_tensor(moment)
         flat, gradient = parameter.detach().view(-1), gradient.reshape(-1)
-        for start in range(0, flat.numel(), _SLICE):
-            here = slice(start, min(start + _SLICE, flat.numel()))
+        while start < flat.numel():
+            here = slice(start, min(start + self.slice_elements, flat.numel()))
+            own = _state_of(state, here)
             value, grad = flat[here], gradient[here].float()
-            if not self.on_host:
-                self._update_slice(value, grad, state, group, here)
-            elif not parameter.is_meta:  # simulated, it would be work on real numbers, and takes nothing of the device
-                below = value.to("cpu", copy=True)
-                self._update_slice(below, grad.cpu(), state, group, here)
-                value.copy_(below)
+            held = [value, *own.values()]
+            # what the host reads of managed memory would have to wait for the device, where no kernel takes memory
+            before = [] if self._pages(parameter) else [tensor.clone() for tensor in held]
+            try:
+                below = value.to("cpu", copy=True) if self.on_host else value
+                self._update_slice(below, grad.to(below.device), own, group, state["step"] + 1)
+                if self.on_host:
+                    value.copy_(below)
+            except BaseException:
+                for tensor, values in zip(held, before, strict=False):
+                    tensor.copy_(values)  # which takes no memory
+                raise
+            start = here.stop
+            self._stopped = self._stopped[0], start
+        state["step"] += 1
 
     def _update_slice(
-        self, value: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], here: slice
+        self, value: Tensor, grad: Tensor, own: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
-        if "master" in state:
-            master = state["master"][here]
-            self._adam(master, grad, state, group, here)
-            value.copy_(master)
-        elif "remainder" in state:
-            whole = join_bf16(value, state["remainder"][here])
-            self._adam(whole, grad, state, group, here)
-            split_bf16(whole, value, state["remainder"][here])
+        if "master" in own:
+            self._adam(own["master"], grad, own, group, step)
+            value.copy_(own["master"])
+        elif "remainder" in own:
+            whole = join_bf16(value, own["remainder"])
+            scratch = torch.empty_like(whole, dtype=torch.int32)  # now, when nothing has changed yet
+            self._adam(whole, grad, own, group, step)
+            split_bf16(whole, value, own["remainder"], scratch)
         else:
-            self._adam(value, grad, state, group, here)
+            self._adam(value, grad, own, group, step)
 
-    def _adam(self, value: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], here: slice) -> None:
-        """bitsandbytes' kernels on the fp32 slice `here` of a parameter; they change `value` and the state in place."""
-        (beta1, beta2), moment1, moment2 = group["betas"], state["state1"][here], state["state2"][here]
-        eps, decay, lr, step = group["eps"], group["weight_decay"], group["lr"], state["step"]
+    def _adam(self, value: Tensor, grad: Tensor, own: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
+        """bitsandbytes' kernels on an fp32 slice of a parameter; they change `value` and its state in place."""
+        (beta1, beta2), moment1, moment2 = group["betas"], own["state1"], own["state2"]
+        eps, decay, lr = group["eps"], group["weight_decay"], group["lr"]
         # the operators themselves, since slices of paged tensors would not pass their wrapper's check of devices.
         # Left at rest: update-norm clipping (None, 0, 0), beta3 and alpha of AdEMAMix (0, 0), gradient scale (1)
         if moment1.dtype == torch.uint8:
-            blocks = slice(here.start // _BLOCK, -(-here.stop // _BLOCK))
-            scales = state["absmax1"][blocks], state["absmax2"][blocks]
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
                 *("adam", grad, value, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr),
-                *(*self._codes[value.device], *scales, decay, 1.0),
+                *(*self._codes[value.device], own["absmax1"], own["absmax2"], decay, 1.0),
             )
         else:
             torch.ops.bitsandbytes.optimizer_update_32bit(
@@ -258,16 +293,23 @@ def join_bf16(value: Tensor, remainder: Tensor) -> Tensor:
     return value.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(remainder).view(torch.float32)
 
 
-def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor) -> None:
+def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor, scratch: Tensor) -> None:
     """Inverse of `join_bf16`, exactly: `value` becomes the nearest bf16, `remainder` what is missing to `whole`.
 
     Ties go away from zero, not to even as usual: so the remainder always lies in [-2^15, 2^15) and fits. `whole` is
-    used up.
+    used up, and so is `scratch`, as many int32. No memory is taken.
     """
     bits = whole.view(torch.int32)
-    upper = bits.add(1 << 15).bitwise_right_shift_(16)
+    upper = torch.add(bits, 1 << 15, out=scratch).bitwise_right_shift_(16)
     value.view(torch.int16).copy_(upper)
     remainder.copy_(bits.sub_(upper.bitwise_left_shift_(16)))
+
+
+def _state_of(state: dict[str, Any], here: slice) -> dict[str, Tensor]:
+    """The state of a slice of a parameter, as views."""
+    blocks = slice(here.start // _BLOCK, -(-here.stop // _BLOCK))
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value[blocks if name.startswith("absmax") else here] for name, value in tensors.items()}
 
 
 def _code(device: torch.device, *, signed: bool) -> Tensor:

@@ -13,11 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack
@@ -176,6 +177,46 @@ class Ring:
         return min(max(after, 0), self._last)
 
 
+class Holder(NamedTuple):
+    """Where the model holds a piece: among a module's buffers, or as a parameter. Adapters that are put around the
+    module do not change it."""
+
+    buffers: dict[str, Tensor | None] | None
+    parameter: nn.Parameter | None
+    piece: Piece
+
+    @property
+    def tensor(self) -> Tensor:
+        """What it holds now."""
+        found = self.parameter if self.buffers is None else self.buffers[self._name]
+        assert found is not None
+        return found.detach()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Hold that instead."""
+        if self.buffers is not None:
+            self.buffers[self._name] = tensor
+        elif self.parameter is not None:
+            self.parameter.data = tensor
+
+    @property
+    def _name(self) -> str:
+        return self.piece.path.rpartition(".")[2]
+
+
+def holders_of(model: nn.Module, pieces: Sequence[Sequence[Piece]]) -> list[list[Holder]]:
+    """The holders of each block's pieces, in a model that is loaded and has no adapters yet."""
+    return [[_holder_of(model, piece) for piece in block] for block in pieces]
+
+
+def _holder_of(model: nn.Module, piece: Piece) -> Holder:
+    path, _, name = piece.path.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, QuantLinear | QuantStack):
+        return Holder(module._buffers, None, piece)
+    return Holder(None, module._parameters[name], piece)
+
+
 class Streaming:
     """The streamed blocks of one model.
 
@@ -197,7 +238,7 @@ class Streaming:
         device: torch.device,
         open_tier: Callable[[list[int]], Tier],
     ) -> None:
-        self.blocks, self._model, self._pieces = sorted(blocks), model, blocks
+        self.blocks, self._pieces = sorted(blocks), blocks
         sizes = [block_bytes(self._pieces[index]) for index in self.blocks]
         self._tier: Tier = NoTier() if device.type == "meta" else open_tier(sizes)
         self._slots = [device_memory(max(sizes, default=0), device) for _ in range(SLOTS)]
@@ -205,8 +246,8 @@ class Streaming:
         self._ring = Ring(len(self.blocks))
         self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
         self._layers = list(find_blocks(model)[1])
-        # where a block's pieces are held: among a module's buffers, or as a parameter
-        self._held: dict[int, list[tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]]] = {}
+        self._held: Mapping[int, Sequence[Holder]] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def place(self, path: str, tensor: Tensor) -> Tensor | None:
         """Take a weight that was loaded. Returns what the model shall hold instead; None if it is not streamed."""
@@ -216,22 +257,47 @@ class Streaming:
         self._tier.write(self.blocks.index(index), piece.offset, tensor)
         return piece.of(self._slots[0])
 
-    def attach(self) -> None:
-        """Have the model's modules ask for their weights from now on."""
-        if not self._held:
-            self._held = {index: [self._held_by(piece) for piece in self._pieces[index]] for index in self.blocks}
-            for index in self.blocks:
-                self._bind(index, self._slots[0])
-                if any(parameter is not None for _, parameter, _ in self._held[index]):
-                    self._keep_no_views(index)
+    def attach(self, holders: Sequence[Sequence[Holder]]) -> None:
+        """Have the model's modules ask for their weights from now on.
+
+        Args:
+            holders: of all blocks of the model.
+        """
+        self._held = {index: holders[index] for index in self.blocks}
+        for index in self.blocks:
+            self._bind(index, self._slots[0])
+            if any(holder.parameter is not None for holder in self._held[index]):
+                self._keep_no_views(index)
+        self._have_asked()
+
+    def take_over(self, holders: Sequence[Sequence[Holder]], before: Streaming | None) -> None:
+        """The same for a model that is in use: its weights go below the device, where `before` may have some already.
+
+        Raises:
+            UnsupportedError: see `attach_to_adapters`; nothing has changed then.
+        """
+        self._held = {index: holders[index] for index in self.blocks}
+        self._refuse_trained()
+        for at, index in enumerate(self.blocks):
+            if before is not None and index in before.blocks:
+                before.fetch(index)
+            for holder in holders[index]:
+                self._tier.write(at, holder.piece.offset, holder.tensor)
+        for hook in before._hooks if before is not None else ():
+            hook.remove()
+        self.attach(holders)
+
+    def _have_asked(self) -> None:
+        """Whatever reads a streamed weight of a block asks for it from now on."""
         for index in self.blocks:
             layer = self._layers[index]
-            streamed = {id(parameter) for _, parameter, _ in self._held[index]}
+            streamed = {id(holder.parameter) for holder in self._held[index] if holder.parameter is not None}
             for module in list(layer.modules()):
                 names = tuple(name for name, parameter in module._parameters.items() if id(parameter) in streamed)
-                if (isinstance(module, QuantLinear | QuantStack) or any(names)) and _FETCH not in vars(module):
+                if isinstance(module, QuantLinear | QuantStack) or any(names):
+                    if _FETCH not in vars(module):
+                        module.__class__ = _asking(type(module), names)  # type: ignore[arg-type]
                     setattr(module, _FETCH, functools.partial(self.fetch, index))
-                    module.__class__ = _asking(type(module), names)  # type: ignore[arg-type]
 
     def attach_to_adapters(self) -> None:
         """The same for what adapters have put around weights.
@@ -239,9 +305,12 @@ class Streaming:
         Raises:
             UnsupportedError: a streamed weight is trained.
         """
-        self.attach()
+        self._refuse_trained()
+        self._have_asked()
+
+    def _refuse_trained(self) -> None:
         for index in self.blocks:
-            streamed = {id(parameter) for _, parameter, _ in self._held[index]}
+            streamed = {id(holder.parameter) for holder in self._held[index] if holder.parameter is not None}
             parameters = dict(self._layers[index].named_parameters())
             trained = [name for name, it in parameters.items() if id(it) in streamed and it.requires_grad]
             trained += [name for name in parameters if "modules_to_save" in name.split(".")]
@@ -267,22 +336,11 @@ class Streaming:
             self._ring = Ring(len(self.blocks))  # whoever asks again must not take what did not come for what did
             raise
 
-    def _held_by(self, piece: Piece) -> tuple[dict[str, Tensor | None] | None, nn.Parameter | None, Piece]:
-        path, _, name = piece.path.rpartition(".")
-        module = self._model.get_submodule(path)
-        if isinstance(module, QuantLinear | QuantStack):
-            return module._buffers, None, piece
-        return None, module._parameters[name], piece
-
     def _bind(self, block: int, slot: Tensor) -> None:
         """Let the block's weights be those in `slot`."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            for buffers, parameter, piece in self._held[block]:
-                view = piece.of(slot)
-                if parameter is not None:
-                    parameter.data = view
-                elif buffers is not None:
-                    buffers[piece.path.rpartition(".")[2]] = view
+            for holder in self._held[block]:
+                holder.hold(holder.piece.of(slot))
 
     def _keep_no_views(self, index: int) -> None:
         """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
@@ -312,8 +370,8 @@ class Streaming:
         def leave(*_: object) -> None:
             entered.pop().__exit__()
 
-        self._layers[index].register_forward_pre_hook(enter)
-        self._layers[index].register_forward_hook(leave, always_call=True)
+        self._hooks.append(self._layers[index].register_forward_pre_hook(enter))
+        self._hooks.append(self._layers[index].register_forward_hook(leave, always_call=True))
 
 
 @functools.cache

@@ -29,9 +29,10 @@ from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.page import run_page
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
+from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
-from lowmem_ft.step import eval_step, train_step
 from lowmem_ft.trainer.folder import RunFolder
+from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from lowmem_ft.trainer.schedule import learning_rate
 
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
@@ -69,9 +70,11 @@ def train(
     folder.start(config, resume=resume)
     folder.write_plan(plan)
     torch.manual_seed(config.train.seed)  # decides how fresh adapters start
-    with reporter.task("Loading weights", unit="B") as update:
-        ready = assemble(config, plan.policy, device_of(plan), progress=update)
-    return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
+    device = device_of(plan)
+    with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
+        with reporter.task("Loading weights", unit="B") as update:
+            ready = assemble(config, plan.policy, device, progress=update)
+        return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
 
 
 def load_examples(config: RunConfig, reporter: Reporter) -> tuple[list[Example], list[Example]]:
@@ -110,22 +113,17 @@ def read_split(config: RunConfig, file: str, reporter: Reporter) -> list[Example
     return examples
 
 
-def evaluate(ready: Assembled, config: RunConfig, plan: Plan, examples: list[Example], reporter: Reporter) -> float:
-    """Mean loss in nats per loss token over `examples`, in the micro-batches of the plan."""
+def evaluate(recovery: Recovery, config: RunConfig, examples: list[Example], reporter: Reporter) -> float:
+    """Mean loss in nats per loss token over `examples`, in the micro-batches of the policy in force."""
     batches = eval_batches(
         examples,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
-        micro_batch_tokens=plan.policy.micro_batch_tokens,
-        pad_id=_pad_id(ready),
+        micro_batch_tokens=recovery.policy.micro_batch_tokens,
+        pad_id=_pad_id(recovery.ready),
     )
-    total, tokens = 0.0, 0
-    with reporter.task("Evaluating", unit="batches") as update:
-        for done, batch in enumerate(batches, start=1):
-            loss, count = eval_step(ready, batch)
-            total, tokens = total + loss, tokens + count
-            update(done, len(batches))
-    return total / tokens
+    with reporter.task("Evaluating", unit="batches") as progress:
+        return recovery.evaluate(batches, progress)
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -153,6 +151,19 @@ class _Loop:
     best_loss: float = math.inf
     started: float = field(default_factory=time.monotonic)
     compared: bool = False  # the plan with what the first step took
+    watch: Watch | None = None  # of the budget, on a CPU
+
+    def __post_init__(self) -> None:
+        if self.ready.device.type == "cpu":
+            self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
+        self.recovery = Recovery(
+            self.ready,
+            self.plan.policy,
+            alternatives=[it.policy for it in self.plan.alternatives],
+            may_recompute=not self.config.adapter.prompt_learning,
+            watch=self.watch,
+            say=self.reporter.say,
+        )
 
     def run(self, *, resume: bool) -> Run:
         settings = self.config.train
@@ -170,13 +181,22 @@ class _Loop:
         if newest:
             self._restore(newest[0], loader)
         self.folder.forget_after(self.step if newest else -1)
-        if not newest:
-            self._evaluate()
+        try:
+            if not newest:
+                self._evaluate()
+            return self._steps(loader, total)
+        except NoSaferPolicyError as error:
+            loader.steps = self.step  # what a step was handed that is not done
+            self._save(loader)
+            fix = f"{error.fix}, and go on from the checkpoint of step {self.step} with --resume"
+            raise NoSaferPolicyError(error.what, given=error.given, fix=fix) from error
+
+    def _steps(self, loader: BatchLoader, total: int) -> Run:
+        settings = self.config.train
         with _stop_on_interrupt() as stop, self.reporter.task("Training", unit="steps") as update:
             update(self.step, total)
-            batches = iter(loader)
             while self.step < total:
-                self._train_step(batches, total, update)
+                self._train_step(loader, total, update)
                 done = self.step == total
                 if done or self.step % settings.eval_every == 0:
                     self._evaluate()
@@ -195,13 +215,14 @@ class _Loop:
     def _seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def _train_step(self, batches: Iterator[Any], total: int, update: Any) -> None:
+    def _train_step(self, loader: BatchLoader, total: int, update: Any) -> None:
         settings = self.config.train
         start = time.perf_counter()
         rate = learning_rate(
             self.step, total=total, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
         )
-        result = train_step(self.ready, next(batches), lr=rate)
+        repeated = self.recovery.repeated
+        result = self.recovery.step(next(loader), lr=rate)
         seconds = time.perf_counter() - start
         self.step += 1
         self.folder.log(
@@ -216,6 +237,7 @@ class _Loop:
                 "device_peak_bytes": device_peak_bytes(self.ready.device),
                 "host_peak_bytes": process_peak_bytes(),
                 **({"skipped": True} if result.skipped else {}),
+                **({"repeated": times} if (times := self.recovery.repeated - repeated) else {}),
             }
         )
         update(self.step, total, f"loss {result.loss:.4f}")
@@ -226,9 +248,7 @@ class _Loop:
     def _evaluate(self) -> None:
         if not self.eval_examples:
             return
-        self.ready.model.eval()
-        self.eval_loss = evaluate(self.ready, self.config, self.plan, self.eval_examples, self.reporter)
-        self.ready.model.train()
+        self.eval_loss = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
         self.folder.log({"step": self.step, "eval_loss": self.eval_loss})
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
@@ -247,6 +267,7 @@ class _Loop:
                 "optimizer": self.ready.optimizer.state_meta(),
                 "data": loader.state_dict(),
                 "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
+                "recovery": self.recovery.state_dict(),
                 "eval_loss": self.eval_loss,
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             },
@@ -260,6 +281,7 @@ class _Loop:
         if self.ready.scaler is not None and meta["scaler"] is not None:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
+        self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors)
         self.step, self.eval_loss = meta["step"], meta["eval_loss"]
         self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
@@ -277,7 +299,8 @@ class _Loop:
         return run
 
     def _result(self, status: Literal["finished", "interrupted", "out_of_time"]) -> Run:
-        measured = {"process_peak_bytes": process_peak_bytes(), "host_peak_bytes": process_peak_bytes()}
+        peak = max(process_peak_bytes(), self.watch.peak if self.watch is not None else 0)
+        measured = {"process_peak_bytes": peak, "host_peak_bytes": peak}
         if self.ready.device.type == "cuda":
             measured["reserved_peak_bytes"] = torch.cuda.max_memory_reserved(self.ready.device)
             measured["allocated_peak_bytes"] = torch.cuda.max_memory_allocated(self.ready.device)

@@ -98,7 +98,7 @@ def test_split_is_the_inverse_of_join() -> None:
     whole = whole[whole.view(torch.float32).isfinite()].view(torch.float32)
     whole = whole[whole.abs() < 3.38e38]  # beyond, bf16 rounds to infinity
     value, remainder = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
-    split_bf16(whole.clone(), value, remainder)
+    split_bf16(whole.clone(), value, remainder, torch.empty_like(whole, dtype=torch.int32))
     assert torch.equal(join_bf16(value, remainder).view(torch.int32), whole.view(torch.int32))
     off = value.double() - whole.double()
     best = whole.bfloat16().double() - whole.double()  # torch's own rounding: other only where both are as near
@@ -110,7 +110,7 @@ def test_split_is_the_inverse_of_join() -> None:
 def test_slices_do_not_change_the_result(bits: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, sliced = parameters(dtype), parameters(dtype)
     run(AdamW(whole, bits=bits, **SETTINGS), whole, range(5))
-    monkeypatch.setattr(optim, "_SLICE", 512)
+    monkeypatch.setattr(optim, "SLICE", 512)
     run(AdamW(sliced, bits=bits, **SETTINGS), sliced, range(5))
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
@@ -237,7 +237,7 @@ def test_same_way_without_data(bits: Any, paged: bool) -> None:
 def test_on_the_host_results_are_the_same(bits: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, and so is going on from the state of an optimizer on the device. Values are copied down and up where
     the device is a CPU, too."""
-    monkeypatch.setattr(optim, "_SLICE", 512)
+    monkeypatch.setattr(optim, "SLICE", 512)
     here, below = parameters(dtype), parameters(dtype)
     resident, offloaded = AdamW(here, bits=bits, **SETTINGS), AdamW(below, bits=bits, on_host=True, **SETTINGS)
     run(resident, here, range(5))
@@ -269,7 +269,7 @@ def test_an_update_on_the_host_takes_little_beside_its_state(bits: Any, dtype: t
     owned, gradient = [nn.Parameter(torch.ones(2 << 20, dtype=dtype))], torch.ones(2 << 20)
     optimizer = AdamW(owned, lr=1e-3, bits=bits, on_host=True)
     taken = max(accumulate(allocator_events(lambda: optimizer.step(gradient=lambda _: gradient))))
-    gradients = 4 * optim._SLICE  # which come from elsewhere, where the device is none of the host's memory
+    gradients = 4 * optim.SLICE  # which come from elsewhere, where the device is none of the host's memory
     assert taken + gradients <= optim.HOST_WORK_BYTES
 
 

@@ -19,7 +19,7 @@ from lowmem_ft.core.errors import BudgetError, ConfigError, DataError, LowMemErr
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
-from lowmem_ft.trainer import loop
+from lowmem_ft.trainer import loop, recovery
 
 ASSETS = Path(str(files("lowmem_ft") / "assets"))
 QUIET = Reporter(quiet=True)
@@ -57,14 +57,14 @@ def exact(run: Run) -> list[dict[str, Any]]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
     """Call `action` when training step `number` begins."""
-    original, calls = loop.train_step, itertools.count(1)
+    original, calls = recovery.sum_gradients, itertools.count(1)
 
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def gradients(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == number:
             action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(recovery, "sum_gradients", gradients)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
@@ -189,3 +189,32 @@ def test_fields_of_a_run_survive_its_result_file(data: Path) -> None:
     run = loop.train(config(data, train={"steps": 1}), reporter=QUIET)
     again = loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
     assert dataclasses.asdict(again) == dataclasses.asdict(run)
+
+
+def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory once in step 2, and in step 3 always, until more of it is there."""
+    # nothing to retreat to that sums in another order
+    smallest = {"micro_batch_tokens": 64, "loss_chunk_tokens": 32, "activations": "recompute"}
+    settings = {"policy": smallest, "train": {"steps": 4}}
+    whole = loop.train(config(data, "whole", **settings), reporter=QUIET)
+    original, calls = recovery.sum_gradients, itertools.count(1)
+
+    def gradients(*args: Any) -> Any:
+        found = original(*args)
+        if (call := next(calls)) == 2 or call > 3:
+            raise torch.OutOfMemoryError("at the end, when random numbers have been drawn")
+        return found
+
+    monkeypatch.setattr(recovery, "sum_gradients", gradients)
+    with pytest.raises(BudgetError, match="no safer policy left") as raised:
+        loop.train(config(data, "stopped", **settings), reporter=QUIET)
+    assert "go on from the checkpoint of step 2 with --resume" in str(raised.value)
+    assert [path.stem for path in state.checkpoints(data / "stopped" / "checkpoints")][-1] == "step-00000002"
+    monkeypatch.undo()
+    resumed = loop.train(config(data, "stopped", **settings), resume=True, reporter=QUIET)
+    assert exact(resumed) == exact(whole)
+    assert [line["step"] for line in resumed.metrics if "repeated" in line] == [2]
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,92 @@
+"""The budget, kept while a run goes on: what would cross it fails as if memory had run out.
+
+On CUDA PyTorch's allocator is capped, so that nothing is taken beyond. On a CPU the operating system has no such cap
+that a process survives; there the process's peak is looked at between the pieces of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lowmem_ft.core.sizes import format_size
+from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes, process_peak_bytes, reset_process_peak
+
+
+class OverBudgetError(MemoryError):
+    """The process has taken more than its budget."""
+
+
+@contextmanager
+def capped_allocator(device: torch.device, budget: int, *, beside: int) -> Iterator[None]:
+    """Within it PyTorch's pool on a CUDA `device` leaves the process within `budget`; on a CPU nothing is done.
+
+    Args:
+        budget: bytes of the whole process.
+        beside: of them what the plan counts beside the pool: the context, which grows as kernels are loaded. What is
+            measured counts where it is more.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    taken = cuda_process_bytes(device.index or 0)
+    share = allowed_share(total, budget, beside=max(beside, (taken or 0) - reserved), free=free + reserved)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def allowed_share(total: int, budget: int, *, beside: int, free: int) -> float:
+    """The share of a card's `total` bytes that the pool may take: the budget without what is `beside` it, and not more
+    than is `free`."""
+    return max(0.0, min(1.0, min(budget - beside, free) / total))
+
+
+class Watch:
+    """Raises OverBudgetError within a step if the process has taken more than `budget` bytes since the last reset.
+
+    It looks whenever a block begins its forward, and whenever one has the first of its gradients.
+
+    Attributes:
+        peak: the most that was seen when the budget was crossed; 0 while it was not.
+    """
+
+    def __init__(self, model: nn.Module, budget: int) -> None:
+        self.budget, self.peak = budget, 0
+        blocks = find_blocks(model)[1]
+        self._handles: list[RemovableHandle] = [block.register_forward_pre_hook(self._look) for block in blocks]
+        for block in blocks:
+            trained = next((parameter for parameter in block.parameters() if parameter.requires_grad), None)
+            if trained is not None:
+                self._handles.append(trained.register_post_accumulate_grad_hook(self._look))  # type: ignore[no-untyped-call]
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from now on."""
+        self._resets = reset_process_peak()
+
+    def check(self) -> None:
+        """Raises OverBudgetError if the budget has been crossed."""
+        taken = process_peak_bytes() if self._resets else process_bytes()
+        if taken > self.budget:
+            self.peak = max(self.peak, taken)
+            raise OverBudgetError(f"the process took {format_size(taken)} of {format_size(self.budget)}")
+
+    def remove(self) -> None:
+        """Look no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _look(self, *_: Any) -> None:
+        self.check()

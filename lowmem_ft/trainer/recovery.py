@@ -1,0 +1,254 @@
+"""A step that runs out of memory is done again, so that the run goes on as if it had not.
+
+Until the update a step changes nothing but gradients, and those are summed anew. An update that stops goes on where it
+stopped. The first time a step fails it is done again as it was, after memory that nobody uses has gone back: then it
+gives the same bits. When that does not help, the next safer policy takes over for the rest of the run. Who keeps,
+recomputes or offloads does not show in the result. Other micro-batches and loss chunks sum in another order, which
+shows in the last digits of losses and gradients; a dropout draws other masks for them.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from lowmem_ft.assemble import Assembled
+from lowmem_ft.core.errors import BudgetError, UnsupportedError
+from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.loader import MicroBatches
+from lowmem_ft.runtime.budget import Watch
+from lowmem_ft.step import StepResult, eval_step, sum_gradients, update
+
+T = TypeVar("T")
+
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors of no own class
+_SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
+_OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
+_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks"}
+_OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: blocks go down, but do not come back
+
+
+class NoSaferPolicyError(BudgetError):
+    """Memory ran out, and there is no safer policy left. Nothing of the step has been done."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    problem: str
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on the device or on the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+class Recovery:
+    """Runs the steps of a training run under a policy that gets safer when it must.
+
+    Args:
+        ready: under `policy`.
+        alternatives: safer policies, the fastest first, as in `Plan.alternatives`.
+        may_recompute: whether blocks that keep their activations can do without.
+        watch: of the budget, where crossing it is seen afterwards.
+        say: told what was done about a failure.
+
+    Attributes:
+        ready: as given.
+        policy: in force.
+        repeated: how often something has been done again so far.
+    """
+
+    def __init__(
+        self,
+        ready: Assembled,
+        policy: Policy,
+        *,
+        alternatives: Sequence[Policy] = (),
+        may_recompute: bool = True,
+        watch: Watch | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.ready, self.policy, self._planned = ready, policy, policy
+        self._alternatives = [it for it in alternatives if _reachable(it, policy)]
+        self._may_recompute, self._watch, self._say = may_recompute, watch, say
+        self.repeated = 0
+
+    def step(self, batches: MicroBatches, *, lr: float) -> StepResult:
+        """`train_step`, whatever memory does.
+
+        Raises:
+            NoSaferPolicyError: nothing helps.
+        """
+        random = _random_state(self.ready.device)
+
+        def gradients() -> Any:
+            _set_random_state(random)
+            return sum_gradients(self.ready, batches.within(self.policy.micro_batch_tokens))
+
+        try:
+            found = self._insist(gradients, lambda: self._safer(batches.widest))
+        except NoSaferPolicyError:
+            _set_random_state(random)  # as if the step had not begun
+            raise
+        stopped = False
+
+        def updated() -> StepResult:
+            nonlocal stopped
+            resume, stopped = stopped, True
+            return update(self.ready, found, lr=lr, resume=resume)
+
+        assert self.ready.optimizer is not None, "training assembles an optimizer"
+        try:
+            return self._insist(updated, self.ready.optimizer.halve_slices)
+        except NoSaferPolicyError as error:
+            raise BudgetError(
+                "Memory ran out in the middle of an update.",
+                given=error.given,
+                fix="close what else takes memory, and go on from the last checkpoint with --resume",
+            ) from error
+
+    def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> float:
+        """Mean loss in nats per loss token over `batches`.
+
+        Raises:
+            NoSaferPolicyError: nothing helps.
+        """
+
+        def whole() -> float:
+            total, tokens, now = 0.0, 0, batches.within(self.policy.micro_batch_tokens)
+            for done, batch in enumerate(now, start=1):
+                loss, count = eval_step(self.ready, batch)
+                total, tokens = total + loss, tokens + count
+                progress(done, len(now))
+            return total / tokens
+
+        return self._insist(whole, lambda: self._smaller(batches.widest))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The policy in force, as JSON can hold it; None while it is the plan's."""
+        if self.policy == self._planned:
+            return None
+        return {"planned": asdict(self._planned), "policy": asdict(self.policy)}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on under the policy that was in force, if the plan is the one that it came from."""
+        if state is not None and state["planned"] == asdict(self._planned):
+            self._follow(Policy(**state["policy"]))
+
+    def _insist(self, work: Callable[[], T], retreat: Callable[[], bool]) -> T:
+        """`work`, again and again: once as it was, then after each retreat, as long as there is one."""
+        failures = 0
+        while True:
+            result = _attempt(work)
+            if not isinstance(result, _Failure):
+                return result
+            failures += 1
+            self.repeated += 1
+            self._let_go()
+            before = self.policy
+            if failures > 1 and not retreat():
+                raise NoSaferPolicyError(
+                    "Memory ran out, and there is no safer policy left.",
+                    given=f"{result.problem} ({self.policy.describe()})",
+                    fix="raise budget.memory, or lower data.seq_len or adapter.rank",
+                )
+            how = "as it was" if self.policy == before else f"with {self.policy.describe()}"
+            self._say(f"Out of memory ({result.problem}): done again {how}.")
+
+    def _let_go(self) -> None:
+        """Give back what a failed attempt has held."""
+        for parameter in self.ready.trainable.values():
+            parameter.grad = None
+        gc.collect()
+        if self.ready.device.type == "cuda":
+            torch.cuda.empty_cache()
+        release_freed_memory()
+        if self._watch is not None:
+            self._watch.reset()
+
+    def _safer(self, row_tokens: int) -> bool:
+        """Follow the next safer policy; False if there is none."""
+        return self._follow_first(self._next(row_tokens))
+
+    def _smaller(self, row_tokens: int) -> bool:
+        """The same for an evaluation, which holds no activations."""
+        return self._follow_first(_reductions(self.policy, row_tokens))
+
+    def _next(self, row_tokens: int) -> Iterator[Policy]:
+        """Safer policies than the one in force: those of the plan, then what is left to save."""
+        while self._alternatives:
+            yield self._alternatives.pop(0)
+        policy = self.policy
+        if policy.keep_blocks and self._may_recompute:
+            yield replace(policy, keep_blocks=0, recompute_blocks=policy.recompute_blocks + policy.keep_blocks)
+        yield from _reductions(policy, row_tokens)
+        depth = policy.resident_blocks + policy.streamed_blocks
+        if policy.resident_blocks:
+            below = "disk" if self.ready.device.type == "cpu" else policy.stream_from
+            yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=below)
+        if policy.recompute_blocks:
+            yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
+
+    def _follow_first(self, policies: Iterator[Policy]) -> bool:
+        """Follow the first of them that can be, if any."""
+        return any(self._follow(policy) for policy in policies)
+
+    def _follow(self, policy: Policy) -> bool:
+        """Whether `policy` could be taken up."""
+        try:
+            self.ready.follow(policy)
+        except Exception as error:
+            if isinstance(error, UnsupportedError) or is_out_of_memory(error):
+                return False  # what is trained cannot be streamed; and to move weights takes memory too
+            raise
+        self.policy = policy
+        return True
+
+
+def _reductions(policy: Policy, row_tokens: int) -> Iterator[Policy]:
+    """`policy` with half the rows in a micro-batch, or, with one row, with a smaller loss chunk."""
+    rows = policy.micro_batch_tokens // row_tokens
+    if rows > 1:
+        tokens = rows // 2 * row_tokens
+        times = math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens)
+        yield replace(policy, micro_batch_tokens=tokens, accumulation=times)
+    if policy.loss_chunk_tokens > _SMALLEST_CHUNK:
+        yield replace(policy, loss_chunk_tokens=max(_SMALLEST_CHUNK, policy.loss_chunk_tokens // 4))
+
+
+def _reachable(policy: Policy, now: Policy) -> bool:
+    """Whether `policy` is another one that can be taken up without loading the model again."""
+    theirs, ours = asdict(policy), asdict(now)
+    free = _OF_STEPS | (_OF_TIERS if policy.resident_blocks == 0 else set())
+    return policy != now and all(theirs[name] == ours[name] for name in theirs if name not in free)
+
+
+def _attempt(work: Callable[[], T]) -> T | _Failure:
+    """The result of `work`, or that memory ran out. What a failure holds goes when this function ends."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Failure((str(error) or type(error).__name__).splitlines()[0])
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

@@ -1,0 +1,289 @@
+"""Steps that run out of memory: whatever fails, and however often, the run goes on as if it had not."""
+
+import errno
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_ft.assemble import Assembled, assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import BudgetError
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.loader import BatchLoader, MicroBatches
+from lowmem_ft.runtime.budget import Watch
+from lowmem_ft.runtime.memory import process_bytes
+from lowmem_ft.step import StepResult
+from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery, is_out_of_memory
+from tests.failing import Failing
+from tests.models import save_tiny
+from tests.unit.planner.policies import policy
+
+DEPTH, LENGTH, ROWS = 2, 16, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("recovery") / "llama")
+
+
+def planned(**changes: Any) -> Policy:
+    """Two micro-batches of two rows; the first block recomputes, the last one keeps."""
+    made: Policy = policy(
+        rows=2, seq_len=LENGTH, depth=DEPTH, keep=1, accumulation=2, loss_chunk_tokens=16, optimizer="adamw8bit"
+    )
+    return replace(made, **changes)
+
+
+class Trained:
+    """A model after some steps, and what is compared of it."""
+
+    def __init__(
+        self,
+        model: Path,
+        of: Policy,
+        *,
+        dropout: float = 0.1,
+        length: int = LENGTH,
+        device: str = "cpu",
+        alternatives: Sequence[Policy] = (),
+        adapter: dict[str, Any] | None = None,
+    ) -> None:
+        settings = {"rank": 4, "dropout": dropout, "targets": ["v_proj"], **(adapter or {})}
+        keys: dict[str, Any] = {
+            "model": str(model), "output": str(model / "run"), "adapter": settings, "data": {"seq_len": length},
+        }  # fmt: skip
+        torch.manual_seed(0)
+        self.ready: Assembled = assemble(RunConfig.from_dict(keys), of, torch.device(device))
+        self.said: list[str] = []
+        self.recovery = Recovery(self.ready, of, alternatives=alternatives, say=self.said.append)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, 131, (ROWS, length), generator=generator).tolist()
+        loader = BatchLoader(
+            [Example(row, row) for row in ids], seq_len=length, packing=True, pad_id=0, seed=0,
+            micro_batch_tokens=of.micro_batch_tokens, tokens_per_step=ROWS * length,
+        )  # fmt: skip
+        self.batches: MicroBatches = next(loader)
+        self.begin = self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes."""
+        assert self.ready.optimizer is not None
+        held = {name: parameter.data for name, parameter in self.ready.trainable.items()}
+        held |= self.ready.optimizer.state_tensors()
+        return {"random": torch.get_rng_state(), **{name: tensor.clone() for name, tensor in held.items()}}
+
+    def again(self) -> None:
+        """Back to the begin."""
+        assert self.ready.optimizer is not None
+        held = {name: parameter.data for name, parameter in self.ready.trainable.items()}
+        for name, tensor in {**held, **self.ready.optimizer.state_tensors()}.items():
+            tensor.copy_(self.begin[name])
+        torch.set_rng_state(self.begin["random"])
+        for state in self.ready.optimizer.state.values():
+            state["step"] = 0
+
+    def step(self, fails: Callable[[int], bool] = lambda count: False) -> tuple[StepResult, int]:
+        """What a step says, and how many allocations there were."""
+        with Failing(fails) as failing:
+            result = self.recovery.step(self.batches, lr=1e-2)
+        assert self.ready.optimizer is not None
+        assert set(self.ready.optimizer.state_meta()["steps"]) == {1}, "updated once, and all of them"
+        return result, failing.count
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("depth", "rows", "every"), [(1, ROWS, 1), (2, 2, 17)])
+def test_whichever_allocation_fails_the_step_gives_the_same_bits(
+    depth: int, rows: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One micro-batch of a block that recomputes, and two of one that does beside one that keeps."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # or it would take more time than the steps
+    model = save_tiny("llama", tmp_path / "llama", num_hidden_layers=depth)
+    of = policy(rows=rows, seq_len=LENGTH, depth=depth, keep=depth - 1, accumulation=ROWS // rows)
+    trained = Trained(model, of)
+    first, _ = trained.step()
+    expected = trained.state()
+    trained.again()
+    later, count = trained.step()  # it recomputes less
+    assert later == first
+    assert same(trained.state(), expected)
+    assert count > 200
+    for number in range(1, count + 1, every):
+        trained.again()
+        assert trained.step(lambda at, number=number: at == number)[0] == first, number
+        assert same(trained.state(), expected), number
+    assert trained.recovery.policy == of
+    assert trained.recovery.repeated == len(range(1, count + 1, every))
+
+
+def test_failing_again_and_again_ends_in_safer_policies_and_the_same_step(model: Path) -> None:
+    # without dropout, which draws other masks for other micro-batches
+    trained = Trained(model, planned(), dropout=0.0)
+    expected, _ = trained.step()
+    weights = trained.state()
+    seen = []
+    for failures in (2, 3, 4, 5):
+        trained = Trained(model, planned(), dropout=0.0)
+        left = iter(range(failures))
+        found, _ = trained.step(lambda at, left=left: at % 40 == 0 and next(left, None) is not None)
+        assert trained.recovery.repeated == len(trained.said) == failures
+        seen.append(trained.recovery.policy)
+        if seen[-1].micro_batch_tokens == planned().micro_batch_tokens:
+            assert found == expected
+            assert same(trained.state(), weights)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)
+    decided = [(it.keep_blocks, it.micro_batch_tokens, it.streamed_blocks, it.offload_blocks) for it in seen]
+    assert decided == [
+        (0, 2 * LENGTH, 0, 0), (0, LENGTH, 0, 0), (0, LENGTH, DEPTH, 0), (0, LENGTH, DEPTH, DEPTH),
+    ]  # fmt: skip
+
+
+def test_the_safer_policies_of_a_plan_come_first(model: Path) -> None:
+    safer = planned(keep_blocks=0, recompute_blocks=DEPTH)
+    unreachable = planned(streamed_blocks=1, resident_blocks=1)
+    trained = Trained(model, planned(), alternatives=[unreachable, safer])
+    trained.step(lambda at: at in (5, 10))
+    assert trained.recovery.policy == safer
+    assert trained.said[0].endswith("done again as it was.")
+    assert trained.said[1].endswith(f"done again with {safer.describe()}.")
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_blocks_go_below_the_device_in_the_middle_of_a_run(
+    streamed: int, bits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into another step and back through an evaluation the results are those of a run that has not moved them."""
+    model = save_tiny("llama", tmp_path / "llama", num_hidden_layers=3)
+    names: dict[int, Any] = {4: "nf4", 16: "none"}
+    of = policy(
+        rows=1, seq_len=LENGTH, depth=3, accumulation=ROWS, bits=bits, quant=names[bits], double_quant=bits == 4,
+        resident_blocks=3 - streamed, streamed_blocks=streamed, stream_from="disk",
+    )  # fmt: skip
+    said = []
+    for fails in (lambda at: False, lambda at: at in (5, 10)):
+        trained = Trained(model, of)
+        steps = [trained.step(fails)[0], trained.recovery.step(trained.batches, lr=1e-2)]
+        said.append((steps, trained.recovery.evaluate(trained.batches, lambda done, total: None), trained.state()))
+    assert trained.recovery.policy.streamed_blocks == 3
+    assert said[0][:2] == said[1][:2]
+    assert same(said[0][2], said[1][2])
+
+
+def test_what_is_trained_whole_stays_on_the_device(model: Path) -> None:
+    of = planned(bits=16, quant="none", double_quant=False)
+    trained = Trained(model, of, adapter={"train_modules": ["model.layers.1.mlp.up_proj"]})
+    trained.step(lambda at: at in (5, 10, 15, 20))
+    assert trained.recovery.policy.streamed_blocks == 0
+    assert trained.recovery.policy.offload_blocks == DEPTH
+
+
+def test_when_nothing_helps_nothing_has_changed(model: Path) -> None:
+    trained = Trained(model, planned())
+    with pytest.raises(NoSaferPolicyError, match="no safer policy left") as raised:
+        trained.step(lambda at: at % 10 == 0)
+    assert "raise budget.memory" in str(raised.value)
+    assert raised.value.exit_code == 3
+    assert same(trained.state(), trained.begin)
+
+
+def test_an_update_that_stops_goes_on_where_it_stopped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the kernel has changed something already, and with ever smaller slices."""
+    plain, trained = Trained(model, planned()), Trained(model, planned())
+    expected, _ = plain.step()
+    optimizer = trained.ready.optimizer
+    assert optimizer is not None
+    optimizer.slice_elements = 1 << 14
+    update, calls = optimizer._adam, iter(range(10**6))
+
+    def failing(value: Tensor, grad: Tensor, own: Any, group: Any, step: int) -> None:
+        update(value, grad, own, group, step)
+        if next(calls) in (3, 4, 5, 9):
+            raise torch.OutOfMemoryError("after the kernel")
+
+    monkeypatch.setattr(optimizer, "_adam", failing)
+    torch.set_rng_state(plain.begin["random"])
+    assert trained.step()[0] == expected
+    assert same(plain.state(), trained.state())
+    assert optimizer.slice_elements == 1 << 12
+
+    monkeypatch.setattr(optimizer, "_adam", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(BudgetError, match="in the middle of an update") as raised:
+        trained.recovery.step(trained.batches, lr=1e-2)
+    assert not isinstance(raised.value, NoSaferPolicyError), "its weights must not be saved"
+
+
+def test_evaluation_is_done_again_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    trained = Trained(model, planned())
+    loss = trained.recovery.evaluate(trained.batches, lambda done, total: None)
+    with Failing() as failing:
+        trained.recovery.evaluate(trained.batches, lambda done, total: None)
+    for number in range(1, failing.count + 1, 11):
+        with Failing(lambda at, number=number: at == number):
+            assert trained.recovery.evaluate(trained.batches, lambda done, total: None) == loss
+    with Failing(lambda at: at in (5, 10)):
+        assert trained.recovery.evaluate(trained.batches, lambda done, total: None) == pytest.approx(loss, rel=1e-5)
+    assert trained.recovery.policy.micro_batch_tokens == LENGTH
+    with pytest.raises(NoSaferPolicyError), Failing(lambda at: at % 5 == 0):
+        trained.recovery.evaluate(trained.batches, lambda done, total: None)
+
+
+def test_the_policy_in_force_is_saved_and_taken_up_again(model: Path) -> None:
+    trained = Trained(model, planned())
+    assert trained.recovery.state_dict() is None
+    trained.step(lambda at: at in (5, 10))
+    saved = trained.recovery.state_dict()
+    assert saved == {"planned": asdict(planned()), "policy": asdict(trained.recovery.policy)}
+    resumed = Trained(model, planned())
+    resumed.recovery.load_state_dict(saved)
+    assert resumed.recovery.policy == trained.recovery.policy
+    other = Trained(model, planned(loss_chunk_tokens=32))
+    other.recovery.load_state_dict(saved)
+    assert other.recovery.policy == planned(loss_chunk_tokens=32), "another plan decides anew"
+
+
+def test_crossing_the_budget_is_seen_and_mended(model: Path) -> None:
+    """Memory that something else has taken meanwhile is gone when the step is done again."""
+    plain = Trained(model, planned())
+    expected, _ = plain.step()
+    trained = Trained(model, planned())
+    watch = trained.recovery._watch = Watch(trained.ready.model, 1 << 50)
+    torch.set_rng_state(plain.begin["random"])
+    watch.budget = process_bytes() + (64 << 20)
+    spoilt = iter([128 << 20])
+
+    def spoil(*_: Any) -> None:
+        nbytes = next(spoilt, 0)
+        torch.zeros(nbytes, dtype=torch.uint8)
+
+    hook = next(iter(trained.ready.trainable.values())).register_post_accumulate_grad_hook(spoil)
+    assert trained.recovery.step(trained.batches, lr=1e-2) == expected
+    hook.remove()
+    watch.remove()
+    assert trained.recovery.repeated == 1
+    assert watch.peak > watch.budget
+    assert "the process took" in trained.said[0]
+    assert same(plain.state(), trained.state())
+
+
+def test_what_says_that_memory_ran_out() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), OSError(errno.ENOMEM, "mmap")):
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    for error in (ValueError("out of memory"), RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full")):
+        assert not is_out_of_memory(error)
