@@ -272,6 +272,12 @@ def _add_optimizer(ready: Assembled, config: RunConfig, policy: Policy) -> None:
     if paged and ready.device.type == "cpu":
         warnings.warn(f"{policy.optimizer}: paging needs CUDA; on the CPU the state stays in RAM", stacklevel=3)
         paged = False
-    ready.optimizer = AdamW(groups, lr=train.lr, bits=8 if policy.optimizer.endswith("8bit") else 32, paged=paged)
+    ready.optimizer = AdamW(
+        groups,
+        lr=train.lr,
+        bits=8 if policy.optimizer.endswith("8bit") else 32,
+        paged=paged,
+        on_host=policy.optimizer_on == "host" and ready.device.type != "cpu",
+    )
     ready.accumulator = GradientAccumulator([p for group in groups for p in group["params"]])
     ready.scaler = LossScaler() if ready.compute_dtype == torch.float16 else None

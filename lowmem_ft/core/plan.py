@@ -38,6 +38,7 @@ class Policy:
     offload_blocks: int
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
     loss_chunk_tokens: int
+    optimizer_on: Literal["device", "host"] = "device"
 
     def describe(self) -> str:
         """The policy in one line."""
@@ -53,9 +54,10 @@ class Policy:
             if count
         ]
         below = f" from {self.stream_from}" if self.streamed_blocks else ""
+        host = " on the host" if self.optimizer_on == "host" else ""
         return (
             f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
-            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed{below}, {self.optimizer}, "
+            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed{below}, {self.optimizer}{host}, "
             f"loss chunk {self.loss_chunk_tokens}"
         )
 

@@ -163,13 +163,17 @@ def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     """Bytes at the training peak by what holds them; together they are the process's."""
     held = holders(answer.weighed.places)
     found = {name: held[name] for name in ("loss", "workspace")}
-    below = answer.scales.moved(answer.weighed.policy.streamed_blocks).saved
+    policy = answer.weighed.policy
+    below = answer.scales.moved(policy.streamed_blocks).saved
+    optimizer = stored.optimizer if policy.optimizer_on == "device" else 0
     return {
         "base_weights": stored.base_weights - below,
         "adapter": stored.adapter,
         "gradients": stored.gradients,
-        "optimizer": stored.optimizer,
-        "activations": answer.weighed.allocated - (stored.total - below) - sum(found.values()),
+        "optimizer": optimizer,
+        "activations": answer.weighed.allocated
+        - (stored.total - stored.optimizer + optimizer - below)
+        - sum(found.values()),
         **found,
         "overhead": answer.process - answer.weighed.allocated,
     }

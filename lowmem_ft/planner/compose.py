@@ -267,11 +267,20 @@ def _between(a: Segment, b: Segment, share: float) -> Segment:
     )
 
 
-def peaks(places: Iterable[Place]) -> tuple[int, int]:
-    """The most bytes held, and of them the most in the heap, more than before the step."""
+def peaks(places: Iterable[Place], *, offloading: range = range(0), nbytes: int = 0) -> tuple[int, int]:
+    """The most bytes held, and of them the most in the heap, more than before the step.
+
+    Args:
+        offloading: blocks that will have their inputs, of `nbytes` each, below the device, where in `places` they have
+            not: when a block puts its input down, that of the block before it is gone, and in backward one more comes
+            up.
+    """
     level = most = heap = most_heap = 0
     for place in places:
         segment = place.segment
+        if place.at in offloading[1:]:
+            shift = -nbytes if segment.part == "forward" else nbytes
+            level, heap = level + shift, heap + (shift if nbytes < LARGE else 0)
         most, most_heap = max(most, level + segment.high), max(most_heap, heap + segment.heap_high)
         level, heap = level + segment.delta, heap + segment.heap_delta
     return most, most_heap

@@ -14,6 +14,7 @@ import torch
 from lowmem_ft.core.errors import UnsupportedError, nearest
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.planner.cost import CostModel, Rates
+from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.profile import Profile, load_profile, profile_names
 from lowmem_ft.planner.trace import Cost
 from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
@@ -125,11 +126,16 @@ def cost_of(device: Device) -> Cost:
     return CostModel(rates, kind=device.kind).seconds
 
 
-def links_of(device: Device) -> dict[str, float]:
-    """Tier -> bytes per second that copies to the device reach. From disk they go through the host, side by side."""
+def links_of(device: Device) -> Links:
+    """What copies between the device and the tiers below it reach. From disk they go through the host, side by side.
+
+    A disk is assumed to be written as fast as it is read, of which alone profiles have a figure.
+    """
     profile = _profile_of(device)
     link, disk = profile.link_to_device.value, profile.disk_read.value
-    return {"host": link, "disk": disk if device.kind == "cpu" else min(link, disk)}
+    if device.kind == "cpu":
+        return Links(host=link, disk=disk, down=disk, up=disk)
+    return Links(host=link, disk=min(link, disk), down=profile.link_to_host.value, up=link)
 
 
 def _profile_of(device: Device) -> Profile:

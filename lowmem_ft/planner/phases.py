@@ -35,6 +35,7 @@ from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.quant.ops import layout_bytes
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.streaming import SLOTS, Moved, Piece
 from lowmem_ft.runtime.tiers import STAGES
 
@@ -105,13 +106,14 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aside:
-    """The phases that are no steps. Of a policy only precision, compute dtype and streamed blocks matter to them.
+    """The phases that are no steps. Of a policy only precision, compute dtype, streamed blocks and the optimizer's
+    place matter to them.
 
     Attributes:
         starting: bytes of the device that the start of the adapters takes beside the model.
         drawn: of the host while an adapter is.
         cache: of the disk, for the cache of quantized weights.
-        save, merge: with every block resident.
+        save, merge: with every block resident, and the optimizer on the device.
     """
 
     scales: Scales
@@ -167,8 +169,11 @@ class Aside:
 
     def most(self, policy: Policy) -> int:
         """Bytes of the device's tensors while loading and saving."""
-        saved = self.scales.moved(policy.streamed_blocks).saved
-        return max(self.load(policy).device, self.save.device - saved)
+        return max(self.load(policy).device, self._save(policy).device)
+
+    def _save(self, policy: Policy) -> Tiers:
+        below = self.scales.held - self.scales.held_by(policy)
+        return replace(self.save, device=self.save.device - below)
 
     def phases(self, device: Device, policy: Policy, *, train: int, evaluation: int) -> dict[str, dict[str, int]]:
         """All phases as a plan holds them, with what the process takes anyway.
@@ -176,22 +181,26 @@ class Aside:
         Args:
             train, evaluation: bytes that the process takes of the device.
         """
-        moved = self.scales.moved(policy.streamed_blocks)
-        save = replace(self.save, device=self.save.device - moved.saved)
-        own = {"load": self.load(policy), "save": save, "merge": self.merge}
+        moved, inputs = self.scales.moved(policy.streamed_blocks), self.scales.inputs_stored(policy)
+        own = {"load": self.load(policy), "save": self._save(policy), "merge": self.merge}
+        state = self.scales.optimizer_stored(policy)
+        working = {"load": state, "train": state + HOST_WORK_BYTES if state else 0, "eval": state}  # saved as it lies
         heap = self.scales.heap_held(policy)
         sizes = {name: process_estimate(device, tiers.device, heap) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
         found: dict[str, dict[str, int]] = {}
         for name in (*OF_A_RUN, "merge"):
             tiers = own.get(name, Tiers(device=0))
-            pinned = 0
-            if device.kind != "cpu" and name != "merge":
-                pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
             found[name] = {"device_bytes": sizes[name]}
-            if device.kind != "cpu":
-                found[name]["host_bytes"] = device.host_process_bytes + tiers.host + pinned
-            found[name] |= {"pinned_bytes": pinned, "disk_bytes": tiers.disk}
+            pinned, disk = 0, tiers.disk
+            if device.kind == "cpu":
+                disk += inputs if name == "train" else 0  # with the first step, and then until the process ends
+            else:
+                if name != "merge":
+                    pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
+                    pinned += inputs if name != "load" else 0
+                found[name]["host_bytes"] = device.host_process_bytes + tiers.host + working.get(name, 0) + pinned
+            found[name] |= {"pinned_bytes": pinned, "disk_bytes": disk}
         return found
 
     def _on_disk(self, policy: Policy) -> bool:
@@ -211,7 +220,8 @@ def _save(config: RunConfig, scales: Scales) -> Tiers:
 
     On the disk: the two checkpoints that are retained, and the one that is written before the oldest goes. The text
     files of the run folder (metrics, plan, report) are not counted. safetensors writes tensors from where they lie on
-    the host; those on another device it first copies to the host, all of them.
+    the host; those on another device it first copies to the host, all of them. So an optimizer whose
+    state lies there takes no more of the host than one whose state is copied.
     """
     ready = scales.stage.ready
     assert ready.optimizer is not None, "a plan is made for training"

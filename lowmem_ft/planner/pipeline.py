@@ -1,36 +1,75 @@
-"""How long a micro-batch takes whose weights are partly copied in while it runs."""
+"""How long a micro-batch takes whose weights or block inputs are copied from and to the tiers below while it runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowmem_ft.planner.compose import Place
 from lowmem_ft.runtime.streaming import SLOTS, Ring
 
 
-def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float]) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Bytes per second between a device and the tiers below it.
+
+    Attributes:
+        host, disk: of streamed weights on their way up from there.
+        down, up: of block inputs, which go to the host, or, where that is the device, to the disk.
+    """
+
+    host: float = math.inf
+    disk: float = math.inf
+    down: float = math.inf
+    up: float = math.inf
+
+
+class Inputs(NamedTuple):
+    """Which blocks offload their inputs, and the seconds of each copy. The last one's stays."""
+
+    blocks: range
+    down: float
+    up: float
+
+
+def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float], inputs: Inputs) -> float:
     """Seconds of a micro-batch that follows another one.
 
-    Work and copies go on side by side: work waits for the copy of its own block, and copies, one after the other, for
-    the slot that they go to, which is free once the next block is at work.
+    Work and copies go on side by side, and copies one after the other on one link. Work waits for the copy of its own
+    block, and streamed weights for the slot that they go to, which is free once the next block is at work. An input
+    goes down while its block works forward, which the next one waits for; in backward it comes up while the block
+    above works.
 
     Args:
         places: of the micro-batch, without the update.
-        copies: seconds that a block takes to be copied, by index of the streamed blocks.
+        copies: seconds that a block's weights take to be copied, by index of the streamed blocks.
     """
-    if not copies:
+    if not copies and not inputs.blocks:
         return sum(place.segment.seconds for place in places)
     order = sorted(copies)
     ring, ready = Ring(len(order)), [0.0] * SLOTS
     now = free = 0.0  # of the work, of the link
     for _ in range(2):  # the second begins with what the first has left on the device
-        begin = now
+        begin = gone = coming = now  # when an input is down, and the next one up
         for place in places:
-            if place.at is not None and place.at in copies:
-                at = order.index(place.at)
-                if at != ring.current:
-                    for slot, coming in ring.ask(at, returns=True):
-                        ready[slot] = free = max(now, free) + copies[order[coming]]
-                now = max(now, ready[ring.slot_of(at)])
+            at = place.at
+            if at is not None and at in inputs.blocks:
+                if place.segment.part == "forward":
+                    now = max(now, gone)
+                    if at != inputs.blocks[-1]:
+                        gone = free = max(now, free) + inputs.down
+                else:
+                    came = coming
+                    if at - 1 in inputs.blocks:
+                        coming = free = max(now, free) + inputs.up
+                    now = max(now, came)
+            if at is not None and at in copies:
+                index = order.index(at)
+                if index != ring.current:
+                    for slot, block in ring.ask(index, returns=True):
+                        ready[slot] = free = max(now, free) + copies[order[block]]
+                now = max(now, ready[ring.slot_of(index)])
             now += place.segment.seconds
     return now - begin

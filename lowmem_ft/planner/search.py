@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
 from lowmem_ft.adapters.targets import is_inside
@@ -20,12 +20,18 @@ from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
+from lowmem_ft.runtime import shelf
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.streaming import SLOTS
+
+Place: TypeAlias = Literal["device", "host"]
 
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
 NEAR = 1.02  # estimates this much above the budget are weighed too
 TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
+WORTH_COPIES = 1.001  # how many times faster a policy must be that copies what another one leaves on the device
+# Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused
+MARGINS = (1.0, 1.01, 1.03, 1.1)
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
 
 
@@ -49,12 +55,12 @@ class Search:
             kind=device.kind,
             cost=cost_of(device),
             card=Card.of(device),
-            link=links_of(device),
+            links=links_of(device),
         )
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
         self._base = base
-        self._beside: dict[int, int] = {}  # by streamed blocks: what loading and saving take
+        self._beside: dict[tuple[int, str], int] = {}  # by streamed blocks and optimizer: what loading and saving take
         _refuse_pins(config, device, self.scales.depth)
         self._streams = self._stream_choices()
         self._size(config)
@@ -69,29 +75,42 @@ class Search:
         seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
         rows = max(1, config.train.tokens_per_step // seq_len)
         self.tokens = rows * seq_len
+        self._estimated: dict[Policy, Option] = {}
         choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
         self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
 
     def best(self, budget: int) -> Answer:
         """The policy that serves the objective best within `budget` bytes of the process."""
-        options = {option.policy: option for option in self.options(budget)}
-        for option in self._in_order([*options.values()], budget):
+        first, *others = self._optimizers
+        options: dict[Policy, Option] = {}
+        answer = self._best(budget, first, options)
+        for place in others:
+            if not answer.fits:
+                answer = self._smallest(budget, place, options)  # says whether it is worth the search
+                answer = self._best(budget, place, options) if answer.fits else answer
+        return answer
+
+    def _best(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
+        """The same with the optimizer in this place. What was estimated is added to `options`."""
+        found = {option.policy: option for option in self.options(budget, optimizer_on=place)}
+        options |= found
+        for option in self._in_order([*found.values()], budget):
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits and self.config.policy.objective == "memory":
-                smallest = self._smallest_answer(options, budget)
+                smallest = self._smallest(budget, place, options)
                 return smallest if smallest.fits and smallest.process < answer.process else answer
             if answer.fits:
                 return answer
-            if answer.host_binds:
-                break  # of the host all policies take the same
+            if answer.host_binds and not option.policy.offload_blocks:
+                break  # nor will any other: what can lie on the disk does
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        return self._smallest_answer(options, budget)
+        return self._smallest(budget, place, options)
 
-    def _smallest_answer(self, options: dict[Policy, Option], budget: int) -> Answer:
+    def _smallest(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
         """The policy with the smallest peak of the process, added to `options` if it is not there."""
         found: Answer | None = None
-        for weighed in sorted(self._few(timed=True), key=lambda it: it.allocated):
+        for weighed in sorted(self._few(place, timed=True), key=lambda it: it.allocated):
             # at least what is in use is reserved, so that on a card a look at it may save a replay
             if found is None or self.device.kind == "cpu" or weighed.allocated < found.reserved:
                 answer = self.answer(weighed, (), budget)
@@ -113,23 +132,20 @@ class Search:
     def process_estimate(self, policy: Policy, allocated: int, heap: int) -> int:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about; on a CPU
         `heap` of them lie in the heap."""
-        streamed = policy.streamed_blocks
-        if streamed not in self._beside:
-            self._beside[streamed] = self._aside.most(policy)
-        beside = process_estimate(self.device, self._beside[streamed], self.scales.heap_held(policy))
+        key = policy.streamed_blocks, policy.optimizer_on
+        if key not in self._beside:
+            self._beside[key] = self._aside.most(policy)
+        beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy))
         return max(process_estimate(self.device, allocated, heap), beside)
 
     def smallest(self) -> Weighed:
         """The policy with the smallest peak of bytes in tensors; its time is that of a first micro-batch."""
-        return min(self._few(timed=False), key=lambda it: it.allocated)
+        return min(self._few(self._optimizers[-1], timed=False), key=lambda it: it.allocated)
 
-    def _few(self, *, timed: bool) -> list[Weighed]:
-        """Policies of which one is the smallest. Where the loss takes little, the last block may as well keep: its
-        backward is the first thing that follows."""
-        return [
-            self.scales.weigh(self._blocks(self.least, keep, streamed=self._most_saved), timed=timed)
-            for keep in self._keep[:2]
-        ]
+    def _few(self, place: Place, *, timed: bool) -> list[Weighed]:
+        """Policies of which one is the smallest, with the optimizer in `place`. Where the loss takes little, the last
+        block may as well keep: its backward is the first thing that follows."""
+        return [self.scales.weigh(self._least(keep, place), timed=timed) for keep in self._keep[:2]]
 
     def smallest_process(self) -> int:
         """What the process takes under that policy, about."""
@@ -139,68 +155,96 @@ class Search:
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
+        return self._least(self._keep[0], self._optimizers[-1])
+
+    def _least(self, keep: int, place: Place) -> Policy:
         fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
         chunk = self._chunks(fewest.micro_batch_tokens)[0]
-        return self._blocks(replace(fewest, loss_chunk_tokens=chunk), self._keep[0], streamed=self._most_saved)
+        sized = replace(fewest, loss_chunk_tokens=chunk, optimizer_on=place)
+        return self._blocks(sized, keep, streamed=self._most_saved, offload=self._offloads(sized, keep)[-1])
 
-    def options(self, budget: int) -> Iterator[Option]:
-        """Policies with their estimates: every one without more streaming than is asked for, then for those that do not
-        fit the fewest streamed blocks with which they do."""
+    def options(self, budget: int, *, optimizer_on: Place = "device") -> Iterator[Option]:
+        """Policies with their estimates: every one with no more below the device than is asked for, then for those that
+        do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
         seq_len = self.config.data.seq_len
         resident = []
         for rows in self._rows:
-            sized = replace_rows(self._start, rows, seq_len, self.tokens)
+            start = replace(self._start, optimizer_on=optimizer_on)
+            sized = replace_rows(start, rows, seq_len, self.tokens)
             for chunk in self._chunks(rows * seq_len):
                 for keep in self._keep:
-                    policy = self._blocks(replace(sized, loss_chunk_tokens=chunk), keep, streamed=self._streams[0])
+                    offload = self._offloads(sized, keep)[0]
+                    chunked = replace(sized, loss_chunk_tokens=chunk)
+                    policy = self._blocks(chunked, keep, streamed=self._streams[0], offload=offload)
                     resident.append(self._option(policy))
         yield from resident
-        if len(self._streams) > 1:
-            yield from self._streamed(resident, budget)
+        yield from self._below(resident, budget)
 
-    def _streamed(self, resident: Sequence[Option], budget: int) -> Iterator[Option]:
-        """The same with streamed blocks: enough to fit, and of the smallest ones more, to show what that buys."""
-        best, every = math.inf, self.config.policy.objective != "speed"
-        for option in sorted(resident, key=lambda it: it.seconds):
-            if option.process <= budget or (option.seconds >= best and not every):
-                continue  # streaming makes none faster
-            streamed = self._fewest_streamed(option, budget)
-            if streamed is not None:
-                found = self._option(self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed))
-                best = min(best, found.seconds)
-                yield found
+    def _below(self, resident: Sequence[Option], budget: int) -> Iterator[Option]:
+        """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
+        every = self.config.policy.objective != "speed"
+        for margin in MARGINS[:1] if every else MARGINS:
+            best: dict[bool, float] = {}  # seconds of the fastest, by whether it offloads
+            for option in sorted(resident, key=lambda it: it.seconds):
+                if option.process <= budget / margin:
+                    continue
+                for offload in self._offloads(option.policy, option.policy.keep_blocks):
+                    if every or option.seconds < best.get(offload > 0, math.inf):  # neither makes any faster
+                        found = self._fewest_streamed(option, offload, int(budget / margin))
+                        if found is not None:
+                            best[offload > 0] = min(best.get(offload > 0, math.inf), found.seconds)
+                            yield found
         small = [it.policy for it in resident if it.policy.keep_blocks == self._keep[0]]
         least = {policy.micro_batch_tokens: policy for policy in reversed(small)}  # of each size the smallest chunk
+        shown = {self._streams[-1] * part // SHOWN for part in range(SHOWN + 1)} & set(self._streams)
         for policy in least.values():
-            for streamed in {self._streams[-1] * part // SHOWN for part in range(1, SHOWN + 1)} & set(self._streams):
-                yield self._option(self._blocks(policy, policy.keep_blocks, streamed=streamed))
+            for offload in self._offloads(policy, policy.keep_blocks):
+                for streamed in shown:
+                    other = self._blocks(policy, policy.keep_blocks, streamed=streamed, offload=offload)
+                    if other != policy:
+                        yield self._option(other)
 
     def _option(self, policy: Policy) -> Option:
-        seq_len = self.config.data.seq_len
-        weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
-        process = self.process_estimate(policy, weighed.allocated, weighed.heap)
-        return Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
+        if policy not in self._estimated:
+            seq_len = self.config.data.seq_len
+            weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
+            process = self.process_estimate(policy, weighed.allocated, weighed.heap)
+            self._estimated[policy] = Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
+        return self._estimated[policy]
 
-    def _fewest_streamed(self, option: Option, budget: int) -> int | None:
-        """With how many streamed blocks a policy that has none fits, by the estimate."""
-        counts = self._streams[1:]
+    def _fewest_streamed(self, option: Option, offload: int, budget: int) -> Option | None:
+        """The same policy with so many offloading blocks and as few streamed ones as let it fit, by the estimate."""
+
+        def other(streamed: int) -> Policy:
+            return self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed, offload=offload)
+
+        scales, most = self.scales, other(self._most_saved)
+        more = scales.held_by(option.policy) - scales.held_by(most) + scales.inputs_stored(most)
+        if self.process_estimate(most, option.allocated - more, 0) > budget:
+            return None  # which says in a moment what holds for most
+        few = option if offload == option.policy.offload_blocks else self._option(other(option.policy.streamed_blocks))
+        held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
 
         def fits(streamed: int) -> bool:
-            policy = self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed)
-            allocated = option.allocated - self.scales.moved(streamed).saved
-            heap = option.heap - self.scales.heap_held(option.policy) + self.scales.heap_held(policy)
-            return self.process_estimate(policy, allocated, heap) <= budget
+            policy = other(streamed)
+            allocated = few.allocated - held + scales.held_by(policy)
+            return self.process_estimate(policy, allocated, few.heap - heap_held + scales.heap_held(policy)) <= budget
 
-        at = bisect_left(counts, True, key=fits)
-        return counts[at] if at < len(counts) else None
+        at = bisect_left(self._streams, True, key=fits)
+        return self._option(other(self._streams[at])) if at < len(self._streams) else None
 
     def _in_order(self, options: Sequence[Option], budget: int) -> list[Option]:
         """Those that may fit, the best first, as many as are worth an exact weighing."""
+
+        def seconds(option: Option) -> float:
+            below = option.policy.streamed_blocks + option.policy.offload_blocks
+            return option.seconds * (WORTH_COPIES if below else 1.0)
+
         order: Callable[[Option], tuple[float, float]] = {
-            "speed": lambda it: (it.seconds, it.process),
+            "speed": lambda it: (seconds(it), it.process),
             "memory": lambda it: (it.process, it.seconds),
-            "batch": lambda it: (-it.policy.micro_batch_tokens, it.seconds),
-            "context": lambda it: (it.seconds, it.process),
+            "batch": lambda it: (-it.policy.micro_batch_tokens, seconds(it)),
+            "context": lambda it: (seconds(it), it.process),
         }[self.config.policy.objective]
         near = sorted((it for it in options if it.process <= NEAR * budget), key=order)
         certain = [it for it in near if it.process <= budget]
@@ -223,7 +267,18 @@ class Search:
             return (depth,)
         if pinned.activations == "recompute":
             return (0,)
-        return range(depth + 1) if pinned.keep_blocks is None else (min(pinned.keep_blocks, depth),)
+        if pinned.keep_blocks is None:
+            return range(depth + 1) if pinned.activations is None else (0,)
+        return (min(pinned.keep_blocks, depth),)
+
+    def _offloads(self, policy: Policy, keep: int) -> tuple[int, ...]:
+        """Numbers of blocks that may offload where `keep` keep, ascending: none, or all others. Fewer would not be
+        faster, as copies hide behind the work of all but tiny blocks, and so few as come up at once save nothing."""
+        rest, pinned = self.scales.depth - keep, self.config.policy.activations
+        if pinned is not None:
+            return (rest if pinned == "offload" else 0,)
+        below = self.scales.inputs_stored(replace(policy, offload_blocks=rest)) + self.scales.optimizer_stored(policy)
+        return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
 
     def _chunks(self, tokens: int) -> list[int]:
         pinned = self.config.policy.loss_chunk_tokens
@@ -238,26 +293,45 @@ class Search:
             return (0,)
         return (0, *range(SLOTS + 1, depth + 1))
 
-    @property
+    @cached_property
     def _most_saved(self) -> int:
         """The number of streamed blocks that saves the most memory."""
         return max(self._streams, key=lambda streamed: self.scales.moved(streamed).saved)
 
-    def _blocks(self, policy: Policy, keep: int, *, streamed: int) -> Policy:
-        depth = self.scales.depth
-        return replace(
-            policy, resident_blocks=depth - streamed, streamed_blocks=streamed, stream_from=self._tier(streamed),
-            keep_blocks=keep, recompute_blocks=depth - keep,
-        )  # fmt: skip
+    @cached_property
+    def _optimizers(self) -> tuple[Place, ...]:
+        """Where the optimizer may lie, the first place first: on the host updates are slow, and gradients go there."""
+        pinned, host = self.config.policy.optimizer_on, replace(self._start, optimizer_on="host")
+        if self.device.kind == "cpu":
+            return ("device",)  # which is the host
+        if pinned is not None:
+            return (pinned,)
+        paged = self._start.optimizer.startswith("paged")
+        return ("device",) if paged or not self._has_room(self.scales.optimizer_stored(host)) else ("device", "host")
 
-    def _tier(self, streamed: int) -> Literal["host", "disk"]:
+    def _blocks(self, policy: Policy, keep: int, *, streamed: int, offload: int = 0) -> Policy:
+        depth = self.scales.depth
+        chosen = replace(
+            policy, resident_blocks=depth - streamed, streamed_blocks=streamed, keep_blocks=keep,
+            recompute_blocks=depth - keep - offload, offload_blocks=offload,
+        )  # fmt: skip
+        return replace(chosen, stream_from=self._tier(chosen))
+
+    def _tier(self, policy: Policy) -> Literal["host", "disk"]:
         """Where streamed blocks lie: on the host, unless that is the device, or has no room for them."""
-        pinned = self.config.policy.stream_from
+        pinned, streamed = self.config.policy.stream_from, policy.streamed_blocks
         if not streamed or pinned is not None:
             return pinned or "host"
+        below = self.scales.moved(streamed).stored + self.scales.inputs_stored(policy)
+        below += self.scales.optimizer_stored(policy)
+        return "host" if self.device.kind != "cpu" and self._has_room(below) else "disk"
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Whether the host of a card has so many bytes for what lies below the device; a CPU's disk is taken to."""
         allowed = host_budget(self.config, self.device)
-        taken = self.device.host_process_bytes + self._aside.host + self.scales.moved(streamed).stored
-        return "disk" if self.device.kind == "cpu" or 0 < allowed < taken else "host"
+        if self.device.kind == "cpu" or not allowed:
+            return True
+        return self.device.host_process_bytes + self._aside.host + nbytes <= allowed
 
 
 def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:

@@ -254,17 +254,25 @@ def block_kinds(model: nn.Module) -> list[int]:
     whether something is trained below it, so that gradients go through.
     """
     _, blocks = find_blocks(model)
-    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    reached = any(parameter.requires_grad for module in embeddings for parameter in module.parameters())
+    lowest = lowest_trained(model)
     settings = vars(causal_model(model).config.get_text_config()).values()
     lists = [value for value in settings if _one_each(value, len(blocks))]
     numbers: dict[Hashable, int] = {}
     found = []
     for at, block in enumerate(blocks):
         modules = tuple(_module_kind(name, module, at) for name, module in block.named_modules())
-        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules, reached), len(numbers)))
-        reached = reached or any(parameter.requires_grad for parameter in block.parameters())
+        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules, at > lowest), len(numbers)))
     return found
+
+
+def lowest_trained(model: nn.Module) -> int:
+    """The first block in which something is trained, so that gradients go down to it; -1: below all of them."""
+    _, blocks = find_blocks(model)
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    if any(parameter.requires_grad for module in embeddings for parameter in module.parameters()):
+        return -1
+    trained = (at for at, block in enumerate(blocks) if any(it.requires_grad for it in block.parameters()))
+    return next(trained, len(blocks))
 
 
 def _module_kind(name: str, module: nn.Module, index: int) -> Hashable:

@@ -7,13 +7,14 @@ objective those that seem to fit are then weighed exactly, and the first that fi
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import BudgetError, LowMemError, UnsupportedError
+from lowmem_ft.core.errors import BudgetError, LowMemError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
 from lowmem_ft.core.sizes import format_size
@@ -34,9 +35,8 @@ def make_plan(config: RunConfig, *, device: Device | None = None) -> Plan:
         with `fits` False.
 
     Raises:
-        UnsupportedError: the config pins what this version cannot run.
+        LowMemError: as the parts find it, such as a pin that this model or device does not have.
     """
-    _refuse_what_cannot_run(config)
     with _without_collections():
         return _make_plan(config, device)
 
@@ -55,6 +55,7 @@ def _without_collections() -> Iterator[None]:
 
 def _make_plan(config: RunConfig, device: Device | None) -> Plan:
     device = device or find_device(config.budget.device)
+    _warn_of_no_effect(config, device)
     if config.policy.objective == "context":
         config = _with_longest_sequence(config, device)
     budget = _budget(config, device)
@@ -169,16 +170,10 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     return search.config if low else config
 
 
-def _refuse_what_cannot_run(config: RunConfig) -> None:
+def _warn_of_no_effect(config: RunConfig, device: Device) -> None:
     pinned = config.policy
-    refused = {
-        "policy.activations: offload": pinned.activations == "offload",
-        "policy.optimizer_on: host": pinned.optimizer_on == "host",
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise UnsupportedError(
-                f"{what} is not offered by this version.",
-                allowed="activations keep or recompute, the optimizer on the device",
-                fix=f"remove {what.partition(':')[0]}",
-            )
+    if device.kind == "cpu" and pinned.optimizer_on == "host":
+        warnings.warn("policy.optimizer_on: host has no effect on a CPU, where it is the device", stacklevel=4)
+    if config.adapter.prompt_learning and pinned.activations in ("recompute", "offload"):
+        given = f"policy.activations: {pinned.activations}"
+        warnings.warn(f"{given} has no effect on virtual tokens, whose blocks keep their activations", stacklevel=4)

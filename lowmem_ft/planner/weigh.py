@@ -6,12 +6,13 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
+
+import torch
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import LARGE
@@ -29,14 +30,19 @@ from lowmem_ft.planner.compose import (
     turns,
     windows,
 )
-from lowmem_ft.planner.pipeline import streamed_seconds
+from lowmem_ft.planner.cost import HOST_UPDATES
+from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.simulate import Stage, block_kinds, unseen_bytes
+from lowmem_ft.planner.simulate import Stage, block_kinds, lowest_trained, unseen_bytes
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.streaming import SLOTS, Moved
+from lowmem_ft.runtime.tiers import PAGE
 
-Class: TypeAlias = tuple[int, bool]  # of a block: its kind, and whether it keeps its activations
+Treatment: TypeAlias = Literal["keep", "recompute", "offload"]
+# Of a block: its kind, what it does with its activations, and, where it offloads, the kind of the block that made its
+# input (None: it was made before the first), because the next block gives that back
+Class: TypeAlias = tuple[int, Treatment, int | None]
 
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
@@ -69,15 +75,26 @@ class Weighed:
         return turns(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
+def classes_of(kinds: Sequence[int], keep: int, offload: int = 0) -> list[Class]:
+    """The class of each block: the last `keep` keep, the first `offload` offload, and all others recompute."""
+    found: list[Class] = []
+    for at, kind in enumerate(kinds):
+        if at < offload:
+            found.append((kind, "offload", kinds[at - 1] if at else None))
+        else:
+            found.append((kind, "keep" if at >= len(kinds) - keep else "recompute", None))
+    return found
+
+
 class Scales:
     """Weighs the policies of one precision for one device.
 
     Args:
-        start: of it precision, compute dtype and optimizer hold for all.
+        start: of it precision, compute dtype and kind of optimizer hold for all. That lies on the device.
         kind: of the device.
         cost: of its operations, see `Tracer`.
         card: see `Stage`.
-        link: tier -> bytes per second that streamed weights come up with.
+        links: of it with the tiers below; by default copies take no time.
 
     Attributes:
         stage: the model without data.
@@ -95,7 +112,7 @@ class Scales:
         kind: Literal["cpu", "cuda"],
         cost: Cost,
         card: Card | None = None,
-        link: Mapping[str, float] | None = None,
+        links: Links | None = None,
     ) -> None:
         self.stage = Stage(config, start, kind=kind, cost=cost, card=card)
         self.depth = len(self.stage.blocks)
@@ -104,7 +121,10 @@ class Scales:
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
         self._kinds = block_kinds(self.stage.ready.model)
-        self._link = link or {}
+        assert self.stage.ready.optimizer is not None, "a plan is made for training"
+        self._optimizer = self.stage.ready.optimizer
+        self._hidden, self._lowest = int(text.hidden_size), lowest_trained(self.stage.ready.model)
+        self._links = links or Links()
         self._moved: dict[int, Moved] = {}  # by number of streamed blocks
         self._heaps: dict[int, int] = {}  # by the same
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
@@ -114,8 +134,9 @@ class Scales:
         self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
         self._between: dict[tuple[int, int], Pieces] = {}
         self._evaluations: dict[tuple[int, int, int], int] = {}  # by length, these and those: peak bytes
+        self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        self._shares: dict[Hashable, float] = {}  # by class: of a first backward's time how much a later one takes
+        self._shares: dict[int, float] = {}  # by kind: of a first backward's time how much a later one takes
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
@@ -124,16 +145,21 @@ class Scales:
             low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
             self._between[tokens, chunk] = low.between(high, share)
-        return self._weighed(policy, self._between[tokens, chunk].step(self._classes(policy.keep_blocks)))
+        # what offloading changes is known without a trace
+        places = self._between[tokens, chunk].step(classes_of(self._kinds, policy.keep_blocks))
+        return self._weighed(policy, places, gone=self.input_bytes(policy))
 
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
         """The price of `policy`: the peak of its first micro-batch, which is the highest, and the time of the later.
 
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
-        classes = self._classes(policy.keep_blocks)
-        pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
-        return self._weighed(policy, pieces.step(classes))
+        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
+        key = self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, classes, timed
+        if key not in self._latest:
+            pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
+            self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
+        return self._weighed(policy, self._latest[key])
 
     def evaluation_peak(self, policy: Policy) -> int:
         """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
@@ -148,8 +174,7 @@ class Scales:
             longer = tokens / in_loss
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
-        saved = self.moved(policy.streamed_blocks).saved
-        return self._evaluations[key] - saved + unseen_bytes(policy)
+        return self._evaluations[key] - self.held + self.held_by(policy) + unseen_bytes(policy)
 
     def moved(self, streamed: int) -> Moved:
         """What changes if so many blocks are streamed."""
@@ -157,9 +182,33 @@ class Scales:
             self._moved[streamed] = Moved.of(self.stage.ready.streamable, streamed)
         return self._moved[streamed]
 
+    def input_bytes(self, policy: Policy) -> int:
+        """Bytes of one offloaded block's input in the tier below."""
+        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
+        return -(-policy.micro_batch_tokens * self._hidden * dtype.itemsize // PAGE) * PAGE
+
+    def inputs_stored(self, policy: Policy) -> int:
+        """Bytes of all offloaded inputs there; the last one stays on the device."""
+        return max(0, policy.offload_blocks - 1) * self.input_bytes(policy)
+
+    def _offloading(self, policy: Policy) -> range:
+        """The blocks whose inputs wait below for their backward; below what is trained there is none."""
+        return range(max(self._lowest, 0), policy.offload_blocks)
+
     def held_by(self, policy: Policy) -> int:
         """Bytes of the device before a step of `policy`."""
-        return self.held - self.moved(policy.streamed_blocks).saved
+        state = self._state[1] if policy.optimizer_on == "host" else ()
+        return self.held - self.moved(policy.streamed_blocks).saved - sum(state)
+
+    def optimizer_stored(self, policy: Policy) -> int:
+        """Bytes of the optimizer's state on the host, if `policy` has it there."""
+        return self._state[0] if policy.optimizer_on == "host" else 0
+
+    @cached_property
+    def _state(self) -> tuple[int, list[int]]:
+        """Bytes of all that the optimizer holds, and of each tensor that it has on the device if that is its place."""
+        held = self._optimizer.held()
+        return sum(it.nbytes for it in held), [it.nbytes for it in held if it.is_meta]
 
     def heap_held(self, policy: Policy) -> int:
         """On a CPU the bytes of the heap before a step of `policy`."""
@@ -173,16 +222,14 @@ class Scales:
         """The births of all that is held before a step of `policy`."""
         moved, kept = self.moved(policy.streamed_blocks), []
         gone = Counter(moved.tensors)
+        gone.update(self._state[1] if policy.optimizer_on == "host" else ())
         for event in self.stage.tracer.alive():
-            if gone[event.nbytes]:
+            if event.tier == "device" and gone[event.nbytes]:
                 gone[event.nbytes] -= 1
             else:
                 kept.append(event)
         slot = Event(0, moved.slot, "device", "ring", "load", None)
         return [slot] * (SLOTS if moved.slot else 0) + kept
-
-    def _classes(self, keep: int) -> list[Class]:
-        return [(kind, at >= self.depth - keep) for at, kind in enumerate(self._kinds)]
 
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
@@ -192,12 +239,12 @@ class Scales:
             pieces = self._sized[tokens] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
-                classes = self._classes(keep)
+                classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
                     pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
             self._losses[tokens, chunk] = pieces.outside["loss"]
         if (tokens, chunk) not in self._losses:
-            classes = self._classes(self.keep[0])
+            classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
             one = self._traced(sized, classes, range(len(classes)))
             self._losses[tokens, chunk] = one.outside["loss"]
@@ -207,18 +254,21 @@ class Scales:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
         taken = self._shortened(classes, wanted)
         pieces = self._traced(policy, classes, taken)
-        unknown = {one for one in classes if not one[1]} - self._shares.keys()
+        unknown = {kind for kind, treatment, _ in classes if treatment != "keep"} - self._shares.keys()
         if unknown:
-            # of each class the last block that was traced, whose backward came first
-            last = {window[1]: window for window in windows([classes[at] for at in taken]) if window[1] in unknown}
+            # of each kind the last block that was traced, whose backward came first
+            own = [classes[at] for at in taken]
+            found = [(window, one) for window, one in zip(windows(own), own, strict=True) if one[1] != "keep"]
+            last = {one[0]: window for window, one in found if one[0] in unknown}
             few = [taken[at] for at in shorten([classes[at] for at in taken], last.values())]
             later = self._traced(policy, classes, taken if self._whole else few, settled=True)
-            for one, window in last.items():
+            for kind, window in last.items():
                 segment = pieces.by_window.get(("backward", window))
                 if segment is not None:
                     again = later.by_window["backward", window].seconds
-                    self._shares[one] = again / segment.seconds if segment.seconds else 1.0
-        return pieces.with_backward(self._shares)
+                    self._shares[kind] = again / segment.seconds if segment.seconds else 1.0
+        shares: dict[Hashable, float] = {it: self._shares.get(it[0], 1.0) for it in classes if it[1] != "keep"}
+        return pieces.with_backward(shares)
 
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
         return list(range(len(classes))) if self._whole else shorten(classes, wanted)
@@ -233,7 +283,8 @@ class Scales:
         in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
         trace = self.stage.step(
             policy,
-            keep=sum(kept for _, kept in own),
+            keep=sum(treatment == "keep" for _, treatment, _ in own),
+            offload=sum(treatment == "offload" for _, treatment, _ in own),
             only=None if self._whole else [first + at for at in taken],
             update=self._update is None,
             settled=settled,
@@ -260,16 +311,30 @@ class Scales:
         ]
         return segment_of("loss", None, steps, segment.seconds * factor, self._tier)
 
-    def _weighed(self, policy: Policy, places: Sequence[Place]) -> Weighed:
-        most, heap = peaks(places)
+    def _weighed(self, policy: Policy, places: Sequence[Place], *, gone: int = 0) -> Weighed:
+        """`gone`: bytes of each offloaded input, if `places` have them still on the device."""
+        if policy.optimizer_on == "host":
+            places = [*places[:-1], Place(self._host_update, None)]
+        most, heap = peaks(places, offloading=self._offloading(policy), nbytes=gone)
         allocated = self.held_by(policy) + most + unseen_bytes(policy)
         heap = self.heap_held(policy) + round(self._heap_counts * heap)
         return Weighed(policy, allocated, heap, self._seconds(policy, places), places)
 
+    @cached_property
+    def _host_update(self) -> Segment:
+        """An update that takes nothing of the device: gradients in fp32 and values go down, new values come up."""
+        trained = self.stage.ready.trainable.values()
+        elements, values = sum(it.numel() for it in trained), sum(it.nbytes for it in trained)
+        copies = (4 * elements + values) / self._links.down + values / self._links.up
+        return Segment("update", None, (), 0, 0, copies + elements / HOST_UPDATES[self._optimizer.bits])
+
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""
         streamed = self.moved(policy.streamed_blocks).blocks
-        copies = {block: nbytes / self._link.get(policy.stream_from, math.inf) for block, nbytes in streamed.items()}
-        one = streamed_seconds(places[:-1], copies)
+        rate = self._links.host if policy.stream_from == "host" else self._links.disk
+        copies = {block: nbytes / rate for block, nbytes in streamed.items()}
+        size = self.input_bytes(policy)
+        inputs = Inputs(self._offloading(policy), size / self._links.down, size / self._links.up)
+        one = streamed_seconds(places[:-1], copies, inputs)
         tokens = max(self.stage.config.train.tokens_per_step, policy.micro_batch_tokens)
         return one * tokens / policy.micro_batch_tokens + places[-1].segment.seconds

@@ -20,6 +20,8 @@ _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
 SLICE = 1 << 18  # elements updated at a time (1 MiB in fp32); results do not depend on it
 _SMALLEST_SLICE = _MIN_8BIT
+# That an update on the host takes at most beside its state: 9 MiB measured (8 bits, bf16), and a slice of gradients
+HOST_WORK_BYTES = 12 << 20
 
 
 class AdamW(torch.optim.Optimizer):
@@ -42,6 +44,9 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in `torch.optim.AdamW`, but for a decay of 0.
         bits: size of the two moments.
         paged: on CUDA, moments in managed memory, which the driver moves to the host when the device runs out.
+        on_host: all state lies in host RAM, and the host updates (as in ZeRO-Offload, Ren et al. 2021,
+            arXiv:2101.06840, but here a step waits for it): slice by slice gradients and values go down and new values
+            come up. Equal bit by bit to an update of parameters on the CPU.
 
     Attributes:
         slice_elements: updated at a time, a multiple of 4096.
@@ -60,6 +65,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         bits: Literal[32, 8] = 32,
         paged: bool = False,
+        on_host: bool = False,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ConfigError(
@@ -68,13 +74,13 @@ class AdamW(torch.optim.Optimizer):
                 allowed="lr, eps, weight_decay >= 0 and 0 <= beta < 1",
             )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.paged, self.slice_elements = bits, paged, SLICE
+        self.bits, self.paged, self.on_host, self.slice_elements = bits, paged, on_host, SLICE
         self._stopped = 0, 0  # where the last step ended with an error: which parameter, its first element to do
         self._codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             group["lr_ratio"] = group["lr"] / lr if lr > 0 else 1.0
         parameters = list(self._parameters())
-        if paged and any(p.device.type == "cpu" for p in parameters):
+        if paged and (on_host or any(p.device.type == "cpu" for p in parameters)):
             warnings.warn("Paging does not exist on the CPU: the optimizer's state stays in RAM.", stacklevel=2)
             self.paged = False
         for parameter in parameters:
@@ -136,6 +142,10 @@ class AdamW(torch.optim.Optimizer):
             if isinstance(value, Tensor)
         }
 
+    def held(self) -> list[Tensor]:
+        """All that it holds: the state, and the tables of 8-bit codes."""
+        return [*self.state_tensors().values(), *chain.from_iterable(self._codes.values())]
+
     def state_meta(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it: step counts and the groups' settings."""
         groups = [{name: value for name, value in g.items() if name != "params"} for g in self.param_groups]
@@ -182,7 +192,7 @@ class AdamW(torch.optim.Optimizer):
                 given=f"{parameter.dtype}, shape {tuple(parameter.shape)}, strides {parameter.stride()}",
                 allowed="contiguous tensors of fp32, bf16 or fp16",
             )
-        elements, device = parameter.numel(), parameter.device
+        elements, device = parameter.numel(), self._place(parameter)
         eight = self.bits == 8 and elements >= _MIN_8BIT
         dtype = torch.uint8 if eight else torch.float32
         state: dict[str, Any] = {"step": 0, "state1": self._moment(parameter, dtype)}
@@ -195,8 +205,13 @@ class AdamW(torch.optim.Optimizer):
         if parameter.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros(elements, dtype=torch.int16, device=device)
         elif parameter.dtype != torch.float32:
-            state["master"] = parameter.detach().flatten().float()
+            master = torch.empty(elements, dtype=torch.float32, device=device)
+            state["master"] = master if parameter.is_meta else master.copy_(parameter.detach().view(-1))
         return state
+
+    def _place(self, parameter: nn.Parameter) -> torch.device:
+        """Where its state lies and its updates are computed."""
+        return torch.device("cpu") if self.on_host else parameter.device
 
     def _pages(self, parameter: nn.Parameter) -> bool:
         return self.paged and parameter.numel() >= _MIN_PAGED
@@ -204,7 +219,7 @@ class AdamW(torch.optim.Optimizer):
     def _moment(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
         elements = parameter.numel()
         if not self._pages(parameter):
-            return torch.zeros(elements, dtype=dtype, device=parameter.device)
+            return torch.zeros(elements, dtype=dtype, device=self._place(parameter))
         if parameter.device.type != "cuda":  # simulated: counted as host memory
             return torch.zeros(elements, dtype=dtype, device="cpu")
         paged: Tensor = bnb.get_paged(elements, dtype=dtype, device=parameter.device)
@@ -213,6 +228,9 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], *, start: int) -> None:
         """One step of one parameter, slice by slice from element `start` on."""
         state = self.state[parameter]
+        if self.on_host and parameter.is_meta:  # it would be work on real numbers, and takes nothing of the device
+            state["step"] += 1
+            return
         for moment in (state["state1"], state["state2"]):
             if getattr(moment, "is_paged", False):
                 bnb.prefetch_tensor(moment)
@@ -220,11 +238,15 @@ class AdamW(torch.optim.Optimizer):
         while start < flat.numel():
             here = slice(start, min(start + self.slice_elements, flat.numel()))
             own = _state_of(state, here)
-            held = [flat[here], *own.values()]
+            value, grad = flat[here], gradient[here].float()
+            held = [value, *own.values()]
             # what the host reads of managed memory would have to wait for the device, where no kernel takes memory
             before = [] if self._pages(parameter) else [tensor.clone() for tensor in held]
             try:
-                self._update_slice(flat[here], gradient[here].float(), own, group, state["step"] + 1)
+                below = value.to("cpu", copy=True) if self.on_host else value
+                self._update_slice(below, grad.to(below.device), own, group, state["step"] + 1)
+                if self.on_host:
+                    value.copy_(below)
             except BaseException:
                 for tensor, values in zip(held, before, strict=False):
                     tensor.copy_(values)  # which takes no memory

@@ -38,8 +38,8 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     stage = Stage(config, policy, kind="cuda", card=Card.of(device))
 
     def step(*, settled: bool) -> list[Event]:
-        trace = stage.step(policy, keep=policy.keep_blocks, loss_tokens=loss_tokens, settled=settled)
-        return trace.events
+        treated = {"keep": policy.keep_blocks, "offload": policy.offload_blocks}
+        return stage.step(policy, **treated, loss_tokens=loss_tokens, settled=settled).events
 
     held = stage.tracer.alive()
     before = {event.key for event in held}  # which `replayed` knows by negative keys, as in a composed step

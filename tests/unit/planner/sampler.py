@@ -1,7 +1,7 @@
 """Draws configurations for tests and benchmarks of the planner, and compares simulated with real steps.
 
 What is drawn follows from the generator alone: architectures x bits x adapter method and its options x sequence length
-x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk.
+x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk x streamed blocks.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def draw(
     adapter = _adapter(generator, name, shape[2])
     prompted = adapter.get("peft", {}).get("num_virtual_tokens") is not None
     keep = pick([0, shape[2], generator.randrange(shape[2] + 1)])
+    offload = not prompted and pick([True, False, False])
     bits = pick([4, 4, 8, 16])
     quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
@@ -74,6 +75,8 @@ def draw(
                 "compute_dtype": pick(["bfloat16", "bfloat16", "bfloat16", "float32", "float16"]),
                 "micro_batch_tokens": length * rows,
                 "keep_blocks": shape[2] if prompted else keep,
+                **({"activations": "offload"} if offload else {}),
+                "resident_blocks": pick([shape[2], shape[2], generator.randrange(shape[2] + 1)]),
                 "loss_chunk_tokens": pick([16, 64, 256]),
             },
         },
@@ -110,7 +113,7 @@ def prepared(drawn: dict[str, Any], folder: Path) -> tuple[RunConfig, Policy]:
     key = hashlib.sha256(json.dumps([name, settings]).encode()).hexdigest()[:12]
     if not (folder / key).exists():
         save_tiny(name, folder / key, **settings)
-    config = RunConfig.from_dict({"model": str(folder / key), **drawn["sections"]})
+    config = RunConfig.from_dict({"model": str(folder / key), "output": str(folder / "run"), **drawn["sections"]})
     return config, policy_of(config, drawn["shape"][2])
 
 
@@ -156,11 +159,13 @@ def sizes_of(name: str, shape: tuple[int, int, int, int], positions: int = 512) 
 
 
 def policy_of(config: RunConfig, blocks: int) -> Policy:
-    """The policy that a config pins."""
-    bits, keep = config.quant.bits, config.policy.keep_blocks
+    """The policy that a config pins for a CPU, or for a card whose host has room."""
+    bits, keep, resident = config.quant.bits, config.policy.keep_blocks, config.policy.resident_blocks
     assert bits != "auto"
     if keep is None:
         keep = blocks if config.policy.activations == "keep" else 0
+    offload = blocks - keep if config.policy.activations == "offload" else 0
+    resident = blocks if resident is None else resident
     tokens, chunk = config.policy.micro_batch_tokens, config.policy.loss_chunk_tokens
     assert tokens is not None
     assert chunk is not None
@@ -168,8 +173,9 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
     return Policy(
         bits=bits, quant=names[bits], double_quant=config.quant.double_quant and bits == 4,
         compute_dtype=config.policy.compute_dtype or "bfloat16", micro_batch_tokens=tokens,
-        accumulation=config.train.tokens_per_step // tokens, resident_blocks=blocks, streamed_blocks=0,
-        stream_from="host", keep_blocks=keep, recompute_blocks=blocks - keep, offload_blocks=0,
+        accumulation=config.train.tokens_per_step // tokens, resident_blocks=resident,
+        streamed_blocks=blocks - resident, stream_from="host", keep_blocks=keep,
+        recompute_blocks=blocks - keep - offload, offload_blocks=offload,
         optimizer=config.train.optimizer, loss_chunk_tokens=min(chunk, tokens),
     )  # fmt: skip
 

@@ -14,7 +14,8 @@ import pytest
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import Pieces, Place, holders, peaks, segments, shorten, turns, windows
 from lowmem_ft.planner.simulate import Stage, block_kinds
-from lowmem_ft.planner.trace import Event, with_key
+from lowmem_ft.planner.trace import Event, Trace, with_key
+from lowmem_ft.planner.weigh import Class, classes_of
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 
@@ -64,15 +65,28 @@ def test_a_composed_step_is_the_whole_step(name: str, keep: int, tmp_path: Path)
     check_composed(stage(name, tmp_path), keep)
 
 
-def check_composed(made: Stage, keep: int) -> None:
-    classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
+@pytest.mark.parametrize(
+    ("name", "keep", "offload"),
+    [("llama", 0, DEPTH), ("llama", 2, 6), ("gemma3", 0, DEPTH), ("deepseek_v3", 3, DEPTH - 3)],
+)
+def test_a_composed_step_whose_inputs_lie_below(name: str, keep: int, offload: int, tmp_path: Path) -> None:
+    check_composed(stage(name, tmp_path), keep, offload)
+
+
+@pytest.mark.parametrize("layers", [[DEPTH - 1], [4]], ids=str)
+def test_blocks_below_what_is_trained_put_nothing_down(layers: list[int], tmp_path: Path) -> None:
+    check_composed(stage("llama", tmp_path, adapter={"layers": layers}), 0, DEPTH)
+
+
+def check_composed(made: Stage, keep: int, offload: int = 0) -> None:
+    classes = classes_of(block_kinds(made.ready.model), keep, offload)
     only = shorten(classes)
     assert len(only) < DEPTH
-    whole = made.step(policy(), keep=keep)
+    whole = made.step(policy(), keep=keep, offload=offload)
     wanted = [event for event, _ in chain.from_iterable(segment.events for segment in segments(whole, {}))]
     pieces = Pieces()
-    few = made.step(policy(), keep=sum(kept for _, kept in only_classes(classes, only)), only=only)
-    pieces.add(only_classes(classes, only), segments(few, {}))
+    own = [classes[at] for at in only]
+    pieces.add(own, segments(step_of(made, own, only), {}))
     places = pieces.step(classes)
     found = unrolled(places, DEPTH)
     assert made.held + peaks(places)[0] == max(whole.curve())
@@ -87,8 +101,10 @@ def check_composed(made: Stage, keep: int) -> None:
             assert composed.key == keys.get(traced.key, -traced.key), "the same piece is given back"
 
 
-def only_classes(classes: list[tuple[int, bool]], only: list[int]) -> list[tuple[int, bool]]:
-    return [classes[at] for at in only]
+def step_of(made: Stage, own: Sequence[Class], only: Sequence[int]) -> Trace:
+    """A step through these blocks, which are of these classes."""
+    counts = {it: sum(treatment == it for _, treatment, _ in own) for it in ("keep", "offload")}
+    return made.step(policy(), keep=counts["keep"], offload=counts["offload"], only=only)
 
 
 def test_shortening_keeps_every_window() -> None:
@@ -96,10 +112,10 @@ def test_shortening_keeps_every_window() -> None:
     for _ in range(200):
         period = [generator.randrange(3) for _ in range(generator.randint(1, 6))]
         depth, keep = generator.randint(1, 60), generator.randint(0, 60)
-        classes = [(period[at % len(period)], at >= depth - keep) for at in range(depth)]
+        classes = classes_of([period[at % len(period)] for at in range(depth)], keep, generator.randint(0, depth))
         only = shorten(classes)
         assert only == sorted(set(only))
-        assert set(windows(only_classes(classes, only))) == set(windows(classes))
+        assert set(windows([classes[at] for at in only])) == set(windows(classes))
     assert shorten([0] * 80) == [0, 1, 79]
 
 
@@ -138,11 +154,11 @@ def test_shortening_to_what_is_wanted() -> None:
 def test_wanted_windows_of_fewer_blocks_are_the_same(keep: int, tmp_path: Path) -> None:
     """What estimates take from traces of a few windows is what a trace of all of them has."""
     made = stage("deepseek_v3", tmp_path)
-    classes = [(kind, at >= DEPTH - keep) for at, kind in enumerate(block_kinds(made.ready.model))]
+    classes = classes_of(block_kinds(made.ready.model), keep)
 
     def traced(only: list[int]) -> Pieces:
-        pieces, own = Pieces(), only_classes(classes, only)
-        pieces.add(own, segments(made.step(policy(), keep=sum(kept for _, kept in own), only=only), {}, "device"))
+        pieces, own = Pieces(), [classes[at] for at in only]
+        pieces.add(own, segments(step_of(made, own, only), {}, "device"))
         return pieces
 
     every = traced(shorten(classes))

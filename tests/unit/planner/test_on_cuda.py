@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from benchmarks.plan_accuracy import CUDA_LENGTHS, CUDA_SHAPES, describe_cuda, s
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.calibrate import Recording, recorded_events
 from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.trace import Event
 from tests.models import tiny_config
 from tests.unit.planner.on_cuda import Predicted, judge, predict
@@ -34,6 +36,25 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Predicted:
         {"model": str(folder), "data": data, "train": {"tokens_per_step": 768}, "policy": policy}
     )
     return predict(config, policy_of(config, 2), CARD, loss_tokens=256)
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"activations": "offload"},
+        {"activations": "offload", "keep_blocks": 1, "resident_blocks": 2, "optimizer_on": "host"},
+    ],
+    ids=["inputs", "all of it"],
+)
+def test_what_lies_below_is_planned_as_every_block_traced(pins: dict[str, Any], tmp_path: Path) -> None:
+    tiny_config("llama", num_hidden_layers=8).save_pretrained(tmp_path)
+    small = {"micro_batch_tokens": 256, "loss_chunk_tokens": 64}
+    keys = {"data": {"seq_len": 128}, "train": {"tokens_per_step": 512}, "adapter": {"rank": 64}}
+    config = RunConfig.from_dict({"model": str(tmp_path), "policy": {**small, **pins}, **keys})
+    plan = make_plan(config, device=CARD)
+    whole = predict(config, plan.policy, CARD, loss_tokens=256)
+    assert plan.predicted.allocated_peak_bytes == whole.allocated
+    assert plan.predicted.reserved_peak_bytes == whole.reserved
 
 
 def recording(predicted: Predicted, events: Sequence[Event], **changes: int | None) -> Recording:

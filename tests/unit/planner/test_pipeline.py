@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from lowmem_ft.planner.compose import Part, Place, Segment
-from lowmem_ft.planner.pipeline import streamed_seconds
+from lowmem_ft.planner.pipeline import Inputs, streamed_seconds
 
 DEPTH = 6
 
@@ -35,4 +35,25 @@ def step(seconds: float) -> list[Place]:
     ],
 )
 def test_seconds(streamed: Sequence[int], copy: float, expected: float) -> None:
-    assert streamed_seconds(step(1.0), dict.fromkeys(streamed, copy)) == pytest.approx(expected)
+    none = Inputs(range(0), copy, copy)
+    assert streamed_seconds(step(1.0), dict.fromkeys(streamed, copy), none) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "down", "up", "expected"),
+    [
+        (range(DEPTH), 1.0, 1.0, 12.0),  # hidden
+        (range(DEPTH), 3.0, 0.0, 22.0),  # five go down in 3 where work takes 1: the next block waits for each
+        (range(DEPTH), 0.0, 3.0, 22.0),  # and five come up
+        (range(2, 4), 3.0, 4.0, 17.0),  # of two one moves, while the block above works
+        (range(2, 3), 9.0, 9.0, 12.0),  # one alone stays
+    ],
+)
+def test_offloaded_inputs(blocks: range, down: float, up: float, expected: float) -> None:
+    assert streamed_seconds(step(1.0), {}, Inputs(blocks, down, up)) == pytest.approx(expected)
+
+
+def test_weights_and_inputs_share_the_link() -> None:
+    """In each direction 4 blocks and 5 inputs are copied, one after the other, and hide the work."""
+    both = streamed_seconds(step(1.0), dict.fromkeys(range(DEPTH), 10.0), Inputs(range(DEPTH), 10.0, 10.0))
+    assert 180.0 <= both <= 192.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.reserve import replayed
-from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.simulate import simulate, unseen_bytes
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime.tiers import PAGE
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_compose import DEEP, DEPTH
@@ -48,6 +50,56 @@ def test_streamed_blocks_are_weighed_as_simulated(name: str, streamed: int, tmp_
     assert made.evaluation_peak(asked) == whole.eval_peak
     held = [event.nbytes for event in whole.trace.events if event.phase == "load"]
     assert sorted(event.nbytes for event in made.base(asked)) == sorted(held)
+
+
+@pytest.mark.parametrize(("keep", "streamed"), [(0, 0), (4, 0), (0, DEPTH)])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_offloaded_inputs_are_weighed_as_simulated(name: str, keep: int, streamed: int, tmp_path: Path) -> None:
+    config, made = scales(name, tmp_path)
+    plain = policy(rows=2, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, streamed_blocks=streamed)
+    asked = replace(plain, recompute_blocks=0, offload_blocks=DEPTH - keep)
+    whole, weighed = simulate(config, asked, kind="cpu"), made.weigh(asked, timed=False)
+    assert weighed.allocated == whole.train_peak
+    assert made.evaluation_peak(asked) == whole.eval_peak
+    without, size = made.weigh(plain, timed=False), made.input_bytes(asked)
+    # all but the first two inputs, or all but the last where the peak is before backward
+    assert size * (DEPTH - keep - 2) - 2 * PAGE <= without.allocated - weighed.allocated <= size * (DEPTH - keep - 1)
+    assert without.seconds == pytest.approx(weighed.seconds, rel=0.03), "copies take no time here, views do"
+    estimate = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN)
+    assert abs(estimate.allocated / weighed.allocated - 1) < 0.02
+
+
+@pytest.mark.parametrize(("optimizer", "streamed"), [("adamw8bit", 0), ("adamw", DEPTH), ("paged_adamw", 0)], ids=str)
+def test_an_optimizer_on_the_host_is_weighed_as_simulated(optimizer: str, streamed: int, tmp_path: Path) -> None:
+    """The update marks no peak here, so that what is held decides; each piece that is held is one of the real ones."""
+    tiny_config("llama", **DEEP["llama"]).save_pretrained(tmp_path)
+    keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 8 * SEQ_LEN}, "adapter": {"rank": 64}}
+    config = RunConfig.from_dict({"model": str(tmp_path), **keys})
+    made = Scales(config, policy(optimizer=optimizer), kind="cuda", cost=lambda *_: 1e-6)
+    resident = policy(
+        rows=2, seq_len=SEQ_LEN, depth=DEPTH, streamed_blocks=streamed, optimizer=optimizer, accumulation=4
+    )
+    asked = replace(resident, optimizer_on="host")
+    whole, weighed = simulate(config, asked, kind="cuda"), made.weigh(asked)
+    assert weighed.allocated == max(whole.trace.curve("device")) + unseen_bytes(asked)
+    held = [event.nbytes for event in whole.trace.events if event.phase == "load" and event.tier == "device"]
+    assert sorted(event.nbytes for event in made.base(asked) if event.tier == "device") == sorted(held)
+    assert made.held_by(asked) == sum(held)
+    state = sum(it.nbytes for it in whole.trace.events if it.phase == "load" and it.tier == "host")
+    assert made.optimizer_stored(asked) == state
+    assert made.held_by(resident) > made.held_by(asked)
+    assert made.evaluation_peak(resident) - made.evaluation_peak(asked) == made.held_by(resident) - sum(held)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mpt", "opt", "gemma3"])
+def test_an_input_is_as_large_as_the_shelf_finds_it(name: str, tmp_path: Path) -> None:
+    tiny_config(name).save_pretrained(tmp_path)
+    keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 2 * SEQ_LEN}}
+    made = Scales(RunConfig.from_dict({"model": str(tmp_path), **keys}), policy(), kind="cpu", cost=lambda *_: 1e-6)
+    asked = policy(rows=2, seq_len=SEQ_LEN, depth=made.depth)
+    trace = made.stage.step(asked, keep=0, offload=made.depth)
+    found = [it.nbytes for it in trace.events if it.phase == "backward" and it.nbytes == made.input_bytes(asked) + PAGE]
+    assert len(found) == made.depth - 1, "the last one stays"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])

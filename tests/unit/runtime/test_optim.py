@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.planner.verify import allocator_events
 from lowmem_ft.runtime import optim
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.optim import AdamW, join_bf16, split_bf16
@@ -228,6 +230,47 @@ def test_same_way_without_data(bits: Any, paged: bool) -> None:
     state = optimizer.state[owned[0]]
     assert state["step"] == 1
     assert state["state1"].device.type == ("cpu" if paged else "meta"), "paged moments count as host memory"
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_the_host_results_are_the_same(bits: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and so is going on from the state of an optimizer on the device. Values are copied down and up where
+    the device is a CPU, too."""
+    monkeypatch.setattr(optim, "SLICE", 512)
+    here, below = parameters(dtype), parameters(dtype)
+    resident, offloaded = AdamW(here, bits=bits, **SETTINGS), AdamW(below, bits=bits, on_host=True, **SETTINGS)
+    run(resident, here, range(5))
+    run(offloaded, below, range(5))
+    assert all(torch.equal(a, b) for a, b in zip(here, below, strict=True))
+    again = [nn.Parameter(p.detach().clone()) for p in here]
+    resumed = AdamW(again, bits=bits, on_host=True, lr=1.0)
+    resumed.load_state({name: it.clone() for name, it in resident.state_tensors().items()}, resident.state_meta())
+    run(resident, here, range(5, 8))
+    run(resumed, again, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(here, again, strict=True))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_the_host_nothing_is_on_the_device(bits: Any, dtype: torch.dtype) -> None:
+    owned = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in SHAPES]
+    optimizer = AdamW(owned, lr=1e-3, bits=bits, on_host=True)
+    assert {it.device.type for it in optimizer.held()} == {"cpu"}
+    optimizer.step(gradient=lambda parameter: torch.empty(parameter.shape, device="meta"))
+    resident = AdamW(parameters(dtype), lr=1e-3, bits=bits)
+    sizes = [sorted(it.nbytes for it in one.held()) for one in (optimizer, resident)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_update_on_the_host_takes_little_beside_its_state(bits: Any, dtype: torch.dtype) -> None:
+    owned, gradient = [nn.Parameter(torch.ones(2 << 20, dtype=dtype))], torch.ones(2 << 20)
+    optimizer = AdamW(owned, lr=1e-3, bits=bits, on_host=True)
+    taken = max(accumulate(allocator_events(lambda: optimizer.step(gradient=lambda _: gradient))))
+    gradients = 4 * optim.SLICE  # which come from elsewhere, where the device is none of the host's memory
+    assert taken + gradients <= optim.HOST_WORK_BYTES
 
 
 def test_paging_on_the_cpu_is_a_warning() -> None:

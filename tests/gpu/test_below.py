@@ -1,0 +1,90 @@
+"""What lies below a card: the optimizer's state, and inputs of blocks, as a plan says."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem_ft.assemble import assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.step import train_step
+from tests.gpu import run_alone
+from tests.models import save_tiny
+from tests.unit.planner.on_cuda import judge, measure, predict
+from tests.unit.runtime.test_optim import SETTINGS, gradients, parameters
+
+pytestmark = pytest.mark.gpu
+SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "max_position_embeddings": 1024}
+PINS: dict[str, dict[str, Any]] = {
+    "offload": {"activations": "offload"},
+    "offload and stream": {"activations": "offload", "resident_blocks": 2, "keep_blocks": 1},
+    "optimizer": {"activations": "recompute", "optimizer_on": "host"},
+}
+
+
+def config(folder: Path, policy: dict[str, Any]) -> RunConfig:
+    keys = {"data": {"seq_len": 512}, "train": {"tokens_per_step": 2048}, "adapter": {"rank": 64}}
+    pins = {"micro_batch_tokens": 1024, "loss_chunk_tokens": 128, **policy}
+    model = save_tiny("llama", folder / "model", **SIZES)
+    return RunConfig.from_dict({"model": str(model), "output": str(folder / "run"), "policy": pins, **keys})
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_host_updates_as_it_updates_its_own(bits: Any, dtype: torch.dtype) -> None:
+    own = parameters(dtype)
+    on_card = [nn.Parameter(it.detach().cuda()) for it in own]
+    before = torch.cuda.memory_allocated()
+    there, here = AdamW(on_card, bits=bits, on_host=True, **SETTINGS), AdamW(own, bits=bits, **SETTINGS)
+    assert torch.cuda.memory_allocated() == before
+    for step in range(10):
+        given = gradients(step)
+        here.step(gradient=dict(zip(own, given, strict=True)).__getitem__)
+        there.step(gradient={it: one.cuda() for it, one in zip(on_card, given, strict=True)}.__getitem__)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(own, on_card, strict=True))
+
+
+def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
+    settings = config(tmp_path, {"activations": "recompute"})
+    chosen = make_plan(settings, device=find_device("cuda")).policy
+    batches, said = full_batches(settings, chosen, vocabulary=100), []
+    for place in ("device", "host"):
+        torch.manual_seed(0)
+        ready = assemble(settings, replace(chosen, optimizer_on=place), torch.device("cuda"))
+        losses = [train_step(ready, batches, lr=1e-3).loss for _ in range(3)]
+        said.append((losses, [it.detach().float() for it in ready.trainable.values()]))
+    assert said[0][0][0] == said[1][0][0], "before any update"
+    # the kernels of card and host round differently
+    assert said[0][0] == pytest.approx(said[1][0], rel=1e-3)
+    for a, b in zip(said[0][1], said[1][1], strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_it_takes_what_was_planned(name: str) -> None:
+    run_alone("tests.gpu.test_below", name, expandable=False)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        settings, card = config(Path(folder), PINS[sys.argv[1]]), find_device("cuda")
+        plan = make_plan(settings, device=card)
+        batches = full_batches(settings, plan.policy, vocabulary=100)
+        predicted = predict(settings, plan.policy, card, loss_tokens=batches[0].loss_tokens)
+        one = judge(predicted, *measure(settings, plan.policy, card, batches))
+        print(one)
+        assert plan.predicted.allocated_peak_bytes >= one["allocated_bytes"]
+        assert plan.predicted.reserved_peak_bytes >= one["reserved_bytes"]
+        for kind in ("allocated", "reserved"):
+            assert 0.0 <= one[f"{kind}_error"] <= 0.03, (kind, one["first_difference"])

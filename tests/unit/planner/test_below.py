@@ -1,0 +1,141 @@
+"""Plans with weights, inputs or the optimizer below the device: chosen by need, and counted where they lie."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_ft.core.plan import Plan
+from lowmem_ft.planner.answer import write_plan
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.reserve import process_peak
+from lowmem_ft.planner.search import Search
+from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.runtime.optim import HOST_WORK_BYTES
+from lowmem_ft.runtime.shelf import SLOTS
+from tests.models import save_tiny
+from tests.unit.planner.test_solver import CARD, DEEP, DEVICE, LARGE_ADAPTER, config
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deep")
+    return save_tiny("llama", folder, hidden_size=128, intermediate_size=384, num_hidden_layers=DEEP)
+
+
+@pytest.mark.parametrize("pins", [{}, {"resident_blocks": DEEP, "keep_blocks": 1}], ids=["streamed", "resident"])
+def test_what_lies_below_fills_the_gap(deep: Path, pins: dict[str, Any]) -> None:
+    """Below what resident blocks that keep or recompute need the plan streams or offloads, and of all numbers of blocks
+    it takes the fastest that fits."""
+    settings = config(deep, policy={"loss_chunk_tokens": 32, "micro_batch_tokens": 128, **pins})
+    search, exact = Search(settings, DEVICE, 4), []
+    policy, streams = search.least, (0,) if pins else (0, *range(3, DEEP + 1))
+    for keep in search.scales.keep:
+        for offload in {0, DEEP - keep if DEEP - keep > SLOTS else 0}:
+            weighed = search.scales.weigh(search._blocks(policy, keep, streamed=0, offload=offload))
+            for streamed in streams:
+                other = search._blocks(policy, keep, streamed=streamed, offload=offload)
+                changed = search.scales._weighed(other, weighed.places)
+                exact.append((process_peak(DEVICE, search.scales, changed).process, changed.seconds, other))
+    plain = [size for size, _, other in exact if not other.streamed_blocks + other.offload_blocks]
+    least, needed = min(size for size, _, _ in exact), min(plain)
+    assert least < needed - 2**16
+    for budget in (least, (least + needed) // 2):
+        plan = write_plan(search.best(budget))
+        assert plan.fits
+        assert plan.predicted.step_seconds <= 1.05 * min(seconds for size, seconds, _ in exact if size <= budget)
+        assert plan.policy.streamed_blocks >= 3 or plan.policy.offload_blocks
+        assert plan.policy.stream_from == "disk" or not plan.policy.streamed_blocks
+        assert plan.predicted.disk_bytes > 0
+    refused = write_plan(search.best(least - 2**12))
+    assert not refused.fits
+    assert refused.predicted.process_peak_bytes == least
+    assert refused.policy.streamed_blocks == (0 if pins else DEEP)
+    assert refused.policy.offload_blocks > 0
+    roomy = search.best(max(plain) + 2**20).weighed.policy
+    assert roomy.streamed_blocks == roomy.offload_blocks == 0
+
+
+def test_offloading_is_pinned_and_counted_where_inputs_lie(deep: Path) -> None:
+    def planned(device: Device, **pins: Any) -> Plan:
+        small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "resident_blocks": DEEP}
+        return make_plan(config(deep, policy={**small, **pins}), device=device)
+
+    one = 128 * 128 * 2  # tokens x features, in 16 bits
+    offload, plain = planned(DEVICE, activations="offload", keep_blocks=2), planned(DEVICE, keep_blocks=2)
+    assert (offload.policy.keep_blocks, offload.policy.recompute_blocks) == (2, 0)
+    assert offload.to_dict()["policy"]["offload_blocks"] == DEEP - 2
+    assert f"{DEEP - 2} offload" in offload.policy.describe()
+    assert offload.predicted.disk_bytes - plain.predicted.disk_bytes == (DEEP - 3) * one
+    assert offload.predicted.allocated_peak_bytes < plain.predicted.allocated_peak_bytes - one
+    card = planned(CARD, activations="offload")
+    below = (DEEP - 1) * one
+    assert [it["pinned_bytes"] for it in card.phases.values()] == [0, below, below, below, 0]
+    assert card.predicted.pinned_bytes == below
+    taken = [plan.phases["train"]["host_bytes"] for plan in (card, planned(CARD, activations="recompute"))]
+    assert taken[0] - taken[1] == below
+
+
+def test_nothing_is_offloaded_to_a_host_without_room(deep: Path) -> None:
+    small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "resident_blocks": DEEP}
+    roomy = make_plan(config(deep, policy=small, budget={"memory": 1}), device=CARD)
+    assert roomy.policy.offload_blocks >= DEEP - 1
+    bare = make_plan(config(deep, policy={**small, "activations": "recompute"}), device=CARD)
+    tight = {"memory": 1, "host": bare.predicted.host_peak_bytes}
+    plan = make_plan(config(deep, policy=small, budget=tight), device=CARD)
+    assert plan.policy.offload_blocks == 0
+    assert not plan.host_binds
+
+
+def test_streaming_from_the_host_while_it_has_room(deep: Path) -> None:
+    """Beside a card blocks lie in host RAM if its budget allows it, else on disk; either is counted where it lies."""
+
+    def planned(**sections: Any) -> Plan:
+        pinned = {"resident_blocks": 0, "micro_batch_tokens": 128, "loss_chunk_tokens": 32, "activations": "keep"}
+        sections["policy"] = {**pinned, **sections.get("policy", {})}
+        return make_plan(config(deep, **sections), device=CARD)
+
+    host, disk = planned(), planned(budget={"host": CARD.host_process_bytes + 2**18})
+    pinned = planned(policy={"stream_from": "disk"})
+    assert (host.policy.stream_from, disk.policy.stream_from, pinned.policy.stream_from) == ("host", "disk", "disk")
+    stored = host.predicted.pinned_bytes
+    assert host.predicted.host_peak_bytes - pinned.predicted.host_peak_bytes == stored - pinned.predicted.pinned_bytes
+    assert pinned.predicted.disk_bytes - host.predicted.disk_bytes == stored
+    assert 0 < pinned.predicted.pinned_bytes < stored
+    assert host.predicted.allocated_peak_bytes == pinned.predicted.allocated_peak_bytes
+
+
+def test_an_optimizer_on_the_host_where_nothing_else_fits(deep: Path) -> None:
+    """And where it is pinned; the plan counts its state on the host then, and is slower."""
+    small = {"micro_batch_tokens": 128, "loss_chunk_tokens": 32, "activations": "recompute", "resident_blocks": DEEP}
+
+    def search(pins: dict[str, Any], **budget: int) -> Search:
+        settings = config(deep, **LARGE_ADAPTER, policy={**small, **pins}, budget=budget)
+        return Search(settings, CARD, 4)
+
+    device, host = (write_plan(search({"optimizer_on": place}).best(CARD.free_bytes)) for place in ("device", "host"))
+    needed, least = (plan.predicted.process_peak_bytes for plan in (device, host))
+    state = device.breakdown["optimizer"]
+    assert host.breakdown["optimizer"] == 0
+    assert sum(host.breakdown.values()) == least
+    assert 0.9 * state <= device.predicted.allocated_peak_bytes - host.predicted.allocated_peak_bytes <= state
+    for name in ("load", "train", "eval"):
+        more = host.phases[name]["host_bytes"] - device.phases[name]["host_bytes"]
+        assert state <= more <= state + HOST_WORK_BYTES
+    assert host.phases["save"]["host_bytes"] == device.phases["save"]["host_bytes"], "what is copied is no more"
+    assert device.predicted.step_seconds < host.predicted.step_seconds
+
+    free = search({})
+    assert free.best(needed).weighed.policy == device.policy
+    for budget in (least, needed - 1):
+        answer = free.best(budget)
+        assert answer.fits
+        assert answer.weighed.policy == host.policy
+        assert answer.process == least
+    assert "adamw on the host" in host.policy.describe()
+    nothing = free.best(least - 1)
+    assert not nothing.fits
+    assert nothing.process == least
+    bound = search({}, host=device.predicted.host_peak_bytes).best(needed - 1)
+    assert not bound.fits
+    assert bound.weighed.policy.optimizer_on == "device", "the host has no room for it"

@@ -1,0 +1,96 @@
+"""Inputs on their way down and up: in which order, and after passes that were aborted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem_ft.runtime.shelf import Shelf
+
+COUNT, SHAPE = 4, (3, 1000)
+
+
+class Recorded:
+    """A tier that copies only when it is waited for, and says what it was asked."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.blocks = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        self.said: list[str] = []
+
+    def write(self, block: int, offset: int, tensor: Tensor) -> None:
+        raise AssertionError("nothing is loaded to a shelf")
+
+    def store(self, block: int, tensor: Tensor) -> tuple[str, Tensor, Tensor]:
+        self.said.append(f"down {block}")
+        data = tensor.view(-1).view(torch.uint8)
+        return f"is down {block}", data, self.blocks[block][: data.numel()]
+
+    def start(self, block: int, slot: Tensor) -> tuple[str, Tensor, Tensor]:
+        self.said.append(f"up {block}")
+        return f"is up {block}", self.blocks[block], slot
+
+    def wait(self, copy: tuple[str, Tensor, Tensor]) -> None:
+        text, source, target = copy
+        self.said.append(text)
+        target.copy_(source)
+
+
+def shelf_and_tiers(count: int = COUNT) -> tuple[Shelf, list[Recorded]]:
+    tiers: list[Recorded] = []
+
+    def open_tier(sizes: list[int]) -> Recorded:
+        tiers.append(Recorded(sizes))
+        return tiers[-1]
+
+    return Shelf(count, open_tier), tiers
+
+
+def inputs(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator) for _ in range(COUNT)]
+
+
+def take(shelf: Shelf, place: int) -> Tensor:
+    return shelf.take(place, torch.Size(SHAPE), torch.float32, torch.device("cpu"))
+
+
+def test_they_go_down_one_by_one_and_come_up_one_ahead() -> None:
+    shelf, tiers = shelf_and_tiers()
+    given = inputs(0)
+    for place, tensor in enumerate(given):
+        shelf.put(place, tensor)
+    found = [take(shelf, place) for place in reversed(range(COUNT))]
+    assert found[0].data_ptr() == given[-1].data_ptr(), "the last one stays"
+    assert all(torch.equal(a, b) for a, b in zip(reversed(found), given, strict=True))
+    (tier,) = tiers
+    assert len(tier.blocks) == COUNT - 1
+    assert tier.said == [
+        *("down 0", "is down 0", "down 1", "is down 1", "down 2", "is down 2"),
+        *("up 2", "up 1", "is up 2", "up 0", "is up 1", "is up 0"),
+    ]
+
+
+def test_after_an_aborted_pass() -> None:
+    """What was on its way is waited for first, forward or backward: its memory may go to somebody else then."""
+    shelf, tiers = shelf_and_tiers()
+    for place, tensor in enumerate(inputs(1)[:2]):
+        shelf.put(place, tensor)
+    for place, tensor in enumerate(inputs(2)):
+        shelf.put(place, tensor)
+    assert tiers[0].said[2:5] == ["down 1", "is down 1", "down 0"]
+    take(shelf, COUNT - 1)
+    assert tiers[0].said[-1] == "up 2"
+    given = inputs(3)
+    for place, tensor in enumerate(given):
+        shelf.put(place, tensor)
+    assert tiers[0].said.count("is up 2") == 1
+    for place in reversed(range(COUNT)):
+        assert torch.equal(take(shelf, place), given[place])
+
+
+def test_one_alone_needs_no_tier() -> None:
+    shelf, tiers = shelf_and_tiers(1)
+    (tensor, *_) = inputs(0)
+    shelf.put(0, tensor)
+    assert take(shelf, 0).data_ptr() == tensor.data_ptr()
+    assert not tiers
