@@ -93,10 +93,10 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[cell.strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in html.split("<tr>")[2:]]
     answers = {(row[0], row[1][:8]): row[2] for row in rows}
     assert answers == {
-        ("Qwen3-0.6B", "2.6 GB o"): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
-        ("Mistral-7B", "2.6 GB o"): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
+        ("Qwen3-0.6B", "2 GB of "): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
+        ("Mistral-7B", "2 GB of "): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
         ("Mistral-7B", "RTX 4090"): "fits",
-        ("Llama-3.1-8B", "2.6 GB o"): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
+        ("Llama-3.1-8B", "2 GB of "): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
         ("Llama-3.1-8B", "RTX 4090"): "fits",
     }  # fmt: skip
     assert [row[-1] for row in rows if row[1].startswith("RTX 4090")] == ["28 of 28", "32 of 32", "32 of 32"]
@@ -111,7 +111,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed.startswith("data.seq_len=1024")
     assert " fits rtx-3060-12gb: peak" in changed
     assert "Nothing fits the budget." in text_of(outputs["error"])
-    assert "at least 4." in text_of(outputs["error"])
+    assert "at least 3." in text_of(outputs["error"])
     hours = re.findall(r"(\S+) +RTX (?:3060|4090).* ([\d.]+) hours +([\d.]+)", text_of(outputs["hours"]))
     assert [name for name, *_ in hours] == ["Qwen3-0.6B"] * 2 + ["Mistral-7B"] * 2 + ["Llama-3.1-8B"] * 2
     assert all(float(cost) > 0 for *_, cost in hours)

@@ -8,6 +8,7 @@ import pytest
 from lowmem_ft.assemble import assemble
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
+from lowmem_ft.trainer.recovery import Recovery
 from tests.unit.trainer.test_loop import config, data
 
 __all__ = ["data"]  # the fixture
@@ -73,4 +74,4 @@ def test_train_and_load_again(data: Path, name: str) -> None:
     settings = run.plan.run_config
     examples = loop.read_split(settings, str(settings.data.eval), QUIET)
     ready = assemble(settings, run.plan.policy, loop.device_of(run.plan), adapter=run.adapter, optimizer=False)
-    assert loop.evaluate(ready, settings, run.plan, examples, QUIET) == run.eval_loss
+    assert loop.evaluate(Recovery(ready, run.plan.policy), settings, examples, QUIET) == run.eval_loss
