@@ -186,8 +186,9 @@ def main() -> None:
         "rank": RANK,
         "results": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    from output import leave  # beside this file, where scripts are run
+
+    leave(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import re
@@ -80,12 +79,9 @@ def main() -> None:
         "within_limits": all(found[name] <= limit for name, limit in LIMITS.items() if name in found),
         **found,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        from lowmem_ft.core.files import write_text
+    from output import leave  # beside this file, where scripts are run
 
-        write_text(options.out, text + "\n")
+    leave(result, options.out)
 
 
 if __name__ == "__main__":

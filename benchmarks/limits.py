@@ -126,12 +126,9 @@ def main() -> None:
         "peers": PEERS,
         "plans": found,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        from lowmem_ft.core.files import write_text
+    from output import leave  # beside this file, where scripts are run
 
-        write_text(options.out, text + "\n")
+    leave(result, options.out)
 
 
 if __name__ == "__main__":

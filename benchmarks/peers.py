@@ -396,13 +396,9 @@ def main() -> None:
         print(json.dumps(write_model(task) if task.side == "write" else measure(task)))
         return
     result = benchmark(options) if options.losses is None else compare_losses_again(options.losses, options)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        from lowmem_ft.core.files import write_text
+    from output import leave  # beside this file, where scripts are run
 
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.out, text + "\n")
+    leave(result, options.out)
 
 
 if __name__ == "__main__":

@@ -68,12 +68,9 @@ def main() -> None:
         print(json.dumps(train_here(json.loads(options.child.read_text()))))
         return
     result = benchmark(options) if on_cpu else benchmark_cuda(options)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        from lowmem_ft.core.files import write_text
+    from output import leave  # beside this file, where scripts are run
 
-        write_text(options.out, text + "\n")
+    leave(result, options.out)
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:

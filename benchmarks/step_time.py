@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import random
@@ -160,12 +159,9 @@ def main() -> None:
         "largest_error": off[-1],
         "configurations": found,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        from lowmem_ft.core.files import write_text
+    from output import leave  # beside this file, where scripts are run
 
-        write_text(options.out, text + "\n")
+    leave(result, options.out)
 
 
 if __name__ == "__main__":
