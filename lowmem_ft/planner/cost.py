@@ -146,10 +146,9 @@ class CostModel:
         converted = rows * inner * left + inner * columns * top + rows * columns
         again = 0 if c is None else rows * columns + (rows * inner if by is not None else 0)  # memory binds there
         moved = _BYTES_PER_CONVERTED * converted + _BYTES_PER_SUMMED * again
-        calls = _CALLS_PER_TILE * top * left * along * self._rates.call
-        return (
-            work / self._rates.products.get(torch.float32, self._rates.loops) + moved / self._rates.elementwise + calls
-        )
+        calls = _CALLS_PER_TILE * top * left * along + (0 if c is None else top * (left + along + 1))
+        multiplied = work / self._rates.products.get(torch.float32, self._rates.loops)
+        return multiplied + moved / self._rates.elementwise + calls * self._rates.call
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner import cost
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.simulate import Stage
@@ -72,6 +73,22 @@ def test_bytes_calls_and_views() -> None:
         (aten.new_empty.default, (meta(4), [1 << 20])),
     ):
         assert seconds(func, *args, elementwise=1e-9, call=1.0) == 0, func
+
+
+def test_products_that_a_processor_does_in_fp32_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles of rows and three of columns, whose parts are converted, with a product of low rank."""
+    monkeypatch.setattr(cost, "multiplies", lambda dtype: False)
+    n, k, m, r = 2048, 512, 3072, 4
+    operands = (meta(n, m), meta(n, k), meta(k, m), None, meta(n, r), meta(k, r), meta(r, m), 1.0)
+
+    def of(**rates: Any) -> float:
+        model = CostModel(Rates(**{**FREE, **rates}), kind="cpu")
+        return model.seconds(torch.ops.lowmem_ft.product.default, operands, {}, None)
+
+    work = 2 * n * k * m + 2 * n * r * (k + m)
+    assert of(products={torch.float32: 1.0}) == pytest.approx(work)
+    assert of(elementwise=1.0) == pytest.approx(6 * (3 * n * k + 2 * k * m + n * m) + 8 * (n * m + n * k))
+    assert of(call=1.0) == pytest.approx(1 + 4 * 6 + 2 * (3 + 1 + 1))
 
 
 def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:
