@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import DataError, LowMemError
-from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.isolation import attention_inputs
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime.blocks import causal_model, find_decoder
@@ -139,10 +138,6 @@ def update(ready: Ready, found: Gradients, *, lr: float, resume: bool = False) -
     if found.finite:
         optimizer.set_lr(lr)
         (optimizer.resume if resume else optimizer.step)(gradient=accumulator.gradient)
-    if ready.device.type == "cpu":
-        # the holes that a step leaves in glibc's heap would grow from step to step: TinyLlama at 512 tokens peaked at
-        # 1264, 1342 and 1354 MiB in its first steps without this, at 1274 and 1254 MiB with it
-        release_freed_memory()
     return StepResult(
         loss=found.loss,
         tokens=found.tokens,

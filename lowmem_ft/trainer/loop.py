@@ -18,6 +18,7 @@ from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble, load_tokenizer
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
@@ -223,6 +224,10 @@ class _Loop:
         )
         repeated = self.recovery.repeated
         result = self.recovery.step(next(loader), lr=rate)
+        if self.ready.device.type == "cpu":
+            # the holes that a step leaves in glibc's heap would grow from step to step: TinyLlama at 512 tokens peaked
+            # at 1264, 1342 and 1354 MiB in its first steps without this, at 1274 and 1254 MiB with it
+            release_freed_memory()
         seconds = time.perf_counter() - start
         self.step += 1
         self.folder.log(

@@ -197,7 +197,7 @@ def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
     """Out of memory once in step 2, and in step 3 always, until more of it is there."""
     # nothing to retreat to that sums in another order
     smallest = {"micro_batch_tokens": 64, "loss_chunk_tokens": 32, "activations": "recompute"}
-    settings = {"policy": smallest, "train": {"steps": 4}}
+    settings = {"policy": smallest, "train": {"steps": 3, "tokens_per_step": 128}, "data": {"eval": None}}
     whole = loop.train(config(data, "whole", **settings), reporter=QUIET)
     original, calls = recovery.sum_gradients, itertools.count(1)
 

@@ -20,6 +20,7 @@ from lowmem_ft.data.loader import BatchLoader, MicroBatches
 from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.runtime.memory import process_bytes
 from lowmem_ft.step import StepResult
+from lowmem_ft.trainer import recovery
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery, is_out_of_memory
 from tests.failing import Failing
 from tests.models import save_tiny
@@ -107,7 +108,9 @@ def test_whichever_allocation_fails_the_step_gives_the_same_bits(
     depth: int, rows: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One micro-batch of a block that recomputes, and two of one that does beside one that keeps."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # or it would take more time than the steps
+    # or these would take more time than the steps
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(recovery, "release_freed_memory", lambda: None)
     model = save_tiny("llama", tmp_path / "llama", num_hidden_layers=depth)
     of = policy(rows=rows, seq_len=LENGTH, depth=depth, keep=depth - 1, accumulation=ROWS // rows)
     trained = Trained(model, of)
@@ -226,6 +229,7 @@ def test_an_update_that_stops_goes_on_where_it_stopped(model: Path, monkeypatch:
 
 def test_evaluation_is_done_again_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(recovery, "release_freed_memory", lambda: None)
     trained = Trained(model, planned())
     loss = trained.recovery.evaluate(trained.batches, lambda done, total: None)
     with Failing() as failing:
