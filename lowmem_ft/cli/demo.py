@@ -23,7 +23,7 @@ from lowmem_ft.report.tables import memory_table, plan_table
 from lowmem_ft.trainer import loop
 
 QUESTIONS = 3
-STEPS = 100
+STEPS = 60
 
 
 def demo_config(assets: Path, out: Path, budget: str) -> RunConfig:
@@ -37,7 +37,7 @@ def demo_config(assets: Path, out: Path, budget: str) -> RunConfig:
                 "eval": str(assets / "whatis-eval.jsonl"),
                 "seq_len": 256,
             },
-            "train": {"tokens_per_step": 1024, "steps": STEPS, "lr": 2e-3, "eval_every": 50, "save_every": 50},
+            "train": {"tokens_per_step": 1024, "steps": STEPS, "lr": 2e-3, "eval_every": 30, "save_every": 30},
             "output": str(out),
         }
     )
