@@ -55,28 +55,31 @@ def allowed_share(total: int, budget: int, *, beside: int, free: int) -> float:
 class Watch:
     """Raises OverBudgetError within a step if the process has taken more than `budget` bytes since the last reset.
 
-    It looks whenever a block begins its forward, and whenever one has the first of its gradients.
+    It looks whenever a block begins its forward, and whenever one has the first of its gradients. What was taken before
+    it was made does not count.
 
     Attributes:
-        peak: the most that was seen when the budget was crossed; 0 while it was not.
+        peak: the most that was seen beyond the budget; 0 while it was not crossed.
     """
 
     def __init__(self, model: nn.Module, budget: int) -> None:
-        self.budget, self.peak = budget, 0
+        self.budget, self.peak, self._resets = budget, 0, True
         blocks = find_blocks(model)[1]
         self._handles: list[RemovableHandle] = [block.register_forward_pre_hook(self._look) for block in blocks]
         for block in blocks:
             trained = next((parameter for parameter in block.parameters() if parameter.requires_grad), None)
             if trained is not None:
                 self._handles.append(trained.register_post_accumulate_grad_hook(self._look))  # type: ignore[no-untyped-call]
-        self.reset()
+        before = process_peak_bytes()
+        if before > budget:  # else there is no need to forget what loading took
+            self.peak = before
+            self.reset()
 
     def reset(self) -> None:
         """Count from now on."""
         self._resets = reset_process_peak()
 
-    def check(self) -> None:
-        """Raises OverBudgetError if the budget has been crossed."""
+    def _look(self, *_: Any) -> None:
         taken = process_peak_bytes() if self._resets else process_bytes()
         if taken > self.budget:
             self.peak = max(self.peak, taken)
@@ -87,6 +90,3 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _look(self, *_: Any) -> None:
-        self.check()

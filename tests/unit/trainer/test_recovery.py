@@ -263,9 +263,8 @@ def test_crossing_the_budget_is_seen_and_mended(model: Path) -> None:
     plain = Trained(model, planned())
     expected, _ = plain.step()
     trained = Trained(model, planned())
-    watch = trained.recovery._watch = Watch(trained.ready.model, 1 << 50)
     torch.set_rng_state(plain.begin["random"])
-    watch.budget = process_bytes() + (64 << 20)
+    watch = trained.recovery._watch = Watch(trained.ready.model, process_bytes() + (64 << 20))
     spoilt = iter([128 << 20])
 
     def spoil(*_: Any) -> None:
