@@ -186,7 +186,7 @@ def main() -> None:
         "rank": RANK,
         "results": rows,
     }
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(record, arguments.out)
 

@@ -1,11 +1,24 @@
-"""What a benchmark leaves."""
+"""What benchmarks have in common: how they begin on a CPU, and what they leave."""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def on_cpu(threads: int) -> None:
+    """Let this process and its children compute on so many threads of the CPU, as runs do; before torch is imported."""
+    os.environ.update({"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    warnings.simplefilter("ignore")
+
+    from lowmem_ft.core.host import prefer_huge_pages
+
+    prefer_huge_pages()
 
 
 def leave(result: Mapping[str, Any], out: Path | None) -> None:

@@ -79,7 +79,7 @@ def main() -> None:
         "within_limits": all(found[name] <= limit for name, limit in LIMITS.items() if name in found),
         **found,
     }
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -191,13 +190,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models and runs go; by default a temporary folder")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
-    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.simplefilter("ignore")
+    from common import leave, on_cpu  # beside this file, where scripts are run
 
-    from lowmem_ft.core.host import prefer_huge_pages
-
-    prefer_huge_pages()
+    on_cpu(options.threads)
     import torch
     import transformers
 
@@ -212,8 +207,6 @@ def main() -> None:
             "slowdown": slowdowns(folder, options.tokens),
             "budget": in_budget(folder, options.models, options.steps),
         }
-    from output import leave  # beside this file, where scripts are run
-
     leave(result, options.out)
 
 

@@ -126,7 +126,7 @@ def main() -> None:
         "peers": PEERS,
         "plans": found,
     }
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

@@ -396,7 +396,7 @@ def main() -> None:
         print(json.dumps(write_model(task) if task.side == "write" else measure(task)))
         return
     result = benchmark(options) if options.losses is None else compare_losses_again(options.losses, options)
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

@@ -68,7 +68,7 @@ def main() -> None:
         print(json.dumps(train_here(json.loads(options.child.read_text()))))
         return
     result = benchmark(options) if on_cpu else benchmark_cuda(options)
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

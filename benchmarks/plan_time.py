@@ -135,7 +135,7 @@ def main() -> None:
         "of": len(found),
         "plans": found,
     }
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +119,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
-    os.environ.update({"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.simplefilter("ignore")
+    from common import leave, on_cpu  # beside this file, where scripts are run
 
-    from lowmem_ft.core.host import prefer_huge_pages
-
-    prefer_huge_pages()
+    on_cpu(options.threads)
     import torch
 
     from lowmem_ft.planner.device import find_device
@@ -159,8 +154,6 @@ def main() -> None:
         "largest_error": off[-1],
         "configurations": found,
     }
-    from output import leave  # beside this file, where scripts are run
-
     leave(result, options.out)
 
 

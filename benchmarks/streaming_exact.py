@@ -51,7 +51,7 @@ def main() -> None:
         "equal": len(rows) - len(differing),
         "differing": differing,
     }
-    from output import leave  # beside this file, where scripts are run
+    from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
 

@@ -66,22 +66,6 @@ class StepResult:
     skipped: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gradients:
-    """What a step knows once its gradients lie summed and clipped in the accumulator.
-
-    Attributes:
-        loss, tokens, loss_tokens, grad_norm: as in `StepResult`.
-        finite: whether loss and gradients are, so that there is an update to make.
-    """
-
-    loss: float
-    tokens: int
-    loss_tokens: int
-    grad_norm: float
-    finite: bool
-
-
 def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
 
@@ -91,12 +75,15 @@ def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResu
         DataError: no position of the step is in the loss.
         LowMemError: loss or gradients are not finite, and there is no loss scale to lower. Nothing was updated.
     """
-    return update(ready, sum_gradients(ready, batches), lr=lr)
+    result = sum_gradients(ready, batches)
+    if not result.skipped:
+        update(ready, lr=lr)
+    return result
 
 
-def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> Gradients:
-    """The first part of `train_step`, after which no weight has changed yet. It can be done again from its beginning,
-    also after one that an error has ended."""
+def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> StepResult:
+    """The first part of `train_step`: gradients lie in the accumulator then, and no weight has changed yet. It can be
+    done again from its beginning, also after one that an error has ended."""
     head, accumulator = ready.head, ready.accumulator
     assert accumulator is not None, "assembled without training"
     counts = [batch.loss_tokens for batch in batches]
@@ -123,11 +110,11 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> Gradients:
             fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
         )
     tokens = sum(batch.tokens for batch in batches)
-    return Gradients(loss=loss, tokens=tokens, loss_tokens=loss_tokens, grad_norm=grad_norm, finite=finite)
+    return StepResult(loss=loss, tokens=tokens, loss_tokens=loss_tokens, grad_norm=grad_norm, skipped=not finite)
 
 
-def update(ready: Ready, found: Gradients, *, lr: float, resume: bool = False) -> StepResult:
-    """The second part of `train_step`.
+def update(ready: Ready, *, lr: float, resume: bool = False) -> None:
+    """The second part of `train_step`, which is left out where the first has `skipped` it.
 
     Args:
         resume: go on with an update that an error has ended, where it ended.
@@ -135,16 +122,8 @@ def update(ready: Ready, found: Gradients, *, lr: float, resume: bool = False) -
     optimizer, accumulator = ready.optimizer, ready.accumulator
     assert optimizer is not None, "assembled without training"
     assert accumulator is not None, "assembled without training"
-    if found.finite:
-        optimizer.set_lr(lr)
-        (optimizer.resume if resume else optimizer.step)(gradient=accumulator.gradient)
-    return StepResult(
-        loss=found.loss,
-        tokens=found.tokens,
-        loss_tokens=found.loss_tokens,
-        grad_norm=found.grad_norm,
-        skipped=not found.finite,
-    )
+    optimizer.set_lr(lr)
+    (optimizer.resume if resume else optimizer.step)(gradient=accumulator.gradient)
 
 
 @torch.no_grad()

@@ -70,9 +70,7 @@ def save_checkpoint(
     """
     tensors = {f"weights/{name}": parameter.data for name, parameter in weights.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    tensors |= random_state()
     path = folder / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"state": json.dumps({"step": step, **meta})})
     for old in checkpoints(folder)[:-retain]:
@@ -116,8 +114,14 @@ def restore_weights(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, T
             parameter.copy_(saved[name])
 
 
+def random_state() -> dict[str, Tensor]:
+    """Where the generators of random numbers are, under the names of a checkpoint."""
+    found = {"random/cpu": torch.get_rng_state()}
+    return {**found, "random/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else found
+
+
 def restore_random(tensors: Mapping[str, Tensor]) -> None:
-    """Set the generators of random numbers to where the checkpoint was made."""
+    """Set the generators of random numbers to where `random_state` was asked for."""
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])

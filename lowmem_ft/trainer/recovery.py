@@ -23,6 +23,7 @@ from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
+from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.step import StepResult, eval_step, sum_gradients, update
 
@@ -89,27 +90,32 @@ class Recovery:
         Raises:
             NoSaferPolicyError: nothing helps.
         """
-        random = _random_state(self.ready.device)
+        random = state.random_state()
 
-        def gradients() -> Any:
-            _set_random_state(random)
+        def gradients() -> StepResult:
+            state.restore_random(random)
             return sum_gradients(self.ready, batches.within(self.policy.micro_batch_tokens))
 
         try:
-            found = self._insist(gradients, lambda: self._safer(batches.widest))
+            result = self._insist(gradients, lambda: self._safer(batches.widest))
         except NoSaferPolicyError:
-            _set_random_state(random)  # as if the step had not begun
+            state.restore_random(random)  # as if the step had not begun
             raise
+        if not result.skipped:
+            self._update(lr)
+        return result
+
+    def _update(self, lr: float) -> None:
+        assert self.ready.optimizer is not None, "training assembles an optimizer"
         stopped = False
 
-        def updated() -> StepResult:
+        def updated() -> None:
             nonlocal stopped
             resume, stopped = stopped, True
-            return update(self.ready, found, lr=lr, resume=resume)
+            update(self.ready, lr=lr, resume=resume)
 
-        assert self.ready.optimizer is not None, "training assembles an optimizer"
         try:
-            return self._insist(updated, self.ready.optimizer.halve_slices)
+            self._insist(updated, self.ready.optimizer.halve_slices)
         except NoSaferPolicyError as error:
             raise BudgetError(
                 "Memory ran out in the middle of an update.",
@@ -140,10 +146,10 @@ class Recovery:
             return None
         return {"planned": asdict(self._planned), "policy": asdict(self.policy)}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Go on under the policy that was in force, if the plan is the one that it came from."""
-        if state is not None and state["planned"] == asdict(self._planned):
-            self._follow(Policy(**state["policy"]))
+        if saved is not None and saved["planned"] == asdict(self._planned):
+            self._follow(Policy(**saved["policy"]))
 
     def _insist(self, work: Callable[[], T], retreat: Callable[[], bool]) -> T:
         """`work`, again and again: once as it was, then after each retreat, as long as there is one."""
@@ -241,14 +247,3 @@ def _attempt(work: Callable[[], T]) -> T | _Failure:
         if not is_out_of_memory(error):
             raise
         return _Failure((str(error) or type(error).__name__).splitlines()[0])
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: Sequence[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
