@@ -7,6 +7,7 @@ samples. Names are imported on first use, so `import lowmem_ft` costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ _HOMES = {
     "plan": "api",
     "train": "api",
 }
+
+# Where the CPU multiplies bf16, bitsandbytes asks for a package with a product of packed weights. Ours is another one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:

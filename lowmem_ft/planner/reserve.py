@@ -15,6 +15,7 @@ from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.replay import Peaks, Script, replay
 from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales, Weighed
+from lowmem_ft.quant.products import multiplies
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
 # On a CPU beside tensors: later imports, thread stacks, kernels, packed matrices of MKL; and the holes in glibc's heap,
@@ -22,6 +23,9 @@ FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocato
 # the heap holds up to 18, 28 to 45 at 25 to 35 (78 once, in fp32), 77 at 87; in runs that read data, evaluate and save
 # 138 at 192, 89 to 93 for the demo. In fp32 more, see `weigh.FP32_HEAP`.
 PROCESS_SLACK, HEAP_SHARE = 64 << 20, 0.5
+# Where the CPU multiplies bf16, oneDNN compiles a kernel for each shape, also for those that planning tries: measured
+# 648 MB for the demo's process without what planning tries, 661 to 667 with it
+KERNELS = 16 << 20
 _KEPT = 1 << 60  # the key of a piece that nothing gives back
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
@@ -41,7 +45,8 @@ class Peak:
 def process_estimate(device: Device, allocated: int, heap: int = 0) -> int:
     """What the process takes when its tensors take `allocated`, about; on a CPU `heap` of them lie in the heap."""
     if device.kind == "cpu":
-        return device.process_bytes + allocated + PROCESS_SLACK + int(HEAP_SHARE * heap)
+        compiled = KERNELS if multiplies(torch.bfloat16) else 0
+        return device.process_bytes + allocated + PROCESS_SLACK + compiled + int(HEAP_SHARE * heap)
     return device.process_bytes + workspace_bytes(device) + int(allocated * FRAGMENTATION)
 
 

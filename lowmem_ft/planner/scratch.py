@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowmem_ft.planner.onednn import product_scratch
 from lowmem_ft.planner.scratch_cuda import Card, copied_factors, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
@@ -42,7 +43,9 @@ def _flash_forward(q: Tensor, *_: Any, **__: Any) -> list[int]:
 def _flash_backward(dout: Tensor, q: Tensor, *_: Any, **__: Any) -> list[int]:
     threads, queries, keys = _flash_blocks(q)
     rounded = 0 if q.dtype == torch.float32 else 2 * threads * queries * keys * q.element_size()
-    return [8 * threads * queries * keys, rounded, 4 * queries]
+    # what oneDNN takes for every thread in every thread: a little above 360 measured values, with one thread and two
+    inside = 2 * keys * queries + 4 * keys * min(q.shape[3], 64) + 12288 if _goes_to_onednn(q) else 0
+    return [8 * threads * queries * keys, rounded, 4 * queries, threads * threads * inside]
 
 
 def _product(
@@ -53,16 +56,33 @@ def _product(
     c: Tensor | None,
     by: Tensor | None,
     d: Tensor | None,
-    *_: Any,
+    *alpha: float,
 ) -> list[int]:
-    """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats; else BLAS has a copy
-    made of a factor without neighbouring elements, as those of one expert among all are."""
+    """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats; in fp32 BLAS has a
+    copy made of a factor without neighbouring elements, as those of one expert among all are."""
+    if _goes_to_onednn(a):
+        op = torch.ops.lowmem_ft.product.default
+        return product_scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
     if c is None:
         return []
     if multiplies(a.dtype):
         return copied_factors(by, d)
     factors = [4 * factor.numel() for factor in (by, d) if factor is not None]
     return [*factors, 4 * min(TILE, c.shape[0]) * c.shape[1]]
+
+
+def _goes_to_onednn(a: Tensor) -> bool:
+    return a.dtype in (torch.bfloat16, torch.float16) and multiplies(a.dtype)
+
+
+def _product_of(op: Any, first: int) -> Scratch:
+    """Of an operator whose factors are its arguments from `first` on."""
+
+    def scratch(*args: Any, **_: Any) -> list[int]:
+        a, b = args[first : first + 2]
+        return product_scratch(op, args, a, b) if _goes_to_onednn(a) else []
+
+    return scratch
 
 
 def _vector_norm(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> list[int]:
@@ -158,6 +178,12 @@ _SCATTERS = (
     "scatter_add.default",
     "scatter_add_.default",
 )
+_PRODUCTS: Mapping[Any, int] = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.baddbmm.default: 1,
+}
 _POINTWISE = ("add", "sub", "mul", "div")
 _ANYWHERE: Mapping[Any, Scratch] = {torch.ops.aten._safe_softmax.default: _safe_softmax}
 _CPU: Mapping[Any, Scratch] = {
@@ -168,6 +194,7 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
     **dict.fromkeys(overloads(*_SCATTERS), _scatter),
     torch.ops.lowmem_ft.product.default: _product,
+    **{op: _product_of(op, first) for op, first in _PRODUCTS.items()},
     torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,
     torch.ops.aten.sort.stable: _sort,
