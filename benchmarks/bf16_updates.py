@@ -32,7 +32,7 @@ from lowmem_ft.adapters.inject import inject_lora, trainable_parameters
 from lowmem_ft.data.examples import read_examples
 from lowmem_ft.data.packing import Batch, collate
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.loss import head_of
+from lowmem_ft.runtime.head import head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.step import eval_step, train_step
 

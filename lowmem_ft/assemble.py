@@ -30,12 +30,13 @@ from lowmem_ft.runtime.activations import ActivationPolicy, apply_activation_pol
 from lowmem_ft.runtime.attention import use_attention
 from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.loss import Head, head_of
+from lowmem_ft.runtime.head import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
+from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
 
@@ -44,7 +45,7 @@ Progress = Callable[[int, int], None]  # (done, total) bytes or steps
 class Assembled:
     """A model under its policy, with what a step needs. `optimizer` and `accumulator` are None without training.
 
-    `streamable` says of each block what could be streamed of it, whether it is or not.
+    `streamable` says of each block what could be streamed of it, whether it is or not; `matrices` of the vocabulary.
     """
 
     model: Any  # a transformers causal language model, or the peft wrapper of one
@@ -57,8 +58,9 @@ class Assembled:
     grad_clip: float | None
     activations: ActivationPolicy
     streamable: list[list[Piece]]
+    matrices: list[Matrix]
     activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
-    stream: Callable[[Policy], None]  # puts blocks below the device as a policy says, and those that were there before
+    stream: Callable[[Policy], None]  # puts weights below the device as a policy says, and those that were there before
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -69,12 +71,14 @@ class Assembled:
         return dict(trainable_parameters(self.model))
 
     def follow(self, policy: Policy) -> None:
-        """Go on with another policy, of other activations, another loss chunk, or all of whose blocks are streamed.
+        """Go on with another policy, of other activations, another loss chunk, all of whose blocks are streamed, or
+        more of whose embeddings are.
 
         Raises:
             UnsupportedError: weights are trained that it streams; nothing has changed then.
         """
         self.stream(policy)
+        self.head = head_of(self.model)
         self.activations.remove()
         self.activations = self.activate(policy)
         self.loss_chunk_tokens = policy.loss_chunk_tokens
@@ -115,13 +119,16 @@ def assemble(
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
     swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
-    pieces = streamable(model)
+    pieces, matrices = streamable(model), matrices_of(model)
     folder = Path(config.cache or config.output)  # of files that have no name
     streaming = _streaming(model, pieces, policy, device, folder)
+    vocabulary = _vocabulary(matrices, policy, device, folder)
     if not simulated:
 
         def place(name: str, tensor: Tensor) -> Tensor:
-            below = streaming.place(name, tensor) if streaming is not None else None
+            below = vocabulary.place(name, tensor)
+            if below is None and streaming is not None:
+                below = streaming.place(name, tensor)
             return tensor.to(device) if below is None else below
 
         load_weights(
@@ -133,10 +140,12 @@ def assemble(
             progress=progress,
             cache=Path(config.cache) if config.cache else None,
             device=device,
+            tables={name for matrix in vocabulary.matrices for name in matrix.names},
         )
     holders = holders_of(model, pieces)
     if streaming is not None:
         streaming.attach(holders)
+    vocabulary.attach()
     model.config.use_cache = False
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
@@ -144,18 +153,21 @@ def assemble(
     equipped = _equip(model, config.adapter, adapter, dtype)
     if streaming is not None:
         streaming.attach_to_adapters()
+    refuse_trained(equipped, vocabulary.matrices)
 
     def activate(policy: Policy) -> ActivationPolicy:
         return _activated(model, policy, device, folder)
 
     def stream(policy: Policy) -> None:
         nonlocal streaming
-        if policy.streamed_blocks == (0 if streaming is None else len(streaming.blocks)):
-            return
-        wider = _streaming(model, pieces, policy, device, folder)
-        assert wider is not None, "blocks do not come back"
-        wider.take_over(holders, streaming)
-        streaming = wider
+        # blocks do not come back, also where an attempt to follow a policy ended after they went down
+        if policy.streamed_blocks > (0 if streaming is None else len(streaming.blocks)):
+            wider = _streaming(model, pieces, policy, device, folder)
+            assert wider is not None, "it has blocks"
+            wider.take_over(holders, streaming)
+            streaming = wider
+        still = [it for it in matrices if table_of(it.embedding or it.head) is None]
+        _vocabulary(still, policy, device, folder).take_over(equipped)
 
     ready = Assembled(
         model=equipped,
@@ -170,6 +182,7 @@ def assemble(
         activate=activate,
         stream=stream,
         streamable=pieces,
+        matrices=matrices,
     )
     if optimizer:
         _add_optimizer(ready, config, policy)
@@ -187,6 +200,12 @@ def _streaming(
     if not blocks:
         return None
     return Streaming(model, blocks, device=device, open_tier=_below(device, policy.stream_from, folder))
+
+
+def _vocabulary(matrices: Sequence[Matrix], policy: Policy, device: torch.device, folder: Path) -> StreamedVocabulary:
+    """The embeddings that `policy` streams, from where it says."""
+    streamed = chosen(matrices, policy.stream_embeddings)
+    return StreamedVocabulary(streamed, device=device, open_tier=_below(device, policy.stream_from, folder))
 
 
 def _below(device: torch.device, tier: Literal["host", "disk"], folder: Path) -> Callable[[list[int]], Tier]:

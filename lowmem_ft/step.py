@@ -19,7 +19,8 @@ from lowmem_ft.data.isolation import attention_inputs
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime.blocks import causal_model, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.loss import Head, cross_entropy_and_gradients
+from lowmem_ft.runtime.head import Head
+from lowmem_ft.runtime.loss import cross_entropy_and_gradients
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 

@@ -144,6 +144,7 @@ class PolicyConfig(Section):
 
     `objective`: the fastest step (speed), the longest sequence that fits (context; it takes the place of data.seq_len),
     the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones.
+    `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says.
     """
 
     objective: Literal["speed", "context", "batch", "memory"] = "speed"
@@ -153,6 +154,7 @@ class PolicyConfig(Section):
     micro_batch_tokens: Positive | None = None
     loss_chunk_tokens: Positive | None = None
     stream_from: Literal["host", "disk"] | None = None
+    stream_embeddings: Literal["none", "input", "both"] | None = None
     optimizer_on: Literal["device", "host"] | None = None
     compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 

@@ -39,6 +39,12 @@ class Policy:
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
     loss_chunk_tokens: int
     optimizer_on: Literal["device", "host"] = "device"
+    stream_embeddings: Literal["none", "input", "both"] = "none"
+
+    @property
+    def streams(self) -> bool:
+        """Whether any weights lie below the device."""
+        return self.streamed_blocks > 0 or self.stream_embeddings != "none"
 
     def describe(self) -> str:
         """The policy in one line."""
@@ -53,11 +59,15 @@ class Policy:
             )
             if count
         ]
-        below = f" from {self.stream_from}" if self.streamed_blocks else ""
+        streamed = f"{self.streamed_blocks} streamed"
+        if self.stream_embeddings != "none":
+            head = " and head" if self.stream_embeddings == "both" else ""
+            streamed = f"{self.streamed_blocks} and embedding{head} streamed"
+        below = f" from {self.stream_from}" if self.streams else ""
         host = " on the host" if self.optimizer_on == "host" else ""
         return (
             f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
-            f"blocks: {' + '.join(blocks)}, {self.streamed_blocks} streamed{below}, {self.optimizer}{host}, "
+            f"blocks: {' + '.join(blocks)}, {streamed}{below}, {self.optimizer}{host}, "
             f"loss chunk {self.loss_chunk_tokens}"
         )
 

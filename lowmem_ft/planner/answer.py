@@ -164,7 +164,7 @@ def _breakdown(answer: Answer, stored: Stored) -> dict[str, int]:
     held = holders(answer.weighed.places)
     found = {name: held[name] for name in ("loss", "workspace")}
     policy = answer.weighed.policy
-    below = answer.scales.moved(policy.streamed_blocks).saved
+    below = answer.scales.moved(policy).saved
     optimizer = stored.optimizer if policy.optimizer_on == "device" else 0
     return {
         "base_weights": stored.base_weights - below,

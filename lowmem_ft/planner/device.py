@@ -31,6 +31,9 @@ CUDA_CONTEXT_BYTES = 670 * 10**6
 # were measured with PyTorch's CPU build (torch, transformers and this package imported, one plan made); the rest is for
 # the libraries and the context of CUDA. Where the card is here, this process is measured.
 HOST_PROCESS_BYTES = 1 << 30
+# Of a row of an embedding on a disk, beside its bytes: 73 to 89 us were measured for 6 KB rows on the machine of
+# fit.json; it is the disk's latency, so a profile's bandwidth says nothing of it.
+LOOKUP_SECONDS = 75e-6
 SIMILAR_TO_CUDA = "rtx-3090-24gb"  # whose ratios of bandwidth to arithmetic are taken for a card without a profile
 
 
@@ -134,8 +137,8 @@ def links_of(device: Device) -> Links:
     profile = _profile_of(device)
     link, disk = profile.link_to_device.value, profile.disk_read.value
     if device.kind == "cpu":
-        return Links(host=link, disk=disk, down=disk, up=disk)
-    return Links(host=link, disk=min(link, disk), down=profile.link_to_host.value, up=link)
+        return Links(host=link, disk=disk, down=disk, up=disk, lookup=LOOKUP_SECONDS)
+    return Links(host=link, disk=min(link, disk), down=profile.link_to_host.value, up=link, lookup=LOOKUP_SECONDS)
 
 
 def _profile_of(device: Device) -> Profile:

@@ -36,8 +36,10 @@ from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.quant.ops import layout_bytes
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
-from lowmem_ft.runtime.streaming import SLOTS, Moved, Piece
+from lowmem_ft.runtime.ring import SLOTS
+from lowmem_ft.runtime.streaming import Moved, Piece
 from lowmem_ft.runtime.tiers import STAGES
+from lowmem_ft.runtime.vocabulary import Matrix
 
 OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what a merged checkpoint takes over from its base
@@ -65,6 +67,7 @@ class Base:
         casts: and a piece that is read, in the dtype of its file.
         copied: bytes of the files that a merged checkpoint takes over.
         streamable: what can be streamed of each block.
+        matrices: and of the vocabulary.
     """
 
     footprint: LoadFootprint
@@ -72,6 +75,7 @@ class Base:
     casts: int
     copied: int
     streamable: Sequence[list[Piece]]
+    matrices: Sequence[Matrix]
 
     @classmethod
     def of(cls, config: RunConfig, policy: Policy, stage: Stage) -> Base:
@@ -86,27 +90,31 @@ class Base:
             casts=0 if stage.kind == "cpu" else CHUNK_BYTES,
             copied=sum(file.stat().st_size for file in small if not file.name.endswith(".index.json")),
             streamable=stage.ready.streamable,
+            matrices=stage.ready.matrices,
         )
 
     def reading(self, moved: Moved) -> int:
         """Bytes of the device that reading and quantizing take at most, and then the check of packing."""
+        tables = {name for matrix in moved.matrices for name in matrix.names}
         below = set()
         for index in moved.blocks:
             for piece in self.streamable[index]:
                 layer = piece.path.rpartition(".")[0]
                 below |= {piece.path, layer, f"{layer}.weight"}
-        read = self.footprint.peak(below) + self.casts + SLOTS * moved.slot
+        apart = self.casts + sum(moved.slots) + sum(moved.stubs)
+        read = self.footprint.peak(below, tables=tables, on_host=self.casts > 0) + apart
         return max(read, self.footprint.held - moved.saved + self.check) + UNSEEN_BYTES
 
     @cached_property
     def least(self) -> int:
-        """The same with every block streamed, or resident if that takes less."""
-        return min(self.reading(Moved.of(self.streamable, count)) for count in (0, len(self.streamable)))
+        """The same with everything below the device, or on it if that takes less."""
+        every = ((count, these) for count in (0, len(self.streamable)) for these in ((), self.matrices))
+        return min(self.reading(Moved.of(self.streamable, count, these)) for count, these in every)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aside:
-    """The phases that are no steps. Of a policy only precision, compute dtype, streamed blocks and the optimizer's
+    """The phases that are no steps. Of a policy only precision, compute dtype, what is streamed and the optimizer's
     place matter to them.
 
     Attributes:
@@ -153,18 +161,18 @@ class Aside:
 
     def load(self, policy: Policy) -> Tiers:
         """While `assemble` runs: reading and quantizing, then the check of packing and adapters, then all is held."""
-        moved = self.scales.moved(policy.streamed_blocks)
+        moved = self.scales.moved(policy)
         starting = self.base.footprint.held - moved.saved + self.starting
         most = max(starting, self.scales.held_by(policy)) + UNSEEN_BYTES
         return Tiers(
             device=max(self.base.reading(moved), most),
-            host=max(self.base.footprint.copied, self.drawn),
+            host=max(self.base.footprint.copied, self.drawn, *(matrix.nbytes for matrix in moved.matrices)),
             disk=self.cache + (moved.stored if self._on_disk(policy) else 0),
         )
 
     @property
     def host(self) -> int:
-        """Bytes of the host that loading or saving takes, without what is streamed."""
+        """Bytes of the host that loading or saving takes, without what is streamed from there."""
         return max(self.base.footprint.copied, self.drawn, self.save.host)
 
     def most(self, policy: Policy) -> int:
@@ -181,10 +189,12 @@ class Aside:
         Args:
             train, evaluation: bytes that the process takes of the device.
         """
-        moved, inputs = self.scales.moved(policy.streamed_blocks), self.scales.inputs_stored(policy)
+        moved, inputs = self.scales.moved(policy), self.scales.inputs_stored(policy)
         own = {"load": self.load(policy), "save": self._save(policy), "merge": self.merge}
         state = self.scales.optimizer_stored(policy)
-        working = {"load": state, "train": state + HOST_WORK_BYTES if state else 0, "eval": state}  # saved as it lies
+        rows = policy.micro_batch_tokens * sum(it.row_bytes for it in moved.matrices if it.embedding is not None)
+        updating = HOST_WORK_BYTES if state else 0
+        working = {"load": state, "train": state + max(updating, rows), "eval": state + rows}  # saved as it lies
         heap = self.scales.heap_held(policy)
         sizes = {name: process_estimate(device, tiers.device, heap) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
@@ -197,7 +207,7 @@ class Aside:
                 disk += inputs if name == "train" else 0  # with the first step, and then until the process ends
             else:
                 if name != "merge":
-                    pinned = STAGES * moved.slot if self._on_disk(policy) else moved.stored
+                    pinned = STAGES * sum(moved.slots) // SLOTS if self._on_disk(policy) else moved.stored
                     pinned += inputs if name != "load" else 0
                 found[name]["host_bytes"] = device.host_process_bytes + tiers.host + working.get(name, 0) + pinned
             found[name] |= {"pinned_bytes": pinned, "disk_bytes": disk}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lowmem_ft.planner.compose import Place
-from lowmem_ft.runtime.streaming import SLOTS, Ring
+from lowmem_ft.runtime.ring import SLOTS, Ring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,12 +18,14 @@ class Links:
     Attributes:
         host, disk: of streamed weights on their way up from there.
         down, up: of block inputs, which go to the host, or, where that is the device, to the disk.
+        lookup: seconds that a row of a table takes on the disk beside its bytes.
     """
 
     host: float = math.inf
     disk: float = math.inf
     down: float = math.inf
     up: float = math.inf
+    lookup: float = 0.0
 
 
 class Inputs(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,14 +23,17 @@ from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime import shelf
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.streaming import SLOTS
+from lowmem_ft.runtime.loss import scratch_bytes
+from lowmem_ft.runtime.ring import SLOTS
+from lowmem_ft.runtime.vocabulary import Which, chosen, is_trained, refuse_trained
 
 Place: TypeAlias = Literal["device", "host"]
 
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
+STREAMED_CHUNKS = (32, 512, 2048)  # but where the head comes up for each chunk; it keeps logits of one tile
 NEAR = 1.02  # estimates this much above the budget are weighed too
 TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
-WORTH_COPIES = 1.001  # how many times faster a policy must be that copies what another one leaves on the device
+WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what another one leaves on the device
 # Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused
 MARGINS = (1.0, 1.01, 1.03, 1.1)
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
@@ -60,9 +64,10 @@ class Search:
         self._keep = self._keep_choices()
         self.scales.keep = self._keep
         self._base = base
-        self._beside: dict[tuple[int, str], int] = {}  # by streamed blocks and optimizer: what loading and saving take
+        self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         _refuse_pins(config, device, self.scales.depth)
         self._streams = self._stream_choices()
+        self._levels = self._level_choices()
         self._size(config)
 
     def lengthen(self, config: RunConfig) -> None:
@@ -132,7 +137,7 @@ class Search:
     def process_estimate(self, policy: Policy, allocated: int, heap: int) -> int:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about; on a CPU
         `heap` of them lie in the heap."""
-        key = policy.streamed_blocks, policy.optimizer_on
+        key = policy.streamed_blocks, policy.stream_embeddings, policy.optimizer_on
         if key not in self._beside:
             self._beside[key] = self._aside.most(policy)
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy))
@@ -159,8 +164,8 @@ class Search:
 
     def _least(self, keep: int, place: Place) -> Policy:
         fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
-        chunk = self._chunks(fewest.micro_batch_tokens)[0]
-        sized = replace(fewest, loss_chunk_tokens=chunk, optimizer_on=place)
+        below = replace(fewest, stream_embeddings=self._levels[-1], optimizer_on=place)
+        sized = replace(below, loss_chunk_tokens=self._chunks(below)[0])
         return self._blocks(sized, keep, streamed=self._most_saved, offload=self._offloads(sized, keep)[-1])
 
     def options(self, budget: int, *, optimizer_on: Place = "device") -> Iterator[Option]:
@@ -169,9 +174,9 @@ class Search:
         seq_len = self.config.data.seq_len
         resident = []
         for rows in self._rows:
-            start = replace(self._start, optimizer_on=optimizer_on)
+            start = replace(self._start, optimizer_on=optimizer_on, stream_embeddings=self._levels[0])
             sized = replace_rows(start, rows, seq_len, self.tokens)
-            for chunk in self._chunks(rows * seq_len):
+            for chunk in self._chunks(sized):
                 for keep in self._keep:
                     offload = self._offloads(sized, keep)[0]
                     chunked = replace(sized, loss_chunk_tokens=chunk)
@@ -184,25 +189,39 @@ class Search:
         """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
         every = self.config.policy.objective != "speed"
         for margin in MARGINS[:1] if every else MARGINS:
-            best: dict[bool, float] = {}  # seconds of the fastest, by whether it offloads
+            best: dict[tuple[str, bool], float] = {}  # seconds of the fastest, by embeddings and whether it offloads
             for option in sorted(resident, key=lambda it: it.seconds):
                 if option.process <= budget / margin:
                     continue
-                for offload in self._offloads(option.policy, option.policy.keep_blocks):
-                    if every or option.seconds < best.get(offload > 0, math.inf):  # neither makes any faster
-                        found = self._fewest_streamed(option, offload, int(budget / margin))
-                        if found is not None:
-                            best[offload > 0] = min(best.get(offload > 0, math.inf), found.seconds)
-                            yield found
+                for policy in self._with_embeddings(option.policy):
+                    for offload in self._offloads(policy, policy.keep_blocks):
+                        sort = policy.stream_embeddings, offload > 0
+                        if every or option.seconds < best.get(sort, math.inf):  # none of it makes any faster
+                            found = self._fewest_streamed(policy, offload, int(budget / margin), option)
+                            if found is not None:
+                                best[sort] = min(best.get(sort, math.inf), found.seconds)
+                                yield found
         small = [it.policy for it in resident if it.policy.keep_blocks == self._keep[0]]
         least = {policy.micro_batch_tokens: policy for policy in reversed(small)}  # of each size the smallest chunk
         shown = {self._streams[-1] * part // SHOWN for part in range(SHOWN + 1)} & set(self._streams)
         for policy in least.values():
-            for offload in self._offloads(policy, policy.keep_blocks):
-                for streamed in shown:
-                    other = self._blocks(policy, policy.keep_blocks, streamed=streamed, offload=offload)
-                    if other != policy:
-                        yield self._option(other)
+            for level in self._levels:
+                below = replace(policy, stream_embeddings=level)
+                for offload in self._offloads(below, below.keep_blocks):
+                    for streamed in shown:
+                        other = self._blocks(below, below.keep_blocks, streamed=streamed, offload=offload)
+                        if other != policy:
+                            yield self._option(other)
+
+    def _with_embeddings(self, policy: Policy) -> Iterator[Policy]:
+        """The same with the embeddings where they may lie. Loss chunks are other ones if the head does not stay."""
+        stage = self.scales.stage
+        for level in self._levels:
+            below = replace(policy, stream_embeddings=level)
+            if stage.streams_head(below) == stage.streams_head(policy):
+                yield below
+            elif policy.loss_chunk_tokens == self._chunks(policy)[0]:  # once for all of them
+                yield from (replace(below, loss_chunk_tokens=chunk) for chunk in self._chunks(below))
 
     def _option(self, policy: Policy) -> Option:
         if policy not in self._estimated:
@@ -212,17 +231,23 @@ class Search:
             self._estimated[policy] = Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
         return self._estimated[policy]
 
-    def _fewest_streamed(self, option: Option, offload: int, budget: int) -> Option | None:
-        """The same policy with so many offloading blocks and as few streamed ones as let it fit, by the estimate."""
+    def _fewest_streamed(self, start: Policy, offload: int, budget: int, known: Option) -> Option | None:
+        """`start` with so many offloading blocks and as few streamed ones as let it fit, by the estimate.
+
+        Args:
+            known: with other embeddings and as many blocks that keep.
+        """
 
         def other(streamed: int) -> Policy:
-            return self._blocks(option.policy, option.policy.keep_blocks, streamed=streamed, offload=offload)
+            return self._blocks(start, start.keep_blocks, streamed=streamed, offload=offload)
 
         scales, most = self.scales, other(self._most_saved)
-        more = scales.held_by(option.policy) - scales.held_by(most) + scales.inputs_stored(most)
-        if self.process_estimate(most, option.allocated - more, 0) > budget:
+        more = scales.held_by(known.policy) - scales.held_by(most) + scales.inputs_stored(most)
+        if scales.stage.streams_head(start) != scales.stage.streams_head(known.policy):
+            more += scratch_bytes(scales.stage.ready.head, known.policy.loss_chunk_tokens)  # the loss may take nothing
+        if self.process_estimate(most, known.allocated - more, 0) > budget:
             return None  # which says in a moment what holds for most
-        few = option if offload == option.policy.offload_blocks else self._option(other(option.policy.streamed_blocks))
+        few = self._option(other(self._streams[0]))
         held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
 
         def fits(streamed: int) -> bool:
@@ -237,8 +262,8 @@ class Search:
         """Those that may fit, the best first, as many as are worth an exact weighing."""
 
         def seconds(option: Option) -> float:
-            below = option.policy.streamed_blocks + option.policy.offload_blocks
-            return option.seconds * (WORTH_COPIES if below else 1.0)
+            copies = option.policy.streams or option.policy.offload_blocks
+            return option.seconds * (WORTH_COPIES if copies else 1.0)
 
         order: Callable[[Option], tuple[float, float]] = {
             "speed": lambda it: (seconds(it), it.process),
@@ -280,9 +305,11 @@ class Search:
         below = self.scales.inputs_stored(replace(policy, offload_blocks=rest)) + self.scales.optimizer_stored(policy)
         return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
 
-    def _chunks(self, tokens: int) -> list[int]:
-        pinned = self.config.policy.loss_chunk_tokens
-        return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS})
+    def _chunks(self, policy: Policy) -> list[int]:
+        """Of the loss, with micro-batch and embeddings of `policy`, ascending."""
+        pinned, tokens = self.config.policy.loss_chunk_tokens, policy.micro_batch_tokens
+        choices = STREAMED_CHUNKS if self.scales.stage.streams_head(policy) else LOSS_CHUNKS
+        return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in choices})
 
     def _stream_choices(self) -> Sequence[int]:
         """Numbers of streamed blocks, ascending. So few that the slots are as large as they save nothing."""
@@ -293,10 +320,28 @@ class Search:
             return (0,)
         return (0, *range(SLOTS + 1, depth + 1))
 
+    def _level_choices(self) -> Sequence[Which]:
+        """What of the embeddings may lie below the device, ascending: what saves memory there, and is not trained."""
+        ready, pinned = self.scales.stage.ready, self.config.policy.stream_embeddings
+        if pinned is not None:
+            streamed = chosen(ready.matrices, pinned)
+            refuse_trained(ready.model, streamed)
+            if pinned != "none" and not streamed:
+                warnings.warn(f"policy.stream_embeddings: {pinned} has no effect on this model", stacklevel=4)
+            return (pinned,)
+        levels: list[Which] = ["none"]
+        for level in ("input", "both"):
+            more = [it for it in chosen(ready.matrices, level) if it not in chosen(ready.matrices, levels[-1])]
+            saved = sum(it.nbytes - sum(it.slots) for it in more)
+            if more and saved > 0 and not any(is_trained(ready.model, it) for it in more):
+                levels.append(level)
+        return levels
+
     @cached_property
     def _most_saved(self) -> int:
         """The number of streamed blocks that saves the most memory."""
-        return max(self._streams, key=lambda streamed: self.scales.moved(streamed).saved)
+        start = self._start
+        return max(self._streams, key=lambda count: self.scales.moved(replace(start, streamed_blocks=count)).saved)
 
     @cached_property
     def _optimizers(self) -> tuple[Place, ...]:
@@ -318,11 +363,11 @@ class Search:
         return replace(chosen, stream_from=self._tier(chosen))
 
     def _tier(self, policy: Policy) -> Literal["host", "disk"]:
-        """Where streamed blocks lie: on the host, unless that is the device, or has no room for them."""
-        pinned, streamed = self.config.policy.stream_from, policy.streamed_blocks
-        if not streamed or pinned is not None:
+        """Where streamed weights lie: on the host, unless that is the device, or has no room for them."""
+        pinned = self.config.policy.stream_from
+        if not policy.streams or pinned is not None:
             return pinned or "host"
-        below = self.scales.moved(streamed).stored + self.scales.inputs_stored(policy)
+        below = self.scales.moved(policy).stored + self.scales.inputs_stored(policy)
         below += self.scales.optimizer_stored(policy)
         return "host" if self.device.kind != "cpu" and self._has_room(below) else "disk"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_ft.assemble import assemble
+from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
@@ -29,6 +29,7 @@ from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
 from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.tiers import NoTier
+from lowmem_ft.runtime.vocabulary import chosen
 from lowmem_ft.step import eval_step, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
@@ -155,7 +156,7 @@ class Stage:
         """The trace of a training step with one micro-batch, after the births of all that is held.
 
         Args:
-            policy: of it micro-batch and loss chunk hold; `keep` and `offload` take the place of its counts.
+            policy: of it micro-batch, loss chunk and head hold; `keep` and `offload` take the place of its counts.
             keep: blocks that keep their activations, the last ones.
             offload: blocks whose inputs lie below the device, the first ones.
             only: the blocks that run; by default all. The update is always that of all.
@@ -175,16 +176,25 @@ class Stage:
             tracer.begin()
             with tracer, _marked(tracer, self.ready.model):
                 tracer.phase, tracer.block = "forward", None
-                ready: Any = replace(self.ready, loss_chunk_tokens=policy.loss_chunk_tokens)
+                ready: Any = self._with_loss(policy)
                 ready.optimizer = _Update(self, run=update)
                 train_step(ready, [_batch(self.config, policy, self.kind, loss_tokens)], lr=1e-4)
             self._unread.update((block, unread.layers) for block, unread in recomputing)
             activations.remove()
         return tracer.trace
 
+    def streams_head(self, policy: Policy) -> bool:
+        """Whether the output head comes up in tiles under `policy`, so that logits of one exist at a time."""
+        matrices = chosen(self.ready.matrices, policy.stream_embeddings)
+        return any(matrix.head is not None for matrix in matrices)
+
+    def _with_loss(self, policy: Policy) -> Assembled:
+        head = replace(self.ready.head, keeps=not self.streams_head(policy))
+        return replace(self.ready, loss_chunk_tokens=policy.loss_chunk_tokens, head=head)
+
     def evaluate(self, policy: Policy, *, only: Sequence[int] | None = None, loss_tokens: int | None = None) -> Trace:
         """The same trace, gone on with an evaluation step."""
-        tracer, ready = self.tracer, replace(self.ready, loss_chunk_tokens=policy.loss_chunk_tokens)
+        tracer, ready = self.tracer, self._with_loss(policy)
         with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
             tracer.phase, tracer.block = "eval", None
             eval_step(ready, _batch(self.config, policy, self.kind, loss_tokens))

@@ -36,8 +36,9 @@ from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, lowest_trained, unseen_bytes
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
-from lowmem_ft.runtime.streaming import SLOTS, Moved
+from lowmem_ft.runtime.streaming import Moved
 from lowmem_ft.runtime.tiers import PAGE
+from lowmem_ft.runtime.vocabulary import chosen
 
 Treatment: TypeAlias = Literal["keep", "recompute", "offload"]
 # Of a block: its kind, what it does with its activations, and, where it offloads, the kind of the block that made its
@@ -125,15 +126,15 @@ class Scales:
         self._optimizer = self.stage.ready.optimizer
         self._hidden, self._lowest = int(text.hidden_size), lowest_trained(self.stage.ready.model)
         self._links = links or Links()
-        self._moved: dict[int, Moved] = {}  # by number of streamed blocks
-        self._heaps: dict[int, int] = {}  # by the same
+        self._moved: dict[tuple[int, str], Moved] = {}  # by number of streamed blocks, and embeddings
+        self._heaps: dict[tuple[int, str], int] = {}  # by the same
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
         self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
-        self._losses: dict[tuple[int, int], Segment] = {}  # by these and the tokens of a loss chunk
-        self._between: dict[tuple[int, int], Pieces] = {}
-        self._evaluations: dict[tuple[int, int, int], int] = {}  # by length, these and those: peak bytes
+        self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
+        self._between: dict[Hashable, Pieces] = {}
+        self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
         self._shares: dict[int, float] = {}  # by kind: of a first backward's time how much a later one takes
@@ -141,12 +142,13 @@ class Scales:
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
         tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        if (tokens, chunk) not in self._between:
+        key = tokens, chunk, self.stage.streams_head(policy)
+        if key not in self._between:
             low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
-            self._between[tokens, chunk] = low.between(high, share)
+            self._between[key] = low.between(high, share)
         # what offloading changes is known without a trace
-        places = self._between[tokens, chunk].step(classes_of(self._kinds, policy.keep_blocks))
+        places = self._between[key].step(classes_of(self._kinds, policy.keep_blocks))
         return self._weighed(policy, places, gone=self.input_bytes(policy))
 
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
@@ -155,7 +157,7 @@ class Scales:
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
         classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
-        key = self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, classes, timed
+        key = self._loss_key(policy), classes, timed
         if key not in self._latest:
             pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
             self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
@@ -163,11 +165,10 @@ class Scales:
 
     def evaluation_peak(self, policy: Policy) -> int:
         """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
-        tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        key = self.stage.config.data.seq_len, tokens, chunk
+        tokens, key = policy.micro_batch_tokens, self._loss_key(policy)
         if key not in self._evaluations:
             self.stage.tracer.begin()
-            in_loss = min(tokens, chunk + _NEXT_CHUNK)
+            in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
             only = None if self._whole else shorten(self._kinds)
             trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
             listed = {event.key for event in trace.events if event.op == _LISTING}
@@ -176,11 +177,18 @@ class Scales:
             self._evaluations[key] = max(Trace(events).curve(self._tier))
         return self._evaluations[key] - self.held + self.held_by(policy) + unseen_bytes(policy)
 
-    def moved(self, streamed: int) -> Moved:
-        """What changes if so many blocks are streamed."""
-        if streamed not in self._moved:
-            self._moved[streamed] = Moved.of(self.stage.ready.streamable, streamed)
-        return self._moved[streamed]
+    def _loss_key(self, policy: Policy) -> Hashable:
+        streams = self.stage.streams_head(policy)
+        return self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, streams
+
+    def moved(self, policy: Policy) -> Moved:
+        """What changes where `policy` has weights below the device."""
+        key = policy.streamed_blocks, policy.stream_embeddings
+        if key not in self._moved:
+            ready = self.stage.ready
+            matrices = chosen(ready.matrices, policy.stream_embeddings)
+            self._moved[key] = Moved.of(ready.streamable, policy.streamed_blocks, matrices)
+        return self._moved[key]
 
     def input_bytes(self, policy: Policy) -> int:
         """Bytes of one offloaded block's input in the tier below."""
@@ -198,7 +206,7 @@ class Scales:
     def held_by(self, policy: Policy) -> int:
         """Bytes of the device before a step of `policy`."""
         state = self._state[1] if policy.optimizer_on == "host" else ()
-        return self.held - self.moved(policy.streamed_blocks).saved - sum(state)
+        return self.held - self.moved(policy).saved - sum(state)
 
     def optimizer_stored(self, policy: Policy) -> int:
         """Bytes of the optimizer's state on the host, if `policy` has it there."""
@@ -212,15 +220,15 @@ class Scales:
 
     def heap_held(self, policy: Policy) -> int:
         """On a CPU the bytes of the heap before a step of `policy`."""
-        streamed = policy.streamed_blocks
-        if streamed not in self._heaps:
+        key = policy.streamed_blocks, policy.stream_embeddings
+        if key not in self._heaps:
             sizes = [event.nbytes for event in self.base(policy)] if self._tier is None else []
-            self._heaps[streamed] = round(self._heap_counts * sum(nbytes for nbytes in sizes if nbytes < LARGE))
-        return self._heaps[streamed]
+            self._heaps[key] = round(self._heap_counts * sum(nbytes for nbytes in sizes if nbytes < LARGE))
+        return self._heaps[key]
 
     def base(self, policy: Policy) -> list[Event]:
         """The births of all that is held before a step of `policy`."""
-        moved, kept = self.moved(policy.streamed_blocks), []
+        moved, kept = self.moved(policy), []
         gone = Counter(moved.tensors)
         gone.update(self._state[1] if policy.optimizer_on == "host" else ())
         for event in self.stage.tracer.alive():
@@ -228,13 +236,12 @@ class Scales:
                 gone[event.nbytes] -= 1
             else:
                 kept.append(event)
-        slot = Event(0, moved.slot, "device", "ring", "load", None)
-        return [slot] * (SLOTS if moved.slot else 0) + kept
+        return [Event(0, nbytes, "device", "ring", "load", None) for nbytes in (*moved.slots, *moved.stubs)] + kept
 
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
         sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
-        pieces = self._sized.get(tokens)
+        pieces, key = self._sized.get(tokens), (tokens, chunk, self.stage.streams_head(policy))
         if pieces is None:
             pieces = self._sized[tokens] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
@@ -242,13 +249,13 @@ class Scales:
                 classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
                     pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
-            self._losses[tokens, chunk] = pieces.outside["loss"]
-        if (tokens, chunk) not in self._losses:
+            self._losses[key] = pieces.outside["loss"]
+        if key not in self._losses:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
             one = self._traced(sized, classes, range(len(classes)))
-            self._losses[tokens, chunk] = one.outside["loss"]
-        return pieces.with_loss(self._losses[tokens, chunk])
+            self._losses[key] = one.outside["loss"]
+        return pieces.with_loss(self._losses[key])
 
     def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
@@ -330,11 +337,24 @@ class Scales:
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""
-        streamed = self.moved(policy.streamed_blocks).blocks
-        rate = self._links.host if policy.stream_from == "host" else self._links.disk
-        copies = {block: nbytes / rate for block, nbytes in streamed.items()}
-        size = self.input_bytes(policy)
-        inputs = Inputs(self._offloading(policy), size / self._links.down, size / self._links.up)
-        one = streamed_seconds(places[:-1], copies, inputs)
-        tokens = max(self.stage.config.train.tokens_per_step, policy.micro_batch_tokens)
-        return one * tokens / policy.micro_batch_tokens + places[-1].segment.seconds
+        moved, links = self.moved(policy), self._links
+        rate = links.host if policy.stream_from == "host" else links.disk
+        copies = {block: nbytes / rate for block, nbytes in moved.blocks.items()}
+        size, tokens = self.input_bytes(policy), policy.micro_batch_tokens
+        inputs = Inputs(self._offloading(policy), size / links.down, size / links.up)
+        chunks = -(-tokens // policy.loss_chunk_tokens)
+        head = chunks * sum(sum(matrix.copies) for matrix in moved.matrices) / rate
+        one = streamed_seconds([_at_least(place, head) for place in places[:-1]], copies, inputs)
+        for matrix in moved.matrices:
+            if matrix.embedding is not None:
+                one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
+        whole = max(self.stage.config.train.tokens_per_step, tokens)
+        return one * whole / tokens + places[-1].segment.seconds
+
+
+def _at_least(place: Place, head: float) -> Place:
+    """`place`, and if it is the loss so long that the head's tiles can come meanwhile."""
+    segment = place.segment
+    if segment.part != "loss" or segment.seconds >= head:
+        return place
+    return replace(place, segment=replace(segment, seconds=head))

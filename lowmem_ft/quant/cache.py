@@ -126,8 +126,8 @@ class CacheEntry:
         """Name -> (shape, dtype) of everything that the entry holds, in the order of the model."""
         return _quantized_tensors(self.model) | dict(self.plain)
 
-    def load(self, holder: Holder, progress: Callable[[int, int], None] | None) -> None:
-        """Read the entry and hand each layer's tensors to `holder`.
+    def load(self, holder: Holder, progress: Callable[[int, int], None] | None, *, first: Collection[str] = ()) -> None:
+        """Read the entry and hand each layer's tensors to `holder`, before all others those that are named `first`.
 
         Raises:
             CheckpointError: the content is not what was written; the entry is removed.
@@ -148,6 +148,9 @@ class CacheEntry:
                 progress(done, total)
             return tensor
 
+        for name in self.plain:
+            if name in first:
+                holder.hold_tensor(name, read(name))
         for path, module in _quantized(self.model):
             parts = {name: read(name) for name in _stored_layout(path, module)}
             if isinstance(module, QuantLinear):
@@ -155,7 +158,8 @@ class CacheEntry:
             else:
                 holder.hold_storage(path, {name.rpartition(".")[2]: tensor for name, tensor in parts.items()})
         for name in self.plain:
-            holder.hold_tensor(name, read(name))
+            if name not in first:
+                holder.hold_tensor(name, read(name))
 
     def writer(self) -> CacheWriter:
         """A context in which the entry is written; left normally, it is complete, else nothing remains of it."""

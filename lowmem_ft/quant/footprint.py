@@ -49,15 +49,23 @@ class LoadFootprint:
     cache: int
     merged: int
 
-    def peak(self, below: Collection[str] = ()) -> int:
+    def peak(self, below: Collection[str] = (), *, tables: Collection[str] = (), on_host: bool = False) -> int:
         """The most in tensors while they are read and quantized, those that stay on the device included.
 
         Args:
             below: names of tensors that leave the device as soon as they are made.
+            tables: of others that do, which are read first.
+            on_host: whether those are read on the host, which is not the device.
         """
         read = most = left = 0
-        gone = frozenset(below)
+        gone, first = frozenset(below), frozenset(tables)
         for names, kept, work in self.steps:
+            if names <= first:
+                left += kept
+                most = max(most, 0 if on_host else kept + work)
+        for names, kept, work in self.steps:
+            if names <= first:
+                continue
             most = max(most, read + kept + work)
             if names <= gone:
                 left += kept

@@ -76,6 +76,7 @@ def load_weights(
     progress: Progress | None = None,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
+    tables: Collection[str] = (),
 ) -> LoadReport:
     """Fill a meta model with the weights of a checkpoint, quantized. Afterwards it is frozen and in eval mode.
 
@@ -90,6 +91,8 @@ def load_weights(
         progress: called with bytes done and bytes in total, of the checkpoint or of the cache.
         cache: folder of the cache of quantized weights; None: no cache. Nothing is cached where nothing is quantized.
         device: where conversion and quantization are computed.
+        tables: names of tensors that do not stay on the device, and may be large: they are read on the CPU all the
+            same, and first.
 
     Raises:
         CheckpointError: missing tensors, wrong shapes, NaN or Inf, damaged files or cache, no space for the cache.
@@ -108,18 +111,18 @@ def load_weights(
     report.quantized = [path for path, module in model.named_modules() if isinstance(module, QuantLinear | QuantStack)]
     holder = ModelHolder(model, place)
     if cache is None or stored is not None or not report.quantized:
-        _read_all(plan, template, checkpoint, holder, redundant, progress, torch.device(device))
+        _read_all(plan, template, checkpoint, holder, redundant, progress, torch.device(device), tables)
     else:
         entry = CacheEntry.of(
             cache, checkpoint, model, unswapped=template.text, spec=report.spec, dtype=dtype, absent=absent
         )
         report.cache, report.from_cache = entry.folder, entry.is_complete()
         if report.from_cache:
-            entry.load(holder, progress)
+            entry.load(holder, progress, first=tables)
         else:
             with entry.writer() as writer:
                 holder.writer = writer
-                _read_all(plan, template, checkpoint, holder, redundant, progress, torch.device(device))
+                _read_all(plan, template, checkpoint, holder, redundant, progress, torch.device(device), tables)
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
     report.initialised = _initialise_rest(model, place)
     model.requires_grad_(False).eval()
@@ -321,14 +324,16 @@ def _read_all(
     redundant: Collection[str],
     progress: Progress | None,
     device: torch.device,
+    tables: Collection[str],
 ) -> None:
     steps = loading_steps(plan, template, checkpoint, holder, redundant)
     total, done = sum(loader.nbytes for loader in steps), 0
     # one piece of memory for all that is quantized: the same room freed and asked for again ends in fragments
     scratch = torch.empty(max((loader.scratch_bytes for loader in steps), default=0), dtype=torch.uint8, device=device)
     trimmer = _Trimmer()
-    for loader in steps:
-        loader.load(redundant, scratch, trimmer)
+    apart = [loader for loader in steps if set(loader.step.targets) <= set(tables)]
+    for loader in apart + [loader for loader in steps if loader not in apart]:
+        loader.load(redundant, torch.empty(0) if loader in apart else scratch, trimmer)
         done += loader.nbytes
         if progress is not None:
             progress(done, total)

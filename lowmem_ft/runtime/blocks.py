@@ -18,7 +18,7 @@ def causal_model(model: nn.Module) -> Any:
 def find_decoder(model: nn.Module) -> nn.Module:
     """The module that turns token ids into the hidden states that the output head reads.
 
-    `runtime.loss.head_of` verifies the choice against the model's own forward.
+    `runtime.head.head_of` verifies the choice against the model's own forward.
     """
     causal = causal_model(model)
     try:

@@ -1,8 +1,13 @@
 """Output head and cross-entropy in one, chunk by chunk: the logits of all tokens never exist at once.
 
 The idea of computing the gradient with the loss, while a chunk's logits are there, is from Liger Kernel (Hsu et al.
-2024, arXiv:2410.10989). Letters in names: N tokens, D hidden size, V vocabulary, K tokens in the loss, C a chunk of
-them, R a few rows of a chunk.
+2024, arXiv:2410.10989). The head is taken in tiles of its rows, and the softmax is summed up over them (Milakov and
+Gimelshein 2018, arXiv:1805.02867), so that a head can come in tiles from below the device: it does once for the loss
+and in reverse for the gradients, and logits of one tile exist at a time. Where it lies on the device a chunk's logits
+are kept between the two passes. Both ways give the same bits.
+
+Letters in names: N tokens, D hidden size, V vocabulary, K tokens in the loss, C a chunk of them, R a few rows of a
+chunk, T rows of the head in a tile.
 """
 
 from __future__ import annotations
@@ -11,12 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from torch import Tensor
 
-from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.products import mm
-from lowmem_ft.runtime.blocks import causal_model, find_decoder
+from lowmem_ft.runtime.head import Head
 
 # fp32 logits are made for this many elements at a time (8 MiB). On the CPU that stays in the cache: measured on one
 # Zen 4 core at V = 32000, 25% faster than a chunk at once; on a GPU a kernel over it takes longer than its launch.
@@ -26,28 +29,16 @@ _SLAB = 1 << 21
 _ROWS = 128
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
-    """logits = softcap(scale * (h W^T + b)), softcap(z) = cap * tanh(z / cap).
-
-    Attributes:
-        weight: (V, D).
-        bias: (V,) or None.
-        softcap: `cap`, or None where the model has none.
-        scale: factor on the logits before the cap; where a model scales the hidden states instead, that factor.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def scratch_bytes(self, chunk_tokens: int) -> int:
-        """What the loss takes, at most, beside the gradients that it returns: logits of one chunk and fp32 slabs."""
-        vocabulary, hidden = self.weight.shape
-        slab = 4 * min(max(_SLAB, vocabulary), chunk_tokens * vocabulary)
-        per_token = (vocabulary + 2 * hidden) * self.weight.element_size()
-        return chunk_tokens * per_token + slab * (1 if self.softcap is None else 2)
+def scratch_bytes(head: Head, chunk_tokens: int) -> int:
+    """What the loss takes, at most, beside the gradients that it returns: logits, hidden states and their products
+    for one chunk, and fp32 slabs."""
+    vocabulary, hidden = head.weight.shape
+    tiles, size = head.tiles, head.weight.element_size()
+    width: int = tiles[0].stop
+    slab = 4 * min(max(_SLAB, width), chunk_tokens * width)
+    summed = 4 * hidden if len(tiles) > 1 else 0
+    per_token: int = ((vocabulary if head.keeps else width) + 2 * hidden) * size + summed
+    return chunk_tokens * per_token + slab * (1 if head.softcap is None else 2)
 
 
 def chunked_cross_entropy(
@@ -148,7 +139,7 @@ def cross_entropy_and_gradients(
     Returns:
         The loss, an fp32 scalar, and the gradient (N, D) in the dtype of `hidden_ND` or None.
     """
-    tokens, vocabulary = hidden_ND.shape[0], head.weight.shape[0]
+    assert weight_grad is None or head.table is None, "a head that is trained lies on the device"
     in_loss_N = labels_N != ignore_index
     if kept is None:
         kept = int(in_loss_N.sum())
@@ -157,148 +148,168 @@ def cross_entropy_and_gradients(
     differentiate = hidden_grad or weight_grad is not None or bias_grad is not None
     rows_K = torch.nonzero_static(in_loss_N, size=kept).squeeze(1)
     chunk = min(chunk_tokens, -(-kept // _ROWS) * _ROWS)
-    logits_CV = head.weight.new_empty(chunk, vocabulary)
-    hidden_CD = head.weight.new_empty(chunk, hidden_ND.shape[1])
-    slab = head.weight.new_empty(min(chunk, max(1, _SLAB // vocabulary)), vocabulary, dtype=torch.float32)
-    slope = None if head.softcap is None else torch.empty_like(slab)
+    work = _Chunk.empty(chunk, head)
     for start in range(0, kept, max(chunk, 1)):
         rows_C = rows_K[start : start + chunk]
-        count = len(rows_C)
-        hidden_CD[:count] = hidden_ND.index_select(0, rows_C)
-        hidden_CD[count:] = 0.0
-        labels_C1 = labels_N.index_select(0, rows_C).unsqueeze(1)
-        mm(hidden_CD, head.weight.t(), bias=head.bias, out=logits_CV)
-        for at in range(0, count, len(slab)):
-            logits_RV, labels_R1 = logits_CV[at : min(at + len(slab), count)], labels_C1[at : at + len(slab)]
-            loss += _rows(logits_RV, labels_R1, slab, slope, head, grad_scale if differentiate else None)
-        logits_CV[count:] = 0.0
-        if grad_ND is not None:
-            grad_ND.index_copy_(0, rows_C, mm(logits_CV, head.weight)[:count].to(grad_ND.dtype))
+        work.take(hidden_ND.index_select(0, rows_C), labels_N.index_select(0, rows_C))
+        loss += work.loss(returns=differentiate)
+        if not differentiate:
+            continue
+        grad_CD = work.differentiate(grad_scale, hidden_grad=hidden_grad, bias_grad=bias_grad)
+        if grad_ND is not None and grad_CD is not None:
+            grad_ND.index_copy_(0, rows_C, grad_CD[: len(rows_C)].to(grad_ND.dtype))
         if weight_grad is not None:
-            # in pieces, because the product comes in the compute dtype before it is added in fp32
-            height = max(1, _SLAB // weight_grad.shape[1])
-            for at in range(0, vocabulary, height):
-                weight_grad[at : at + height].add_(mm(logits_CV[:, at : at + height].t(), hidden_CD))
-        if bias_grad is not None:
-            bias_grad.add_(logits_CV.sum(0, dtype=torch.float32))
-    assert tokens == labels_N.shape[0]
+            work.add_weight_grad(weight_grad)
     return loss, grad_ND
 
 
-def _rows(
-    logits_RV: Tensor, labels_R1: Tensor, slab: Tensor, slope: Tensor | None, head: Head, grad_scale: float | None
-) -> Tensor:
-    """Summed loss of a few rows; their `logits_RV` (before scale and cap) become d(loss)/d(logits) * grad_scale."""
-    z_RV = slab[: len(logits_RV)]
-    z_RV.copy_(logits_RV)
-    if head.scale != 1.0:
-        z_RV.mul_(head.scale)
-    if head.softcap is not None and slope is not None:
-        slope = slope[: len(logits_RV)]
-        z_RV.div_(head.softcap).tanh_()
-        torch.mul(z_RV, z_RV, out=slope).neg_().add_(1.0)
-        z_RV.mul_(head.softcap)
-    target_R1 = z_RV.gather(1, labels_R1)
-    largest_R1 = z_RV.amax(1, keepdim=True)
-    sum_R1 = z_RV.sub_(largest_R1).exp_().sum(1, keepdim=True)
-    loss = (sum_R1.log() + largest_R1 - target_R1).sum()
-    if grad_scale is not None:
-        factor = grad_scale * head.scale
-        z_RV.mul_(factor / sum_R1)
-        z_RV.scatter_add_(1, labels_R1, torch.full_like(target_R1, -factor))
-        if slope is not None:
-            z_RV.mul_(slope)
-        logits_RV.copy_(z_RV)
-    return loss
+@dataclass(slots=True)
+class _Chunk:
+    """The work on one chunk after another, in the same memory.
 
-
-def head_of(model: nn.Module) -> Head:
-    """The output head of `model`, with the scale and soft cap that its forward applies.
-
-    These are measured, not looked up: architectures name them differently (of two with `logits_scaling` one divides by
-    it and one multiplies). The model's own forward runs with known hidden states in place of its decoder's and known
-    logits in place of the head's, on the CPU and without touching a weight, so it works on meta and fake models too.
-
-    Raises:
-        UnsupportedError: the head is no plain linear layer, or the forward does something else to hidden states or
-            logits than a scale and a soft cap.
+    Attributes:
+        logits: of all tiles, or of one; (C, T) of each tile lie together.
+        hidden_CD: in the dtype of the head.
+        slab, slope: fp32 room for a few rows of a tile: logits, and the slope of their soft cap.
+        labels_C1, count: of the rows in use.
+        largest_C1, sum_C1, target_C1: fp32, of the softmax: the largest logit, the sum of exp(logit - largest), and the
+            logit of the label.
     """
-    causal = causal_model(model)
-    linear = causal.get_output_embeddings()
-    if hasattr(linear, "modules_to_save"):  # peft trains a copy
-        linear = linear.modules_to_save[linear.active_adapters[0]]
-    if type(linear) is not nn.Linear:
-        raise _unsupported(causal, f"its head is {type(linear).__name__}, not a plain linear layer")
-    with torch.no_grad():
-        factor, softcap = _measure(causal, find_decoder(model), linear)
-    return Head(weight=linear.weight, bias=linear.bias, softcap=softcap, scale=factor)
 
+    head: Head
+    logits: Tensor
+    hidden_CD: Tensor
+    slab: Tensor
+    slope: Tensor | None
+    count: int
+    labels_C1: Tensor
+    largest_C1: Tensor
+    sum_C1: Tensor
+    target_C1: Tensor
 
-class _Hidden(MoeModelOutputWithPast):  # type: ignore[misc]
-    """A decoder's output of which only the last hidden states are known."""
+    @classmethod
+    def empty(cls, chunk: int, head: Head) -> _Chunk:
+        vocabulary, hidden = head.weight.shape
+        width = head.tiles[0].stop
+        rows = min(chunk, max(1, _SLAB // width))
+        slab = head.weight.new_empty(rows * width, dtype=torch.float32)
+        of_row = [head.weight.new_empty(chunk, 1, dtype=torch.float32) for _ in range(3)]
+        return cls(
+            head,
+            head.weight.new_empty(chunk * (vocabulary if head.keeps else width)),
+            head.weight.new_empty(chunk, hidden),
+            slab,
+            None if head.softcap is None else torch.empty_like(slab),
+            0,
+            of_row[0],  # until there are labels
+            *of_row,
+        )
 
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
+    def take(self, hidden_CD: Tensor, labels_C: Tensor) -> None:
+        """Begin with these rows."""
+        self.count = len(labels_C)
+        self.hidden_CD[: self.count] = hidden_CD
+        self.hidden_CD[self.count :] = 0.0
+        self.labels_C1 = labels_C.unsqueeze(1)
+        self.largest_C1.fill_(float("-inf"))
+        self.sum_C1.zero_()
+        self.target_C1.zero_()
 
+    def loss(self, *, returns: bool) -> Tensor:
+        """Summed over the rows, fp32. The logits of the last tile are there then, or of all."""
+        for at in range(len(self.head.tiles)):
+            self._multiply(at, self.head.tile(at, returns=returns))
+            for rows in self._slabs(at):
+                z_RT, _ = self._scaled(at, rows)
+                largest_R1, sum_R1 = self.largest_C1[rows], self.sum_C1[rows]
+                inside_R1, label_R1 = self._labels(at, rows)
+                target_R1 = z_RT.gather(1, label_R1)
+                self.target_C1[rows] = torch.where(inside_R1, target_R1, self.target_C1[rows])
+                before_R1 = largest_R1.clone()
+                torch.maximum(before_R1, z_RT.amax(1, keepdim=True), out=largest_R1)
+                more_R1 = z_RT.sub_(largest_R1).exp_().sum(1, keepdim=True)
+                sum_R1.mul_(before_R1.sub_(largest_R1).exp_()).add_(more_R1)
+        used = slice(self.count)
+        return (self.sum_C1[used].log() + self.largest_C1[used] - self.target_C1[used]).sum()
 
-def _measure(causal: nn.Module, decoder: nn.Module, linear: nn.Linear) -> tuple[float, float | None]:
-    """(scale, soft cap) of the forward of `causal` between decoder, head and returned logits."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    # eighths are exact in every dtype that a forward may cast to; the second token is larger, to show a norm
-    hidden = torch.randint(-16, 17, (1, 2, linear.in_features), generator=generator, device="cpu") / 8.0
-    hidden[:, 1] *= 4.0
-    noise = torch.randn(1, 2, linear.out_features, generator=generator, device="cpu")
-    before, small = _probe(causal, decoder, linear, hidden, noise * 1e-4)  # a cap leaves these alone
-    _, large = _probe(causal, decoder, linear, hidden, noise.sign() * 1e6)
-    _, middle = _probe(causal, decoder, linear, hidden, noise * 20.0)
-    scale_before, scale_after = _slope(hidden, before), _slope(noise * 1e-4, small)
-    capped = bool(large.abs().max() < 1e5 * abs(scale_after))
-    softcap = float(large.abs().max()) if capped else None
-    ours = noise * 20.0 * scale_after
-    ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
-    # hidden states may be cast to bf16 on their way (2^-9); logits are fp32 on both sides: a few roundings of 6e-8
-    if not (torch.allclose(before, hidden * scale_before, rtol=2**-8) and torch.allclose(middle, ours, rtol=1e-5)):
-        raise _unsupported(causal, "its forward changes the logits by more than a scale and a soft cap")
-    if scale_before != 1.0 and linear.bias is not None:
-        raise _unsupported(causal, "it scales the hidden states of a head that has a bias")
-    return scale_before * scale_after, softcap
+    def differentiate(self, grad_scale: float, *, hidden_grad: bool, bias_grad: Tensor | None) -> Tensor | None:
+        """The logits become d(loss)/d(logits) * grad_scale, where they are kept.
 
+        Returns:
+            the gradient of the hidden states, (C, D), if it is wanted; in fp32 where it is a sum over tiles.
+        """
+        grad_CD: Tensor | None = None
+        last = len(self.head.tiles) - 1
+        for at in range(last, -1, -1):  # in reverse: the last tiles are still on the device
+            weight_TD = self.head.tile(at, returns=True) if hidden_grad or not self.head.keeps else None
+            if not self.head.keeps and at != last and weight_TD is not None:
+                self._multiply(at, weight_TD)
+            for rows in self._slabs(at):
+                self._to_gradient(at, rows, grad_scale * self.head.scale)
+            logits_CT = self._logits(at)
+            logits_CT[self.count :] = 0.0
+            if hidden_grad and weight_TD is not None:
+                part_CD = mm(logits_CT, weight_TD)
+                grad_CD = part_CD if grad_CD is None else grad_CD.float().add_(part_CD)
+            if bias_grad is not None:
+                bias_grad[self.head.tiles[at]].add_(logits_CT.sum(0, dtype=torch.float32))
+        return grad_CD
 
-def _probe(causal: Any, decoder: Any, linear: Any, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the head was given, what the model returned), fp32, for these hidden states and these raw logits."""
-    received: list[Tensor] = []
+    def add_weight_grad(self, weight_grad: Tensor) -> None:
+        """Add the gradient of the head's weight, in pieces: the product comes in the compute dtype before it is added
+        in fp32."""
+        height = max(1, _SLAB // weight_grad.shape[1])
+        for at, tile in enumerate(self.head.tiles):
+            logits_CT = self._logits(at)
+            for begin in range(0, tile.stop - tile.start, height):
+                part = slice(begin, begin + height)
+                weight_grad[tile][part].add_(mm(logits_CT[:, part].t(), self.hidden_CD))
 
-    def run_decoder(*args: object, **kwargs: object) -> _Hidden:
-        return _Hidden(last_hidden_state=hidden)
+    def _logits(self, at: int) -> Tensor:
+        """(C, T) of a tile."""
+        tile, chunk = self.head.tiles[at], len(self.hidden_CD)
+        begin = chunk * tile.start if self.head.keeps else 0
+        width = tile.stop - tile.start
+        return self.logits[begin : begin + chunk * width].view(chunk, width)
 
-    def run_head(given: Tensor) -> Tensor:
-        received.append(given)
-        return logits.clone()
+    def _multiply(self, at: int, weight_TD: Tensor) -> None:
+        bias_T = None if self.head.bias is None else self.head.bias[self.head.tiles[at]]
+        mm(self.hidden_CD, weight_TD.t(), bias=bias_T, out=self._logits(at))
 
-    before = [(module, vars(module).get("forward")) for module in (decoder, linear)]
-    try:
-        decoder.forward, linear.forward = run_decoder, run_head
-        returned = causal(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="cpu"), use_cache=False).logits
-        return received[0].float(), returned.float()
-    except Exception as error:  # whatever a foreign forward may raise on input that is not its own
-        raise _unsupported(causal, f"its forward cannot be run around the head ({error!r})") from error
-    finally:
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    def _slabs(self, at: int) -> list[slice]:
+        """A few rows at a time."""
+        height = max(1, len(self.slab) // self._logits(at).shape[1])
+        return [slice(begin, min(begin + height, self.count)) for begin in range(0, self.count, height)]
 
+    def _labels(self, at: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """(whether each label is in a tile, its place there), (R, 1)."""
+        tile = self.head.tiles[at]
+        label_R1 = self.labels_C1[rows] - tile.start
+        width = tile.stop - tile.start
+        return (label_R1 >= 0) & (label_R1 < width), label_R1.clamp_(0, width - 1)
 
-def _slope(given: Tensor, returned: Tensor) -> float:
-    """The factor between two tensors, by least squares, to fp32 precision."""
-    x, y = given.double().flatten(), returned.double().flatten()
-    return float((x.dot(y) / x.dot(x)).float()) if x.shape == y.shape else 1.0
+    def _scaled(self, at: int, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """A few rows of a tile's logits in fp32, scaled and capped, and the cap's slope."""
+        logits_RT, head = self._logits(at)[rows], self.head
+        z_RT, slope_RT = (
+            None if it is None else it[: logits_RT.numel()].view_as(logits_RT) for it in (self.slab, self.slope)
+        )
+        assert z_RT is not None
+        z_RT.copy_(logits_RT)
+        if head.scale != 1.0:
+            z_RT.mul_(head.scale)
+        if head.softcap is not None and slope_RT is not None:
+            z_RT.div_(head.softcap).tanh_()
+            torch.mul(z_RT, z_RT, out=slope_RT).neg_().add_(1.0)
+            z_RT.mul_(head.softcap)
+        return z_RT, slope_RT
 
-
-def _unsupported(causal: nn.Module, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"The output head of this architecture cannot be served: {why}.",
-        given=type(causal).__name__,
-        allowed="logits = softcap(scale * (hidden @ weight.T + bias))",
-    )
+    def _to_gradient(self, at: int, rows: slice, factor: float) -> None:
+        """A few rows of a tile's logits become d(loss)/d(logits) * factor / scale."""
+        z_RT, slope_RT = self._scaled(at, rows)
+        inside_R1, label_R1 = self._labels(at, rows)
+        z_RT.sub_(self.largest_C1[rows]).exp_().mul_(factor / self.sum_C1[rows])
+        z_RT.scatter_add_(1, label_R1, inside_R1.to(torch.float32).mul_(-factor))
+        if slope_RT is not None:
+            z_RT.mul_(slope_RT)
+        self._logits(at)[rows].copy_(z_RT)

@@ -25,9 +25,10 @@ from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, device_memory
+from lowmem_ft.runtime.ring import SLOTS, Slots
+from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier
+from lowmem_ft.runtime.vocabulary import Matrix
 
-SLOTS = 2  # the block at work and the next one
 _ALIGN = 512  # bytes, of each tensor within its block: what CUDA's own allocations start on
 _FETCH = "_fetch_streamed"  # the attribute of a module that brings its weights up
 
@@ -97,84 +98,43 @@ def block_bytes(pieces: Sequence[Piece]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What streaming some blocks changes, in bytes.
+    """What streaming some blocks and some of the vocabulary's matrices changes, in bytes.
 
     Attributes:
         blocks: which ones -> bytes of their copies.
+        matrices: which ones.
         tensors: of each tensor that leaves the device.
-        slot: of each of the ring's `SLOTS`, which come to the device; 0 without streaming.
+        slots: of each slot that comes to it.
+        stubs: of what the model holds of each matrix in its place.
     """
 
     blocks: Mapping[int, int]
+    matrices: Sequence[Matrix]
     tensors: tuple[int, ...]
-    slot: int
+    slots: tuple[int, ...]
+    stubs: tuple[int, ...]
 
     @classmethod
-    def of(cls, pieces: Sequence[list[Piece]], count: int) -> Moved:
+    def of(cls, pieces: Sequence[list[Piece]], count: int, matrices: Sequence[Matrix] = ()) -> Moved:
         """Of a model with these pieces, `count` of whose blocks are streamed."""
         blocks = {index: block_bytes(pieces[index]) for index in spread(len(pieces), count)}
-        tensors = tuple(piece.nbytes for index in blocks for piece in pieces[index])
-        return cls(blocks, tensors, max(blocks.values()) + PAGE if blocks else 0)
+        tensors = [piece.nbytes for index in blocks for piece in pieces[index]]
+        slots = [max(blocks.values()) + PAGE] * SLOTS if blocks else []
+        for matrix in matrices:
+            tensors.append(matrix.nbytes)
+            slots += matrix.slots
+        stubs = tuple(matrix.parameter.element_size() for matrix in matrices)
+        return cls(blocks, matrices, tuple(tensors), tuple(slots), stubs)
 
     @property
     def saved(self) -> int:
         """Bytes that the device holds less."""
-        return sum(self.tensors) - SLOTS * self.slot
+        return sum(self.tensors) - sum(self.slots) - sum(self.stubs)
 
     @property
     def stored(self) -> int:
         """Bytes in the tier below."""
-        return sum(self.blocks.values())
-
-
-class Ring:
-    """Which streamed block lies in which slot, and which comes next. Used by the run and by its prediction.
-
-    Args:
-        count: streamed blocks, numbered from 0 here in the order of the model.
-
-    Attributes:
-        current: the block at work, or None before the first.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.current: int | None = None
-        self._last = count - 1
-        self._holds: list[int | None] = [None] * SLOTS
-
-    def ask(self, block: int, *, returns: bool) -> list[tuple[int, int]]:
-        """Make `block` the one at work.
-
-        Args:
-            returns: whether a backward pass follows the forward pass.
-
-        Returns:
-            (slot, block) of the copies to begin now, the first first.
-        """
-        wanted = list(dict.fromkeys((block, self._next(block, returns))))
-        copies = []
-        for coming in wanted:
-            if coming not in self._holds:
-                slot = next(at for at, held in enumerate(self._holds) if held not in wanted)
-                self._holds[slot] = coming
-                copies.append((slot, coming))
-        self.current = block
-        return copies
-
-    def slot_of(self, block: int) -> int:
-        """Where a block lies, or is being copied to."""
-        return self._holds.index(block)
-
-    def _next(self, block: int, returns: bool) -> int:
-        """The block that is asked for after `block`: the passes go forward and, if there is one, back in reverse."""
-        came = -1 if self.current is None else self.current
-        wraps = came == self._last and block == 0  # from one forward pass into the next
-        if block > came or wraps:
-            turns = block == self._last
-            after = block + 1 if not turns else self._last - 1 if returns else 0
-        else:
-            after = block - 1 if block > 0 else 1
-        return min(max(after, 0), self._last)
+        return sum(self.blocks.values()) + sum(sum(matrix.tiles) for matrix in self.matrices)
 
 
 class Holder(NamedTuple):
@@ -241,9 +201,7 @@ class Streaming:
         self.blocks, self._pieces = sorted(blocks), blocks
         sizes = [block_bytes(self._pieces[index]) for index in self.blocks]
         self._tier: Tier = NoTier() if device.type == "meta" else open_tier(sizes)
-        self._slots = [device_memory(max(sizes, default=0), device) for _ in range(SLOTS)]
-        self._copies: list[object] = [None] * SLOTS
-        self._ring = Ring(len(self.blocks))
+        self._slots = Slots(self._tier, sizes, device)
         self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
         self._layers = list(find_blocks(model)[1])
         self._held: Mapping[int, Sequence[Holder]] = {}
@@ -255,7 +213,7 @@ class Streaming:
             return None
         index, piece = self._by_path[path]
         self._tier.write(self.blocks.index(index), piece.offset, tensor)
-        return piece.of(self._slots[0])
+        return piece.of(self._slots.memory[0])
 
     def attach(self, holders: Sequence[Sequence[Holder]]) -> None:
         """Have the model's modules ask for their weights from now on.
@@ -265,7 +223,7 @@ class Streaming:
         """
         self._held = {index: holders[index] for index in self.blocks}
         for index in self.blocks:
-            self._bind(index, self._slots[0])
+            self._bind(index, self._slots.memory[0])
             if any(holder.parameter is not None for holder in self._held[index]):
                 self._keep_no_views(index)
         self._have_asked()
@@ -324,17 +282,8 @@ class Streaming:
     def fetch(self, block: int) -> None:
         """Have a block's weights on the device, and begin to copy those that will be asked for next."""
         at = self.blocks.index(block)
-        if at == self._ring.current:
-            return
-        try:
-            for slot, coming in self._ring.ask(at, returns=self._layers[block].training):
-                self._copies[slot] = self._tier.start(coming, self._slots[slot])
-            slot = self._ring.slot_of(at)
-            self._tier.wait(self._copies[slot])
-            self._bind(block, self._slots[slot])
-        except BaseException:
-            self._ring = Ring(len(self.blocks))  # whoever asks again must not take what did not come for what did
-            raise
+        if at != self._slots.current:
+            self._bind(block, self._slots.bring(at, returns=self._layers[block].training))
 
     def _bind(self, block: int, slot: Tensor) -> None:
         """Let the block's weights be those in `slot`."""
@@ -344,7 +293,7 @@ class Streaming:
 
     def _keep_no_views(self, index: int) -> None:
         """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
-        begins = {slot.untyped_storage()._cdata: slot.storage_offset() for slot in self._slots}
+        begins = {slot.untyped_storage()._cdata: slot.storage_offset() for slot in self._slots.memory}
 
         def pack(tensor: Tensor) -> Any:
             begin = begins.get(tensor.untyped_storage()._cdata)
@@ -358,7 +307,7 @@ class Streaming:
                 return kept
             dtype, offset, shape, stride = kept
             self.fetch(index)
-            slot = self._slots[self._ring.slot_of(self.blocks.index(index))].view(dtype)
+            slot = self._slots.holding(self.blocks.index(index)).view(dtype)
             return slot.as_strided(shape, stride, slot.storage_offset() + offset)
 
         entered: list[saved_tensors_hooks] = []

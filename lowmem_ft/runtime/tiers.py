@@ -45,6 +45,13 @@ class Tier(Protocol):
     def wait(self, copy: Any) -> None:
         """Let the work that is given to the device from now on see the copy's result."""
 
+    def rows(self, indices: Tensor, nbytes: int) -> Tensor:
+        """Of what lies there, seen as rows of so many bytes one after the other, those of `indices` (N, int64, in RAM).
+
+        Returns:
+            (N, nbytes) uint8, in RAM.
+        """
+
 
 class TakingTier(Tier, Protocol):
     """One that also takes from the device while that works."""
@@ -78,6 +85,9 @@ class NoTier:
 
     def wait(self, copy: None) -> None:
         """Nothing was begun."""
+
+    def rows(self, indices: Tensor, nbytes: int) -> Tensor:
+        raise AssertionError("a simulated run has no weights")
 
 
 class DiskTier:
@@ -124,14 +134,35 @@ class DiskTier:
     def wait(self, copy: Future[None]) -> None:
         copy.result()
 
+    def rows(self, indices: Tensor, nbytes: int) -> Tensor:
+        with torch.inference_mode(mode=False):  # which the thread that fills it is not in
+            found = torch.empty(len(indices), nbytes, dtype=torch.uint8)
+        self._reader.submit(self._read_rows, indices, found).result()  # one thread reads: a file has one position
+        return found
+
+    def _read_rows(self, indices: Tensor, found: Tensor) -> None:
+        wanted, nbytes = indices.numpy(), found.shape[1]
+        room, held = device_memory((nbytes // PAGE + 2) * PAGE, torch.device("cpu")), -1
+        for at in wanted.argsort(kind="stable"):
+            row = int(wanted[at])
+            page, begin = divmod(row * nbytes, PAGE)
+            if row != held:  # the same token again
+                self._fill(room[: -(-(begin + nbytes) // PAGE) * PAGE], page * PAGE)
+                held = row
+            found[at] = room[begin : begin + nbytes]
+
     def read(self, block: int, into: Tensor) -> None:
         """Fill the first bytes of `into` (uint8, in RAM, beginning on a page) with a block, now."""
-        data = memoryview(into.numpy())[: self._sizes[block]]  # type: ignore[arg-type,unused-ignore]
+        self._fill(into[: self._sizes[block]], self._starts[block])
+
+    def _fill(self, into: Tensor, start: int) -> None:
+        """Read whole pages from byte `start` of the file on."""
+        data = memoryview(into.numpy())  # type: ignore[arg-type,unused-ignore]
         with self._clear_errors():
             if self._written:
                 _forget_pages(self._file)
                 self._written = 0
-            self._direct.seek(self._starts[block])
+            self._direct.seek(start)
             while data:
                 done = self._direct.readinto(data)
                 if not done:
@@ -186,6 +217,10 @@ class HostTier:
     def wait(self, copy: torch.cuda.Event) -> None:
         copy.wait()
 
+    def rows(self, indices: Tensor, nbytes: int) -> Tensor:
+        count = len(self._arena) // nbytes
+        return self._arena[: count * nbytes].view(count, nbytes).index_select(0, indices)
+
 
 class StagedDiskTier:
     """A file below a device that is not the CPU: read into pinned buffers by turns, and copied from there.
@@ -198,9 +233,7 @@ class StagedDiskTier:
         self._disk = DiskTier(folder, sizes)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._sizes = list(sizes)
-        self._arena = device_memory(STAGES * max(sizes, default=0), torch.device("cpu"))
-        _pin(self, self._arena)
-        self._stages = list(self._arena.view(STAGES, -1))
+        self._stages: list[Tensor] = []  # until the first copy: of a table whose rows are looked up there is none
         self._busy: list[torch.cuda.Event | None] = [None] * STAGES
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stage")
@@ -215,7 +248,14 @@ class StagedDiskTier:
     def wait(self, copy: Future[torch.cuda.Event]) -> None:
         copy.result().wait()
 
+    def rows(self, indices: Tensor, nbytes: int) -> Tensor:
+        return self._disk.rows(indices, nbytes)
+
     def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        if not self._stages:
+            arena = device_memory(STAGES * max(self._sizes), torch.device("cpu"))
+            _pin(self, arena)
+            self._stages = list(arena.view(STAGES, -1))
         turn, self._turn = self._turn, (self._turn + 1) % STAGES
         before = self._busy[turn]
         if before is not None:

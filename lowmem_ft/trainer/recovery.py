@@ -25,6 +25,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
+from lowmem_ft.runtime.vocabulary import Which
 from lowmem_ft.step import StepResult, eval_step, sum_gradients, update
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
 _OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks"}
-_OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: blocks go down, but do not come back
+_OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: weights go down and do not come back
+_EMBEDDINGS: tuple[Which, ...] = ("none", "input", "both")  # what is below
 
 
 class NoSaferPolicyError(BudgetError):
@@ -80,7 +82,7 @@ class Recovery:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready, self.policy, self._planned = ready, policy, policy
-        self._alternatives = [it for it in alternatives if _reachable(it, policy)]
+        self._alternatives = list(alternatives)
         self._may_recompute, self._watch, self._say = may_recompute, watch, say
         self.repeated = 0
 
@@ -193,15 +195,19 @@ class Recovery:
     def _next(self, row_tokens: int) -> Iterator[Policy]:
         """Safer policies than the one in force: those of the plan, then what is left to save."""
         while self._alternatives:
-            yield self._alternatives.pop(0)
+            planned = self._alternatives.pop(0)
+            if _reachable(planned, self.policy):
+                yield planned
         policy = self.policy
         if policy.keep_blocks and self._may_recompute:
             yield replace(policy, keep_blocks=0, recompute_blocks=policy.recompute_blocks + policy.keep_blocks)
         yield from _reductions(policy, row_tokens)
         depth = policy.resident_blocks + policy.streamed_blocks
+        below: Any = "disk" if self.ready.device.type == "cpu" else policy.stream_from
         if policy.resident_blocks:
-            below = "disk" if self.ready.device.type == "cpu" else policy.stream_from
             yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=below)
+        if policy.stream_embeddings != _EMBEDDINGS[-1]:
+            yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=below)
         if policy.recompute_blocks:
             yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
 
@@ -236,6 +242,8 @@ def _reachable(policy: Policy, now: Policy) -> bool:
     """Whether `policy` is another one that can be taken up without loading the model again."""
     theirs, ours = asdict(policy), asdict(now)
     free = _OF_STEPS | (_OF_TIERS if policy.resident_blocks == 0 else set())
+    if _EMBEDDINGS.index(policy.stream_embeddings) > _EMBEDDINGS.index(now.stream_embeddings):
+        free = free | {"stream_embeddings", "stream_from"}
     return policy != now and all(theirs[name] == ours[name] for name in theirs if name not in free)
 
 

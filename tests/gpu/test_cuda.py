@@ -24,7 +24,8 @@ from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.loss import Head, chunked_cross_entropy
+from lowmem_ft.runtime.head import Head
+from lowmem_ft.runtime.loss import chunked_cross_entropy
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.step import train_step
 from lowmem_ft.trainer import loop

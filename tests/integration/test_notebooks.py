@@ -93,15 +93,15 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[cell.strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in html.split("<tr>")[2:]]
     answers = {(row[0], row[1][:8]): row[2] for row in rows}
     assert answers == {
-        ("Qwen3-0.6B", "2 GB of "): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
-        ("Mistral-7B", "2 GB of "): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
+        ("Qwen3-0.6B", "1.5 GB o"): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
+        ("Mistral-7B", "1.5 GB o"): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
         ("Mistral-7B", "RTX 4090"): "fits",
-        ("Llama-3.1-8B", "2 GB of "): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
+        ("Llama-3.1-8B", "1.5 GB o"): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
         ("Llama-3.1-8B", "RTX 4090"): "fits",
     }  # fmt: skip
     assert [row[-1] for row in rows if row[1].startswith("RTX 4090")] == ["28 of 28", "32 of 32", "32 of 32"]
     peaks = {row[0]: float(row[3].split()[0]) for row in rows if row[2] == "does not fit"}
-    assert peaks["Llama-3.1-8B"] - peaks["Mistral-7B"] == pytest.approx(1.5, abs=0.2), "as the prose has it"
+    assert peaks["Llama-3.1-8B"] == pytest.approx(peaks["Mistral-7B"], rel=0.01), "as the prose has it"
 
     assert "fits rtx-3060-12gb: peak" in text_of(outputs["one-plan"])
     refused = text_of(outputs["refused"])
@@ -111,7 +111,8 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed.startswith("data.seq_len=1024")
     assert " fits rtx-3060-12gb: peak" in changed
     assert "Nothing fits the budget." in text_of(outputs["error"])
-    assert "at least 3." in text_of(outputs["error"])
+    assert "at least 1." in text_of(outputs["error"])
+    assert "any one of these fits: data.seq_len=1024" in text_of(outputs["error"])
     hours = re.findall(r"(\S+) +RTX (?:3060|4090).* ([\d.]+) hours +([\d.]+)", text_of(outputs["hours"]))
     assert [name for name, *_ in hours] == ["Qwen3-0.6B"] * 2 + ["Mistral-7B"] * 2 + ["Llama-3.1-8B"] * 2
     assert all(float(cost) > 0 for *_, cost in hours)

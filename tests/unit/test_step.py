@@ -23,7 +23,7 @@ from lowmem_ft.data.packing import Batch, collate
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.loss import head_of
+from lowmem_ft.runtime.head import head_of
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.step import eval_step, train_step

@@ -1,7 +1,8 @@
 """Draws configurations for tests and benchmarks of the planner, and compares simulated with real steps.
 
 What is drawn follows from the generator alone: architectures x bits x adapter method and its options x sequence length
-x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk x streamed blocks.
+x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk x streamed blocks and
+embeddings.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def draw(
     keep = pick([0, shape[2], generator.randrange(shape[2] + 1)])
     offload = not prompted and pick([True, False, False])
     bits = pick([4, 4, 8, 16])
+    trains_head = "train_modules" in adapter or "modules_to_save" in adapter.get("peft", {})
+    embeddings = "none" if trains_head else pick(["none", "none", "input", "both"])
     quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
         "architecture": name,
@@ -78,6 +81,7 @@ def draw(
                 **({"activations": "offload"} if offload else {}),
                 "resident_blocks": pick([shape[2], shape[2], generator.randrange(shape[2] + 1)]),
                 "loss_chunk_tokens": pick([16, 64, 256]),
+                "stream_embeddings": embeddings,
             },
         },
     }
@@ -177,6 +181,7 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
         streamed_blocks=blocks - resident, stream_from="host", keep_blocks=keep,
         recompute_blocks=blocks - keep - offload, offload_blocks=offload,
         optimizer=config.train.optimizer, loss_chunk_tokens=min(chunk, tokens),
+        stream_embeddings=config.policy.stream_embeddings or "none",
     )  # fmt: skip
 
 

@@ -1,20 +1,26 @@
 """Plans with weights, inputs or the optimizer below the device: chosen by need, and counted where they lie."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner.answer import write_plan
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_peak
-from lowmem_ft.planner.search import Search
+from lowmem_ft.planner.search import LOSS_CHUNKS, STREAMED_CHUNKS, Search
 from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.shelf import SLOTS
 from tests.models import save_tiny
 from tests.unit.planner.test_solver import CARD, DEEP, DEVICE, LARGE_ADAPTER, config
+
+LEVELS = ("none", "input", "both")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,66 @@ def test_what_lies_below_fills_the_gap(deep: Path, pins: dict[str, Any]) -> None
     assert refused.policy.offload_blocks > 0
     roomy = search.best(max(plain) + 2**20).weighed.policy
     assert roomy.streamed_blocks == roomy.offload_blocks == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_go_below_before_anything_is_refused(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all places for embeddings and numbers of streamed blocks the plan takes the fastest that fits."""
+    monkeypatch.setattr(vocabulary, "TILE_BYTES", 2**16)
+    save_tiny("llama", tmp_path, hidden_size=128, vocab_size=6000, num_hidden_layers=DEEP, tie_word_embeddings=tied)
+    settings = config(tmp_path, policy={"micro_batch_tokens": 128, "activations": "recompute"})
+    search, exact = Search(settings, DEVICE, 4), []
+    for level in ("none", "both") if tied else ("none", "input", "both"):
+        for chunk in {*LOSS_CHUNKS, *STREAMED_CHUNKS}:
+            one = replace(search.least, loss_chunk_tokens=min(chunk, 128), stream_embeddings=level)
+            for streamed in (0, *range(3, DEEP + 1)):
+                policy = search._blocks(one, 0, streamed=streamed)
+                weighed = search.scales.weigh(policy)
+                exact.append((process_peak(DEVICE, search.scales, weighed).process, weighed.seconds, policy))
+    whole = 6000 * 128 * 2
+    least, plain = (min(it[0] for it in exact if it[2].stream_embeddings in levels) for levels in (LEVELS, LEVELS[:1]))
+    assert least < plain - (1 if tied else 2) * whole + 2**19
+    for budget in (least, (least + plain) // 2, plain - 2**12):
+        answer = search.best(budget)
+        assert answer.fits
+        assert answer.weighed.policy.stream_embeddings != "none"
+        assert answer.weighed.seconds <= 1.05 * min(seconds for size, seconds, _ in exact if size <= budget)
+        assert write_plan(answer).predicted.disk_bytes >= whole
+    refused = search.best(least - 2**12)
+    assert not refused.fits
+    assert refused.process == least
+    assert search.best(2 * plain).weighed.policy.stream_embeddings == "none"
+
+
+def test_embeddings_that_are_pinned(tmp_path: Path) -> None:
+    save_tiny("qwen2", tmp_path, tie_word_embeddings=True)
+    pinned = config(tmp_path, policy={"stream_embeddings": "both"})
+    plan = make_plan(pinned, device=DEVICE)
+    assert "embedding and head streamed from disk" in plan.policy.describe()
+    assert plan.fits
+    assert pinned_for(CARD, pinned).policy.stream_from == "host"
+    with pytest.warns(UserWarning, match="stream_embeddings: input has no effect"):
+        make_plan(config(tmp_path, policy={"stream_embeddings": "input"}), device=DEVICE)
+    trained = config(tmp_path, policy={"stream_embeddings": "both"}, adapter={"train_modules": ["embed_tokens"]})
+    with pytest.raises(UnsupportedError, match="stream_embeddings: none"):
+        make_plan(trained, device=DEVICE)
+
+
+def pinned_for(device: Device, settings: RunConfig) -> Plan:
+    """What is streamed lies in pinned memory of the host, all of it, and comes up in two tiles."""
+    plan = make_plan(settings, device=device)
+    ready = Search(settings, device, 4).scales.stage.ready
+    (matrix,) = ready.matrices
+    assert plan.predicted.pinned_bytes == sum(matrix.tiles)
+    resident = make_plan(
+        settings.model_copy(update={"policy": settings.policy.model_copy(update={"stream_embeddings": "none"})}),
+        device=device,
+    )
+    more = plan.phases["load"]["host_bytes"] - resident.phases["load"]["host_bytes"]
+    assert more == plan.predicted.pinned_bytes
+    return plan
 
 
 def test_offloading_is_pinned_and_counted_where_inputs_lie(deep: Path) -> None:

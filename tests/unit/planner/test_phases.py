@@ -35,7 +35,7 @@ from lowmem_ft.planner.verify import allocator_events, full_batches
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.report.progress import Reporter
-from lowmem_ft.runtime import state
+from lowmem_ft.runtime import state, vocabulary
 from lowmem_ft.step import eval_step, train_step
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
@@ -91,8 +91,24 @@ def test_loading_with_streamed_blocks(name: str, bits: int, tmp_path: Path) -> N
         taken = peak(lambda policy=policy: assemble(settings, policy, torch.device("cpu")))
         assert taken <= aside.load(policy).device <= CLOSE * taken
         peaks.append(taken)
-        assert aside.load(policy).disk == scales.moved(streamed).stored
+        assert aside.load(policy).disk == scales.moved(policy).stored
     assert peaks[1] < peaks[0] < aside.load(replace(policy, streamed_blocks=0)).device
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_with_streamed_embeddings(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "TILE_BYTES", 2**16)
+    sizes = {"vocab_size": 4000, "hidden_size": 96, "tie_word_embeddings": tied}
+    settings = config(save_tiny("llama", tmp_path / "model", **sizes), cache=str(tmp_path / "cache"))
+    policy, scales, aside = prepared(settings)
+    resident = peak(lambda: assemble(settings, replace(policy), torch.device("cpu")))
+    policy = replace(policy, stream_embeddings="both", stream_from="disk")
+    for _ in ("cold", "cached"):
+        taken = peak(lambda: assemble(settings, policy, torch.device("cpu")))
+        assert taken <= aside.load(policy).device <= 1.03 * CLOSE * taken
+        assert taken < resident
+    assert aside.load(policy).disk == aside.cache + scales.moved(policy).stored
+    assert scales.moved(policy).stored >= 4000 * 96 * 2 * (1 if tied else 2)
 
 
 def peak(function: Callable[[], object]) -> int:
@@ -273,7 +289,8 @@ def locked_bytes() -> int:
 
 def test_a_plan_fits_only_if_all_its_phases_do(models: dict[str, Path]) -> None:
     pins = {"adapter": {"rank": 1, "targets": ["q_proj"]}, "data": {"seq_len": 8}, "train": {"tokens_per_step": 8}}
-    settings = config(models["mixtral"], **pins, policy={"micro_batch_tokens": 8, "loss_chunk_tokens": 8})
+    policy = {"micro_batch_tokens": 8, "loss_chunk_tokens": 8, "stream_embeddings": "none"}
+    settings = config(models["mixtral"], **pins, policy=policy)
     roomy = make_plan(settings, device=DEVICE)
     load, train = (roomy.phases[phase]["device_bytes"] for phase in ("load", "train"))
     assert train < load == roomy.predicted.process_peak_bytes

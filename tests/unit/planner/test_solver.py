@@ -47,6 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**found, "long": save_tiny("llama", folder / "long", **long)}
 
 
+WITH_EMBEDDINGS = {"loss_chunk_tokens": 32, "stream_embeddings": "none"}  # on the device; below it in test_below
+
+
 def config(model: Path, **sections: Any) -> RunConfig:
     keys: dict[str, Any] = {"data": {"seq_len": 64}, "train": {"tokens_per_step": 512}}
     for name, value in sections.items():
@@ -106,7 +109,7 @@ def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], name: str) -> None:
     """Every policy of a small space is weighed exactly; for budgets all over the range the plan is as fast as any."""
-    settings = config(models[name], train={"tokens_per_step": 256}, policy={"loss_chunk_tokens": 32})
+    settings = config(models[name], train={"tokens_per_step": 256}, policy=WITH_EMBEDDINGS)
     search = Search(settings, DEVICE, 4)
     exact = []
     for option in search.options(DEVICE.free_bytes):
@@ -154,7 +157,7 @@ def test_objectives(models: dict[str, Path]) -> None:
 
 def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path]) -> None:
     """Here the last block keeps, with which more bytes are in tensors and fewer are reserved."""
-    sections = {"data": {"seq_len": 1536}, "policy": {"loss_chunk_tokens": 32, "optimizer_on": "device"}}
+    sections = {"data": {"seq_len": 1536}, "policy": {**WITH_EMBEDDINGS, "optimizer_on": "device"}}
     search = Search(config(models["wide"], **sections), CARD, 4)
     least, other = search._few("device", timed=False)
     exact = process_peak(CARD, search.scales, other).process

@@ -12,9 +12,11 @@ import pytest
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device
+from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import simulate, unseen_bytes
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.tiers import PAGE
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
@@ -23,8 +25,10 @@ from tests.unit.planner.test_compose import DEEP, DEPTH
 SEQ_LEN = 128
 
 
-def scales(name: str, folder: Path, kind: Any = "cpu", **sections: Any) -> tuple[RunConfig, Scales]:
-    tiny_config(name, **DEEP[name]).save_pretrained(folder)
+def scales(
+    name: str, folder: Path, kind: Any = "cpu", sizes: dict[str, Any] | None = None, **sections: Any
+) -> tuple[RunConfig, Scales]:
+    tiny_config(name, **DEEP[name], **(sizes or {})).save_pretrained(folder)
     keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 8 * SEQ_LEN}, **sections}
     config = RunConfig.from_dict({"model": str(folder), **keys})
     return config, Scales(config, policy(), kind=kind, cost=lambda *_: 1e-6)
@@ -50,6 +54,47 @@ def test_streamed_blocks_are_weighed_as_simulated(name: str, streamed: int, tmp_
     assert made.evaluation_peak(asked) == whole.eval_peak
     held = [event.nbytes for event in whole.trace.events if event.phase == "load"]
     assert sorted(event.nbytes for event in made.base(asked)) == sorted(held)
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "sizes"),
+    [
+        ("llama", "input", {"tie_word_embeddings": False}),
+        ("llama", "both", {"tie_word_embeddings": False}),
+        ("gemma3", "both", {}),
+        ("deepseek_v3", "both", {}),
+    ],
+)
+def test_streamed_embeddings_are_weighed_as_simulated(
+    name: str, which: str, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "TILE_BYTES", PAGE)
+    config, made = scales(name, tmp_path, sizes={"vocab_size": 3000, **sizes})
+    plain = policy(rows=2, seq_len=SEQ_LEN, keep=3, depth=DEPTH, streamed_blocks=4, loss_chunk_tokens=64)
+    asked = replace(plain, stream_embeddings=which)
+    whole, weighed = simulate(config, asked, kind="cpu"), made.weigh(asked, timed=False)
+    assert weighed.allocated == whole.train_peak
+    assert made.evaluation_peak(asked) == whole.eval_peak
+    held = [event.nbytes for event in whole.trace.events if event.phase == "load"]
+    assert sorted(event.nbytes for event in made.base(asked)) == sorted(held)
+    assert weighed.allocated < made.weigh(plain, timed=False).allocated - 100_000
+    estimate = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN)
+    assert abs(estimate.allocated / weighed.allocated - 1) < 0.02
+
+
+def test_a_head_that_comes_up_takes_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "TILE_BYTES", PAGE)
+    _, made = scales("llama", tmp_path, sizes={"vocab_size": 3000, "tie_word_embeddings": False})
+    made._links = Links(host=1e6, disk=1e6, lookup=1e-3)
+    table = 3000 * 2 * made.stage.ready.model.config.hidden_size
+    chosen = {it: policy(rows=2, seq_len=SEQ_LEN, depth=DEPTH, loss_chunk_tokens=64, stream_embeddings=it,
+                         stream_from="disk") for it in ("none", "input", "both")}  # fmt: skip
+    plain, looked_up, both = (made.weigh(it).seconds for it in chosen.values())
+    tokens = max(made.stage.config.train.tokens_per_step, 2 * SEQ_LEN)
+    row = table / 3000
+    assert looked_up - plain == pytest.approx(tokens * (1e-3 + row / 1e6), rel=0.01)
+    copies = 2 * table / 1e6 * tokens / 64  # in four chunks, each in two passes but for what is there from the turn
+    assert 0.8 * copies < both - looked_up < copies
 
 
 @pytest.mark.parametrize(("keep", "streamed"), [(0, 0), (4, 0), (0, DEPTH)])
