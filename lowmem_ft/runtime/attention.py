@@ -16,6 +16,7 @@ Letters in shapes: B rows, H query heads, G key-value heads, T positions, E head
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,15 +41,44 @@ def use_attention(model: PreTrainedModel) -> None:
         model.config._attn_implementation = ATTENTION
 
 
-def attention(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+@dataclass(slots=True)
+class Attended:
+    """What the attention of a block gave in its first run, so that the second one need not attend again.
+
+    It lies as `attended` on the modules of a block (`runtime.activations`).
+    """
+
+    kept: list[Tensor] | None = None  # outputs and log-sum-exps in turn; None: nothing is kept
+    again: list[Tensor] | None = None  # what the run that is on takes of them
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        if self.again is not None:
+            out, lse = self.again.pop(0), self.again.pop(0)
+            return out, lse
+        out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, scale)
+        if self.kept is not None:
+            self.kept += out, lse
+        return out, lse
+
+
+def attention(
+    q_BHTE: Tensor,
+    k_BGTE: Tensor,
+    v_BGTE: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    attended: Attended | None = None,
+) -> Tensor:
     """softmax(q k^T * scale) v for each head, causal where there is no mask; (B, T, H, E) in the dtype of q.
 
     Args:
         mask: boolean (B or 1, 1 or H, T, T), true where a position (third axis) sees another (last axis).
+        attended: keeps the result, or has it.
 
     H is a multiple of G: query heads that follow each other share a key-value head.
     """
-    result: Tensor = _Attention.apply(q_BHTE, k_BGTE, v_BGTE, mask, scale)  # type: ignore[no-untyped-call]
+    attended = attended or Attended()
+    result: Tensor = _Attention.apply(q_BHTE, k_BGTE, v_BGTE, mask, scale, attended)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -56,19 +86,20 @@ class _Attention(torch.autograd.Function):
     """Keeps q, k, v, the output and one number per query; backward recomputes the scores (arXiv:2205.14135)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, scale)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, attended: Attended
+    ) -> Tensor:
+        out, lse = attended.attend(q, k, v, mask, scale)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, mask, out, lse)
-        result: Tensor = out
-        return result
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
         gradients = torch.ops.lowmem_ft.attention_backward.default(dout, q, k, v, mask, out, lse, ctx.scale)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _transformers_attention(
@@ -93,7 +124,7 @@ def _transformers_attention(
         )
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, attention_mask, scale), None
+    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None)), None
 
 
 def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:

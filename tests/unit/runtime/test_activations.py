@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.attention import use_attention
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from tests.models import ARCHITECTURES, tiny_config, tiny_model, without_dropout
@@ -63,6 +65,36 @@ def test_recompute_equals_keep(name: str) -> None:
         assert recomputed.keys() == kept.keys()
         for parameter, gradient in kept.items():
             assert torch.equal(gradient, recomputed[parameter]), f"{parameter} with {keep} blocks kept"
+
+
+class _Counted(TorchDispatchMode):
+    """Counts attention's forward runs."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func is torch.ops.lowmem_ft.attention.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_kept_attention_gives_the_same_bits_and_runs_once(name: str) -> None:
+    """Where it is ours; what attends in another way is not touched."""
+    model = trainable(name)
+    use_attention(model)
+    depth = len(find_blocks(model)[1])
+    with _Counted() as once:
+        kept = gradients(model)
+    assert once.times == depth or (once.times == 0 and name not in ("llama", "qwen3", "mixtral"))
+    for keep in {0, depth - 1}:
+        policy = apply_activation_policy(model, keep=keep, keep_attention=True)
+        with _Counted() as counted:
+            recomputed = gradients(model)
+        policy.remove()
+        assert counted.times == once.times
+        for parameter, gradient in kept.items():
+            assert torch.equal(gradient, recomputed[parameter]), f"{parameter} with {keep} blocks kept"
+    assert not any("attended" in vars(module) for module in model.modules())
 
 
 LAST = {  # the layers that feed the sum at a block's end; Falcon adds both branches at once
