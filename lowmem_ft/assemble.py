@@ -226,7 +226,13 @@ def _activated(model: PreTrainedModel, policy: Policy, device: torch.device, fol
         return DiskTier(folder, sizes) if device.type == "cpu" else HostTier(sizes, device)
 
     count = policy.offload_blocks
-    return apply_activation_policy(model, keep=policy.keep_blocks, offload=count, shelf=Shelf(count, open_tier))
+    return apply_activation_policy(
+        model,
+        keep=policy.keep_blocks,
+        offload=count,
+        shelf=Shelf(count, open_tier),
+        keep_attention=policy.keep_attention,
+    )
 
 
 def quant_spec(policy: Policy) -> QuantSpec:

@@ -144,6 +144,7 @@ class PolicyConfig(Section):
 
     `objective`: the fastest step (speed), the longest sequence that fits (context; it takes the place of data.seq_len),
     the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones.
+    `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
     `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says.
     """
 
@@ -151,6 +152,7 @@ class PolicyConfig(Section):
     resident_blocks: Annotated[int, Field(ge=0)] | None = None
     keep_blocks: Annotated[int, Field(ge=0)] | None = None
     activations: Literal["keep", "recompute", "offload"] | None = None
+    keep_attention: bool | None = None
     micro_batch_tokens: Positive | None = None
     loss_chunk_tokens: Positive | None = None
     stream_from: Literal["host", "disk"] | None = None

@@ -40,6 +40,7 @@ class Policy:
     loss_chunk_tokens: int
     optimizer_on: Literal["device", "host"] = "device"
     stream_embeddings: Literal["none", "input", "both"] = "none"
+    keep_attention: bool = False
 
     @property
     def streams(self) -> bool:
@@ -50,12 +51,13 @@ class Policy:
         """The policy in one line."""
         weights = self.quant + (" double-quantized" if self.double_quant and self.bits == 4 else "")
         weights = self.compute_dtype if self.bits == 16 else weights
+        again = " but attention" if self.keep_attention else ""
         blocks = [
             f"{count} {name}"
             for name, count in (
                 ("keep", self.keep_blocks),
-                ("recompute", self.recompute_blocks),
-                ("offload", self.offload_blocks),
+                (f"recompute{again}", self.recompute_blocks),
+                (f"offload{again}", self.offload_blocks),
             )
             if count
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from bisect import bisect_left
@@ -10,11 +11,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from torch import nn
+
 from lowmem_ft.adapters.inject import injection_of, is_injected
 from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import Answer, Option, host_budget
 from lowmem_ft.planner.device import Device, cost_of, links_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
@@ -22,7 +26,7 @@ from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.runtime import shelf
-from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.runtime.loss import scratch_bytes
 from lowmem_ft.runtime.ring import SLOTS
 from lowmem_ft.runtime.vocabulary import Which, chosen, is_trained, refuse_trained
@@ -36,6 +40,7 @@ TRIES = 16  # policies that are weighed exactly before the next smaller micro-ba
 WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what another one leaves on the device
 # Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused
 MARGINS = (1.0, 1.01, 1.03, 1.1)
+ATTENDING = 0.15  # of a block's products: below it, keeping attention was planned to make a step 0.1% faster
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
 
 
@@ -177,9 +182,11 @@ class Search:
             start = replace(self._start, optimizer_on=optimizer_on, stream_embeddings=self._levels[0])
             sized = replace_rows(start, rows, seq_len, self.tokens)
             for chunk in self._chunks(sized):
-                for keep in self._keep:
+                for kept, keep in itertools.product(self._attentions, self._keep):
+                    if kept and keep == self.scales.depth and len(self._attentions) > 1:
+                        continue  # as they are without
                     offload = self._offloads(sized, keep)[0]
-                    chunked = replace(sized, loss_chunk_tokens=chunk)
+                    chunked = replace(sized, loss_chunk_tokens=chunk, keep_attention=kept)
                     policy = self._blocks(chunked, keep, streamed=self._streams[0], offload=offload)
                     resident.append(self._option(policy))
         yield from resident
@@ -189,13 +196,13 @@ class Search:
         """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
         every = self.config.policy.objective != "speed"
         for margin in MARGINS[:1] if every else MARGINS:
-            best: dict[tuple[str, bool], float] = {}  # seconds of the fastest, by embeddings and whether it offloads
+            best: dict[tuple[str, bool, bool], float] = {}  # seconds of the fastest, by what of it is stored where
             for option in sorted(resident, key=lambda it: it.seconds):
                 if option.process <= budget / margin:
                     continue
                 for policy in self._with_embeddings(option.policy):
                     for offload in self._offloads(policy, policy.keep_blocks):
-                        sort = policy.stream_embeddings, offload > 0
+                        sort = policy.stream_embeddings, offload > 0, policy.keep_attention
                         if every or option.seconds < best.get(sort, math.inf):  # none of it makes any faster
                             found = self._fewest_streamed(policy, offload, int(budget / margin), option)
                             if found is not None:
@@ -305,6 +312,21 @@ class Search:
         below = self.scales.inputs_stored(replace(policy, offload_blocks=rest)) + self.scales.optimizer_stored(policy)
         return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
 
+    @property
+    def _attentions(self) -> tuple[bool, ...]:
+        """Whether blocks that recompute may keep what attention gave: where attending takes a part of their time."""
+        pinned, model = self.config.policy.keep_attention, causal_model(self.scales.stage.ready.model)
+        ours = self.scales.stage.ready.attn_implementation == ATTENTION
+        if pinned and not ours:
+            warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=4)
+        if pinned is not None or not ours or self._keep[0] == self.scales.depth:
+            return (bool(pinned),)
+        text, block = model.config.get_text_config(), self.scales.stage.blocks[0]
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attending = self.config.data.seq_len * text.num_attention_heads * size
+        products = sum(it.in_features * it.out_features for it in block.modules() if isinstance(it, nn.Linear))
+        return (False, True) if attending >= ATTENDING * products else (False,)
+
     def _chunks(self, policy: Policy) -> list[int]:
         """Of the loss, with micro-batch and embeddings of `policy`, ascending."""
         pinned, tokens = self.config.policy.loss_chunk_tokens, policy.micro_batch_tokens
@@ -397,6 +419,7 @@ def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> 
         offload_blocks=0,
         optimizer=config.train.optimizer,
         loss_chunk_tokens=1,
+        keep_attention=bool(config.policy.keep_attention),
     )
 
 

@@ -156,7 +156,8 @@ class Stage:
         """The trace of a training step with one micro-batch, after the births of all that is held.
 
         Args:
-            policy: of it micro-batch, loss chunk and head hold; `keep` and `offload` take the place of its counts.
+            policy: of it micro-batch, loss chunk, head and `keep_attention` hold; `keep` and `offload` take the place
+                of its counts.
             keep: blocks that keep their activations, the last ones.
             offload: blocks whose inputs lie below the device, the first ones.
             only: the blocks that run; by default all. The update is always that of all.
@@ -167,7 +168,11 @@ class Stage:
         with only_blocks(self.ready.model, only), planned_attention(find_blocks(self.ready.model)[1], self.kind):
             shelf = Shelf(offload, open_tier=lambda sizes: NoTier())
             activations = apply_activation_policy(
-                causal_model(self.ready.model), keep=keep, offload=offload, shelf=shelf
+                causal_model(self.ready.model),
+                keep=keep,
+                offload=offload,
+                shelf=shelf,
+                keep_attention=policy.keep_attention,
             )
             recomputing = list(zip(find_blocks(self.ready.model)[1], activations.unread, strict=False))
             if settled:

@@ -42,8 +42,9 @@ from lowmem_ft.runtime.vocabulary import chosen
 
 Treatment: TypeAlias = Literal["keep", "recompute", "offload"]
 # Of a block: its kind, what it does with its activations, and, where it offloads, the kind of the block that made its
-# input (None: it was made before the first), because the next block gives that back
-Class: TypeAlias = tuple[int, Treatment, int | None]
+# input (None: it was made before the first), because the next block gives that back; and whether it computes all again
+# but attention
+Class: TypeAlias = tuple[int, Treatment, int | None, bool]
 
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
@@ -76,14 +77,16 @@ class Weighed:
         return turns(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
-def classes_of(kinds: Sequence[int], keep: int, offload: int = 0) -> list[Class]:
+def classes_of(kinds: Sequence[int], keep: int, offload: int = 0, *, keep_attention: bool = False) -> list[Class]:
     """The class of each block: the last `keep` keep, the first `offload` offload, and all others recompute."""
     found: list[Class] = []
     for at, kind in enumerate(kinds):
         if at < offload:
-            found.append((kind, "offload", kinds[at - 1] if at else None))
+            found.append((kind, "offload", kinds[at - 1] if at else None, keep_attention))
+        elif at >= len(kinds) - keep:
+            found.append((kind, "keep", None, False))
         else:
-            found.append((kind, "keep" if at >= len(kinds) - keep else "recompute", None))
+            found.append((kind, "recompute", None, keep_attention))
     return found
 
 
@@ -131,24 +134,26 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
-        self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
+        self._sized: dict[tuple[int, bool], Pieces] = {}  # by tokens of the micro-batch, and whether attention is kept
         self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        self._shares: dict[int, float] = {}  # by kind: of a first backward's time how much a later one takes
+        # by kind and whether attention is kept: of a first backward's time how much a later one takes
+        self._shares: dict[tuple[int, bool], float] = {}
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
         tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        key = tokens, chunk, self.stage.streams_head(policy)
+        key = tokens, chunk, self.stage.streams_head(policy), policy.keep_attention
         if key not in self._between:
             low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
             self._between[key] = low.between(high, share)
         # what offloading changes is known without a trace
-        places = self._between[key].step(classes_of(self._kinds, policy.keep_blocks))
+        classes = classes_of(self._kinds, policy.keep_blocks, keep_attention=policy.keep_attention)
+        places = self._between[key].step(classes)
         return self._weighed(policy, places, gone=self.input_bytes(policy))
 
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
@@ -156,7 +161,8 @@ class Scales:
 
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
-        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
+        kept = policy.keep_attention
+        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks, keep_attention=kept))
         key = self._loss_key(policy), classes, timed
         if key not in self._latest:
             pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
@@ -241,15 +247,16 @@ class Scales:
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
         sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
-        pieces, key = self._sized.get(tokens), (tokens, chunk, self.stage.streams_head(policy))
+        kept, key = policy.keep_attention, (tokens, chunk, self.stage.streams_head(policy))
+        pieces = self._sized.get((tokens, kept))
         if pieces is None:
-            pieces = self._sized[tokens] = Pieces()
+            pieces = self._sized[tokens, kept] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
-                classes = classes_of(self._kinds, keep)
+                classes = classes_of(self._kinds, keep, keep_attention=kept)
                 if not pieces.know(classes):
                     pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
-            self._losses[key] = pieces.outside["loss"]
+            self._losses.setdefault(key, pieces.outside["loss"])
         if key not in self._losses:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
@@ -261,12 +268,12 @@ class Scales:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
         taken = self._shortened(classes, wanted)
         pieces = self._traced(policy, classes, taken)
-        unknown = {kind for kind, treatment, _ in classes if treatment != "keep"} - self._shares.keys()
+        unknown = {(it[0], it[3]) for it in classes if it[1] != "keep"} - self._shares.keys()
         if unknown:
             # of each kind the last block that was traced, whose backward came first
             own = [classes[at] for at in taken]
             found = [(window, one) for window, one in zip(windows(own), own, strict=True) if one[1] != "keep"]
-            last = {one[0]: window for window, one in found if one[0] in unknown}
+            last = {(one[0], one[3]): window for window, one in found if (one[0], one[3]) in unknown}
             few = [taken[at] for at in shorten([classes[at] for at in taken], last.values())]
             later = self._traced(policy, classes, taken if self._whole else few, settled=True)
             for kind, window in last.items():
@@ -274,7 +281,8 @@ class Scales:
                 if segment is not None:
                     again = later.by_window["backward", window].seconds
                     self._shares[kind] = again / segment.seconds if segment.seconds else 1.0
-        shares: dict[Hashable, float] = {it: self._shares.get(it[0], 1.0) for it in classes if it[1] != "keep"}
+        recomputing = [it for it in classes if it[1] != "keep"]
+        shares: dict[Hashable, float] = {it: self._shares.get((it[0], it[3]), 1.0) for it in recomputing}
         return pieces.with_backward(shares)
 
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
@@ -290,8 +298,8 @@ class Scales:
         in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
         trace = self.stage.step(
             policy,
-            keep=sum(treatment == "keep" for _, treatment, _ in own),
-            offload=sum(treatment == "offload" for _, treatment, _ in own),
+            keep=sum(it[1] == "keep" for it in own),
+            offload=sum(it[1] == "offload" for it in own),
             only=None if self._whole else [first + at for at in taken],
             update=self._update is None,
             settled=settled,

@@ -33,7 +33,7 @@ T = TypeVar("T")
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors of no own class
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
-_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks"}
+_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention"}
 _OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: weights go down and do not come back
 _EMBEDDINGS: tuple[Which, ...] = ("none", "input", "both")  # what is below
 
@@ -201,6 +201,8 @@ class Recovery:
         policy = self.policy
         if policy.keep_blocks and self._may_recompute:
             yield replace(policy, keep_blocks=0, recompute_blocks=policy.recompute_blocks + policy.keep_blocks)
+        if policy.keep_attention:
+            yield replace(policy, keep_attention=False)
         yield from _reductions(policy, row_tokens)
         depth = policy.resident_blocks + policy.streamed_blocks
         below: Any = "disk" if self.ready.device.type == "cpu" else policy.stream_from

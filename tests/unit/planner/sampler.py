@@ -1,8 +1,8 @@
 """Draws configurations for tests and benchmarks of the planner, and compares simulated with real steps.
 
 What is drawn follows from the generator alone: architectures x bits x adapter method and its options x sequence length
-x micro-batch x accumulation x compute dtype x activations x optimizer x packing x loss chunk x streamed blocks and
-embeddings.
+x micro-batch x accumulation x compute dtype x activations x kept attention x optimizer x packing x loss chunk x
+streamed blocks and embeddings.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def draw(
                 "micro_batch_tokens": length * rows,
                 "keep_blocks": shape[2] if prompted else keep,
                 **({"activations": "offload"} if offload else {}),
+                "keep_attention": pick([True, False]),
                 "resident_blocks": pick([shape[2], shape[2], generator.randrange(shape[2] + 1)]),
                 "loss_chunk_tokens": pick([16, 64, 256]),
                 "stream_embeddings": embeddings,
@@ -182,6 +183,7 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
         recompute_blocks=blocks - keep - offload, offload_blocks=offload,
         optimizer=config.train.optimizer, loss_chunk_tokens=min(chunk, tokens),
         stream_embeddings=config.policy.stream_embeddings or "none",
+        keep_attention=bool(config.policy.keep_attention),
     )  # fmt: skip
 
 

@@ -114,6 +114,25 @@ def test_offloaded_inputs_are_weighed_as_simulated(name: str, keep: int, streame
     assert abs(estimate.allocated / weighed.allocated - 1) < 0.02
 
 
+@pytest.mark.parametrize(("keep", "offload"), [(0, 0), (3, 0), (0, DEPTH)])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_kept_attention_is_weighed_as_simulated(name: str, keep: int, offload: int, tmp_path: Path) -> None:
+    """It takes an output and a number for each query, of each block that recomputes, and saves time."""
+    config, made = scales(name, tmp_path)
+    plain = policy(rows=2, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, offload_blocks=offload)
+    asked = replace(plain, keep_attention=True)
+    whole, weighed, without = simulate(config, asked, kind="cpu"), made.weigh(asked), made.weigh(plain)
+    assert weighed.allocated == whole.train_peak
+    heads, size = {"llama": (4, 12), "gemma3": (4, 12)}[name]
+    kept = 2 * SEQ_LEN * heads * (2 * size + 4)
+    more = weighed.allocated - without.allocated  # those of the last block are there in its backward anyway
+    assert (DEPTH - keep - 2) * kept <= more <= (DEPTH - keep) * kept
+    assert weighed.seconds < without.seconds
+    estimates = [made.estimate(it, SEQ_LEN, 8 * SEQ_LEN) for it in (asked, plain)]
+    assert abs(estimates[0].allocated / weighed.allocated - 1) < 0.02
+    assert estimates[0].seconds < estimates[1].seconds
+
+
 @pytest.mark.parametrize(("optimizer", "streamed"), [("adamw8bit", 0), ("adamw", DEPTH), ("paged_adamw", 0)], ids=str)
 def test_an_optimizer_on_the_host_is_weighed_as_simulated(optimizer: str, streamed: int, tmp_path: Path) -> None:
     """The update marks no peak here, so that what is held decides; each piece that is held is one of the real ones."""
