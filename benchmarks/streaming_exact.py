@@ -46,7 +46,7 @@ def main() -> None:
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "torch": torch.__version__},
-        "columns": ["quant", "adapter", "activations", "streamed", "packing"],
+        "columns": ["quant", "adapter", "activations", "streamed", "packing", "embeddings"],
         "rows": len(rows),
         "equal": len(rows) - len(differing),
         "differing": differing,

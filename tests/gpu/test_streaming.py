@@ -64,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("streaming") / "llama", num_hidden_layers=DEPTH)
 
 
-@pytest.mark.parametrize("activations", ["keep", "some", "recompute", "offload"])
+@pytest.mark.parametrize("activations", ["keep", "some", "recompute", "offload", "some but attention"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("quant", QUANT)
 def test_results_are_those_of_a_resident_run(model: Path, quant: str, adapter: str, activations: str) -> None:

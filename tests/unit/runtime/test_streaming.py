@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -42,7 +42,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "peft": {"method": "peft", "peft": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "v_proj"]}},
 }
 STREAMED = {"one resident": DEPTH - 1, "half": 3, "none resident": DEPTH}
-ACTIVATIONS = {"keep": (DEPTH, 0), "some": (2, 1), "recompute": (0, 0), "offload": (0, DEPTH)}  # kept, offloaded
+# blocks that keep and that offload, and whether those that compute again keep attention
+ACTIVATIONS = {
+    "keep": (DEPTH, 0, False), "some": (2, 1, False), "recompute": (0, 0, False), "offload": (0, DEPTH, False),
+    "some but attention": (1, 2, True),
+}  # fmt: skip
+EMBEDDINGS = ("none", "both")
 
 
 class Poisoned(DiskTier):
@@ -73,11 +78,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(
-    model: Path, sections: dict[str, Any], *, streamed: int, activations: str, packing: bool = True
+    model: Path,
+    sections: dict[str, Any],
+    *,
+    streamed: int,
+    activations: str,
+    packing: bool = True,
+    embeddings: str = "none",
 ) -> tuple[list[float], dict[str, Tensor]]:
     """What a step and an evaluation report, and the weights that the step leaves."""
     config = settings(model, sections, packing=packing)
-    ready = equipped(config, streamed=streamed, activations=activations)
+    ready = equipped(config, streamed=streamed, activations=activations, embeddings=embeddings)
     batches = full_batches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
     said = [result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
@@ -89,20 +100,22 @@ def settings(model: Path, sections: dict[str, Any], *, packing: bool = True) -> 
     return RunConfig.from_dict({"model": str(model), "output": str(model / "run"), "data": data, **sections})
 
 
-def a_policy(config: RunConfig, *, streamed: int, activations: str) -> Any:
-    keep, offload = ACTIVATIONS[activations]
+def a_policy(config: RunConfig, *, streamed: int, activations: str, embeddings: str = "none") -> Any:
+    keep, offload, attention = ACTIVATIONS[activations]
     kinds: dict[Any, str] = {4: config.quant.type, 8: "int8", 16: "none"}
     return policy(
         rows=2, seq_len=LENGTH, depth=DEPTH, keep=keep, accumulation=2, bits=config.quant.bits,
         quant=kinds[config.quant.bits], double_quant=config.quant.double_quant and config.quant.bits == 4,
         offload_blocks=offload, recompute_blocks=DEPTH - keep - offload, resident_blocks=DEPTH - streamed,
-        streamed_blocks=streamed, loss_chunk_tokens=16, optimizer="adamw",
+        streamed_blocks=streamed, loss_chunk_tokens=16, optimizer="adamw", stream_embeddings=embeddings,
+        keep_attention=attention,
     )  # fmt: skip
 
 
-def equipped(config: RunConfig, *, streamed: int, activations: str) -> Assembled:
+def equipped(config: RunConfig, *, streamed: int, activations: str, embeddings: str = "none") -> Assembled:
     torch.manual_seed(0)
-    return assemble(config, a_policy(config, streamed=streamed, activations=activations), torch.device("cpu"))
+    policy = a_policy(config, streamed=streamed, activations=activations, embeddings=embeddings)
+    return assemble(config, policy, torch.device("cpu"))
 
 
 @contextmanager
@@ -116,31 +129,36 @@ def same(a: tuple[list[float], dict[str, Tensor]], b: tuple[list[float], dict[st
     return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
 
 
-TABLE = list(itertools.product(QUANT, ADAPTERS, ACTIVATIONS, STREAMED, (True, False)))
+Row: TypeAlias = tuple[str, str, str, str, bool, str]
+TABLE: list[Row] = list(itertools.product(QUANT, ADAPTERS, ACTIVATIONS, STREAMED, (True, False), EMBEDDINGS))
 
 
-def some(table: list[tuple[str, str, str, str, bool]]) -> Iterator[tuple[str, str, str, str, bool]]:
-    """An eighth of them, in which every pair of values is met: `benchmarks/streaming_exact.py` runs all."""
+def some(table: list[Row]) -> Iterator[Row]:
+    """A sixteenth of them, in which every pair of values is met: `benchmarks/streaming_exact.py` runs all."""
     positions = [list(QUANT), list(ADAPTERS), list(ACTIVATIONS), list(STREAMED)]
     for entry in table:
         quant, adapter, kept, streamed = (names.index(str(it)) for names, it in zip(positions, entry, strict=False))
-        packing = (quant + kept // 2 + streamed) % 2 == 0
-        if (quant + adapter + kept + streamed) % 4 == 0 and packing == entry[4]:
+        packing, embeddings = (quant + kept // 2 + streamed) % 2 == 0, EMBEDDINGS[(adapter + kept) // 2 % 2]
+        if (quant + adapter + kept + streamed) % 4 == 0 and (packing, embeddings) == entry[4:]:
             yield entry
 
 
-@pytest.mark.parametrize(("quant", "adapter", "activations", "streamed", "packing"), list(some(TABLE)))
+@pytest.mark.parametrize(("quant", "adapter", "activations", "streamed", "packing", "embeddings"), list(some(TABLE)))
 def test_results_are_those_of_a_resident_run(
-    models: dict[str, Path], quant: str, adapter: str, activations: str, streamed: str, packing: bool
+    models: dict[str, Path], quant: str, adapter: str, activations: str, streamed: str, packing: bool, embeddings: str
 ) -> None:
-    assert exact(models["llama"], quant, adapter, activations, streamed, packing)
+    assert exact(models["llama"], quant, adapter, activations, streamed, packing, embeddings)
 
 
-def exact(model: Path, quant: str, adapter: str, activations: str, streamed: str, packing: bool) -> bool:
+def exact(
+    model: Path, quant: str, adapter: str, activations: str, streamed: str, packing: bool, embeddings: str
+) -> bool:
     """Whether a row of the table gives the results of a run whose blocks are all resident and keep."""
+    sections, count = {"quant": QUANT[quant], "adapter": ADAPTERS[adapter]}, STREAMED[streamed]
     with tiers(Poisoned):
-        sections = {"quant": QUANT[quant], "adapter": ADAPTERS[adapter]}
-        found = trained(model, sections, streamed=STREAMED[streamed], activations=activations, packing=packing)
+        found = trained(
+            model, sections, streamed=count, activations=activations, packing=packing, embeddings=embeddings
+        )
     return same(found, resident(model, quant, adapter, packing))
 
 
