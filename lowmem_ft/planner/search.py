@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -36,10 +36,11 @@ Place: TypeAlias = Literal["device", "host"]
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
 STREAMED_CHUNKS = (32, 512, 2048)  # but where the head comes up for each chunk; it keeps logits of one tile
 NEAR = 1.02  # estimates this much above the budget are weighed too
-TRIES = 16  # policies that are weighed exactly before the next smaller micro-batch or precision is tried
+TRIES = 32  # policies that are weighed exactly before the smallest is taken
 WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what another one leaves on the device
-# Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused
-MARGINS = (1.0, 1.01, 1.03, 1.1)
+# Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused. Holes between
+# the large pieces of a long sequence took 11% to 20% of 24 GB
+MARGINS = (1.0, 1.01, 1.03, 1.1, 1.15, 1.2)
 ATTENDING = 0.15  # of a block's products: below it, keeping attention was planned to make a step 0.1% faster
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
 
@@ -104,7 +105,8 @@ class Search:
         """The same with the optimizer in this place. What was estimated is added to `options`."""
         found = {option.policy: option for option in self.options(budget, optimizer_on=place)}
         options |= found
-        for option in self._in_order([*found.values()], budget):
+        learned: dict[Hashable, float] = {}
+        for option in self._in_turn([*found.values()], budget, learned):
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits and self.config.policy.objective == "memory":
                 smallest = self._smallest(budget, place, options)
@@ -113,6 +115,7 @@ class Search:
                 return answer
             if answer.host_binds and not option.policy.offload_blocks:
                 break  # nor will any other: what can lie on the disk does
+            learned[_sort(option.policy)] = max(answer.process / option.process, learned.get(_sort(option.policy), 0.0))
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
         return self._smallest(budget, place, options)
@@ -265,8 +268,12 @@ class Search:
         at = bisect_left(self._streams, True, key=fits)
         return self._option(other(self._streams[at])) if at < len(self._streams) else None
 
-    def _in_order(self, options: Sequence[Option], budget: int) -> list[Option]:
-        """Those that may fit, the best first, as many as are worth an exact weighing."""
+    def _in_turn(self, options: Sequence[Option], budget: int, learned: Mapping[Hashable, float]) -> Iterator[Option]:
+        """Those that may fit, the best first, as many as are worth an exact weighing.
+
+        Args:
+            learned: how many times what was estimated one of a sort took that was weighed meanwhile.
+        """
 
         def seconds(option: Option) -> float:
             copies = option.policy.streams or option.policy.offload_blocks
@@ -278,9 +285,13 @@ class Search:
             "batch": lambda it: (-it.policy.micro_batch_tokens, seconds(it)),
             "context": lambda it: (seconds(it), it.process),
         }[self.config.policy.objective]
-        near = sorted((it for it in options if it.process <= NEAR * budget), key=order)
-        certain = [it for it in near if it.process <= budget]
-        return [*near[:TRIES], *[it for it in certain if it not in near[:TRIES]][:TRIES]]
+        tries = 0
+        for option in sorted(options, key=order):
+            if option.process * learned.get(_sort(option.policy), 1 / NEAR) <= budget:
+                yield option
+                tries += 1
+            if tries == TRIES:
+                return
 
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits."""
@@ -399,6 +410,11 @@ class Search:
         if self.device.kind == "cpu" or not allowed:
             return True
         return self.device.host_process_bytes + self._aside.host + nbytes <= allowed
+
+
+def _sort(policy: Policy) -> Hashable:
+    """The same for policies whose estimates are wrong by about as much."""
+    return policy.micro_batch_tokens, policy.stream_embeddings, policy.offload_blocks > 0, policy.keep_attention
 
 
 def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
