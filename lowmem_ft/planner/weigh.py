@@ -131,18 +131,19 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
-        self._sized: dict[int, Pieces] = {}  # by tokens of the micro-batch
+        self._sized: dict[tuple[int, int], Pieces] = {}  # by tokens of the micro-batch and of a tile
         self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        self._shares: dict[int, float] = {}  # by kind: of a first backward's time how much a later one takes
+        # by tokens of a tile and kind: of a first backward's time how much a later one takes
+        self._shares: dict[int, dict[int, float]] = {}
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
         tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        key = tokens, chunk, self.stage.streams_head(policy)
+        key = tokens, chunk, self.stage.streams_head(policy), policy.mlp_tile_tokens
         if key not in self._between:
             low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
@@ -179,7 +180,8 @@ class Scales:
 
     def _loss_key(self, policy: Policy) -> Hashable:
         streams = self.stage.streams_head(policy)
-        return self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, streams
+        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.mlp_tile_tokens
+        return self.stage.config.data.seq_len, *sizes, streams
 
     def moved(self, policy: Policy) -> Moved:
         """What changes where `policy` has weights below the device."""
@@ -241,9 +243,10 @@ class Scales:
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
         sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
-        pieces, key = self._sized.get(tokens), (tokens, chunk, self.stage.streams_head(policy))
+        key, size = (tokens, chunk, self.stage.streams_head(policy)), (tokens, policy.mlp_tile_tokens)
+        pieces = self._sized.get(size)
         if pieces is None:
-            pieces = self._sized[tokens] = Pieces()
+            pieces = self._sized[size] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
                 classes = classes_of(self._kinds, keep)
@@ -261,7 +264,8 @@ class Scales:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
         taken = self._shortened(classes, wanted)
         pieces = self._traced(policy, classes, taken)
-        unknown = {kind for kind, treatment, _ in classes if treatment != "keep"} - self._shares.keys()
+        known = self._shares.setdefault(policy.mlp_tile_tokens, {})
+        unknown = {kind for kind, treatment, _ in classes if treatment != "keep"} - known.keys()
         if unknown:
             # of each kind the last block that was traced, whose backward came first
             own = [classes[at] for at in taken]
@@ -273,8 +277,8 @@ class Scales:
                 segment = pieces.by_window.get(("backward", window))
                 if segment is not None:
                     again = later.by_window["backward", window].seconds
-                    self._shares[kind] = again / segment.seconds if segment.seconds else 1.0
-        shares: dict[Hashable, float] = {it: self._shares.get(it[0], 1.0) for it in classes if it[1] != "keep"}
+                    known[kind] = again / segment.seconds if segment.seconds else 1.0
+        shares: dict[Hashable, float] = {it: known.get(it[0], 1.0) for it in classes if it[1] != "keep"}
         return pieces.with_backward(shares)
 
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:

@@ -3,7 +3,7 @@
 An MLP works on each token alone. Its hidden layer is several times as wide as the model, and of it backward wants the
 values and the gradients of some tensors at once: with long sequences that is the most that a block takes. So a tile of
 tokens is worked on at a time. Forward keeps the input alone; backward runs each tile once more, with the same random
-numbers, and differentiates it at once. Bekman et al. 2025, "Arctic Long Sequence Training" (arXiv:2506.13996, TiledMLP).
+numbers, and differentiates it at once. Bekman et al. 2025, "Arctic Long Sequence Training" (arXiv:2506.13996).
 
 In a block that recomputes, the products are those of recomputing without tiles: where the MLP's values only reach a sum
 the block's second run leaves all of it out (`runtime.activations`), and each tile's second run its last product.
@@ -45,10 +45,10 @@ def find_mlps(model: nn.Module) -> list[nn.Module]:
 
 def _of_tokens(module: nn.Module) -> bool:
     """Whether `module` is made of nothing but what works on each token alone."""
-    base = module
-    while isinstance(getattr(base, "base_layer", None), nn.Module):  # of an adapter
-        base = base.base_layer
-    if isinstance(base, QuantLinear) or is_plain_linear(base):
+    wrapped = getattr(module, "base_layer", None)
+    if isinstance(wrapped, nn.Module):  # an adapter on it
+        return _of_tokens(wrapped)
+    if isinstance(module, QuantLinear) or is_plain_linear(module):
         return True
     own = next(module.parameters(recurse=False), None), next(module.buffers(recurse=False), None)
     if own != (None, None):
@@ -133,9 +133,7 @@ class TiledMlp:
         assert out_BTO is not None
         return out_BTO
 
-    def _run_tile(
-        self, tiles_1RD: Sequence[Tensor], rows: slice, out_BTO: Tensor | None, like_BTD: Tensor
-    ) -> Tensor:
+    def _run_tile(self, tiles_1RD: Sequence[Tensor], rows: slice, out_BTO: Tensor | None, like_BTD: Tensor) -> Tensor:
         # a function, so that nothing of a tile is held while the next is worked on
         y_1RO = self.forward(*tiles_1RD)
         if out_BTO is None:

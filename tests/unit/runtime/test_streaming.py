@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(
-    model: Path, sections: dict[str, Any], *, streamed: int, activations: str, packing: bool = True
+    model: Path, sections: dict[str, Any], *, streamed: int, activations: str, packing: bool = True, **changes: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     """What a step and an evaluation report, and the weights that the step leaves."""
     config = settings(model, sections, packing=packing)
-    ready = equipped(config, streamed=streamed, activations=activations)
+    ready = equipped(config, streamed=streamed, activations=activations, **changes)
     batches = full_batches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
     said = [result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
@@ -100,9 +101,10 @@ def a_policy(config: RunConfig, *, streamed: int, activations: str) -> Any:
     )  # fmt: skip
 
 
-def equipped(config: RunConfig, *, streamed: int, activations: str) -> Assembled:
+def equipped(config: RunConfig, *, streamed: int, activations: str, **changes: Any) -> Assembled:
     torch.manual_seed(0)
-    return assemble(config, a_policy(config, streamed=streamed, activations=activations), torch.device("cpu"))
+    chosen = replace(a_policy(config, streamed=streamed, activations=activations), **changes)
+    return assemble(config, chosen, torch.device("cpu"))
 
 
 @contextmanager
