@@ -36,6 +36,7 @@ from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
+from lowmem_ft.runtime.tiled_mlp import TiledMlps
 from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
@@ -57,6 +58,7 @@ class Assembled:
     loss_chunk_tokens: int
     grad_clip: float | None
     activations: ActivationPolicy
+    mlps: TiledMlps
     streamable: list[list[Piece]]
     matrices: list[Matrix]
     activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
@@ -71,8 +73,8 @@ class Assembled:
         return dict(trainable_parameters(self.model))
 
     def follow(self, policy: Policy) -> None:
-        """Go on with another policy, of other activations, another loss chunk, all of whose blocks are streamed, or
-        more of whose embeddings are.
+        """Go on with another policy, of other activations, other tiles or another loss chunk, all of whose blocks are
+        streamed, or more of whose embeddings are.
 
         Raises:
             UnsupportedError: weights are trained that it streams; nothing has changed then.
@@ -81,6 +83,7 @@ class Assembled:
         self.head = head_of(self.model)
         self.activations.remove()
         self.activations = self.activate(policy)
+        self.mlps.work_in(policy.mlp_tile_tokens)
         self.loss_chunk_tokens = policy.loss_chunk_tokens
 
 
@@ -179,11 +182,13 @@ def assemble(
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
+        mlps=TiledMlps(model),
         activate=activate,
         stream=stream,
         streamable=pieces,
         matrices=matrices,
     )
+    ready.mlps.work_in(policy.mlp_tile_tokens)
     if optimizer:
         _add_optimizer(ready, config, policy)
     ready.model.train()

@@ -145,7 +145,8 @@ class PolicyConfig(Section):
     `objective`: the fastest step (speed), the longest sequence that fits (context; it takes the place of data.seq_len),
     the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones.
     `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
-    `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says.
+    `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says. MLPs work on
+    `mlp_tile_tokens` of a micro-batch's tokens at a time, or with 0 on all.
     """
 
     objective: Literal["speed", "context", "batch", "memory"] = "speed"
@@ -159,6 +160,7 @@ class PolicyConfig(Section):
     stream_embeddings: Literal["none", "input", "both"] | None = None
     optimizer_on: Literal["device", "host"] | None = None
     compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    mlp_tile_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class RunConfig(Section):

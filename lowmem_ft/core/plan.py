@@ -41,6 +41,7 @@ class Policy:
     optimizer_on: Literal["device", "host"] = "device"
     stream_embeddings: Literal["none", "input", "both"] = "none"
     keep_attention: bool = False
+    mlp_tile_tokens: int = 0  # of a micro-batch, that an MLP works on at once; 0: all
 
     @property
     def streams(self) -> bool:
@@ -67,10 +68,11 @@ class Policy:
             streamed = f"{self.streamed_blocks} and embedding{head} streamed"
         below = f" from {self.stream_from}" if self.streams else ""
         host = " on the host" if self.optimizer_on == "host" else ""
+        tiles = f", MLPs in tiles of {self.mlp_tile_tokens}" if self.mlp_tile_tokens else ""
         return (
             f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
             f"blocks: {' + '.join(blocks)}, {streamed}{below}, {self.optimizer}{host}, "
-            f"loss chunk {self.loss_chunk_tokens}"
+            f"loss chunk {self.loss_chunk_tokens}{tiles}"
         )
 
 

@@ -35,6 +35,8 @@ Place: TypeAlias = Literal["device", "host"]
 
 LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
 STREAMED_CHUNKS = (32, 512, 2048)  # but where the head comes up for each chunk; it keeps logits of one tile
+MLP_TILES = (4096, 1024)  # tokens; each tile dequantizes the MLP's weights again, which takes less time with large ones
+_WORTH_TILES = 2  # tiles that a micro-batch has at least, as the sum of their gradients takes memory, too
 NEAR = 1.02  # estimates this much above the budget are weighed too
 TRIES = 32  # policies that are weighed exactly before the smallest is taken
 WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what another one leaves on the device
@@ -72,6 +74,8 @@ class Search:
         self._base = base
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         _refuse_pins(config, device, self.scales.depth)
+        if config.policy.mlp_tile_tokens and not len(self.scales.stage.ready.mlps):
+            warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=4)
         self._streams = self._stream_choices()
         self._levels = self._level_choices()
         self._size(config)
@@ -94,16 +98,27 @@ class Search:
         """The policy that serves the objective best within `budget` bytes of the process."""
         first, *others = self._optimizers
         options: dict[Policy, Option] = {}
-        answer = self._best(budget, first, options)
+        answer = self._best(budget, first, options, tiled=False)
+        if answer.fits and self._may_gain_by_tiles(answer.weighed.policy):
+            answer = self._best(budget, first, options, tiled=True)
         for place in others:
             if not answer.fits:
                 answer = self._smallest(budget, place, options)  # says whether it is worth the search
-                answer = self._best(budget, place, options) if answer.fits else answer
+                answer = self._best(budget, place, options, tiled=True) if answer.fits else answer
         return answer
 
-    def _best(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
-        """The same with the optimizer in this place. What was estimated is added to `options`."""
-        found = {option.policy: option for option in self.options(budget, optimizer_on=place)}
+    def _may_gain_by_tiles(self, policy: Policy) -> bool:
+        """Whether tiles are worth a search, if `policy` is what serves best without, or the smallest of all."""
+        longest = replace_rows(policy, self._rows[-1], self.config.data.seq_len, self.tokens)
+        if len(self._tiles(longest)) == 1:
+            return False
+        copies = policy.streams or policy.offload_blocks > 0
+        return policy.mlp_tile_tokens > 0 or copies or self.config.policy.objective != "speed"
+
+    def _best(self, budget: int, place: Place, options: dict[Policy, Option], *, tiled: bool) -> Answer:
+        """The same with the optimizer in this place, of policies without tiles, or of those with tiles too. What was
+        estimated is added to `options`. Where nothing fits it is the smallest of all."""
+        found = {option.policy: option for option in self.options(budget, optimizer_on=place, tiled=tiled)}
         options |= found
         learned: dict[Hashable, float] = {}
         for option in self._in_turn([*found.values()], budget, learned):
@@ -173,10 +188,10 @@ class Search:
     def _least(self, keep: int, place: Place) -> Policy:
         fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
         below = replace(fewest, stream_embeddings=self._levels[-1], optimizer_on=place)
-        sized = replace(below, loss_chunk_tokens=self._chunks(below)[0])
+        sized = replace(below, loss_chunk_tokens=self._chunks(below)[0], mlp_tile_tokens=self._tiles(below)[-1])
         return self._blocks(sized, keep, streamed=self._most_saved, offload=self._offloads(sized, keep)[-1])
 
-    def options(self, budget: int, *, optimizer_on: Place = "device") -> Iterator[Option]:
+    def options(self, budget: int, *, optimizer_on: Place = "device", tiled: bool = True) -> Iterator[Option]:
         """Policies with their estimates: every one with no more below the device than is asked for, then for those that
         do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
         seq_len = self.config.data.seq_len
@@ -184,12 +199,13 @@ class Search:
         for rows in self._rows:
             start = replace(self._start, optimizer_on=optimizer_on, stream_embeddings=self._levels[0])
             sized = replace_rows(start, rows, seq_len, self.tokens)
-            for chunk in self._chunks(sized):
+            tiles = self._tiles(sized)
+            for tile, chunk in itertools.product(tiles if tiled else tiles[:1], self._chunks(sized)):
                 for kept, keep in itertools.product(self._attentions, self._keep):
                     if kept and keep == self.scales.depth and len(self._attentions) > 1:
                         continue  # as they are without
                     offload = self._offloads(sized, keep)[0]
-                    chunked = replace(sized, loss_chunk_tokens=chunk, keep_attention=kept)
+                    chunked = replace(sized, loss_chunk_tokens=chunk, keep_attention=kept, mlp_tile_tokens=tile)
                     policy = self._blocks(chunked, keep, streamed=self._streams[0], offload=offload)
                     resident.append(self._option(policy))
         yield from resident
@@ -235,8 +251,10 @@ class Search:
 
     def _option(self, policy: Policy) -> Option:
         if policy not in self._estimated:
-            seq_len = self.config.data.seq_len
-            weighed = self.scales.estimate(policy, self._rows[0] * seq_len, self._rows[-1] * seq_len)
+            tokens, tile = [rows * self.config.data.seq_len for rows in self._rows], policy.mlp_tile_tokens
+            if tile:  # with less than a tile memory grows otherwise
+                tokens = [it for it in tokens if (it > tile) == (policy.micro_batch_tokens > tile)]
+            weighed = self.scales.estimate(policy, tokens[0], tokens[-1])
             process = self.process_estimate(policy, weighed.allocated, weighed.heap)
             self._estimated[policy] = Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
         return self._estimated[policy]
@@ -344,6 +362,14 @@ class Search:
         choices = STREAMED_CHUNKS if self.scales.stage.streams_head(policy) else LOSS_CHUNKS
         return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in choices})
 
+    def _tiles(self, policy: Policy) -> tuple[int, ...]:
+        """Tokens that MLPs may work on at once in a micro-batch of `policy`, descending; 0, which is all, first."""
+        pinned, mlps = self.config.policy.mlp_tile_tokens, len(self.scales.stage.ready.mlps)
+        if pinned is not None:
+            return (pinned,)
+        small = [tile for tile in MLP_TILES if mlps and _WORTH_TILES * tile <= policy.micro_batch_tokens]
+        return (0, *small)
+
     def _stream_choices(self) -> Sequence[int]:
         """Numbers of streamed blocks, ascending. So few that the slots are as large as they save nothing."""
         depth, pinned = self.scales.depth, self.config.policy.resident_blocks
@@ -414,7 +440,8 @@ class Search:
 
 def _sort(policy: Policy) -> Hashable:
     """The same for policies whose estimates are wrong by about as much."""
-    return policy.micro_batch_tokens, policy.stream_embeddings, policy.offload_blocks > 0, policy.keep_attention
+    computing = policy.micro_batch_tokens, policy.keep_attention, policy.mlp_tile_tokens
+    return *computing, policy.stream_embeddings, policy.offload_blocks > 0
 
 
 def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:

@@ -156,8 +156,8 @@ class Stage:
         """The trace of a training step with one micro-batch, after the births of all that is held.
 
         Args:
-            policy: of it micro-batch, loss chunk, head and `keep_attention` hold; `keep` and `offload` take the place
-                of its counts.
+            policy: of it micro-batch, tiles, loss chunk, head and `keep_attention` hold; `keep` and `offload` take the
+                place of its counts.
             keep: blocks that keep their activations, the last ones.
             offload: blocks whose inputs lie below the device, the first ones.
             only: the blocks that run; by default all. The update is always that of all.
@@ -165,6 +165,9 @@ class Stage:
             settled: as a later micro-batch, in which recomputing leaves out what an earlier backward found unread.
         """
         tracer = self.tracer
+        self.ready.mlps.work_in(policy.mlp_tile_tokens)
+        if not settled:
+            self.ready.mlps.forget()
         with only_blocks(self.ready.model, only), planned_attention(find_blocks(self.ready.model)[1], self.kind):
             shelf = Shelf(offload, open_tier=lambda sizes: NoTier())
             activations = apply_activation_policy(
@@ -200,6 +203,7 @@ class Stage:
     def evaluate(self, policy: Policy, *, only: Sequence[int] | None = None, loss_tokens: int | None = None) -> Trace:
         """The same trace, gone on with an evaluation step."""
         tracer, ready = self.tracer, self._with_loss(policy)
+        ready.mlps.work_in(policy.mlp_tile_tokens)
         with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
             tracer.phase, tracer.block = "eval", None
             eval_step(ready, _batch(self.config, policy, self.kind, loss_tokens))

@@ -42,9 +42,8 @@ from lowmem_ft.runtime.vocabulary import chosen
 
 Treatment: TypeAlias = Literal["keep", "recompute", "offload"]
 # Of a block: its kind, what it does with its activations, and, where it offloads, the kind of the block that made its
-# input (None: it was made before the first), because the next block gives that back; and whether it computes all again
-# but attention
-Class: TypeAlias = tuple[int, Treatment, int | None, bool]
+# input (None: it was made before the first), because the next block gives that back
+Class: TypeAlias = tuple[int, Treatment, int | None]
 
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
@@ -77,17 +76,20 @@ class Weighed:
         return turns(self.places, sum(place.segment.part == "forward" for place in self.places))
 
 
-def classes_of(kinds: Sequence[int], keep: int, offload: int = 0, *, keep_attention: bool = False) -> list[Class]:
+def classes_of(kinds: Sequence[int], keep: int, offload: int = 0) -> list[Class]:
     """The class of each block: the last `keep` keep, the first `offload` offload, and all others recompute."""
     found: list[Class] = []
     for at, kind in enumerate(kinds):
         if at < offload:
-            found.append((kind, "offload", kinds[at - 1] if at else None, keep_attention))
-        elif at >= len(kinds) - keep:
-            found.append((kind, "keep", None, False))
+            found.append((kind, "offload", kinds[at - 1] if at else None))
         else:
-            found.append((kind, "recompute", None, keep_attention))
+            found.append((kind, "keep" if at >= len(kinds) - keep else "recompute", None))
     return found
+
+
+def _way(policy: Policy) -> Hashable:
+    """What of it changes how blocks compute, beside who keeps and offloads."""
+    return policy.keep_attention, policy.mlp_tile_tokens
 
 
 class Scales:
@@ -134,26 +136,25 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
-        self._sized: dict[tuple[int, bool], Pieces] = {}  # by tokens of the micro-batch, and whether attention is kept
+        self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
         self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        # by kind and whether attention is kept: of a first backward's time how much a later one takes
-        self._shares: dict[tuple[int, bool], float] = {}
+        # by kind and what `_way` says: of a first backward's time how much a later one takes
+        self._shares: dict[tuple[int, Hashable], float] = {}
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
         tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        key = tokens, chunk, self.stage.streams_head(policy), policy.keep_attention
+        key = tokens, chunk, self.stage.streams_head(policy), _way(policy)
         if key not in self._between:
             low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
             self._between[key] = low.between(high, share)
         # what offloading changes is known without a trace
-        classes = classes_of(self._kinds, policy.keep_blocks, keep_attention=policy.keep_attention)
-        places = self._between[key].step(classes)
+        places = self._between[key].step(classes_of(self._kinds, policy.keep_blocks))
         return self._weighed(policy, places, gone=self.input_bytes(policy))
 
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
@@ -161,9 +162,8 @@ class Scales:
 
         Not `timed`, the time is that of the first micro-batch too, which recomputes more than the later ones.
         """
-        kept = policy.keep_attention
-        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks, keep_attention=kept))
-        key = self._loss_key(policy), classes, timed
+        classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
+        key = self._loss_key(policy), policy.keep_attention, classes, timed
         if key not in self._latest:
             pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
             self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
@@ -185,7 +185,8 @@ class Scales:
 
     def _loss_key(self, policy: Policy) -> Hashable:
         streams = self.stage.streams_head(policy)
-        return self.stage.config.data.seq_len, policy.micro_batch_tokens, policy.loss_chunk_tokens, streams
+        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.mlp_tile_tokens
+        return self.stage.config.data.seq_len, *sizes, streams
 
     def moved(self, policy: Policy) -> Moved:
         """What changes where `policy` has weights below the device."""
@@ -247,13 +248,13 @@ class Scales:
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
         sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
-        kept, key = policy.keep_attention, (tokens, chunk, self.stage.streams_head(policy))
-        pieces = self._sized.get((tokens, kept))
+        key, size = (tokens, chunk, self.stage.streams_head(policy)), (tokens, _way(policy))
+        pieces = self._sized.get(size)
         if pieces is None:
-            pieces = self._sized[tokens, kept] = Pieces()
+            pieces = self._sized[size] = Pieces()
             mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
-                classes = classes_of(self._kinds, keep, keep_attention=kept)
+                classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
                     pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
             self._losses.setdefault(key, pieces.outside["loss"])
@@ -268,21 +269,22 @@ class Scales:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
         taken = self._shortened(classes, wanted)
         pieces = self._traced(policy, classes, taken)
-        unknown = {(it[0], it[3]) for it in classes if it[1] != "keep"} - self._shares.keys()
+        way = _way(policy)
+        unknown = {kind for kind, treatment, _ in classes if treatment != "keep" and (kind, way) not in self._shares}
         if unknown:
             # of each kind the last block that was traced, whose backward came first
             own = [classes[at] for at in taken]
             found = [(window, one) for window, one in zip(windows(own), own, strict=True) if one[1] != "keep"]
-            last = {(one[0], one[3]): window for window, one in found if (one[0], one[3]) in unknown}
+            last = {one[0]: window for window, one in found if one[0] in unknown}
             few = [taken[at] for at in shorten([classes[at] for at in taken], last.values())]
             later = self._traced(policy, classes, taken if self._whole else few, settled=True)
             for kind, window in last.items():
                 segment = pieces.by_window.get(("backward", window))
                 if segment is not None:
                     again = later.by_window["backward", window].seconds
-                    self._shares[kind] = again / segment.seconds if segment.seconds else 1.0
+                    self._shares[kind, way] = again / segment.seconds if segment.seconds else 1.0
         recomputing = [it for it in classes if it[1] != "keep"]
-        shares: dict[Hashable, float] = {it: self._shares.get((it[0], it[3]), 1.0) for it in recomputing}
+        shares: dict[Hashable, float] = {it: self._shares.get((it[0], way), 1.0) for it in recomputing}
         return pieces.with_backward(shares)
 
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
@@ -298,8 +300,8 @@ class Scales:
         in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
         trace = self.stage.step(
             policy,
-            keep=sum(it[1] == "keep" for it in own),
-            offload=sum(it[1] == "offload" for it in own),
+            keep=sum(treatment == "keep" for _, treatment, _ in own),
+            offload=sum(treatment == "offload" for _, treatment, _ in own),
             only=None if self._whole else [first + at for at in taken],
             update=self._update is None,
             settled=settled,

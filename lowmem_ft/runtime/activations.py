@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import Cache
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.attention import Attended
 from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.rerun import Random, Unread, active_autocast
 from lowmem_ft.runtime.shelf import Shelf
 
 
@@ -39,7 +40,7 @@ class ActivationPolicy:
         # an accelerate hook may have put a forward of its own on the instance
         self._before = [(block, vars(block).get("forward")) for block in blocks]
         self._attending: list[Any] = []  # modules
-        self.unread = [_Unread() for _ in blocks]
+        self.unread = [Unread() for _ in blocks]
         for at, (block, unread) in enumerate(zip(blocks, self.unread, strict=True)):
             place = (shelf, at) if shelf is not None and at < offload else None
             attended = Attended() if keep_attention else None
@@ -91,63 +92,15 @@ def apply_activation_policy(
 
 
 @dataclass(slots=True)
-class _Random:
-    """The state of the generators that a block on `device` draws from."""
-
-    device: torch.device
-    host_state: Tensor = field(default_factory=torch.get_rng_state)
-    device_state: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.device.type == "meta":  # simulated: as large, and seen by whoever traces
-            self.host_state = torch.empty_like(self.host_state, device="cpu")
-        if self.device.type not in ("cpu", "meta"):
-            self.device_state = torch.get_device_module(self.device).get_rng_state(self.device)
-
-    def restored(self) -> Any:
-        """A context in which the generators are as they were; afterwards they are as before."""
-        stack = ExitStack()
-        if self.device.type == "meta":
-            before = torch.empty_like(self.host_state)
-            stack.callback(before.size)  # held until then, as `fork_rng` holds it
-            return stack
-        if self.device_state is None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-        else:
-            stack.enter_context(torch.random.fork_rng(devices=[self.device], device_type=self.device.type))
-            torch.get_device_module(self.device).set_rng_state(self.device_state, self.device)
-        torch.set_rng_state(self.host_state)
-        return stack
-
-
-@dataclass(slots=True)
-class _Unread:
-    """The layers of a block whose outputs only reach its outputs by sums; None before its first backward."""
-
-    layers: list[Any] | None = None
-
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Within it these layers return memory that they do not fill."""
-        for layer in self.layers or ():
-            layer.unread = True
-        try:
-            yield
-        finally:
-            for layer in self.layers or ():
-                layer.unread = False
-
-
-@dataclass(slots=True)
 class _Call:
     """One call of a block: everything but the tensors, which autograd holds."""
 
     forward: Callable[..., Any]
-    unread: _Unread
+    unread: Unread
     leaves: list[Any]  # arguments without structure; None where a tensor stood
     positions: list[int]  # of the tensors in `leaves`
     spec: TreeSpec
-    random: _Random
+    random: Random
     autocast: list[tuple[str, torch.dtype]]
     place: tuple[Shelf, int] | None  # of the block's input, if it is offloaded
     attended: Attended | None  # if attention is kept
@@ -260,7 +213,7 @@ class _Recompute(torch.autograd.Function):
 def _recomputed(
     block: nn.Module,
     forward: Callable[..., Any],
-    unread: _Unread,
+    unread: Unread,
     place: tuple[Shelf, int] | None,
     attended: Attended | None,
     *args: Any,
@@ -276,9 +229,7 @@ def _recomputed(
     for position in positions:
         leaves[position] = None
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    active = [kind for kind in {device.type, "cpu"} if kind != "meta" and torch.is_autocast_enabled(kind)]
-    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in active]
-    call = _Call(forward, unread, leaves, positions, spec, _Random(device), autocast, place, attended)
+    call = _Call(forward, unread, leaves, positions, spec, Random(device), active_autocast(device), place, attended)
     anchor = torch.empty(0, requires_grad=True)
     outputs = _Recompute.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
     shared = [value for value in kwargs.values() if isinstance(value, (UserDict, Cache))]
@@ -295,8 +246,8 @@ def _recomputed(
 _SUMS = frozenset({"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
 
 
-def unread_layers(outputs: Sequence[Tensor]) -> list[nn.Module]:
-    """The linear layers with a frozen weight whose values no gradient of `outputs` depends on.
+def unread_layers(outputs: Sequence[Tensor]) -> list[Any]:
+    """The linear layers with a frozen weight, and the tiled MLPs, whose values no gradient of `outputs` depends on.
 
     Every use of such a layer's output must be a sum (or a view) that leads to the outputs alone: their derivatives are
     constants. Read from autograd's graph, so it holds for every architecture.
@@ -314,12 +265,8 @@ def unread_layers(outputs: Sequence[Tensor]) -> list[nn.Module]:
                 todo.append(source)
             users[source].append(node)
 
-    owners = [(node, getattr(getattr(node, "weight", None), "__self__", None)) for node in users]
-    return [
-        layer
-        for node, layer in owners
-        if isinstance(layer, nn.Module) and hasattr(layer, "unread") and _only_summed(node, users)
-    ]
+    owners = [(node, getattr(getattr(node, "weight", None), "__self__", getattr(node, "mlp", None))) for node in users]
+    return [layer for node, layer in owners if hasattr(layer, "unread") and _only_summed(node, users)]
 
 
 def _only_summed(node: Any, users: Mapping[Any, Sequence[Any]]) -> bool:

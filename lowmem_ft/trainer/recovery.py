@@ -3,8 +3,8 @@
 Until the update a step changes nothing but gradients, and those are summed anew. An update that stops goes on where it
 stopped. The first time a step fails it is done again as it was, after memory that nobody uses has gone back: then it
 gives the same bits. When that does not help, the next safer policy takes over for the rest of the run. Who keeps,
-recomputes or offloads does not show in the result. Other micro-batches and loss chunks sum in another order, which
-shows in the last digits of losses and gradients; a dropout draws other masks for them.
+recomputes or offloads does not show in the result. Other micro-batches, tiles and loss chunks sum in another order,
+which shows in the last digits of losses and gradients; a dropout draws other masks for the first two.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ T = TypeVar("T")
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors of no own class
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
+_SMALLEST_TILE = 256  # tokens of an MLP; less takes less than the weights that are dequantized for it
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
-_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention"}
+_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention", "mlp_tile_tokens"}
 _OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: weights go down and do not come back
 _EMBEDDINGS: tuple[Which, ...] = ("none", "input", "both")  # what is below
 
@@ -190,7 +191,7 @@ class Recovery:
 
     def _smaller(self, row_tokens: int) -> bool:
         """The same for an evaluation, which holds no activations."""
-        return self._follow_first(_reductions(self.policy, row_tokens))
+        return self._follow_first(self._reductions(row_tokens))
 
     def _next(self, row_tokens: int) -> Iterator[Policy]:
         """Safer policies than the one in force: those of the plan, then what is left to save."""
@@ -203,7 +204,7 @@ class Recovery:
             yield replace(policy, keep_blocks=0, recompute_blocks=policy.recompute_blocks + policy.keep_blocks)
         if policy.keep_attention:
             yield replace(policy, keep_attention=False)
-        yield from _reductions(policy, row_tokens)
+        yield from self._reductions(row_tokens)
         depth = policy.resident_blocks + policy.streamed_blocks
         below: Any = "disk" if self.ready.device.type == "cpu" else policy.stream_from
         if policy.resident_blocks:
@@ -212,6 +213,20 @@ class Recovery:
             yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=below)
         if policy.recompute_blocks:
             yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
+
+    def _reductions(self, row_tokens: int) -> Iterator[Policy]:
+        """The policy with half the rows in a micro-batch, or, with one row, smaller tiles or a smaller loss chunk."""
+        policy = self.policy
+        rows = policy.micro_batch_tokens // row_tokens
+        tile = policy.mlp_tile_tokens or policy.micro_batch_tokens
+        if rows > 1:
+            tokens = rows // 2 * row_tokens
+            times = math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens)
+            yield replace(policy, micro_batch_tokens=tokens, accumulation=times)
+        if rows <= 1 and tile > _SMALLEST_TILE and len(self.ready.mlps):
+            yield replace(policy, mlp_tile_tokens=max(_SMALLEST_TILE, tile // 4))
+        if policy.loss_chunk_tokens > _SMALLEST_CHUNK:
+            yield replace(policy, loss_chunk_tokens=max(_SMALLEST_CHUNK, policy.loss_chunk_tokens // 4))
 
     def _follow_first(self, policies: Iterator[Policy]) -> bool:
         """Follow the first of them that can be, if any."""
@@ -227,17 +242,6 @@ class Recovery:
             raise
         self.policy = policy
         return True
-
-
-def _reductions(policy: Policy, row_tokens: int) -> Iterator[Policy]:
-    """`policy` with half the rows in a micro-batch, or, with one row, with a smaller loss chunk."""
-    rows = policy.micro_batch_tokens // row_tokens
-    if rows > 1:
-        tokens = rows // 2 * row_tokens
-        times = math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens)
-        yield replace(policy, micro_batch_tokens=tokens, accumulation=times)
-    if policy.loss_chunk_tokens > _SMALLEST_CHUNK:
-        yield replace(policy, loss_chunk_tokens=max(_SMALLEST_CHUNK, policy.loss_chunk_tokens // 4))
 
 
 def _reachable(policy: Policy, now: Policy) -> bool:

@@ -2,7 +2,7 @@
 
 What is drawn follows from the generator alone: architectures x bits x adapter method and its options x sequence length
 x micro-batch x accumulation x compute dtype x activations x kept attention x optimizer x packing x loss chunk x
-streamed blocks and embeddings.
+streamed blocks and embeddings x tiles of MLPs.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def draw(
     bits = pick([4, 4, 8, 16])
     trains_head = "train_modules" in adapter or "modules_to_save" in adapter.get("peft", {})
     embeddings = "none" if trains_head else pick(["none", "none", "input", "both"])
+    # drawn apart, so that everything else is what it was before there were tiles
+    tile = random.Random(f"{name} {length} {rows} {keep}").choice([0, 48, 100])
     quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
         "architecture": name,
@@ -83,6 +85,7 @@ def draw(
                 "resident_blocks": pick([shape[2], shape[2], generator.randrange(shape[2] + 1)]),
                 "loss_chunk_tokens": pick([16, 64, 256]),
                 "stream_embeddings": embeddings,
+                "mlp_tile_tokens": tile,
             },
         },
     }
@@ -184,6 +187,7 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
         optimizer=config.train.optimizer, loss_chunk_tokens=min(chunk, tokens),
         stream_embeddings=config.policy.stream_embeddings or "none",
         keep_attention=bool(config.policy.keep_attention),
+        mlp_tile_tokens=config.policy.mlp_tile_tokens or 0,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.planner import search as search_module
 from lowmem_ft.planner.answer import write_plan
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_peak
@@ -205,3 +206,48 @@ def test_an_optimizer_on_the_host_where_nothing_else_fits(deep: Path) -> None:
     bound = search({}, host=device.predicted.host_peak_bytes).best(needed - 1)
     assert not bound.fits
     assert bound.weighed.policy.optimizer_on == "device", "the host has no room for it"
+
+
+@pytest.mark.parametrize("objective", ["speed", "memory"])
+def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """Of all tiles and numbers of keeping and streamed blocks the plan takes the best that fits, by brute force."""
+    monkeypatch.setattr(search_module, "MLP_TILES", (64, 32))
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    save_tiny("llama", tmp_path, **sizes)
+    pins = {"micro_batch_tokens": 512, "loss_chunk_tokens": 32, "stream_embeddings": "none", "objective": objective}
+    settings = config(tmp_path, data={"seq_len": 256}, policy={**pins, "resident_blocks": 4})
+    search, exact = Search(settings, DEVICE, 4), []
+    for tile in (0, 64, 32):
+        for keep in range(5):
+            for offload in {0, 4 - keep if 4 - keep > SLOTS else 0}:
+                base = replace(search.least, mlp_tile_tokens=tile)
+                weighed = search.scales.weigh(search._blocks(base, keep, streamed=0, offload=offload))
+                size = process_peak(DEVICE, search.scales, weighed).process
+                exact.append((size, weighed.seconds, weighed.policy))
+    least, plain, most = min(it[0] for it in exact), min(it[0] for it in exact if not it[2].mlp_tile_tokens), max(exact)
+    assert least < plain - 3 * 512 * 1024 * 2 // 2, "half of three tensors of the hidden layer"
+    for budget in (least, (least + plain) // 2, plain - 2**12, most[0] + 2**20):
+        answer = search.best(budget)
+        fitting = [it for it in exact if it[0] <= budget]
+        assert answer.fits
+        assert answer.process <= budget
+        if objective == "speed":
+            assert answer.weighed.seconds <= 1.05 * min(seconds for _, seconds, _ in fitting)
+            assert (answer.weighed.policy.mlp_tile_tokens > 0) == (budget < plain)
+        else:
+            assert answer.process <= least
+    refused = search.best(least - 2**12)
+    assert not refused.fits
+    assert refused.process == least
+    assert "MLPs in tiles of" in write_plan(refused).policy.describe()
+
+
+def test_tiles_that_are_pinned_or_have_no_effect(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    save_tiny("mixtral", tmp_path / "mixtral")
+    pinned = {"mlp_tile_tokens": 48, "micro_batch_tokens": 128}
+    plan = make_plan(config(tmp_path / "llama", policy=pinned), device=DEVICE)
+    assert plan.policy.mlp_tile_tokens == 48
+    assert Plan.from_dict(plan.to_dict()).policy == plan.policy
+    with pytest.warns(UserWarning, match="mlp_tile_tokens has no effect"):
+        make_plan(config(tmp_path / "mixtral", policy=pinned), device=DEVICE)

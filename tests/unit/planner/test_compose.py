@@ -103,7 +103,7 @@ def check_composed(made: Stage, keep: int, offload: int = 0) -> None:
 
 def step_of(made: Stage, own: Sequence[Class], only: Sequence[int]) -> Trace:
     """A step through these blocks, which are of these classes."""
-    counts = {it: sum(one[1] == it for one in own) for it in ("keep", "offload")}
+    counts = {it: sum(treatment == it for _, treatment, _ in own) for it in ("keep", "offload")}
     return made.step(policy(), keep=counts["keep"], offload=counts["offload"], only=only)
 
 

@@ -329,7 +329,7 @@ def test_runs_on_fake_tensors() -> None:
 
 def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for an accelerator's generator, since dropout there draws from it."""
-    from lowmem_ft.runtime.activations import _Random
+    from lowmem_ft.runtime.rerun import Random
 
     state = {"now": torch.tensor([1])}
 
@@ -339,7 +339,7 @@ def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> 
     generator = SimpleNamespace(get_rng_state=lambda device=None: state["now"], set_rng_state=set_state)
     monkeypatch.setattr(torch, "get_device_module", lambda device: generator)
     monkeypatch.setattr(torch, "cuda", generator)
-    random = _Random(torch.device("cuda", 0))
+    random = Random(torch.device("cuda", 0))
     state["now"] = torch.tensor([2])
     with random.restored():
         assert state["now"].item() == 1

@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,17 +79,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(
-    model: Path,
-    sections: dict[str, Any],
-    *,
-    streamed: int,
-    activations: str,
-    packing: bool = True,
-    embeddings: str = "none",
+    model: Path, sections: dict[str, Any], *, streamed: int, activations: str, packing: bool = True, **changes: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     """What a step and an evaluation report, and the weights that the step leaves."""
     config = settings(model, sections, packing=packing)
-    ready = equipped(config, streamed=streamed, activations=activations, embeddings=embeddings)
+    ready = equipped(config, streamed=streamed, activations=activations, **changes)
     batches = full_batches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
     said = [result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
@@ -100,22 +95,21 @@ def settings(model: Path, sections: dict[str, Any], *, packing: bool = True) -> 
     return RunConfig.from_dict({"model": str(model), "output": str(model / "run"), "data": data, **sections})
 
 
-def a_policy(config: RunConfig, *, streamed: int, activations: str, embeddings: str = "none") -> Any:
+def a_policy(config: RunConfig, *, streamed: int, activations: str) -> Any:
     keep, offload, attention = ACTIVATIONS[activations]
     kinds: dict[Any, str] = {4: config.quant.type, 8: "int8", 16: "none"}
     return policy(
         rows=2, seq_len=LENGTH, depth=DEPTH, keep=keep, accumulation=2, bits=config.quant.bits,
         quant=kinds[config.quant.bits], double_quant=config.quant.double_quant and config.quant.bits == 4,
         offload_blocks=offload, recompute_blocks=DEPTH - keep - offload, resident_blocks=DEPTH - streamed,
-        streamed_blocks=streamed, loss_chunk_tokens=16, optimizer="adamw", stream_embeddings=embeddings,
-        keep_attention=attention,
+        streamed_blocks=streamed, loss_chunk_tokens=16, optimizer="adamw", keep_attention=attention,
     )  # fmt: skip
 
 
-def equipped(config: RunConfig, *, streamed: int, activations: str, embeddings: str = "none") -> Assembled:
+def equipped(config: RunConfig, *, streamed: int, activations: str, **changes: Any) -> Assembled:
     torch.manual_seed(0)
-    policy = a_policy(config, streamed=streamed, activations=activations, embeddings=embeddings)
-    return assemble(config, policy, torch.device("cpu"))
+    chosen = replace(a_policy(config, streamed=streamed, activations=activations), **changes)
+    return assemble(config, chosen, torch.device("cpu"))
 
 
 @contextmanager
@@ -157,7 +151,7 @@ def exact(
     sections, count = {"quant": QUANT[quant], "adapter": ADAPTERS[adapter]}, STREAMED[streamed]
     with tiers(Poisoned):
         found = trained(
-            model, sections, streamed=count, activations=activations, packing=packing, embeddings=embeddings
+            model, sections, streamed=count, activations=activations, packing=packing, stream_embeddings=embeddings
         )
     return same(found, resident(model, quant, adapter, packing))
 
