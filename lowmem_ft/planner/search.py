@@ -112,7 +112,9 @@ class Search:
         longest = replace_rows(policy, self._rows[-1], self.config.data.seq_len, self.tokens)
         if len(self._tiles(longest)) == 1:
             return False
-        copies = policy.streams or policy.offload_blocks > 0
+        # with shorter sequences no plan was found faster, and the search takes as long as all before
+        long = self.config.data.seq_len >= _WORTH_TILES * MLP_TILES[0]
+        copies = long and (policy.streams or policy.offload_blocks > 0)
         return policy.mlp_tile_tokens > 0 or copies or self.config.policy.objective != "speed"
 
     def _best(self, budget: int, place: Place, options: dict[Policy, Option], *, tiled: bool) -> Answer:

@@ -163,10 +163,18 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
             low = middle
         else:
             high = middle - 1
+
+    def fits(steps: int) -> bool:
+        search.lengthen(of(steps))
+        return process_peak(device, search.scales, search.smallest()).process <= budget
+
+    high, stride = low + 1, 1
+    while low and not fits(low):  # the estimate was too low, maybe by much
+        high, low, stride = low, max(0, low - stride), 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     search.lengthen(of(max(low, 1)))
-    while low and process_peak(device, search.scales, search.smallest()).process > budget:
-        low -= max(1, low // 64)  # the estimate was too low
-        search.lengthen(of(max(low, 1)))
     return search.config if low else config
 
 
