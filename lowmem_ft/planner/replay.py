@@ -155,12 +155,19 @@ class Peaks:
 Played: TypeAlias = tuple[Script, Sequence[int]]  # with the first key of each origin, see `compose.Turn`
 
 
-def replay(new: Callable[[], CachingAllocator], held: Sequence[tuple[int, int]], step: Sequence[Played]) -> Peaks:
+def replay(
+    new: Callable[[], CachingAllocator],
+    held: Sequence[tuple[int, int]],
+    step: Sequence[Played],
+    *,
+    enough: int | None = None,
+) -> Peaks:
     """The peaks of scripts one after the other.
 
     Args:
         new: makes an allocator.
         held: key and bytes of what is there before.
+        enough: if more bytes are reserved, it matters no more how many: then the peaks are those until then.
     """
     small, large = _Pool(new(), held, small=True), _Pool(new(), held, small=False)
     beside = small.allocator.allocated
@@ -174,6 +181,8 @@ def replay(new: Callable[[], CachingAllocator], held: Sequence[tuple[int, int]],
         large.play(script.large, firsts, beside)
         small.play(script.small, firsts, 0)
         beside += script.small_delta
+        if enough is not None and large.allocator.reserved + small.allocator.reserved > enough:
+            break
     return Peaks(large.peak, large.allocator.reserved_peak + small.allocator.reserved_peak)
 
 

@@ -55,11 +55,16 @@ def workspace_bytes(device: Device) -> int:
     return device.forward_workspace + device.bias_workspace + device.backward_workspace
 
 
-def process_peak(device: Device, scales: Scales, weighed: Weighed) -> Peak:
-    """What the process takes during a training step of the policy that was weighed."""
+def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int | None = None) -> Peak:
+    """What the process takes during a training step of the policy that was weighed.
+
+    Args:
+        most: if that is more than so many bytes, it matters no more how many.
+    """
+    enough = None if most is None else most - device.process_bytes
     if device.kind == "cpu":
         return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated, weighed.heap))
-    peaks = replayed(device, scales.base(weighed.policy), weighed.turns)
+    peaks = replayed(device, scales.base(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
     return Peak(peaks.allocated, peaks.reserved, device.process_bytes + peaks.reserved)
 
 
@@ -72,13 +77,26 @@ def allocator_of(device: Device) -> CachingAllocator:
     )
 
 
-def replayed(device: Device, base: Iterable[Event], step: Sequence[Turn]) -> Peaks:
-    """The peaks of steps with the pieces of `base` held, and with the workspaces of cuBLAS."""
+def replayed(
+    device: Device,
+    base: Iterable[Event],
+    step: Sequence[Turn],
+    *,
+    scripts: dict[Hashable, Script] | None = None,
+    enough: int | None = None,
+) -> Peaks:
+    """The peaks of steps with the pieces of `base` held, and with the workspaces of cuBLAS.
+
+    Args:
+        scripts: those of steps before by their events, to which these are added: most blocks of a kind take the same.
+        enough: as of `replay`.
+    """
+    scripts = {} if scripts is None else scripts
     before = [(-event.key, event.nbytes) for event in base if event.tier == "device"]
     workspaces = [(_KEPT, nbytes) for nbytes in (device.forward_workspace, device.bias_workspace) if nbytes]
     held, waiting = {key for key, _ in before}, device.backward_workspace
     known: dict[int, _OnDevice] = {}
-    scripts: dict[Hashable, Script] = {}
+    own: dict[Hashable, Script] = {}  # found without their events
     played = []
     for turn in [*step] * REPEATS:
         if id(turn.events) not in known:
@@ -87,14 +105,17 @@ def replayed(device: Device, base: Iterable[Event], step: Sequence[Turn]) -> Pea
         gone, backward = events.before & held, events.backward if waiting else None
         held -= gone
         key = id(turn.events), gone, backward
-        if key not in scripts:
-            own = list(events.pieces)
+        if key not in own:
+            pieces = list(events.pieces)
             if backward is not None:
-                own.insert(backward, (waiting, 0, _KEPT))
-            scripts[key] = Script.of(it for it in own if it[2] >= 0 or it[2] in gone)
+                pieces.insert(backward, (waiting, 0, _KEPT))
+            same = tuple([it for it in pieces if it[2] >= 0 or it[2] in gone])
+            if same not in scripts:
+                scripts[same] = Script.of(same)
+            own[key] = scripts[same]
         waiting = 0 if backward is not None else waiting
-        played.append((scripts[key], turn.firsts))
-    return replay(lambda: allocator_of(device), [*workspaces, *before], played)
+        played.append((own[key], turn.firsts))
+    return replay(lambda: allocator_of(device), [*workspaces, *before], played, enough=enough)
 
 
 class _OnDevice(NamedTuple):

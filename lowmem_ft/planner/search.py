@@ -143,7 +143,7 @@ class Search:
         for weighed in sorted(self._few(place, timed=True), key=lambda it: it.allocated):
             # at least what is in use is reserved, so that on a card a look at it may save a replay
             if found is None or self.device.kind == "cpu" or weighed.allocated < found.reserved:
-                answer = self.answer(weighed, (), budget)
+                answer = self.answer(weighed, (), budget, most=None if found is None else found.process)
                 found = answer if found is None or answer.process < found.process else found
         assert found is not None
         policy = found.weighed.policy
@@ -313,9 +313,9 @@ class Search:
             if tries == TRIES:
                 return
 
-    def answer(self, weighed: Weighed, options: Iterable[Option], budget: int) -> Answer:
-        """What a policy that was weighed takes in all phases, and whether that fits."""
-        peak = process_peak(self.device, self.scales, weighed)
+    def answer(self, weighed: Weighed, options: Iterable[Option], budget: int, *, most: int | None = None) -> Answer:
+        """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
+        peak = process_peak(self.device, self.scales, weighed, most=most)
         evaluation = process_estimate(self.device, self.scales.evaluation_peak(weighed.policy), weighed.heap)
         phases = self._aside.phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
         return Answer(

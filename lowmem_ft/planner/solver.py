@@ -106,7 +106,7 @@ def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None
         step = search.scales.weigh(search.least, timed=False)
         if search.process_estimate(step.policy, step.allocated, step.heap) > NEAR * budget:
             return None
-        answer = search.answer(step, (), budget)
+        answer = search.answer(step, (), budget, most=budget)
         return answer if answer.fits else None
 
     return of

@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.runtime.experts import GO_ALIKE, STANDS_FOR
+from lowmem_ft.runtime.loss import KNOWN, LEARN
 
 Tier: TypeAlias = Literal["device", "host"]
 Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
@@ -232,6 +234,24 @@ class Repeats:
         return [with_key(death, key, death.block) for key in reversed(self._held.pop(death.key, []) or [death.key])]
 
 
+class _Learned(NamedTuple):
+    """What work took that is known.
+
+    Attributes:
+        events: in order, all of pieces that it took itself.
+        costs: seconds of its operations, each of which is added by itself: so the sum is the same to the last bit.
+        op: its last one.
+        key: of the piece that its result lies in.
+        result: makes such a tensor.
+    """
+
+    events: Sequence[Event]
+    costs: Sequence[float]
+    op: str
+    key: int
+    result: Callable[[], Tensor]
+
+
 def with_key(event: Event, key: int, block: int | None) -> Event:
     """The same event under another key and in another block."""
     return Event(key, event.nbytes, event.tier, event.op, event.phase, block, event.inside)
@@ -264,6 +284,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._results = _Results()
         self._op = ""
         self._keys = count(1)
+        self._learned: dict[Hashable, _Learned] = {}  # by what the work is called, phase and block
+        self._costs: list[float] = []  # of all operations
+        self._began = 0, 0  # events and costs, when work began that may be learned
         self._repeats = Repeats(self._keys)
         self._times, self._from = 1, 0  # for how many operations each stands, since which event
 
@@ -286,6 +309,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         op = self._ops.get(func) or self._know(func)
+        if func is KNOWN:
+            return self._again(args[1])
+        if func is LEARN:
+            self._learn(args[1], args[2])
+            return None
         self._op = op.name
         if func is STANDS_FOR:
             self._stand_for(args[1])
@@ -324,7 +352,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.scratch is not None:
             self._pass_through(op.scratch(*args, **kwargs))
         if self._cost is not None:
-            self.seconds[self.phase, self.block] += self._times * self._cost(func, args, kwargs, out)
+            seconds = self._times * self._cost(func, args, kwargs, out)
+            self.seconds[self.phase, self.block] += seconds
+            self._costs.append(seconds)
         return out
 
     def _know(self, func: Any) -> _Op:
@@ -337,6 +367,38 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             events[self._from :] = self._repeats.repeat(events[self._from :], self._times)
         self._times, self._from = times, len(events)
 
+    def _again(self, work: str) -> list[Tensor]:
+        """Write down what this work takes, and return its result; nothing, if it is not known."""
+        known = self._learned.get((work, self.phase, self.block))
+        if known is None:
+            self._began = len(self.trace.events), len(self._costs)
+            return []
+        keys: dict[int, int] = {}
+        births: dict[int, Event] = {}
+        for event in known.events:
+            if event.nbytes > 0:
+                keys[event.key] = next(self._keys)
+            again = with_key(event, keys[event.key], event.block)
+            self.trace.events.append(again)
+            births[event.key] = again
+        for seconds in known.costs:
+            self.seconds[self.phase, self.block] += seconds
+        self._op, result = known.op, known.result()
+        self._hold(result.untyped_storage(), births[known.key])
+        return [result]
+
+    def _learn(self, work: str, result: Tensor) -> None:
+        """This work is done, and `result` is all that it leaves."""
+        at, cost = self._began
+        events = self.trace.events[at:]
+        key = self._alive[result.untyped_storage()._cdata][1].key
+        held = {event.key: event.nbytes > 0 for event in events}  # whether the last event of a piece is its birth
+        assert self._times == 1, "each operation stands for itself"
+        assert [it for it, alive in held.items() if alive] == [key], "all but the result is given back"
+        assert sum(event.nbytes > 0 for event in events) == len(held), "and nothing else"
+        make = partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device="meta")
+        self._learned[work, self.phase, self.block] = _Learned(events, self._costs[cost:], self._op, key, make)
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -346,7 +408,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nbytes = storage.nbytes()
         if nbytes == 0:
             return
-        birth = self._record(nbytes, "device" if tensor.device.type == "meta" else "host")
+        self._hold(storage, self._record(nbytes, "device" if tensor.device.type == "meta" else "host"))
+
+    def _hold(self, storage: Any, birth: Event) -> None:
+        """Write its death down when that comes."""
+        address = storage._cdata
 
         def died(_: Any) -> None:
             current = self._alive.get(address)

@@ -32,6 +32,7 @@ from lowmem_ft.planner.compose import (
 )
 from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
+from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, block_kinds, lowest_trained, unseen_bytes
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
@@ -108,6 +109,7 @@ class Scales:
         held: bytes of the device before a step, with every block resident.
         longest: positions that the model knows.
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
+        scripts: of steps that were replayed, see `reserve.replayed`.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
         self.keep: Sequence[int] = range(self.depth + 1)
+        self.scripts: dict[Hashable, Script] = {}
         self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
         self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}

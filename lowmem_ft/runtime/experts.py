@@ -67,7 +67,7 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
         out_TD = out_TD.index_add_(0, token_R, _weighted(experts, expert, x_RD, weights_R, hidden_TD.dtype))
         if count > 1:
             out_TD = _StandsFor.apply(out_TD, 1, count)  # type: ignore[no-untyped-call]
-    return _touch_factors(experts, out_TD, max(times)) if hidden_TD.is_meta else out_TD
+    return _touch_factors(experts, out_TD, times) if hidden_TD.is_meta else out_TD
 
 
 def _begin_lowest(experts: Any, e: int, x_RD: Tensor, rows: int) -> None:
@@ -200,20 +200,22 @@ def _product(experts: Any, name: str, e: int, x: Tensor) -> Tensor:
     return out + getattr(experts, f"{name}_bias")[e] if experts.has_bias else out
 
 
-def _touch_factors(experts: Any, out_TD: Tensor, times: int) -> Tensor:
+def _touch_factors(experts: Any, out_TD: Tensor, times: Sequence[int]) -> Tensor:
     """Without data: let all experts' adapters have their gradients before any tile's backward.
 
     With data they get them one by one, and may have them so early: with a few rows for each expert but the first.
 
     Args:
-        times: for how many experts the second stands.
+        times: for how many experts that of each tile stands.
     """
     adapters: list[Any] = [module for module in experts.modules() if hasattr(module, "factors")]  # as LoraStack has
     splits = [split for adapter in adapters for split in adapter.factors()]
-    seconds = range(1, len(splits) * experts.num_experts, experts.num_experts)
-    alike = [range(second, second + times) for second in seconds]
+    firsts = range(0, len(splits) * experts.num_experts, experts.num_experts)
+    # the second expert stands for others, and those that no tile is traced for are alike too
+    every = [range(1, 1 + max(times)), range(len(times), experts.num_experts)] if max(times) > 1 else []
+    alike = [range(first + it.start, first + it.stop) for first in firsts for it in every if len(it) > 1]
     factors = [factor for split in splits for factor in split]
-    touched: Tensor = _Touched.apply(out_TD, alike if times > 1 else [], *factors)  # type: ignore[no-untyped-call]
+    touched: Tensor = _Touched.apply(out_TD, alike, *factors)  # type: ignore[no-untyped-call]
     return touched
 
 

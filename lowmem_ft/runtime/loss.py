@@ -12,8 +12,9 @@ chunk, T rows of the head in a tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ _SLAB = 1 << 21
 # Rows of a chunk are filled up to this multiple, so that steps with other numbers of loss tokens multiply matrices of
 # the same few sizes: oneDNN compiles a kernel for each new one and keeps it (1 MB more after each step otherwise).
 _ROWS = 128
+_T = TypeVar("_T", Tensor, Tensor | None)
+
+# What it says to whoever traces tensors without data, before and after work that always takes the same: what it
+# returned if that is known, which is then all that is left to do; and what it did return
+torch.library.define("lowmem_ft::known", "(Tensor x, str work) -> Tensor[]")
+torch.library.define("lowmem_ft::learn", "(Tensor x, str work, Tensor result) -> ()")
+KNOWN, LEARN = torch.ops.lowmem_ft.known.default, torch.ops.lowmem_ft.learn.default
+
+
+@torch.library.register_fake("lowmem_ft::known")  # type: ignore[untyped-decorator]
+def _(x: Tensor, work: str) -> list[Tensor]:
+    return []
+
+
+@torch.library.register_fake("lowmem_ft::learn")  # type: ignore[untyped-decorator]
+def _(x: Tensor, work: str, result: Tensor) -> None:
+    return None
 
 
 def scratch_bytes(head: Head, chunk_tokens: int) -> int:
@@ -152,10 +170,14 @@ def cross_entropy_and_gradients(
     for start in range(0, kept, max(chunk, 1)):
         rows_C = rows_K[start : start + chunk]
         work.take(hidden_ND.index_select(0, rows_C), labels_N.index_select(0, rows_C))
-        loss += work.loss(returns=differentiate)
+        loss += _once(work, f"loss {differentiate}", lambda: work.loss(returns=differentiate))
         if not differentiate:
             continue
-        grad_CD = work.differentiate(grad_scale, hidden_grad=hidden_grad, bias_grad=bias_grad)
+        grad_CD = _once(
+            work,
+            f"gradient {hidden_grad} {bias_grad is None}",
+            lambda: work.differentiate(grad_scale, hidden_grad=hidden_grad, bias_grad=bias_grad),
+        )
         if grad_ND is not None and grad_CD is not None:
             grad_ND.index_copy_(0, rows_C, grad_CD[: len(rows_C)].to(grad_ND.dtype))
         if weight_grad is not None:
@@ -313,3 +335,19 @@ class _Chunk:
         if slope_RT is not None:
             z_RT.mul_(slope_RT)
         self._logits(at)[rows].copy_(z_RT)
+
+
+def _once(work: _Chunk, what: str, do: Callable[[], _T]) -> _T:
+    """What `do` returns; without data it is done once for chunks of one size, as it asks for nothing else."""
+    head: Head = work.head
+    hidden_CD: Tensor = work.hidden_CD
+    if not hidden_CD.is_meta or head.table is not None:
+        return do()
+    sizes = work.count, *hidden_CD.shape, head.weight.shape[0], hidden_CD.dtype
+    name = f"{what} {sizes} {head.bias is None} {head.softcap is None} {head.scale == 1.0} {head.keeps}"
+    for known in KNOWN(hidden_CD, name):
+        return known  # type: ignore[no-any-return]
+    result = do()
+    if result is not None:
+        LEARN(hidden_CD, name, result)
+    return result

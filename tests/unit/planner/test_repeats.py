@@ -13,7 +13,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.device import cost_of
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event, Repeats
-from lowmem_ft.runtime import experts
+from lowmem_ft.runtime import experts, loss
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_solver import DEVICE
@@ -79,6 +79,29 @@ def test_few_tiles_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(experts, "_expert", lambda layer, e, x: called.append(e) or product(layer, e, x))
     made.step(policy(rows=15, seq_len=128), keep=2)
     assert called == [0, 1, 23, 23] * 2, "the last one begins twice, see _begin_lowest"
+
+
+@pytest.mark.parametrize("embeddings", ["none", "both"])
+def test_the_loss_of_chunks_alike_is_traced_once(
+    embeddings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Event by event what the loss of every chunk takes, and seconds to the last bit."""
+    made = stage("qwen3_moe", tmp_path, 4, 0.0, 64)
+    chunked = policy(rows=3, loss_chunk_tokens=32, stream_embeddings=embeddings)
+    worked: list[int] = []
+    own = loss._Chunk.loss
+    monkeypatch.setattr(loss._Chunk, "loss", lambda it, **given: worked.append(it.count) or own(it, **given))
+
+    def traced(keep: int) -> tuple[list[Any], dict[Any, float]]:
+        made.step(chunked, keep=keep, loss_tokens=184)
+        trace = made.evaluate(chunked, loss_tokens=184)
+        return told(trace.events), dict(made.tracer.seconds)
+
+    once = [traced(keep) for keep in (0, 2)]
+    assert worked == [32, 24] * 2, "in training and in evaluation"
+    monkeypatch.setattr(loss, "_once", lambda work, what, do: do())
+    assert [traced(keep) for keep in (0, 2)] == once
+    assert len(worked) == 4 + 2 * 2 * 6, "now every one"
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])

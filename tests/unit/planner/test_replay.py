@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -179,7 +179,12 @@ def test_a_composed_step(
 
     base = [event._replace(nbytes=scale * event.nbytes) for event in step[0]]
     turns = [turn._replace(events=scaled(turn.events)) for turn in step[1]]
-    assert replayed(card, base, turns) == every_event(card, base, turns, expandable)
+    peaks = every_event(card, base, turns, expandable)
+    scripts: dict[Hashable, Script] = {}
+    assert replayed(card, base, turns, scripts=scripts) == peaks
+    assert len(scripts) < len({id(turn.events) for turn in turns}), "some take the same"
+    assert replayed(card, base, turns, scripts=scripts, enough=peaks.reserved) == peaks
+    assert peaks.reserved - 1 < replayed(card, base, turns, scripts=scripts, enough=peaks.reserved - 1).reserved
 
 
 def every_event(card: Any, base: list[Event], turns: list[Turn], expandable: bool) -> Peaks:
