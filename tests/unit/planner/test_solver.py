@@ -397,7 +397,7 @@ def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device_facts, "cuda_process_bytes", lambda _: 7)
     monkeypatch.setattr(device_facts, "load_kernels", lambda *_: None)
     monkeypatch.setattr(device_facts, "measured_workspaces", lambda _: {"forward": 3, "bias": 0, "backward": 4})
-    card, cpu = find_device("cuda:0"), find_device("cpu")
+    cpu, card = find_device("cpu"), find_device("cuda:0")  # in this order, as the first gives unused memory back
     assert (card.free_bytes, card.process_bytes) == (10, 5)
     assert (card.compute_capability, card.sm_count) == ("8.6", 28)
     assert (card.forward_workspace, card.bias_workspace, card.backward_workspace) == (3, 0, 4)

@@ -2,7 +2,6 @@
 
 import re
 from collections import UserDict
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,14 +103,6 @@ LAST = {  # the layers that feed the sum at a block's end; Falcon adds both bran
     "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},
     "mixtral": set(),
 }
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Memory that was not written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("poison")

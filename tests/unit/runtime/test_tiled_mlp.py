@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,6 @@ def test_tiles_give_what_the_whole_gives(name: str) -> None:
     assert all("forward" not in vars(module) for module in find_mlps(model))
     again = gradients(model)
     assert all(torch.equal(again[key], it) for key, it in kept.items())
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Memory that was not written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("poison")
