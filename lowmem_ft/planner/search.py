@@ -76,6 +76,8 @@ class Search:
         _refuse_pins(config, device, self.scales.depth)
         if config.policy.mlp_tile_tokens and not len(self.scales.stage.ready.mlps):
             warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=4)
+        if config.policy.keep_attention and not self._attends:
+            warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=4)
         self._streams = self._stream_choices()
         self._levels = self._level_choices()
         self._size(config)
@@ -93,6 +95,7 @@ class Search:
         self._estimated: dict[Policy, Option] = {}
         choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
         self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
+        self._attentions = self._attention_choices()
 
     def best(self, budget: int) -> Answer:
         """The policy that serves the objective best within `budget` bytes of the process."""
@@ -344,15 +347,16 @@ class Search:
         return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
 
     @property
-    def _attentions(self) -> tuple[bool, ...]:
+    def _attends(self) -> bool:
+        """Whether the model's attention is ours, whose results can be kept."""
+        return self.scales.stage.ready.attn_implementation == ATTENTION
+
+    def _attention_choices(self) -> tuple[bool, ...]:
         """Whether blocks that recompute may keep what attention gave: where attending takes a part of their time."""
-        pinned, model = self.config.policy.keep_attention, causal_model(self.scales.stage.ready.model)
-        ours = self.scales.stage.ready.attn_implementation == ATTENTION
-        if pinned and not ours:
-            warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=4)
-        if pinned is not None or not ours or self._keep[0] == self.scales.depth:
+        pinned, stage = self.config.policy.keep_attention, self.scales.stage
+        if pinned is not None or not self._attends or self._keep[0] == self.scales.depth:
             return (bool(pinned),)
-        text, block = model.config.get_text_config(), self.scales.stage.blocks[0]
+        text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[0]
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         attending = self.config.data.seq_len * text.num_attention_heads * size
         products = sum(it.in_features * it.out_features for it in block.modules() if isinstance(it, nn.Linear))

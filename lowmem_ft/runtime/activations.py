@@ -39,14 +39,12 @@ class ActivationPolicy:
     def __init__(self, blocks: Sequence[nn.Module], offload: int, shelf: Shelf | None, *, keep_attention: bool) -> None:
         # an accelerate hook may have put a forward of its own on the instance
         self._before = [(block, vars(block).get("forward")) for block in blocks]
-        self._attending: list[Any] = []  # modules
         self.unread = [Unread() for _ in blocks]
         for at, (block, unread) in enumerate(zip(blocks, self.unread, strict=True)):
             place = (shelf, at) if shelf is not None and at < offload else None
             attended = Attended() if keep_attention else None
             for module in block.modules() if attended is not None else ():
                 module.attended = attended  # type: ignore[assignment]
-                self._attending.append(module)
             wrapped = functools.partial(_recomputed, block, block.forward, unread, place, attended)
             block.forward = functools.wraps(block.forward)(wrapped)
 
@@ -55,10 +53,9 @@ class ActivationPolicy:
             del block.forward
             if forward is not None:
                 block.forward = forward
-        for module in self._attending:
-            del module.attended
+            for module in block.modules():
+                vars(module).pop("attended", None)
         self._before.clear()
-        self._attending.clear()
 
 
 def apply_activation_policy(

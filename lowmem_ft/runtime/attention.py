@@ -53,8 +53,7 @@ class Attended:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
         if self.again is not None:
-            out, lse = self.again.pop(0), self.again.pop(0)
-            return out, lse
+            return self.again.pop(0), self.again.pop(0)
         out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, scale)
         if self.kept is not None:
             self.kept += out, lse

@@ -251,3 +251,9 @@ def test_tiles_that_are_pinned_or_have_no_effect(tmp_path: Path) -> None:
     assert Plan.from_dict(plan.to_dict()).policy == plan.policy
     with pytest.warns(UserWarning, match="mlp_tile_tokens has no effect"):
         make_plan(config(tmp_path / "mixtral", policy=pinned), device=DEVICE)
+
+
+def test_keeping_an_attention_that_is_not_ours_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    save_tiny("gemma2", tmp_path)  # whose scores are soft-capped
+    with pytest.warns(UserWarning, match="keep_attention has no effect"):
+        make_plan(config(tmp_path, policy={"keep_attention": True, "activations": "recompute"}), device=DEVICE)

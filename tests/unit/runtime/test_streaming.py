@@ -69,6 +69,17 @@ class Slow(Poisoned):
     seconds = 0.02
 
 
+def counting(copies: list[int]) -> type[DiskTier]:
+    """Adds to `copies` which piece is copied."""
+
+    class Counting(DiskTier):
+        def start(self, block: int, slot: Tensor) -> Any:
+            copies.append(block)
+            return super().start(block, slot)
+
+    return Counting
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("streaming")
@@ -223,14 +234,8 @@ def test_generating_between_steps_changes_nothing(models: dict[str, Path]) -> No
 
 def test_each_block_is_copied_once_for_each_pass(models: dict[str, Path]) -> None:
     copies: list[int] = []
-
-    class Counted(DiskTier):
-        def start(self, block: int, slot: Tensor) -> Any:
-            copies.append(block)
-            return super().start(block, slot)
-
     config = settings(models["llama"], {"adapter": {"rank": 4}, "data": {"packing": False, "seq_len": LENGTH}})
-    with tiers(Counted):
+    with tiers(counting(copies)):
         ready = equipped(config, streamed=DEPTH, activations="some")
     batches = full_batches(config, a_policy(config, streamed=DEPTH, activations="some"), vocabulary=100)
     train_step(ready, batches[:1], lr=1e-2)

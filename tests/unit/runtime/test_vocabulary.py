@@ -18,7 +18,7 @@ from lowmem_ft.runtime.vocabulary import Table, chosen, matrices_of, row_tiles
 from lowmem_ft.step import eval_step, train_step
 from tests.models import save_tiny, tiny_config, tiny_model
 from tests.unit.planner.policies import policy
-from tests.unit.runtime.test_streaming import Poisoned, tiers
+from tests.unit.runtime.test_streaming import Poisoned, counting, tiers
 
 DEPTH, LENGTH, VOCABULARY = 3, 32, 1000
 
@@ -114,14 +114,8 @@ def test_what_is_below_takes_two_tiles_of_the_device(models: dict[str, Path]) ->
 
 def test_each_tile_is_copied_once_for_each_pass(models: dict[str, Path]) -> None:
     copies: list[int] = []
-
-    class Counted(DiskTier):
-        def start(self, block: int, slot: Tensor) -> Any:
-            copies.append(block)
-            return super().start(block, slot)
-
     config = settings(models["untied"])
-    with tiers(Counted):
+    with tiers(counting(copies)):
         ready = equipped(config, "both")
     last = len(ready.head.tiles) - 1
     batches = full_batches(config, a_policy("none"), vocabulary=VOCABULARY)
