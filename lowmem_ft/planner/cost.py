@@ -116,12 +116,19 @@ class CostModel:
             torch.ops.aten.baddbmm.default: self._addmm,
         }
 
-    def seconds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-        """What the Tracer adds up."""
+    def seconds(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0
+    ) -> float:
+        """What the Tracer adds up, where the operation stands for so many `tiles` with the same rows in all: each of
+        them is a call, and dequantizes its own weights."""
         if func not in self._rules:
             self._rules[func] = None if _takes_no_time(func) else self._elementwise
         rule = self._rules[func]
-        return 0.0 if rule is None else self._rates.call + rule(out, *args)
+        if rule is None:
+            return 0.0
+        work = rule(out, *args)
+        each = rule in (self._dequantize_4bit, self._dequantize_8bit)
+        return tiles * self._rates.call + (tiles * work if each else work)
 
     def _elementwise(self, out: Any, *args: Any) -> float:
         moved = 0

@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.runtime.experts import GO_ALIKE, STANDS_FOR
+from lowmem_ft.runtime.experts import EACH_IS, GO_ALIKE, STANDS_FOR
 from lowmem_ft.runtime.loss import KNOWN, LEARN
 
 Tier: TypeAlias = Literal["device", "host"]
 Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
 # An operator's own Python implementation, and how many times longer it takes than what is traced of it
 Whole: TypeAlias = tuple[Callable[..., Any], Callable[..., float]]
-Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], float]
+Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, float], float]
 
 
 _ASK = torch.ops.aten._local_scalar_dense.default
@@ -263,7 +263,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         scratch: op -> what it takes inside.
         whole: ops that run as their own Python implementation here, so that what happens inside is seen too.
-        cost: (op, args, kwargs, result) -> predicted seconds, summed in `seconds` by phase and block.
+        cost: (op, args, kwargs, result, tiles) -> predicted seconds, summed in `seconds` by phase and block, of so many
+            tiles with the same rows in all.
 
     Where `STANDS_FOR` said that operations stand for others too, the trace and the seconds are those of all of them.
     """
@@ -289,6 +290,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._began = 0, 0  # events and costs, when work began that may be learned
         self._repeats = Repeats(self._keys)
         self._times, self._from = 1, 0  # for how many operations each stands, since which event
+        self._tiles, self._tiled = 1.0, ("", None)  # for how many tiles each stands, in which phase and block
 
     def begin(self) -> None:
         """Start a new trace, whose first events are the births of what is alive, and a new sum of seconds."""
@@ -317,6 +319,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._op = op.name
         if func is STANDS_FOR:
             self._stand_for(args[1])
+            return None
+        if func is EACH_IS:
+            self._tiles, self._tiled = args[1], (self.phase, self.block)
             return None
         if func is GO_ALIKE:
             self._repeats.go_alike([self._alive[tensor.untyped_storage()._cdata][1].key for tensor in args[0]])
@@ -352,7 +357,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if op.scratch is not None:
             self._pass_through(op.scratch(*args, **kwargs))
         if self._cost is not None:
-            seconds = self._times * self._cost(func, args, kwargs, out)
+            tiles = self._tiles if self._tiles != 1.0 and self._tiled == (self.phase, self.block) else 1.0
+            seconds = self._times * self._cost(func, args, kwargs, out, tiles)
             self.seconds[self.phase, self.block] += seconds
             self._costs.append(seconds)
         return out

@@ -47,8 +47,12 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
     order_P = order_P[: sum(rows)]
     token_P = order_P.div(top_k, rounding_mode="floor")
     times = traced_tiles(rows) if hidden_TD.is_meta else [1] * len(tiles)
+    x_PD = hidden_TD.index_select(0, token_P)  # one gather, whose backward is one scatter
+    balanced = min(experts.num_experts, pairs) / max(len(tiles), 1)  # tiles of a balanced routing for each of these
+    if hidden_TD.is_meta:
+        x_PD = _Said.apply(x_PD, EACH_IS, balanced, 1.0)  # type: ignore[no-untyped-call]
     parts = (
-        _split(hidden_TD.index_select(0, token_P), rows, times),  # one gather, whose backward is one scatter
+        _split(x_PD, rows, times),
         _split(top_k_weights_TK.reshape(-1).index_select(0, order_P), rows, times),
         _split(token_P, rows, times),
     )
@@ -60,14 +64,19 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
     ordered = sorted(zip(taken, *parts, strict=True), key=_height)
     for at, (((expert, _), count), x_RD, weights_R, token_R) in enumerate(ordered):
         if hidden_TD.is_meta and at == len(ordered) - 1:
+            EACH_IS(x_RD, 0.0)  # which takes memory, but no time
             _begin_lowest(experts, expert, x_RD, pairs // experts.num_experts)
+            EACH_IS(x_RD, balanced)
         if count > 1:
-            out_TD = _StandsFor.apply(out_TD, count, 1)  # type: ignore[no-untyped-call]
+            out_TD = _Said.apply(out_TD, STANDS_FOR, count, 1)  # type: ignore[no-untyped-call]
         # within a tile each token is there once, so that the sum does not depend on the order of CUDA's threads
         out_TD = out_TD.index_add_(0, token_R, _weighted(experts, expert, x_RD, weights_R, hidden_TD.dtype))
         if count > 1:
-            out_TD = _StandsFor.apply(out_TD, 1, count)  # type: ignore[no-untyped-call]
-    return _touch_factors(experts, out_TD, times) if hidden_TD.is_meta else out_TD
+            out_TD = _Said.apply(out_TD, STANDS_FOR, 1, count)  # type: ignore[no-untyped-call]
+    if hidden_TD.is_meta:
+        out_TD = _Said.apply(out_TD, EACH_IS, 1.0, balanced)  # type: ignore[no-untyped-call]
+        out_TD = _touch_factors(experts, out_TD, times)
+    return out_TD
 
 
 def _begin_lowest(experts: Any, e: int, x_RD: Tensor, rows: int) -> None:
@@ -142,31 +151,39 @@ class _Taken(torch.autograd.Function):
         return torch.cat(every), None, None
 
 
-class _StandsFor(torch.autograd.Function):
-    """Its first input. From here on each operation stands for `forward` of its like, and in backward for `backward`."""
+class _Said(torch.autograd.Function):
+    """Its first input. From here on `say` holds with `forward`, and in backward, from here on, with `backward`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: int, backward: int) -> Tensor:
-        ctx.backward = backward
+    def forward(ctx: Any, x: Tensor, say: Any, forward: float, backward: float) -> Tensor:
+        ctx.say, ctx.backward = say, backward
         ctx.mark_dirty(x)  # not a view, which could not be added to in place
-        STANDS_FOR(x, forward)
+        say(x, forward)
         return x
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        STANDS_FOR(dx, ctx.backward)
-        return dx, None, None
+        ctx.say(dx, ctx.backward)
+        return dx, None, None, None
 
 
-# What they say to whoever traces tensors without data: for how many of its like each following operation stands; and
-# that where it does so and the first of these is given back, it is one of them for each
+# What they say to whoever traces tensors without data: for how many of its like each following operation stands; that
+# where it does so and the first of these is given back, it is one of them for each; and for how many each following
+# tile stands in time alone, as their rows are the same in all
 torch.library.define("lowmem_ft::stands_for", "(Tensor x, int times) -> ()")
 torch.library.define("lowmem_ft::go_alike", "(Tensor[] likes) -> ()")
+torch.library.define("lowmem_ft::each_is", "(Tensor x, float tiles) -> ()")
 STANDS_FOR, GO_ALIKE = torch.ops.lowmem_ft.stands_for.default, torch.ops.lowmem_ft.go_alike.default
+EACH_IS = torch.ops.lowmem_ft.each_is.default
 
 
 @torch.library.register_fake("lowmem_ft::stands_for")  # type: ignore[untyped-decorator]
 def _(x: Tensor, times: int) -> None:
+    return None
+
+
+@torch.library.register_fake("lowmem_ft::each_is")  # type: ignore[untyped-decorator]
+def _(x: Tensor, tiles: float) -> None:
     return None
 
 

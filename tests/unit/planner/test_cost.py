@@ -110,6 +110,27 @@ def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:
     assert expected - saved <= sum(stage.tracer.seconds.values()) <= expected + low_rank
 
 
+@pytest.mark.parametrize("tokens", [64, 128, 1024])
+def test_each_expert_dequantizes_its_own_weights(tmp_path: Path, tokens: int) -> None:
+    """In forward and backward once, though memory is that of fewer, higher tiles; a call each, too."""
+    hidden, inner, layers = 64, 128, 2
+
+    def of(experts: int, **rates: Any) -> float:
+        shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+        tiny_config("mixtral", **shape, num_local_experts=experts).save_pretrained(tmp_path)
+        settings = {"data": {"seq_len": tokens}, "adapter": {"rank": 1, "targets": ["q_proj"]}}
+        config = RunConfig.from_dict({"model": str(tmp_path), **settings})
+        price = CostModel(Rates(**{**FREE, **rates}), kind="cuda").seconds
+        kept = policy(keep=layers, depth=layers, micro_batch_tokens=tokens)
+        stage = Stage(config, kept, kind="cuda", cost=price)
+        stage.step(kept, keep=layers)
+        return sum(stage.tracer.seconds.values())
+
+    more, values = 16 - 4, 3 * hidden * inner
+    assert of(16, dequantize={4: 1.0, 8: 1.0}) - of(4, dequantize={4: 1.0, 8: 1.0}) == 2 * layers * more * values
+    assert of(16, call=1.0) - of(4, call=1.0) > 2 * layers * more * 4  # two that dequantize and two products
+
+
 @pytest.mark.parametrize("name", ["rtx-3060-12gb", "colab-t4-16gb", "cpu"])
 def test_a_profile_that_nobody_measured_has_rates_too(name: str) -> None:
     rates = Rates.of(load_profile(name))
