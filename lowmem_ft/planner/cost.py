@@ -1,8 +1,9 @@
 """How long each operation of a step takes: the roofline of Williams et al. 2009 (doi:10.1145/1498765.1498785).
 
-An operation takes the longer of its arithmetic at the device's rate and its bytes at the device's bandwidth, plus what
-every call costs. Products, attention and dequantization have rates of their own, because what a device reaches in them
-is far from its datasheet. Copies between tiers are in `planner.pipeline`.
+An operation takes the longer of its arithmetic at the device's rate and its bytes at the device's bandwidth. On a CPU
+what every call costs comes on top of it; a card works while the host calls on. Products, attention and dequantization
+have rates of their own, because what a device reaches in them is far from its datasheet. Copies between tiers are in
+`planner.pipeline`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Rates:
         elementwise: bytes read and written by element-wise operations.
         dequantize: values, by the bits they were stored in.
         updates: elements that the optimizer updates.
+        update_call: seconds that the update of any tensor takes at least.
         draws: random values.
         call: seconds that any operation takes at least.
     """
@@ -58,6 +60,7 @@ class Rates:
     updates: float
     draws: float
     call: float
+    update_call: float
 
     @classmethod
     def of(cls, profile: Profile) -> Rates:
@@ -77,6 +80,7 @@ class Rates:
                 updates=BANDWIDTH_SHARE * bandwidth / BYTES_PER_UPDATE,
                 draws=BANDWIDTH_SHARE * bandwidth / BYTES_PER_DRAW,
                 call=CALL_SECONDS,
+                update_call=CALL_SECONDS,
             )
         return cls(
             products=flops,
@@ -88,6 +92,7 @@ class Rates:
             updates=found.updates.value,
             draws=found.draws.value,
             call=1 / found.calls.value,
+            update_call=1 / (found.update_calls or found.calls).value,
         )
 
 
@@ -96,6 +101,7 @@ class CostModel:
 
     def __init__(self, rates: Rates, *, kind: str) -> None:
         self._rates = rates
+        self._ahead = kind == "cuda"  # the host calls on while the device works
         self._native = kind == "cuda" or multiplies(torch.bfloat16)
         self._rules: dict[Any, Callable[..., float] | None] = {
             torch.ops.lowmem_ft.product.default: self._product,
@@ -116,9 +122,7 @@ class CostModel:
             torch.ops.aten.baddbmm.default: self._addmm,
         }
 
-    def seconds(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0
-    ) -> float:
+    def seconds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0) -> float:
         """What the Tracer adds up, where the operation stands for so many `tiles` with the same rows in all: each of
         them is a call, and dequantizes its own weights."""
         if func not in self._rules:
@@ -127,8 +131,10 @@ class CostModel:
         if rule is None:
             return 0.0
         work = rule(out, *args)
-        each = rule in (self._dequantize_4bit, self._dequantize_8bit)
-        return tiles * self._rates.call + (tiles * work if each else work)
+        if rule in (self._dequantize_4bit, self._dequantize_8bit):
+            work *= tiles
+        calls = tiles * self._rates.call
+        return max(calls, work) if self._ahead else calls + work
 
     def _elementwise(self, out: Any, *args: Any) -> float:
         moved = 0
@@ -189,7 +195,8 @@ class CostModel:
         return out.numel() / self._rates.dequantize[8]
 
     def _update(self, out: Any, name: str, gradient: Tensor, *_: Any) -> float:
-        return gradient.numel() / self._rates.updates
+        beyond = 0.0 if self._ahead else self._rates.update_call - self._rates.call
+        return beyond + gradient.numel() / self._rates.updates
 
     def _draw(self, out: Tensor, *_: Any) -> float:
         return out.numel() / self._rates.draws

@@ -9,23 +9,30 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_ft.adapters.lora import LoraLinear
+from lowmem_ft.assemble import assemble
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import map_large_tensors
-from lowmem_ft.planner.device import Device
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import collate
+from lowmem_ft.planner.choices import first_policy
+from lowmem_ft.planner.cost import CostModel, Rates
+from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate, Workspaces
+from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.workspaces import architecture_of
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
 from lowmem_ft.quant.products import mm, multiplies
 from lowmem_ft.runtime.attention import attention
 from lowmem_ft.runtime.memory import cuda_process_bytes
 from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.step import train_step
 
 Done = Callable[[int, int], None]  # measurements done, in all
 
@@ -35,7 +42,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "cuda": {"product": (2048, 4096, 4096), "attention": (1, 32, 2048, 128), "stream": 1 << 26},
     "cpu": {"product": (1024, 1024, 4096), "attention": (1, 12, 512, 64), "stream": 1 << 25},
 }
+EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "doclm-7m"
 DISK_BYTES = 256 << 20
+_SMALL = 4096  # elements of the smallest tensor whose moments are kept in 8 bits
+_UNCOUNTED = 1e12  # calls per second, before they are measured
 SECONDS = 1.5  # for each of about sixteen figures, but that each is taken three times at least
 
 
@@ -65,25 +75,29 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
         "dequantize_8bit": lambda: bench.dequantizing(8),
         "updates": bench.updates,
         "draws": bench.draws,
-        "calls": bench.calls,
     }
     if device.kind == "cpu" and not multiplies(torch.bfloat16):
         steps["loops"] = bench.loops
     found: dict[str, float] = {}
+    steps["update_calls"] = lambda: bench.update_calls(found["updates"])
     for at, (name, step) in enumerate(steps.items()):
-        done(at, len(steps))
+        done(at, len(steps) + 1)
         found[name] = step()
-    done(len(steps), len(steps))
+    done(len(steps), len(steps) + 1)
     where = f"measured on {device.name} with PyTorch {torch.__version__}: the best of several"
     today = datetime.datetime.now(datetime.UTC).date()
 
     def rate(name: str) -> Rate:
         return Rate(value=found[name], how="measured", source=f"{where}; lowmem_ft/planner/measure.py", date=today)
 
+    def measured() -> Measured:
+        return Measured(**{name: rate(name) for name in Measured.model_fields if name in found})
+
     def size(value: int, what: str) -> Bytes:
         return Bytes(value=value, how="measured", source=f"{what} on {device.name}", date=today)
 
-    return Profile(
+    found["calls"] = _UNCOUNTED
+    profile = Profile(
         name=re.sub(r"[^a-z0-9]+", "-", f"{platform.node()}-{device.name}".lower()).strip("-")[:60].strip("-"),
         title=device.name,
         kind=device.kind,
@@ -99,8 +113,11 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
         link_to_host=rate("link_to_host"),
         disk_read=rate("disk_read"),
         workspaces=_workspaces(device),
-        measured=Measured(**{name: rate(name) for name in Measured.model_fields if name in found}),
+        measured=measured(),
     )
+    found["calls"] = bench.calls(profile)
+    done(len(steps) + 1, len(steps) + 1)
+    return profile.model_copy(update={"measured": measured()})
 
 
 def _dtypes(capability: tuple[int, int] | None) -> tuple[Dtype, ...]:
@@ -244,29 +261,37 @@ class _Bench:
         gradient = torch.ones_like(parameter, dtype=torch.float32)
         return parameter.numel() / self._best(lambda: optimizer.step(gradient=lambda _: gradient))
 
+    def update_calls(self, updates: float) -> float:
+        """Tensors per second, of so few elements that their number counts, beside what `updates` a second take."""
+        parameters = [nn.Parameter(self._random(_SMALL)) for _ in range(16)]
+        optimizer = AdamW(parameters, lr=1e-4, bits=8)
+        gradient = torch.ones_like(parameters[0], dtype=torch.float32)
+        one = self._best(lambda: optimizer.step(gradient=lambda _: gradient)) / len(parameters)
+        return 1 / max(one - _SMALL / updates, one / 2)
+
     def draws(self) -> float:
         x = self._random(self._shapes["stream"] // 4, dtype=self._dtype)
         return x.numel() / self._best(lambda: x.bernoulli_(0.9))  # a dropout of 0.1: even odds take twice as long
 
-    def calls(self) -> float:
-        """Operations per second of layers so small that only calls count, forward and backward through autograd."""
-        parts: list[nn.Module] = []
-        for _ in range(8):
-            linear = nn.Linear(16, 16, dtype=self._dtype, device=self._device).requires_grad_(False)
-            parts += [nn.LayerNorm(16, dtype=self._dtype, device=self._device), LoraLinear(linear, rank=2, alpha=4)]
-        layer = nn.Sequential(*parts, nn.GELU())
-        x = self._random(4, 16, dtype=self._dtype).requires_grad_()
-        counter = _Counter()  # type: ignore[no-untyped-call]
-        with counter:
-            layer(x).sum().backward()
-        return counter.count / self._best(lambda: layer(x).sum().backward())
+    def calls(self, profile: Profile) -> float:
+        """Operations per second of a training step with so few tokens that little but calls counts: Python between
+        them, autograd and what kernels take at least. The work itself, by the other rates of `profile`, is left out."""
+        kind: Any = self._device.type
+        config = RunConfig.from_dict({"model": str(EMBEDDED_MODEL), "data": {"seq_len": 8, "packing": False}})
+        policy = first_policy(config, find_device(str(self._device)), 4)
+        price = CostModel(Rates.of(profile), kind=kind).seconds
+        count, work = 0, 0.0
 
+        def cost(*operation: Any) -> float:
+            nonlocal count, work
+            seconds = price(*operation)
+            count, work = count + (seconds > 0), work + seconds
+            return seconds
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+        stage = Stage(config, policy, kind=kind, cost=cost)
+        count, work = 0, 0.0  # without those of loading
+        stage.step(policy, keep=0)
+        ready = assemble(config, replace(policy, recompute_blocks=len(stage.blocks)), self._device)
+        batch = collate([[Example(range(8), range(8))]], pad_id=0)
+        taken = self._best(lambda: train_step(ready, [batch], lr=1e-4))
+        return count / max(taken - work, taken / 2)

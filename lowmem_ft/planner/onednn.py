@@ -7,7 +7,7 @@ profiler that `torch.autograd.profiler_legacy` has, since each use of the newer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -20,21 +20,37 @@ _autograd: Any = torch.autograd  # whose stubs lack what `profiler_legacy` impor
 
 # Multiplications of a product that takes too long to try. Of 13 shapes with more, among them 2048 x 32000 x 2048, each
 # took at most 1.72 MB a thread (torch 2.13, AVX512 with bf16, one thread and two)
-LARGE = 1 << 29
+LARGE = 1 << 32
 MOST = 7 << 18  # bytes a thread
+# Of products with one matrix, whatever their numbers of rows. Planning grew a process by 65 MB with 35 matrices (in 72
+# products), 40 MB with 20 (45 products) and 32 MB with 27 (36 products)
+KERNEL = 7 << 18
 
 
-def product_scratch(op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
-    """The most bytes that `op` takes beside what it returns.
+class Products:
+    """The products of one plan that go to oneDNN, which compiles kernels for each of them."""
 
-    Args:
-        args: of `op`, whose first tensor it may write into; shapes, strides and dtypes are looked at alone.
-        a, b: (..., N, K) and (..., K, M), the largest that are multiplied.
-    """
-    threads = torch.get_num_threads()
-    if a.numel() * b.shape[-1] > LARGE or _autograd._profiler_enabled():  # of which there is one at a time
-        return [MOST * threads]
-    return [_taken(op, tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args), threads)]
+    def __init__(self) -> None:
+        self._seen: set[Hashable] = set()
+
+    @property
+    def kernel_bytes(self) -> int:
+        """What these kernels take of the process, about: the same for every number of rows."""
+        return KERNEL * len(self._seen)
+
+    def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
+        """The most bytes that `op` takes beside what it returns.
+
+        Args:
+            args: of `op`, whose first tensor it may write into; shapes, strides and dtypes are looked at alone.
+            a, b: (..., N, K) and (..., K, M), the largest that are multiplied.
+        """
+        threads = torch.get_num_threads()
+        likes = tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args)
+        self._seen.add((op, _Like.of(b)) if a.stride(-1) == 1 else (op, a.shape[:-1], b.shape[-1]))
+        if a.numel() * b.shape[-1] > LARGE or _autograd._profiler_enabled():  # of which there is one at a time
+            return [MOST * threads]
+        return [_taken(op, likes, threads)]
 
 
 class _Like(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):

@@ -196,7 +196,8 @@ class Aside:
         updating = HOST_WORK_BYTES if state else 0
         working = {"load": state, "train": state + max(updating, rows), "eval": state + rows}  # saved as it lies
         heap = self.scales.heap_held(policy)
-        sizes = {name: process_estimate(device, tiers.device, heap) for name, tiers in own.items()}
+        kernels = self.scales.kernels
+        sizes = {name: process_estimate(device, tiers.device, heap, kernels) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
         found: dict[str, dict[str, int]] = {}
         for name in (*OF_A_RUN, "merge"):

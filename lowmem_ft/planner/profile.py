@@ -61,7 +61,8 @@ class Measured(Section):
         dequantize_4bit, dequantize_8bit: values per second.
         updates: elements per second that 8-bit AdamW updates.
         draws: random values per second, as dropout draws them.
-        calls: operations per second on tensors so small that only the call counts.
+        calls: operations per second of a training step on so few tokens that only calls count.
+        update_calls: tensors per second that 8-bit AdamW updates, however small they are; None counts them as calls.
         loops: floating-point operations per second of PyTorch's own bf16 products, where the processor has no bf16
             units; None where it has.
     """
@@ -74,6 +75,7 @@ class Measured(Section):
     updates: Rate
     draws: Rate
     calls: Rate
+    update_calls: Rate | None = None
     loops: Rate | None = None
 
 

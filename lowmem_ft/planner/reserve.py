@@ -15,7 +15,6 @@ from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.replay import Peaks, Script, replay
 from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales, Weighed
-from lowmem_ft.quant.products import multiplies
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
 # On a CPU beside tensors: later imports, thread stacks, kernels, packed matrices of MKL; and the holes in glibc's heap,
@@ -23,9 +22,6 @@ FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocato
 # the heap holds up to 18, 28 to 45 at 25 to 35 (78 once, in fp32), 77 at 87; in runs that read data, evaluate and save
 # 138 at 192, 89 to 93 for the demo. In fp32 more, see `weigh.FP32_HEAP`.
 PROCESS_SLACK, HEAP_SHARE = 64 << 20, 0.5
-# Where the CPU multiplies bf16, oneDNN compiles a kernel for each shape, also for those that planning tries: measured
-# 648 MB for the demo's process without what planning tries, 661 to 667 with it
-KERNELS = 16 << 20
 _KEPT = 1 << 60  # the key of a piece that nothing gives back
 REPEATS = 2  # micro-batches that are replayed: holes that one leaves are there for the next
 
@@ -42,11 +38,11 @@ class Peak:
     process: int
 
 
-def process_estimate(device: Device, allocated: int, heap: int = 0) -> int:
-    """What the process takes when its tensors take `allocated`, about; on a CPU `heap` of them lie in the heap."""
+def process_estimate(device: Device, allocated: int, heap: int = 0, kernels: int = 0) -> int:
+    """What the process takes when its tensors take `allocated`, about; on a CPU `heap` of them lie in the heap, and
+    kernels that are compiled take `kernels`."""
     if device.kind == "cpu":
-        compiled = KERNELS if multiplies(torch.bfloat16) else 0
-        return device.process_bytes + allocated + PROCESS_SLACK + compiled + int(HEAP_SHARE * heap)
+        return device.process_bytes + allocated + PROCESS_SLACK + kernels + int(HEAP_SHARE * heap)
     return device.process_bytes + workspace_bytes(device) + int(allocated * FRAGMENTATION)
 
 
@@ -63,7 +59,8 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
     """
     enough = None if most is None else most - device.process_bytes
     if device.kind == "cpu":
-        return Peak(weighed.allocated, weighed.allocated, process_estimate(device, weighed.allocated, weighed.heap))
+        process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels)
+        return Peak(weighed.allocated, weighed.allocated, process)
     peaks = replayed(device, scales.base(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
     return Peak(peaks.allocated, peaks.reserved, device.process_bytes + peaks.reserved)
 

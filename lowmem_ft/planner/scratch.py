@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.onednn import product_scratch
+from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch_cuda import Card, copied_factors, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
@@ -17,9 +18,13 @@ from lowmem_ft.quant.products import TILE, multiplies
 from lowmem_ft.runtime import attention
 
 
-def scratch_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Scratch]:
-    """Operator -> the pieces that it takes, in bytes, from its arguments."""
-    return _CPU if kind == "cpu" else {**_ANYWHERE, **scratch_on(card)}
+def scratch_of(kind: Literal["cpu", "cuda"], card: Card, products: Products | None = None) -> Mapping[Any, Scratch]:
+    """Operator -> the pieces that it takes, in bytes, from its arguments.
+
+    Args:
+        products: to which those of a CPU are added.
+    """
+    return {**_CPU, **_multiplying(products or Products())} if kind == "cpu" else {**_ANYWHERE, **scratch_on(card)}
 
 
 def whole_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Whole]:
@@ -48,7 +53,15 @@ def _flash_backward(dout: Tensor, q: Tensor, *_: Any, **__: Any) -> list[int]:
     return [8 * threads * queries * keys, rounded, 4 * queries, threads * threads * inside]
 
 
+def _multiplying(products: Products) -> Mapping[Any, Scratch]:
+    return {
+        torch.ops.lowmem_ft.product.default: partial(_product, products),
+        **{op: partial(_product_of, products, op, first) for op, first in _PRODUCTS.items()},
+    }
+
+
 def _product(
+    products: Products,
     out: Tensor,
     a: Tensor,
     b: Tensor,
@@ -62,7 +75,7 @@ def _product(
     copy made of a factor without neighbouring elements, as those of one expert among all are."""
     if _goes_to_onednn(a):
         op = torch.ops.lowmem_ft.product.default
-        return product_scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
+        return products.scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
     if c is None:
         return []
     if multiplies(a.dtype):
@@ -75,14 +88,10 @@ def _goes_to_onednn(a: Tensor) -> bool:
     return a.dtype in (torch.bfloat16, torch.float16) and multiplies(a.dtype)
 
 
-def _product_of(op: Any, first: int) -> Scratch:
+def _product_of(products: Products, op: Any, first: int, *args: Any, **_: Any) -> list[int]:
     """Of an operator whose factors are its arguments from `first` on."""
-
-    def scratch(*args: Any, **_: Any) -> list[int]:
-        a, b = args[first : first + 2]
-        return product_scratch(op, args, a, b) if _goes_to_onednn(a) else []
-
-    return scratch
+    a, b = args[first : first + 2]
+    return products.scratch(op, args, a, b) if _goes_to_onednn(a) else []
 
 
 def _vector_norm(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> list[int]:
@@ -193,8 +202,6 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
     torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
     **dict.fromkeys(overloads(*_SCATTERS), _scatter),
-    torch.ops.lowmem_ft.product.default: _product,
-    **{op: _product_of(op, first) for op, first in _PRODUCTS.items()},
     torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,
     torch.ops.aten.sort.stable: _sort,

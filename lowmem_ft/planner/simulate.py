@@ -20,6 +20,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
 from lowmem_ft.data.packing import Batch
+from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
@@ -111,6 +112,7 @@ class Stage:
         ready: the assembled model.
         held: bytes of weights, adapter, gradients and optimizer.
         blocks: the decoder layers.
+        products: what was multiplied on a CPU that multiplies 16-bit floats.
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class Stage:
     ) -> None:
         self.config, self.kind = config, kind
         card = card or Card()
-        self.tracer = Tracer(scratch_of(kind, card), whole_of(kind, card), cost)
+        self.products = Products()
+        self.tracer = Tracer(scratch_of(kind, card, self.products), whole_of(kind, card), cost)
         with self.tracer:
             self.ready = assemble(config, policy, torch.device("meta"))
         self.ready.activations.remove()  # each step decides anew

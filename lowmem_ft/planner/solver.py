@@ -15,6 +15,7 @@ from typing import Literal
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, LowMemError
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
 from lowmem_ft.core.sizes import format_size
@@ -37,8 +38,11 @@ def make_plan(config: RunConfig, *, device: Device | None = None) -> Plan:
     Raises:
         LowMemError: as the parts find it, such as a pin that this model or device does not have.
     """
-    with _without_collections():
-        return _make_plan(config, device)
+    try:
+        with _without_collections():
+            return _make_plan(config, device)
+    finally:
+        release_freed_memory()  # which a run that follows would hold beside its own: 44 of 120 MB for 20 blocks
 
 
 @contextmanager

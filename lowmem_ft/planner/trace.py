@@ -290,7 +290,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._began = 0, 0  # events and costs, when work began that may be learned
         self._repeats = Repeats(self._keys)
         self._times, self._from = 1, 0  # for how many operations each stands, since which event
-        self._tiles, self._tiled = 1.0, ("", None)  # for how many tiles each stands, in which phase and block
+        self._tiles = 1.0  # for how many tiles each stands
+        self._tiled: tuple[str, int | None] = "", None  # in which phase and block
 
     def begin(self) -> None:
         """Start a new trace, whose first events are the births of what is alive, and a new sum of seconds."""

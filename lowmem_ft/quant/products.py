@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROWS = 64  # a CPU that multiplies 16-bit floats does it for multiples of so many
 TILE = 1024  # rows, columns and length of the sum that are multiplied in fp32 at a time: tiles of 4 MiB
 
 
@@ -62,7 +63,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 class _Rooms(threading.local):
-    """Fp32 memory for one tile of each operand and of the result, kept by each thread that multiplies.
+    """Memory for one tile of each operand and of the result in fp32, kept by each thread that multiplies; and for a few
+    rows in 16 bits.
 
     It lies outside of PyTorch's allocator. Taken anew for each product its pages would be mapped and cleared each time,
     which costs 5% of a step.
@@ -70,6 +72,17 @@ class _Rooms(threading.local):
 
     def __init__(self) -> None:
         self.tiles = torch.from_numpy(np.empty((3, TILE * TILE), dtype=np.float32)).unbind(0)
+        self._padded: dict[str, Tensor] = {}
+
+    def padded(self, name: str, rows: Tensor) -> Tensor:
+        """A room of `ROWS` rows like these, which are fewer, that begins with them; zeros follow."""
+        size = ROWS * rows.shape[1]
+        if name not in self._padded or self._padded[name].numel() < size:
+            self._padded[name] = torch.from_numpy(np.zeros(size, dtype=np.int16))
+        room = self._padded[name][:size].view(rows.dtype).view(ROWS, -1)
+        room[: len(rows)] = rows
+        room[len(rows) :] = 0
+        return room
 
 
 _rooms = _Rooms()
@@ -97,9 +110,31 @@ def _product(
     d: Tensor | None,
     alpha: float,
 ) -> None:
-    if a.device.type == "cpu" and not multiplies(a.dtype):
+    if a.device.type != "cpu" or a.dtype == torch.float32:
+        _multiply(out, a, b, bias, c, by, d, alpha)
+    elif not multiplies(a.dtype) or (_sums_rows(a) and a.shape[1] % ROWS):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
-        return
+    elif _sums_rows(a) or a.shape[0] % ROWS == 0:
+        _multiply(out, a, b, bias, c, by, d, alpha)
+    else:
+        _multiply_in_few_shapes(out, a, b, bias, c, by, d, alpha)
+
+
+def _sums_rows(a: Tensor) -> bool:
+    """Whether the product is a gradient, which sums over rows: then its first operand is turned."""
+    return a.stride(0) == 1 and a.stride(1) != 1
+
+
+def _multiply(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    c: Tensor | None,
+    by: Tensor | None,
+    d: Tensor | None,
+    alpha: float,
+) -> None:
     if bias is not None:
         torch.addmm(bias, a, b, out=out)
     else:
@@ -108,6 +143,38 @@ def _product(
         if by is not None:
             torch.mm(a, by, out=c)
         out.addmm_(c, d, alpha=alpha)
+
+
+def _multiply_in_few_shapes(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    c: Tensor | None,
+    by: Tensor | None,
+    d: Tensor | None,
+    alpha: float,
+) -> None:
+    """The same in pieces of 64, 128, 256 ... rows, the last one filled up.
+
+    oneDNN compiles a product for each shape, which takes longer than to multiply a few rows, and keeps it: a tiny
+    mixture of experts, each of which has another number of rows in each step, took 660 MB more after 50 steps.
+    """
+    start, rows = 0, a.shape[0]
+    while rows - start >= ROWS:
+        end = start + (1 << (rows - start).bit_length() - 1)
+        part = slice(start, end)
+        _multiply(out[part], a[part], b, bias, None if c is None else c[part], by, d, alpha)
+        start = end
+    if start == rows:
+        return
+    last = slice(start, rows)
+    out_room, a_room = _rooms.padded("out", out[last]), _rooms.padded("a", a[last])
+    c_room = None if c is None else _rooms.padded("c", c[last])
+    _multiply(out_room, a_room, b, bias, c_room, by, d, alpha)
+    out[last] = out_room[: rows - start]
+    if c is not None and c_room is not None and by is not None:
+        c[last] = c_room[: rows - start]
 
 
 @torch.library.register_fake("lowmem_ft::product")  # type: ignore[untyped-decorator]

@@ -9,11 +9,13 @@ import pytest
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.planner import choices
 from lowmem_ft.planner import search as search_module
 from lowmem_ft.planner.answer import write_plan
+from lowmem_ft.planner.choices import LOSS_CHUNKS, STREAMED_CHUNKS
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_peak
-from lowmem_ft.planner.search import LOSS_CHUNKS, STREAMED_CHUNKS, Search
+from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
@@ -39,9 +41,9 @@ def test_what_lies_below_fills_the_gap(deep: Path, pins: dict[str, Any]) -> None
     policy, streams = search.least, (0,) if pins else (0, *range(3, DEEP + 1))
     for keep in search.scales.keep:
         for offload in {0, DEEP - keep if DEEP - keep > SLOTS else 0}:
-            weighed = search.scales.weigh(search._blocks(policy, keep, streamed=0, offload=offload))
+            weighed = search.scales.weigh(search.choices.blocks(policy, keep, streamed=0, offload=offload))
             for streamed in streams:
-                other = search._blocks(policy, keep, streamed=streamed, offload=offload)
+                other = search.choices.blocks(policy, keep, streamed=streamed, offload=offload)
                 changed = search.scales._weighed(other, weighed.places)
                 exact.append((process_peak(DEVICE, search.scales, changed).process, changed.seconds, other))
     plain = [size for size, _, other in exact if not other.streamed_blocks + other.offload_blocks]
@@ -76,7 +78,7 @@ def test_embeddings_go_below_before_anything_is_refused(
         for chunk in {*LOSS_CHUNKS, *STREAMED_CHUNKS}:
             one = replace(search.least, loss_chunk_tokens=min(chunk, 128), stream_embeddings=level)
             for streamed in (0, *range(3, DEEP + 1)):
-                policy = search._blocks(one, 0, streamed=streamed)
+                policy = search.choices.blocks(one, 0, streamed=streamed)
                 weighed = search.scales.weigh(policy)
                 exact.append((process_peak(DEVICE, search.scales, weighed).process, weighed.seconds, policy))
     whole = 6000 * 128 * 2
@@ -211,7 +213,8 @@ def test_an_optimizer_on_the_host_where_nothing_else_fits(deep: Path) -> None:
 @pytest.mark.parametrize("objective", ["speed", "memory"])
 def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
     """Of all tiles and numbers of keeping and streamed blocks the plan takes the best that fits, by brute force."""
-    monkeypatch.setattr(search_module, "MLP_TILES", (64, 32))
+    for module in (choices, search_module):
+        monkeypatch.setattr(module, "MLP_TILES", (64, 32))
     sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_tiny("llama", tmp_path, **sizes)
     pins = {"micro_batch_tokens": 512, "loss_chunk_tokens": 32, "stream_embeddings": "none", "objective": objective}
@@ -221,7 +224,7 @@ def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytes
         for keep in range(5):
             for offload in {0, 4 - keep if 4 - keep > SLOTS else 0}:
                 base = replace(search.least, mlp_tile_tokens=tile)
-                weighed = search.scales.weigh(search._blocks(base, keep, streamed=0, offload=offload))
+                weighed = search.scales.weigh(search.choices.blocks(base, keep, streamed=0, offload=offload))
                 size = process_peak(DEVICE, search.scales, weighed).process
                 exact.append((size, weighed.seconds, weighed.policy))
     least, plain, most = min(it[0] for it in exact), min(it[0] for it in exact if not it[2].mlp_tile_tokens), max(exact)

@@ -20,7 +20,7 @@ ENDLESS = 1e30
 FREE: dict[str, Any] = {
     "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": ENDLESS, "attention_forward": ENDLESS,
     "attention_backward": ENDLESS, "elementwise": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
-    "draws": ENDLESS, "call": 0.0,
+    "draws": ENDLESS, "call": 0.0, "update_call": 0.0,
 }  # fmt: skip
 
 
@@ -65,7 +65,10 @@ def test_bytes_calls_and_views() -> None:
     aten = torch.ops.aten
     assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
     assert seconds(aten.add_.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
-    assert seconds(aten.add.Tensor, meta(10), meta(10), call=0.5) == 0.5
+    assert seconds(aten.add.Tensor, meta(10), meta(10), call=0.5, kind="cpu") == 0.5
+    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0, kind="cpu") == 3 * 20 + 7
+    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0) == 3 * 20, "called meanwhile"
+    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=70.0) == 70
     for func, args in (
         (aten.view.default, (meta(4, 4), [16])),
         (aten.transpose.int, (meta(4, 4), 0, 1)),
@@ -73,6 +76,14 @@ def test_bytes_calls_and_views() -> None:
         (aten.new_empty.default, (meta(4), [1 << 20])),
     ):
         assert seconds(func, *args, elementwise=1e-9, call=1.0) == 0, func
+
+
+def test_updates_of_small_tensors() -> None:
+    update = torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default
+    rates = {"updates": 4.0, "update_call": 7.0, "call": 2.0}
+    for kind, expected in (("cpu", 7 + 10 / 4), ("cuda", 10 / 4)):
+        model = CostModel(Rates(**{**FREE, **rates}), kind=kind)
+        assert model.seconds(update, ("adam", meta(10)), {}, None) == expected
 
 
 def test_products_that_a_processor_does_in_fp32_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

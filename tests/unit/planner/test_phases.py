@@ -26,10 +26,10 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import Batch
+from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.planner.device import HOST_PROCESS_BYTES, cost_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
 from lowmem_ft.planner.reserve import process_estimate
-from lowmem_ft.planner.search import first_policy
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import allocator_events, full_batches
 from lowmem_ft.planner.weigh import Scales
@@ -250,7 +250,7 @@ def test_a_whole_run(models: dict[str, Path], name: str, bits: int, monkeypatch:
     assert list(plan.phases) == [*OF_A_RUN, "merge"]
     assert all(list(it) == ["device_bytes", "pinned_bytes", "disk_bytes"] for it in plan.phases.values())
     allocated, train = plan.predicted.allocated_peak_bytes, plan.phases["train"]["device_bytes"]
-    assert process_estimate(DEVICE, allocated) < train <= process_estimate(DEVICE, allocated, heap=allocated)
+    assert process_estimate(DEVICE, allocated) < train <= process_estimate(DEVICE, allocated, allocated, 64 << 20)
     assert plan.predicted.process_peak_bytes == max(plan.phases[phase]["device_bytes"] for phase in OF_A_RUN)
     most = run(settings, plan, monkeypatch)
     # measured: 5.5 KB over (0.07% to 0.21%), the room that is left for JSON

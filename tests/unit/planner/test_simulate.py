@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.planner.onednn import KERNEL, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import simulate
@@ -110,10 +111,14 @@ def test_low_rank_factors_that_are_copied(strided: bool) -> None:
 @pytest.mark.parametrize("columns", ["rows", "columns"])
 def test_what_onednn_takes(columns: str) -> None:
     """For a product that is small enough to be tried exactly that; for a larger one no less."""
-    for rows, large in ((256, False), (3072, True)):
+    for rows, large in ((256, False), (24576, True)):
         a = torch.ones(rows, 512, dtype=torch.bfloat16)
         b = torch.ones(512, 384, dtype=torch.bfloat16) if columns == "rows" else torch.ones(384, 512).bfloat16().t()
         asked = (torch.empty(rows, 384, dtype=torch.bfloat16), a, b, None, None, None, None, 0.0)
         taken = max(accumulate(allocator_events(partial(torch.ops.lowmem_ft.product.default, *asked))), default=0)
-        planned = sum(scratch_of("cpu", Card())[torch.ops.lowmem_ft.product.default](*asked))
+        products = Products()
+        scratch = scratch_of("cpu", Card(), products)[torch.ops.lowmem_ft.product.default]
+        planned = sum(scratch(*asked))
         assert taken <= planned if large else taken == planned > 0
+        assert scratch(*asked) == [planned]
+        assert products.kernel_bytes == KERNEL, "one shape, asked twice"

@@ -71,6 +71,29 @@ def test_one_rounding_in_float32_tiles(way: str) -> None:
     assert torch.equal(mm_low_rank(a, b, b, 1.0, c_NR=a, out=out)[0], sum_of_both.to(torch.bfloat16))
 
 
+def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of rows comes, as oneDNN compiles and keeps each shape; gradients are summed over the rows."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    shapes, multiply = set(), products._multiply
+
+    def seen(out: Tensor, a: Tensor, *rest: Any) -> None:
+        shapes.add(tuple(a.shape))
+        multiply(out, a, *rest)
+
+    monkeypatch.setattr(products, "_multiply", seen)
+    close: dict[str, Any] = {"rtol": 4 * torch.finfo(torch.bfloat16).eps, "atol": 64 * torch.finfo(torch.bfloat16).eps}
+    for rows in (1, 63, 64, 65, 200, 320, 511):
+        a, b, out = operands((rows, 24, 40), torch.bfloat16, "rows")
+        exact = a.double() @ b.double()
+        torch.testing.assert_close(mm(a, b, out=out.clone()).double(), exact, **close)
+        by, d = torch.randn(24, 2).bfloat16(), torch.randn(2, 40).bfloat16()
+        found, c = mm_low_rank(a, b, d, 1.0, by=by)
+        torch.testing.assert_close(c.double(), a.double() @ by.double(), **close)
+        torch.testing.assert_close(found.double(), exact + c.double() @ d.double(), rtol=0.05, atol=1.0)
+        torch.testing.assert_close(mm(out.t(), a).double(), out.double().t() @ a.double(), rtol=0.02, atol=1.0)
+    assert shapes == {(64, 24), (128, 24), (256, 24), (320, 24), (40, 64), (40, 320)}
+
+
 def test_it_takes_no_memory_but_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "multiplies", lambda dtype: False)
     a, b, out = operands((300, 500, 200), torch.bfloat16, "rows")

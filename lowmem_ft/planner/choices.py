@@ -1,0 +1,227 @@
+"""What each decision of a policy may be: for one model, on one device, in one precision, with what is pinned."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from lowmem_ft.adapters.inject import injection_of, is_injected
+from lowmem_ft.adapters.targets import is_inside
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.data.isolation import ATTENTION
+from lowmem_ft.planner.answer import host_budget
+from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime import shelf
+from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.ring import SLOTS
+from lowmem_ft.runtime.vocabulary import Which, chosen, is_trained, refuse_trained
+
+Place: TypeAlias = Literal["device", "host"]
+
+LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight less often, which saves no time any more
+STREAMED_CHUNKS = (32, 512, 2048)  # but where the head comes up for each chunk; it keeps logits of one tile
+MLP_TILES = (4096, 1024)  # tokens; each tile dequantizes the MLP's weights again, which takes less time with large ones
+WORTH_TILES = 2  # tiles that a micro-batch has at least, as the sum of their gradients takes memory, too
+ATTENDING = 0.15  # of a block's products: below it, keeping attention was planned to make a step 0.1% faster
+
+
+class Choices:
+    """The values that decisions may take.
+
+    Args:
+        start: see `first_policy`.
+        host: asked once for bytes that the host of a card holds anyway.
+
+    Attributes:
+        keep: numbers of blocks that may keep their activations, ascending.
+        streams: numbers of blocks that may be streamed, ascending.
+        levels: what of the embeddings may lie below the device, ascending.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: Device, start: Policy, scales: Scales, *, host: Callable[[], int]
+    ) -> None:
+        self.config, self.device, self.scales = config, device, scales
+        self._start, self._aside_host = start, host
+        self.keep = self._keep_choices()
+        _refuse_pins(config, device, scales.depth)
+        if config.policy.mlp_tile_tokens and not len(scales.stage.ready.mlps):
+            warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=5)
+        if config.policy.keep_attention and not self.attends:
+            warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=5)
+        self.streams = self._stream_choices()
+        self.levels = self._level_choices()
+
+    def _keep_choices(self) -> Sequence[int]:
+        pinned, depth = self.config.policy, self.scales.depth
+        if self.config.adapter.prompt_learning or pinned.activations == "keep":
+            return (depth,)
+        if pinned.activations == "recompute":
+            return (0,)
+        if pinned.keep_blocks is None:
+            return range(depth + 1) if pinned.activations is None else (0,)
+        return (min(pinned.keep_blocks, depth),)
+
+    def offloads(self, policy: Policy, keep: int) -> tuple[int, ...]:
+        """Numbers of blocks that may offload where `keep` keep, ascending: none, or all others. Fewer would not be
+        faster, as copies hide behind the work of all but tiny blocks, and so few as come up at once save nothing."""
+        rest, pinned = self.scales.depth - keep, self.config.policy.activations
+        if pinned is not None:
+            return (rest if pinned == "offload" else 0,)
+        below = self.scales.inputs_stored(replace(policy, offload_blocks=rest)) + self.scales.optimizer_stored(policy)
+        return (0, rest) if rest > shelf.SLOTS and self._has_room(below) else (0,)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the model's attention is ours, whose results can be kept."""
+        return self.scales.stage.ready.attn_implementation == ATTENTION
+
+    def attentions(self) -> tuple[bool, ...]:
+        """Whether blocks that recompute may keep what attention gave: where attending takes a part of their time."""
+        pinned, stage = self.config.policy.keep_attention, self.scales.stage
+        if pinned is not None or not self.attends or self.keep[0] == self.scales.depth:
+            return (bool(pinned),)
+        text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[0]
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attending = self.config.data.seq_len * text.num_attention_heads * size
+        products = sum(it.in_features * it.out_features for it in block.modules() if isinstance(it, nn.Linear))
+        return (False, True) if attending >= ATTENDING * products else (False,)
+
+    def chunks(self, policy: Policy) -> list[int]:
+        """Of the loss, with micro-batch and embeddings of `policy`, ascending."""
+        pinned, tokens = self.config.policy.loss_chunk_tokens, policy.micro_batch_tokens
+        choices = STREAMED_CHUNKS if self.scales.stage.streams_head(policy) else LOSS_CHUNKS
+        return [min(pinned, tokens)] if pinned else sorted({min(chunk, tokens) for chunk in choices})
+
+    def tiles(self, policy: Policy) -> tuple[int, ...]:
+        """Tokens that MLPs may work on at once in a micro-batch of `policy`, descending; 0, which is all, first."""
+        pinned, mlps = self.config.policy.mlp_tile_tokens, len(self.scales.stage.ready.mlps)
+        if pinned is not None:
+            return (pinned,)
+        small = [tile for tile in MLP_TILES if mlps and WORTH_TILES * tile <= policy.micro_batch_tokens]
+        return (0, *small)
+
+    def _stream_choices(self) -> Sequence[int]:
+        """Numbers of streamed blocks, ascending. So few that the slots are as large as they save nothing."""
+        depth, pinned = self.scales.depth, self.config.policy.resident_blocks
+        if pinned is not None:
+            return (depth - pinned,)
+        if _trains_matrices(self.scales.stage.ready.model):
+            return (0,)
+        return (0, *range(SLOTS + 1, depth + 1))
+
+    def _level_choices(self) -> Sequence[Which]:
+        """What of the embeddings may lie below the device, ascending: what saves memory there, and is not trained."""
+        ready, pinned = self.scales.stage.ready, self.config.policy.stream_embeddings
+        if pinned is not None:
+            streamed = chosen(ready.matrices, pinned)
+            refuse_trained(ready.model, streamed)
+            if pinned != "none" and not streamed:
+                warnings.warn(f"policy.stream_embeddings: {pinned} has no effect on this model", stacklevel=4)
+            return (pinned,)
+        levels: list[Which] = ["none"]
+        for level in ("input", "both"):
+            more = [it for it in chosen(ready.matrices, level) if it not in chosen(ready.matrices, levels[-1])]
+            saved = sum(it.nbytes - sum(it.slots) for it in more)
+            if more and saved > 0 and not any(is_trained(ready.model, it) for it in more):
+                levels.append(level)
+        return levels
+
+    @cached_property
+    def most_saved(self) -> int:
+        """The number of streamed blocks that saves the most memory."""
+        start = self._start
+        return max(self.streams, key=lambda count: self.scales.moved(replace(start, streamed_blocks=count)).saved)
+
+    @cached_property
+    def optimizers(self) -> tuple[Place, ...]:
+        """Where the optimizer may lie, the first place first: on the host updates are slow, and gradients go there."""
+        pinned, host = self.config.policy.optimizer_on, replace(self._start, optimizer_on="host")
+        if self.device.kind == "cpu":
+            return ("device",)  # which is the host
+        if pinned is not None:
+            return (pinned,)
+        paged = self._start.optimizer.startswith("paged")
+        return ("device",) if paged or not self._has_room(self.scales.optimizer_stored(host)) else ("device", "host")
+
+    def blocks(self, policy: Policy, keep: int, *, streamed: int, offload: int = 0) -> Policy:
+        depth = self.scales.depth
+        chosen = replace(
+            policy, resident_blocks=depth - streamed, streamed_blocks=streamed, keep_blocks=keep,
+            recompute_blocks=depth - keep - offload, offload_blocks=offload,
+        )  # fmt: skip
+        return replace(chosen, stream_from=self._tier(chosen))
+
+    def _tier(self, policy: Policy) -> Literal["host", "disk"]:
+        """Where streamed weights lie: on the host, unless that is the device, or has no room for them."""
+        pinned = self.config.policy.stream_from
+        if not policy.streams or pinned is not None:
+            return pinned or "host"
+        below = self.scales.moved(policy).stored + self.scales.inputs_stored(policy)
+        below += self.scales.optimizer_stored(policy)
+        return "host" if self.device.kind != "cpu" and self._has_room(below) else "disk"
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Whether the host of a card has so many bytes for what lies below the device; a CPU's disk is taken to."""
+        allowed = host_budget(self.config, self.device)
+        if self.device.kind == "cpu" or not allowed:
+            return True
+        return self.device.host_process_bytes + self._aside_host() + nbytes <= allowed
+
+
+def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
+    """What all policies of one precision have in common, with one row per micro-batch."""
+    names: dict[int, Literal["nf4", "fp4", "int8", "none"]] = {4: config.quant.type, 8: "int8", 16: "none"}
+    return Policy(
+        bits=bits,
+        quant=names[bits],
+        double_quant=config.quant.double_quant and bits == 4,
+        compute_dtype=config.policy.compute_dtype or device.compute_dtype,
+        micro_batch_tokens=config.data.seq_len,
+        accumulation=1,
+        resident_blocks=0,
+        streamed_blocks=0,
+        stream_from="host",
+        keep_blocks=0,
+        recompute_blocks=0,
+        offload_blocks=0,
+        optimizer=config.train.optimizer,
+        loss_chunk_tokens=1,
+        keep_attention=bool(config.policy.keep_attention),
+    )
+
+
+def replace_rows(policy: Policy, rows: int, seq_len: int, tokens: int) -> Policy:
+    """`policy` in micro-batches of so many rows, as many as a step of `tokens` needs."""
+    return replace(policy, micro_batch_tokens=rows * seq_len, accumulation=math.ceil(tokens / (rows * seq_len)))
+
+
+def _trains_matrices(model: Any) -> bool:
+    """Whether matrices of blocks are trained whole, which keeps them on the device."""
+    whole = injection_of(model).trained_modules if is_injected(model) else []
+    inside = f"{find_blocks(model)[0]}."
+    trained = [n for n, it in model.named_parameters() if it.requires_grad and it.ndim > 1 and n.startswith(inside)]
+    return any("modules_to_save" in name.split(".") or is_inside(name, whole) for name in trained)
+
+
+def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:
+    """Of a policy what this model or device does not have."""
+    resident = config.policy.resident_blocks
+    if resident is not None and resident > depth:
+        raise ConfigError("There are not so many blocks.", given=f"policy.resident_blocks: {resident}", allowed=depth)
+    if config.policy.stream_from == "host" and device.kind == "cpu":
+        raise ConfigError(
+            "On a CPU the host is the device: blocks are streamed from disk.",
+            given="policy.stream_from: host",
+            allowed="disk",
+            fix="remove policy.stream_from",
+        )

@@ -1,0 +1,201 @@
+"""Runs that are killed at any moment and resumed, beside the same runs undisturbed: do they end alike, bit by bit?
+
+A process of its own, which trains in forks of itself and kills them with SIGKILL:
+
+    python -m tests.killing FOLDER --kills 4 --seed 0
+
+FOLDER is filled with the runs. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime import state
+from lowmem_ft.trainer import loop, recovery
+
+ASSETS = Path(str(files("lowmem_ft") / "assets"))
+EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
+STEPS, SAVE_EVERY, EVAL_EVERY = 8, 2, 3
+FAILING_STEP = 3  # of the runs that run out of memory
+# what differs between runs: sections of a config, and whether memory runs out on the way
+RUNS: dict[str, tuple[dict[str, Any], bool]] = {
+    "8-bit AdamW, packed": ({}, False),
+    "32-bit AdamW, not packed": ({"train": {"optimizer": "adamw"}, "data": {"packing": False}}, False),
+    "paged 8-bit AdamW, no evaluation": ({"train": {"optimizer": "paged_adamw8bit"}, "data": {"eval": None}}, False),
+    "8-bit AdamW, out of memory twice": ({}, True),
+}
+Disturb = Callable[[], None]
+
+
+def settings(folder: Path, output: str, sections: dict[str, Any]) -> RunConfig:
+    keys: dict[str, Any] = {
+        "model": str(ASSETS / "doclm-7m"),
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
+        "train": {
+            "tokens_per_step": 256, "steps": STEPS, "lr": 1e-3, "eval_every": EVAL_EVERY, "save_every": SAVE_EVERY,
+        },
+        "adapter": {"rank": 4, "dropout": 0.1},
+        "policy": {"micro_batch_tokens": 128, "loss_chunk_tokens": 64, "activations": "keep"},  # quickly planned
+        "output": str(folder / output),
+    }  # fmt: skip
+    for name, section in sections.items():
+        keys[name] = {**keys[name], **section}
+    return RunConfig.from_dict(keys)
+
+
+def start(config: RunConfig, *disturb: Disturb) -> int:
+    """A fork that trains `config`, from its newest checkpoint on; its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        for prepare in disturb:
+            prepare()
+        loop.train(config, resume=True, reporter=Reporter(quiet=True))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(child: int) -> int:
+    """Its exit code, negative if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def failing_twice() -> None:
+    """Let memory run out two times in step FAILING_STEP, whoever does that step."""
+    one_step, gradients, now = loop._Loop._train_step, recovery.sum_gradients, {"step": 0, "failed": 0}
+
+    def train_step(self: Any, *args: Any) -> None:
+        now.update(step=self.step + 1, failed=0)
+        one_step(self, *args)
+
+    def sum_gradients(*args: Any, **kwargs: Any) -> Any:
+        found = gradients(*args, **kwargs)
+        if now["step"] == FAILING_STEP and now["failed"] < 2:
+            now["failed"] += 1
+            raise torch.OutOfMemoryError("at the end, when random numbers have been drawn")
+        return found
+
+    loop._Loop._train_step, recovery.sum_gradients = train_step, sum_gradients  # type: ignore[method-assign]
+
+
+def killed_while_saving(checkpoint: int) -> Disturb:
+    """The process dies when half of its `checkpoint`-th file (from 1 on) is written."""
+    save_file, calls = state.save_file, itertools.count(1)
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        if next(calls) == checkpoint:
+            with open(path, "r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare() -> None:
+        state.save_file = half
+
+    return prepare
+
+
+def kill_again_and_again(
+    config: RunConfig, kills: range, seconds: float, generator: random.Random, *disturb: Disturb
+) -> Iterator[str]:
+    """Kill runs of `config`, each of which goes on where the one before was killed, and let the last one finish.
+
+    Args:
+        kills: their numbers among those of all runs; each fourth comes while a checkpoint is written.
+        seconds: that an undisturbed run takes.
+
+    Yields:
+        of each killed one how it was.
+    """
+    metrics = Path(config.output) / "metrics.jsonl"
+    for number in kills:
+        saving = number % 4 == 1
+        child = start(config, *disturb, *([killed_while_saving(generator.choice([1, 2]))] if saving else []))
+        after = generator.uniform(0.0, seconds)
+        if not saving:
+            time.sleep(after)
+            os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        if code == 0:
+            break  # it was done, or saved nothing any more
+        assert code == -signal.SIGKILL, "the run failed by itself"
+        lines = metrics.read_text().count("\n") if metrics.exists() else 0
+        yield f"{'while saving' if saving else f'after {after:.2f} s'}, {lines} lines of metrics"
+    code = ended(start(config, *disturb))
+    assert code == 0, "the resumed run failed"
+
+
+def exact(folder: Path) -> list[dict[str, Any]]:
+    """The metrics that must not depend on how a run was interrupted."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in EXACT if key in line} for line in lines]
+
+
+def differences(ours: Path, theirs: Path) -> list[str]:
+    """What of two finished runs is not equal to the bit."""
+    found = [] if exact(ours) == exact(theirs) else ["metrics"]
+    both = [state.read_checkpoint(state.checkpoints(run / "checkpoints")[-1]) for run in (ours, theirs)]
+    (tensors, meta), (others, other_meta) = both
+    found += [] if meta == other_meta else ["checkpoint's header"]
+    found += [name for name in sorted({*tensors, *others}) if not same(tensors.get(name), others.get(name))]
+    adapters = [state.read_checkpoint(run / "adapter" / "adapter_model.safetensors")[0] for run in (ours, theirs)]
+    return found + [name for name in adapters[1] if not same(adapters[0].get(name), adapters[1][name])]
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def compare(folder: Path, *, kills: int, seed: int) -> list[dict[str, Any]]:
+    """Each of RUNS undisturbed and killed, `kills` times in all."""
+    for name, lines in (("train", 60), ("eval", 8)):
+        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(text[:lines]))
+    generator, found = random.Random(seed), []
+    for index, (name, (sections, fails)) in enumerate(RUNS.items()):
+        disturb = (failing_twice,) if fails else ()
+        begin = time.perf_counter()
+        assert ended(start(settings(folder, f"whole-{index}", sections), *disturb)) == 0
+        seconds = time.perf_counter() - begin
+        own = range(kills * index // len(RUNS), kills * (index + 1) // len(RUNS))
+        config = settings(folder, f"killed-{index}", sections)
+        killed = list(kill_again_and_again(config, own, seconds, generator, *disturb))
+        differing = differences(folder / f"killed-{index}", folder / f"whole-{index}")
+        found.append({"run": name, "seconds": round(seconds, 2), "killed": killed, "differing": differing})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="killed and resumed runs beside undisturbed ones")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a fork must not wait for threads that it does not have
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(compare(options.folder, kills=options.kills, seed=options.seed)))
+
+
+if __name__ == "__main__":
+    main()
