@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,10 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.special_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
-    def render(self, messages: object, *, tools: object = None, answers_only: bool = True) -> list[RenderedChat]:
-        """`messages` as text, with the spans of what the assistant says if `answers_only`.
+    def render(
+        self, messages: object, *, tools: object = None, answers_only: bool = True, first: int = 0
+    ) -> list[RenderedChat]:
+        """`messages` as text, with the spans of what the assistant says from message `first` on if `answers_only`.
 
         A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
         gains from the generation prompt before a turn to the end of the turn. Usually both are prefixes of the whole
@@ -49,11 +52,15 @@ class ChatRenderer:
         """
         template = self._template(tools)
         checked = _checked(messages)
+        if any("tool_calls" in message for message in checked):
+            checked = template.with_arguments_as_wanted(checked)
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
-        if GENERATION_BLOCK.search(template.source):
-            return [RenderedChat(*template.render_marked(checked))]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
+        if GENERATION_BLOCK.search(template.source):
+            text, spans = template.render_marked(checked)
+            return [RenderedChat(text, _of_turns(spans, turns, first))]
+        turns = [turn for turn in turns if turn >= first]
         whole = template.render(checked)
         texts = [template.render(checked[: turn + 1]) for turn in turns]
         prompts = [template.render(checked[:turn], add_generation_prompt=True) for turn in turns]
@@ -105,6 +112,17 @@ class _Template:
         """The text of `messages` and the spans of its `{% generation %}` blocks."""
         return self._render(messages, return_assistant_tokens_mask=True)
 
+    def with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with the arguments of calls as objects, or for a template that joins them to text as JSON text."""
+        objects = _arguments(messages, _parsed)
+        try:
+            self.render(objects)
+        except DataError as refused:
+            if isinstance(refused.__cause__, TypeError):
+                return _arguments(objects, _as_text)
+            raise
+        return objects
+
     def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[str, Spans]:
         # Not through apply_chat_template: where a tokenizer trims spaces from its offsets (as Llama 3's does), its mask
         # takes in all that follows an answer that ends with a space, and loses all answers from one that begins so.
@@ -119,6 +137,50 @@ class _Template:
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
         return texts[0], spans[0] if spans else []
+
+
+def _of_turns(spans: Spans, turns: Sequence[int], first: int) -> Spans:
+    """The spans of the answers from message `first` on, given those of all (which are at `turns`)."""
+    before = sum(turn < first for turn in turns)
+    if before and len(spans) != len(turns):
+        raise DataError(
+            "the chat template does not show which answers belong to the prompt: its markers are not one for each.",
+            given=f"{len(spans)} marked parts",
+            allowed=f"{len(turns)}, one for each answer",
+            fix="leave the assistant out of the prompt, or set data.assistant_only: false",
+        )
+    return spans[before:]
+
+
+def _arguments(messages: Sequence[dict[str, Any]], form: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """`messages` with `form` of the arguments of each call."""
+
+    def called(call: Any) -> Any:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        function = {**function, "arguments": form(function["arguments"])}
+        return {**call, "function": function} if "function" in call else function
+
+    return [
+        {**message, "tool_calls": [called(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments as an object, where they are the JSON text of one, as OpenAI writes them."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (json.JSONDecodeError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:
