@@ -39,6 +39,10 @@ class Example:
         """Tokens in the loss; the first of a document is predicted from nothing, so it never is."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
+    def cut(self, length: int) -> Example:
+        """Its first `length` tokens; itself if it has no more."""
+        return self if len(self) <= length else Example(self.input_ids[:length], self.labels[:length])
+
 
 def read_examples(
     path: str | Path,
@@ -80,8 +84,7 @@ def encode_rows(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> It
         for example in tally.attempt(row, encoder.encode_known) or ():
             if not tally.fits(row, len(example)):
                 continue
-            if len(example) > tally.seq_len:
-                example = Example(example.input_ids[: tally.seq_len], example.labels[: tally.seq_len])
+            example = example.cut(tally.seq_len)
             if not (loss_tokens := example.loss_tokens):
                 tally.masked_lines.append(row.number)
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,27 +13,29 @@ from numpy.typing import NDArray
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.store import StoredExamples
 
+T = TypeVar("T", covariant=True)
+
 
 @dataclass(frozen=True, slots=True)
-class Mixture(Sequence[Example]):
-    """The examples of several sources, one after the other.
+class Mixture(Sequence[T]):
+    """The examples (or preferences) of several sources, one after the other.
 
     Attributes:
         weights: of each source. An epoch uses each of its examples `floor(weight)` times, and a share of
             `weight - floor(weight)` of them, drawn anew for each epoch, once more.
     """
 
-    sources: tuple[Sequence[Example], ...]
+    sources: tuple[Sequence[T], ...]
     weights: tuple[float, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]

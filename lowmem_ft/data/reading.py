@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataConfig, DataSource, Sources
-from lowmem_ft.data.examples import RecordEncoder, encode_rows
+from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
 from lowmem_ft.data.mixture import Mixture
-from lowmem_ft.data.records import Progress
+from lowmem_ft.data.preference import PreferenceExample, StoredPreferences, preference_entries
+from lowmem_ft.data.records import Progress, Row
 from lowmem_ft.data.sources import Use, find_source, list_sources
-from lowmem_ft.data.store import StoredExamples, cache_folder, content_key, open_stored, whole, write_stored
+from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
 from lowmem_ft.data.tally import Tally
 
 Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is told of the bytes done
@@ -21,7 +22,7 @@ Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is to
 
 def read_sources(
     sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, use: Use, task: Task
-) -> tuple[Mixture, list[str]]:
+) -> tuple[Mixture[Example], list[str]]:
     """The examples of `sources`, in their order, and what a user must be told of them. Memory holds their lengths.
 
     Args:
@@ -32,27 +33,59 @@ def read_sources(
         DataError: as `examples.read_examples` raises it.
         ConfigError: the folder of `data.cache` cannot be written.
     """
-    folder = cache_folder(data.cache)
-    listed = list_sources(sources, data)
-    stored = [_stored(source, data, tokenizer, use, folder, task) for source in listed]
-    weights = tuple(source.weight if use == "train" else 1.0 for source in listed)
-    return Mixture(tuple(stored), weights), [note for part in stored for note in part.report.notes()]
+    stored, weights, notes = _stored(sources, data, tokenizer, use, task, _examples)
+    return Mixture(tuple(stored), weights), notes
+
+
+def read_preferences(
+    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, use: Use, task: Task
+) -> tuple[Mixture[PreferenceExample], list[str]]:
+    """The preferences of `sources`, likewise. Only answers are in the loss, whatever `data.assistant_only` says.
+
+    A pair is cut, dropped or left out as a whole, by the longer of its answers.
+
+    Raises:
+        DataError: as `read_sources`, and for records that are no preferences.
+        ConfigError: the folder of `data.cache` cannot be written.
+    """
+    data = data.model_copy(update={"assistant_only": True})
+    stored, weights, notes = _stored(sources, data, tokenizer, use, task, preference_entries)
+    return Mixture(tuple(StoredPreferences.of(part) for part in stored), weights), notes
+
+
+def _examples(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
+    return ((example, WHOLE) for example in encode_rows(rows, encoder, tally))
+
+
+Encode = Callable[[Iterable[Row], RecordEncoder, Tally], Iterator[tuple[Example, int]]]
 
 
 def _stored(
+    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: Use, task: Task, encode: Encode
+) -> tuple[list[StoredExamples], tuple[float, ...], list[str]]:
+    """Each of `sources` on disk, their weights, and what is to be told of them."""
+    folder = cache_folder(data.cache)
+    listed = list_sources(sources, data)
+    stored = [_one(source, data, tokenizer, use, task, folder, encode) for source in listed]
+    weights = tuple(source.weight if use == "train" else 1.0 for source in listed)
+    return stored, weights, [note for part in stored for note in part.report.notes()]
+
+
+def _one(
     source: DataSource,
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     use: Use,
-    folder: Path | None,
     task: Task,
+    folder: Path | None,
+    encode: Encode,
 ) -> StoredExamples:
+    """One source, found in `folder` or tokenized."""
     found = find_source(source, use)
-    short = Path(found.name).name
-    key = ""
+    short, key = Path(found.name).name, ""
     if folder is not None:
         settings = {
-            "what": "examples",
+            "as": encode.__name__,
             "format": source.format,
             "columns": source.columns,
             "seq_len": data.seq_len,
@@ -72,5 +105,4 @@ def _stored(
     )
     tally = Tally(found.name, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
     with task(f"Reading {short}") as progress:
-        entries = whole(encode_rows(found.rows(progress), encoder, tally))
-        return write_stored(entries, tally.report, folder=folder, key=key)
+        return write_stored(encode(found.rows(progress), encoder, tally), tally.report, folder=folder, key=key)

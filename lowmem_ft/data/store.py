@@ -16,7 +16,7 @@ import tempfile
 import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -265,8 +265,3 @@ def _pread(descriptor: int, count: int, offset: int) -> bytes:
         parts.append(part)
         count, offset = count - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def whole(examples: Iterator[Example]) -> Iterator[tuple[Example, int]]:
-    """`examples`, each on its own."""
-    return ((example, WHOLE) for example in examples)

@@ -96,7 +96,7 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Examp
     )
 
 
-def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture:
+def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Example]:
     """The examples of `sources`, tokenized as `config.data` says, on disk."""
     tokenizer = load_tokenizer(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).folder)
     if tokenizer is None:

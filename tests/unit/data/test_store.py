@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import ConfigError, DataError
-from lowmem_ft.data.examples import read_examples
+from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.reading import read_sources
 from lowmem_ft.data.store import StoredExamples, cache_folder
@@ -34,13 +34,13 @@ def silent(name: str) -> Any:
 
 def read(
     path: Any, tokenizer: PreTrainedTokenizerBase, cache: Path | None, **settings: Any
-) -> tuple[Mixture, list[str]]:
+) -> tuple[Mixture[Example], list[str]]:
     """The examples of `path`, through `cache`."""
     data = DataConfig.model_validate({"seq_len": 64, "cache": None if cache is None else str(cache), **settings})
     return read_sources(path, data, tokenizer, use="train", task=silent)
 
 
-def only(mixture: Mixture) -> StoredExamples:
+def only(mixture: Mixture[Example]) -> StoredExamples:
     (stored,) = mixture.sources
     assert isinstance(stored, StoredExamples)
     return stored
