@@ -42,9 +42,11 @@ class ChatRenderer:
         """`messages` as text, with the spans of what the assistant says from message `first` on if `answers_only`.
 
         A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
-        gains from the generation prompt before a turn to the end of the turn. Usually both are prefixes of the whole
-        text. A template that shows an answer differently once the conversation goes on (Qwen3 drops the reasoning of
-        earlier turns) gives one text per answer, each as the model sees it when it answers.
+        gains from the generation prompt before a turn to the special token that ends the turn. What some templates put
+        behind the last turn of all (Phi-3 an EOS) is no part of it: it is not there once the conversation goes on.
+        Usually all turns stand in the whole text as they stood when they were the last. A template that shows an answer
+        differently later on (Qwen3 drops the reasoning of earlier turns, gpt-oss ends them by another token) gives one
+        text per answer, each as the model sees it when it answers.
 
         Raises:
             DataError: malformed messages, no chat template, or a conversation that the template refuses or renders
@@ -62,15 +64,17 @@ class ChatRenderer:
             return [RenderedChat(text, _of_turns(spans, turns, first))]
         turns = [turn for turn in turns if turn >= first]
         whole = template.render(checked)
-        texts = [template.render(checked[: turn + 1]) for turn in turns]
-        prompts = [template.render(checked[:turn], add_generation_prompt=True) for turn in turns]
-        spans = [self._answer(*known) for known in zip(texts, prompts, turns, strict=True)]
-        if all(whole.startswith(text) for text in texts):
-            return [RenderedChat(whole, spans)]
-        return [RenderedChat(text, [span]) for text, span in zip(texts, spans, strict=True)]
+        found = [self._answer(template, checked, turn, whole) for turn in turns]
+        if all(stays for _, _, stays in found):
+            return [RenderedChat(whole, [span for _, span, _ in found])]
+        return [RenderedChat(text, [span]) for text, span, _ in found]
 
-    def _answer(self, text: str, prompt: str, turn: int) -> tuple[int, int]:
-        """Where the answer of message `turn` stands in `text`, which ends with it, given what comes before it."""
+    def _answer(
+        self, template: _Template, messages: Sequence[dict[str, Any]], turn: int, whole: str
+    ) -> tuple[str, tuple[int, int], bool]:
+        """The text up to message `turn`, where the answer stands in it, and whether it stands in `whole` likewise."""
+        text = template.render(messages[: turn + 1])
+        prompt = template.render(messages[:turn], add_generation_prompt=True)
         if not text.startswith(prompt):
             raise DataError(
                 f"the chat template does not show which part of message {turn + 1} is the answer: "
@@ -78,10 +82,26 @@ class ChatRenderer:
                 given=f"generation prompt {prompt[-40:]!r}",
                 fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
             )
+        last = turn + 1 == len(messages)
+        later = template.continued(messages) if last else whole
         # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
-        body = text.rstrip()
-        ended = len(body) > len(prompt) and body.endswith(self.special_tokens)
-        return len(prompt), len(body) if ended else len(text)
+        ends = self._ends(text, len(prompt))
+        for end in ends:
+            if later is None or later.startswith(text[:end]):
+                return text, (len(prompt), end), True
+        if later is None or later.startswith(text):
+            return text, (len(prompt), len(text)), True
+        return text, (len(prompt), ends[0] if ends else len(text)), last
+
+    def _ends(self, text: str, start: int) -> list[int]:
+        """Where the special tokens end that close `text` behind `start`, the last first."""
+        found, body = [], text.rstrip()
+        while (token := next((it for it in self.special_tokens if body.endswith(it)), None)) is not None:
+            if len(body) <= start:
+                break
+            found.append(len(body))
+            body = body.removesuffix(token).rstrip()
+        return found
 
     def _template(self, tools: object) -> _Template:
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -107,6 +127,13 @@ class _Template:
     def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The text of `messages`."""
         return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+
+    def continued(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
+        try:
+            return self.render([*messages, {"role": "user", "content": "And then?"}])
+        except DataError:
+            return None
 
     def render_marked(self, messages: Sequence[dict[str, Any]]) -> tuple[str, Spans]:
         """The text of `messages` and the spans of its `{% generation %}` blocks."""
