@@ -84,12 +84,13 @@ def encode_rows(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> It
         for example in tally.attempt(row, encoder.encode_known) or ():
             if not tally.fits(row, len(example)):
                 continue
-            example = example.cut(tally.seq_len)
-            if not (loss_tokens := example.loss_tokens):
+            kept = example.cut(tally.seq_len)
+            if not (loss_tokens := kept.loss_tokens):
                 tally.masked_lines.append(row.number)
                 continue
-            tally.counts.update(examples=1, tokens=len(example), loss_tokens=loss_tokens)
-            yield example
+            unended = kept is example and not encoder.ends(example)
+            tally.counts.update(examples=1, tokens=len(kept), loss_tokens=loss_tokens, unended=int(unended))
+            yield kept
 
 
 class RecordEncoder:
@@ -111,6 +112,12 @@ class RecordEncoder:
         self.tokenizer, self.format, self.assistant_only = tokenizer, format, assistant_only
         self.reader = RecordReader(format=format, columns=columns or {}, chat=bool(tokenizer.chat_template))
         self.chat = ChatRenderer(tokenizer)
+        self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+
+    def ends(self, example: Example) -> bool:
+        """Whether the last token in the loss is a special one, from which a model learns to stop."""
+        last = next((label for label in reversed(example.labels) if label != IGNORE_INDEX), None)
+        return last in self.special_ids
 
     def encode(self, record: Mapping[str, Any]) -> list[Example]:
         """The examples of one record: one, or one per answer where the template shows answers differently later on.

@@ -157,7 +157,7 @@ def preview(
             continue
         shown = found.records - found.unusable <= samples
         for what, example in examples:
-            _count(example, found, tokenizer)
+            _count(example, found, encoder)
             if shown:
                 name = f"{row.place} {what}".rstrip()
                 found.samples.append((name, segments(example.cut(data.seq_len), tokenizer)))
@@ -182,7 +182,7 @@ def _encoded(row: Row, encoder: RecordEncoder, found: Preview) -> Iterator[tuple
     yield from examples
 
 
-def _count(example: Example, found: Preview, tokenizer: PreTrainedTokenizerBase) -> None:
+def _count(example: Example, found: Preview, encoder: RecordEncoder) -> None:
     found.lengths.append(len(example))
     found.truncated += len(example) > found.seq_len
     kept = example.cut(found.seq_len)
@@ -193,8 +193,8 @@ def _count(example: Example, found: Preview, tokenizer: PreTrainedTokenizerBase)
             found.loss_tokens += kept.loss_tokens
     last = next((label for label in reversed(example.labels) if label != IGNORE_INDEX), None)
     if last is not None:
-        special = last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder
-        found.endings[str(tokenizer.decode([last])) if special else "no special token"] += 1
+        ending = str(encoder.tokenizer.decode([last])) if encoder.ends(example) else "no special token"
+        found.endings[ending] += 1
 
 
 def segments(example: Example, tokenizer: PreTrainedTokenizerBase) -> Segments:

@@ -83,6 +83,8 @@ def _one(
     """One source, found in `folder` or tokenized."""
     found = find_source(source, use)
     short, key = Path(found.name).name, ""
+    if not all(path.is_file() for path in found.files):  # what is no file (a pipe) can be read only once
+        folder = None
     if folder is not None:
         settings = {
             "as": encode.__name__,

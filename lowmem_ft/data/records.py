@@ -60,6 +60,8 @@ def read_rows(path: Path, progress: Progress | None = None) -> Iterator[Row]:
     with file, _telling(path):
         if kind == "json" and _first_character(file) != b"[":
             kind = "jsonl"  # many name it so
+        if not file.seekable():
+            progress = None  # a pipe does not say how far it is
         done = 0
         for row in _READERS[kind](path, file):
             yield row

@@ -14,7 +14,7 @@ Overlong = Literal["truncate", "drop", "error"]
 Invalid = Literal["error", "skip"]
 NOTE_LINES = 10  # line numbers that a note lists before it says "..."
 KEPT_REASONS = 3  # of skipped records, that a note tells
-COUNTS = ("records", "examples", "tokens", "loss_tokens", "truncated", "dropped", "skipped")
+COUNTS = ("records", "examples", "tokens", "loss_tokens", "truncated", "dropped", "skipped", "unended")
 T = TypeVar("T")
 
 
@@ -27,7 +27,8 @@ class DataReport:
     """What became of a file. `truncated`, `dropped` and `masked` count examples; `masked_lines` numbers records.
 
     `examples`, `tokens` and `loss_tokens` are those that are left to train on. `formats` counts records by their kind.
-    `skipped` counts records that could not be used, `reasons` says why the first of them could not.
+    `skipped` counts records that could not be used, `reasons` says why the first of them could not. `unended` counts
+    examples that were not cut, and whose last token in the loss is no special one: nothing tells a model to stop.
     """
 
     path: str
@@ -40,6 +41,7 @@ class DataReport:
     masked_lines: tuple[int, ...]
     skipped: int = 0
     reasons: tuple[str, ...] = ()
+    unended: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -59,6 +61,11 @@ class DataReport:
             notes.append(f"{self.path}: {self.truncated} of {self.records} examples truncated to data.seq_len")
         if self.dropped:
             notes.append(f"{self.path}: {self.dropped} of {self.records} examples dropped, longer than data.seq_len")
+        if self.unended:
+            notes.append(
+                f"{self.path}: {self.unended} of {self.examples} examples end without a special token, so that the "
+                "model does not learn when to stop; the chat template should end answers with one"
+            )
         if self.masked:
             lines = ", ".join(map(str, self.masked_lines[:NOTE_LINES])) + (", ..." if self.masked > NOTE_LINES else "")
             notes.append(

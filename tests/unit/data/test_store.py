@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -154,6 +155,16 @@ def test_errors_leave_nothing_behind(tokenizer: PreTrainedTokenizerBase, tmp_pat
     with pytest.raises(DataError, match="cannot be read"):
         read(str(tmp_path / "absent.jsonl"), tokenizer, cache)
     assert list(cache.iterdir()) == []
+
+
+def test_pipes_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(FILE.read_bytes()))
+    writer.start()
+    assert len(read(str(pipe), tokenizer, tmp_path / "cache")[0]) == 300
+    writer.join()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_no_room(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

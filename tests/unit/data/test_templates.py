@@ -4,6 +4,7 @@ In templates/ the comments {#gen#} and {#end#} stand where a template with marke
 template without markers, and with the comments turned into markers its twin.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.examples import Example, RecordEncoder
+from lowmem_ft.data.examples import Example, RecordEncoder, read_examples
 
 from .test_chat import answers
 
@@ -224,3 +225,18 @@ def test_template_that_drops_the_thoughts_that_it_asks_for_is_refused(tokenizer:
     tokenizer.chat_template = source.replace("{#gen#}", "{% generation %}").replace("{#end#}", "{% endgeneration %}")
     (example,) = RecordEncoder(tokenizer).encode({"messages": MULTI})
     assert answers(tokenizer, example) == [f"{answer}<｜end▁of▁sentence｜>" for answer in (ONE, TWO)]
+
+
+def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As GLM-4's, where the next turn's header ends an answer, and no header follows the last one."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": MULTI}) + "\n" + json.dumps({"text": "ls"}) + "\n")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, report = read_examples(path, tokenizer, seq_len=64)
+    assert report.unended == 1
+    assert "1 of 2 examples end without a special token" in report.notes()[0]
+    _, cut = read_examples(path, tokenizer, seq_len=16)
+    assert (cut.truncated, cut.unended) == (1, 0)  # cut examples have no end anyway
