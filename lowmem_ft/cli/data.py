@@ -55,7 +55,7 @@ def data_preview(
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
-        _show(found, Console(highlight=False))
+        _show(found, Console(highlight=False, markup=False))
     if found.unusable and config.data.invalid == "error":
         raise DataError(
             f"{found.unusable} of {found.records} records cannot be used.",

@@ -82,17 +82,18 @@ def test_piped(run: Run, write: Callable[..., Path]) -> None:
     assert code == 0
     assert "prompt_completion (1), text (1)" in out
     assert "[a b c] d e<|eos|>" in out
+    assert "[[/INST] a b c] d e<|eos|>" in run(write({**PAIR, "prompt": "[/INST] a b c"}))[1]
     assert "data.jsonl:1 (what is not in the loss: in [brackets])" in out
     assert "\x1b" not in out
 
 
 def test_on_a_terminal_masked_tokens_are_dimmed() -> None:
-    console = Console(force_terminal=True, width=80, color_system="standard", highlight=False)
+    console = Console(force_terminal=True, width=80, color_system="standard", highlight=False, markup=False)
     with console.capture() as capture:
         console.print(_marked([("asked ", False), ("said", True)], plain=False))
     assert capture.get() == "\x1b[2masked \x1b[0msaid\n"
     with console.capture() as capture:
-        _show(Preview(name="[x]", seq_len=8, overlong="drop"), console)
+        _show(Preview(name="[/x]", seq_len=8, overlong="drop"), console)
     assert "none known" in capture.get()
 
 
