@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 PREFERENCES = ("preference", "kto")
+BESIDE = ("prompt", "input", "label", "system", "tools")  # keys that say more of what other keys say
 LISTS = ("messages", "conversations", "conversation")  # keys of a list of turns
 SHAREGPT_ROLES = {
     "system": "system",
@@ -87,12 +88,13 @@ class RecordReader:
             DataError: columns or keys are missing, or have wrong types.
         """
         mapped = {str(role): _column(record, role, name) for role, name in self.columns.items()}
-        kind = _kind(mapped, self.format) if mapped else None
+        kind = None
+        if mapped:  # what the user mapped decides the kind, whatever other columns are called
+            beside = {key: record[key] for key in BESIDE if key in record} | mapped
+            kind = _kind(beside, self.format, judged="label" in mapped)
+            record = {**record, **mapped} if kind is None else beside
         if kind is None:
-            record = {**record, **mapped}
-            kind = _kind(record, self.format)
-        else:  # what the user mapped counts, whatever other columns are called
-            record = {**{key: record[key] for key in ("system", "tools") if key in record}, **mapped}
+            kind = _kind(record, self.format, judged="label" in mapped)
         if kind is None:
             raise _lacks_keys(record, self.format)
         if kind == "preference":
@@ -107,7 +109,7 @@ class RecordReader:
             return Content(kind, _answer(record))
         if kind == "text":
             return Content(kind, Completion(None, _string(record, "text")))
-        turns = next(record[key] for key in LISTS if key in record)
+        turns = _parsed(next(record[key] for key in LISTS if key in record))
         return Content("sharegpt" if _is_sharegpt(turns) else "messages", _conversation(record, turns))
 
     def _instruction(self, record: Mapping[str, Any]) -> Conversation | Completion:
@@ -121,16 +123,19 @@ class RecordReader:
         return Completion(f"{system}### Instruction:\n{instruction}\n\n{given}### Response:\n", output)
 
 
-def _kind(record: Mapping[str, Any], format: DataFormat) -> str | None:
-    """The kind whose keys `record` has, of those that `format` allows; of a list of turns always `messages`."""
+def _kind(record: Mapping[str, Any], format: DataFormat, *, judged: bool) -> str | None:
+    """The kind whose keys `record` has, of those that `format` allows; of a list of turns always `messages`.
+
+    `judged`: whether a label is known to be a verdict; a number may be the class of anything.
+    """
     if format in ("messages", "sharegpt"):
         return "messages" if any(key in record for key in LISTS) else None
     if format != "auto":
         wanted = "preference" if format == "chosen" else format
         return wanted if all(key in record for key in KINDS[wanted]) else None
     for kind, keys in KINDS.items():
-        if kind == "kto" and str(record.get("label")).lower() not in ("true", "false"):
-            continue  # a number may be the class of anything
+        if kind == "kto" and not judged and str(record.get("label")).lower() not in ("true", "false"):
+            continue
         if all(key in record for key in keys):
             return kind
     return "messages" if any(key in record for key in LISTS) else None
@@ -200,7 +205,7 @@ def _conversation(record: Mapping[str, Any], turns: Any, *, first: int = 0) -> C
     system = record.get("system")
     if system and _is_messages(turns) and turns[0].get("role") != "system":
         turns, first = [_message("system", _string(record, "system")), *turns], first + 1 if first else 0
-    return Conversation(turns, _tools(record.get("tools")), first)
+    return Conversation(turns, _parsed(record.get("tools")) or None, first)
 
 
 def _from_sharegpt(number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,12 +226,12 @@ def _from_sharegpt(number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
-def _tools(tools: Any) -> Any:
-    """Tools as a list; tables hold them as JSON text, because their schemas differ from row to row."""
+def _parsed(value: Any) -> Any:
+    """A list that a table holds as JSON text: CSV knows nothing else, and schemas of tools differ from row to row."""
     try:
-        return (json.loads(tools) if isinstance(tools, str) and tools.strip() else tools) or None
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
     except (json.JSONDecodeError, RecursionError):
-        return tools  # ChatRenderer says what is wrong
+        return value  # ChatRenderer says what is wrong
 
 
 def _answer(record: Mapping[str, Any], key: str = "completion") -> Conversation | Completion:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import weakref
 import zlib
 from array import array
@@ -40,6 +41,7 @@ MAGIC = b"LMFTDAT1"
 TAIL = 8 + 32 + len(MAGIC)
 INDEX_BYTES = 4 + 4 + 1  # of an example
 WRITE_BYTES = 1 << 20
+ABANDONED_SECONDS = 24 * 3600
 WHOLE, CHOSEN, REJECTED, GOOD, BAD = range(5)  # parts: an example of its own; of a pair; with a verdict
 Entries = Iterable[tuple[Example, int]]  # each with its part
 
@@ -98,7 +100,7 @@ class StoredExamples(Sequence[Example]):
         raw = _pread(self.descriptor, 4 * int(self.lengths[at]), 4 * int(self._starts[at]))
         if zlib.crc32(raw) != self._checksums[at]:
             if self.path is not None:
-                self.path.unlink(missing_ok=True)
+                _remove(self.path)
             raise DataError(
                 "The cache of tokenized data was damaged, and has been removed.",
                 given=f"example {at + 1} in {self.path}",
@@ -186,7 +188,7 @@ def open_stored(folder: Path, key: str, name: str) -> StoredExamples | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        path.unlink(missing_ok=True)
+        _remove(path)
         return None
     was = stored.report
     moved = tuple(name + it.removeprefix(was.path) if it.startswith(was.path) else it for it in was.reasons)
@@ -209,6 +211,7 @@ def write_stored(
             if folder is None:
                 descriptor, path = _nameless(), None
             else:
+                _forget_abandoned(folder)
                 descriptor, temporary = tempfile.mkstemp(prefix=f".{key}.", dir=folder)
                 path = folder / f"{key}.tokens"
                 stack.callback(_remove, temporary)
@@ -253,7 +256,15 @@ def _nameless() -> int:
         return os.dup(file.fileno())
 
 
-def _remove(path: str) -> None:
+def _forget_abandoned(folder: Path) -> None:
+    """Remove what killed processes were writing; one that lives writes all the time."""
+    for path in folder.glob(".*.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
+def _remove(path: str | Path) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
 

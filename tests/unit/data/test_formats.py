@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.core.config import DataRole
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import IGNORE_INDEX, RecordEncoder, read_examples
 from lowmem_ft.data.formats import Completion, Conversation, RecordReader
@@ -25,6 +26,11 @@ SAID: dict[str, tuple[dict[str, Any], str, Conversation | Completion]] = {
         {"messages": [ASKED, ANSWERED], "tools": '[{"type": "function", "function": {"name": "run"}}]'},
         "messages",
         Conversation([ASKED, ANSWERED], TOOLS),
+    ),
+    "messages as text": (
+        {"messages": '[{"role": "user", "content": "What is ls?"}]'},
+        "messages",
+        Conversation([ASKED]),
     ),
     "no tools": ({"messages": [ASKED, ANSWERED], "tools": ""}, "messages", Conversation([ASKED, ANSWERED])),
     "sharegpt": (
@@ -151,6 +157,17 @@ def test_columns() -> None:
     assert RecordReader(columns={"text": "a.b"}).read(record).good == Completion(None, "dotted")
     # what is mapped joins what is called by its role already
     assert RecordReader(columns={"completion": "a.b"}).read({**record, "prompt": "p"}).good == Completion("p", "dotted")
+    # and is joined by what says more of it: without it the answer would be another, or the bad one
+    pair = {"prompt": "a", "better": " b", "worse": " bc", "text": "all of it"}
+    content = RecordReader(columns={"chosen": "better", "rejected": "worse"}).read(pair)
+    assert (content.good, content.bad) == (Completion("a", " b"), Completion("a", " bc"))
+    judged = {"question": "a", "answer": "b", "label": False}
+    columns: dict[DataRole, str] = {"prompt": "question", "completion": "answer"}
+    assert RecordReader(columns=columns).read(judged).kind == "kto"
+    assert RecordReader(columns={**columns, "label": "good"}).read({**judged, "good": 0}).kind == "kto"
+    asked = {"q": "What is", "input": "ls?", "output": "List files."}
+    said = RecordReader(columns={"instruction": "q", "output": "output"}).read(asked).good
+    assert said == RecordReader().read({**asked, "instruction": "What is"}).good
     with pytest.raises(DataError, match=r"lacks the column[\s\S]*did you mean 'question'"):
         RecordReader(columns={"instruction": "questoin", "output": "answer.text"}).read(record)
     with pytest.raises(DataError, match="lacks the column"):

@@ -157,6 +157,16 @@ def test_errors_leave_nothing_behind(tokenizer: PreTrainedTokenizerBase, tmp_pat
     assert list(cache.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    old, new = tmp_path / ".abc.old", tmp_path / ".abc.new"
+    old.touch()
+    new.touch()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    read(str(FILE), tokenizer, tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
 def test_pipes_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
