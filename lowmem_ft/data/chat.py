@@ -34,7 +34,8 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = sorted(special, key=len, reverse=True)  # of two with the same end the whole one
 
     def render(
         self, messages: object, *, tools: object = None, answers_only: bool = True, first: int = 0
