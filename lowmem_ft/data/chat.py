@@ -55,8 +55,14 @@ class ChatRenderer:
         """
         template = self._template(tools)
         checked = _checked(messages)
-        if any("tool_calls" in message for message in checked):
+        if any(message.get("tool_calls") for message in checked):
             checked = template.with_arguments_as_wanted(checked)
+            if template.leaves_out_calls(checked):
+                raise DataError(
+                    "the chat template leaves out calls of tools, so empty answers would be learnt for them.",
+                    given=", ".join(f"message {i}" for i, it in enumerate(checked, start=1) if it.get("tool_calls")),
+                    fix="use a template that shows 'tool_calls', or leave such conversations out",
+                )
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
@@ -128,6 +134,14 @@ class _Template:
     def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The text of `messages`."""
         return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+
+    def leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether the text of `messages` is the same without their calls of tools."""
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        try:
+            return self.render(without) == self.render(messages)
+        except DataError:  # then the template looks for them
+            return False
 
     def continued(self, messages: Sequence[dict[str, Any]]) -> str | None:
         """The text of `messages` with another turn of the user behind them; None if the template refuses it."""

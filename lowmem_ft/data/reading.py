@@ -68,7 +68,10 @@ def _stored(
     listed = list_sources(sources, data)
     stored = [_one(source, data, tokenizer, use, task, folder, encode) for source in listed]
     weights = tuple(source.weight if use == "train" else 1.0 for source in listed)
-    return stored, weights, [note for part in stored for note in part.report.notes()]
+    notes = [note for part in stored for note in part.report.notes()]
+    if data.cache is not None and folder is None:
+        notes.append("The user's cache folder cannot be written: tokens are not kept for another run (data.cache).")
+    return stored, weights, notes
 
 
 def _one(

@@ -187,7 +187,9 @@ def test_no_room(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_is(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder("auto") == tmp_path / "xdg" / "lowmem-ft" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -200,6 +202,9 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         cache_folder(str(tmp_path / "file"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_folder("auto") is None
+    mixture, notes = read_sources(str(FILE), DataConfig(seq_len=64), tokenizer, use="train", task=silent)
+    assert len(mixture) == 300
+    assert "tokens are not kept" in notes[-1]
 
 
 def test_two_processes_write_the_same_at_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

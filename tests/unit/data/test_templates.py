@@ -203,6 +203,13 @@ def test_calls_of_tools(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         assert "Run it." in tokenizer.decode(example.input_ids) or name in ("deepseek-v3", "gpt-oss")
 
 
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "phi-3", "olmo-2"])
+def test_calls_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Else the model would learn to answer nothing."""
+    with pytest.raises(DataError, match=r"leaves out calls of tools[\s\S]*message 2"):
+        encode(tokenizer, name, TOOL_TALK, TOOLS)
+
+
 def test_reasoning_of_earlier_turns_is_learnt_where_it_was_thought(tokenizer: PreTrainedTokenizerBase) -> None:
     """As Qwen3 sees it: with the reasoning of the turn that it is in, without that of earlier ones."""
     thoughts = [
