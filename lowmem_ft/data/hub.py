@@ -44,6 +44,7 @@ def prepare(source: DataSource, use: Use) -> list[str]:
             "The dataset cannot be prepared.",
             given=f"{source.path} ({type(error).__name__}: {' '.join(str(error).split())[:300]})",
             allowed="a file, a folder that datasets' save_to_disk wrote, or a hub id",
+            fix="check the name; without a network, HF_HUB_OFFLINE=1 takes what was downloaded before",
         ) from error
 
 

@@ -99,8 +99,13 @@ def unknown_split(name: str, splits: Sequence[str], wanted: str | None) -> DataE
 
 
 def _may_be_hub_id(path: str) -> bool:
-    """Whether a path that does not exist looks like `owner/name`, or like `name` without a data file's suffix."""
-    return HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in (*SUFFIXES, ".jsonl", ".txt")
+    """Whether a path that does not exist looks like `owner/name`, or like `name` without a data file's suffix.
+
+    Of a folder that exists a file is meant: the hub is not asked for what was misspelt.
+    """
+    known = Path(path).suffix.lower() in (*SUFFIXES, ".jsonl", ".txt")
+    misspelt = "/" in path and Path(path).parent.is_dir()
+    return HUB_ID.fullmatch(path) is not None and not known and not misspelt
 
 
 def _refuse_unread(source: DataSource, keys: Sequence[str], why: str) -> None:

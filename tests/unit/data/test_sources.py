@@ -29,7 +29,7 @@ def test_what_a_source_leaves_open_comes_from_data() -> None:
     assert (second.weight, second.format, second.columns) == (2, "alpaca", {})
 
 
-def test_files(tmp_path: Path) -> None:
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(RECORDS[0]))
     assert find_source(DataSource(path=str(path)), "train") == FileSet(str(path), (path,))
@@ -37,6 +37,10 @@ def test_files(tmp_path: Path) -> None:
         find_source(DataSource(path=str(path), split="train"), "train")
     with pytest.raises(DataError, match="subset concern"):
         find_source(DataSource(path=str(path), subset="train"), "train")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)  # data/train is no hub id where data/ is a folder
+    with pytest.raises(DataError, match="cannot be read"):
+        list(find_source(DataSource(path="data/train"), "train").rows())
     absent = find_source(DataSource(path="absent.jsonl"), "train")
     with pytest.raises(DataError, match="cannot be read"):
         list(absent.rows())
