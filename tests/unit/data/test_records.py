@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, Features, Json, List, Value
 
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.records import read_rows
@@ -76,6 +77,24 @@ def test_nulls_of_tables_are_absent_keys(tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": "a"}], [{"role": "tool", "content": "b", "name": "ls"}]]
     pq.write_table(pa.Table.from_pylist([{"messages": it} for it in turns]), path)
     assert [row.record for row in read_rows(path)] == [{"messages": it} for it in turns]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_objects_that_datasets_keeps_as_json(tmp_path: Path, kind: str) -> None:
+    """Schemas of tools and arguments of calls have other keys in each row; a null among them is one."""
+    calls = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": it}}]}
+        for it in ({"a": 1}, {"b": None})
+    ]
+    records = [{"messages": [call], "tools": [{"name": "f"}], "id": i} for i, call in enumerate(calls)]
+    features = Features({"messages": List(Json()), "tools": Json(), "id": Value("int64")})
+    data, path = Dataset.from_list(records, features=features), tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(tmp_path / "saved")
+        (path,) = (tmp_path / "saved").glob("*.arrow")
+    assert [row.record for row in read_rows(path)] == records
 
 
 WRONG = {
