@@ -175,6 +175,11 @@ class RecordEncoder:
                 allowed="a fast tokenizer (tokenizer.json)",
                 fix="convert the tokenizer, or set data.assistant_only: false",
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write halves of a character, which no tokenizer takes
+            half = f"{text[error.start]!a} at character {error.start + 1}"
+            raise DataError("the text is not Unicode: half of a surrogate pair stands alone.", given=half) from None
         encoding = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=answers is not None, verbose=False
         )
