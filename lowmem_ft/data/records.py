@@ -20,6 +20,7 @@ from lowmem_ft.core.errors import DataError
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 TABLE_ROWS = 64  # of a table, decoded at once
 TABLE_BUFFER = 1 << 18  # bytes
+DEEPEST = 500  # brackets that may be open at once in a JSON file
 SUFFIXES = {
     ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
@@ -106,10 +107,10 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
     """The objects of an array."""
     import ijson
 
-    rows = enumerate(ijson.items(file, "item", use_float=True), start=1)
+    records = enumerate(_items(file), start=1)
     while True:
         try:
-            number, record = next(rows)
+            number, record = next(records)
         except StopIteration:
             return
         except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
@@ -120,6 +121,28 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
             yield Row(number, place, record)
         else:
             yield Row(number, place, DataError("not a JSON object.", given=str(record)[:80], allowed="an object"))
+
+
+def _items(file: IO[bytes]) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time.
+
+    Not by `ijson.items`, which writes the way to each value: of a million brackets it would take terabytes.
+    """
+    import ijson
+
+    depth, builder = 0, ijson.ObjectBuilder()
+    for event, value in ijson.basic_parse(file, use_float=True):
+        if event in ("end_map", "end_array"):
+            depth -= 1
+        if depth:
+            builder.event(event, value)
+        if event in ("start_map", "start_array"):
+            depth += 1
+            if depth > DEEPEST:
+                raise RecursionError("nested too deeply")
+        elif depth == 1 and event != "map_key":
+            yield builder.value
+            builder = ijson.ObjectBuilder()
 
 
 def _csv(path: Path, file: IO[bytes], delimiter: str = ",") -> Iterator[Row]:
@@ -189,6 +212,7 @@ def _of_batches(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
     for batch in batches:
         # arrow's allocator keeps what it has: a Parquet file of 150 MB took 60 MB without this, 32 MB with it
         pa.default_memory_pool().release_unused()
+        batch.validate(full=True)  # offsets of a damaged file would lead outside its memory
         for start in range(0, batch.num_rows, TABLE_ROWS):
             for values in batch.slice(start, TABLE_ROWS).to_pylist():
                 number += 1

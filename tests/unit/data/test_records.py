@@ -1,7 +1,9 @@
 """The same records from every kind of file, and errors that say where."""
 
+import contextlib
 import csv
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,7 @@ BROKEN = {
     "json cut": ("data.json", b'[{"text": "a"}, {"te', r"data\.json: not valid JSON"),
     "json comma": ("data.json", b'[{"text": "a"} {"text": "b"}]', r"data\.json: not valid JSON"),
     "json latin": ("data.json", '[{"text": "é"}]'.encode("latin-1"), r"data\.json: not valid JSON"),
+    "json depth": ("data.json", b"[" * 100_000, r"data\.json: not valid JSON[\s\S]*nested too deeply"),
     "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
     "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
     "csv field": ("data.csv", b"text\n" + b"a" * 200_000, r"data\.csv:2: not valid CSV[\s\S]*JSONL or Parquet"),
@@ -134,6 +137,27 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "feather", "arrow"])
+def test_damaged_files_give_records_or_a_clear_error(tmp_path: Path, kind: str) -> None:
+    """Never another error, nor a process that dies: offsets of a damaged Arrow file may lead anywhere."""
+    path = write(tmp_path, kind)
+    sound, draw = path.read_bytes(), random.Random(0)
+    for _ in range(30):
+        damaged = bytearray(sound)
+        for _ in range(draw.randint(1, 8)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            list(read_rows(path))
+
+
+def test_nested_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    records = [{"a": [1, {"b": None}, []]}, {}, {"a": {"b": {"c": []}}}, {"a": [[], [[2]]]}]
+    path.write_text(json.dumps(records))
+    assert [row.record for row in read_rows(path)] == records
 
 
 def test_cut_tables(tmp_path: Path) -> None:
