@@ -9,13 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataConfig, DataSource, Sources
+from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.preference import PreferenceExample, StoredPreferences, preference_entries
 from lowmem_ft.data.records import Progress, Row
-from lowmem_ft.data.sources import Use, find_source, list_sources
+from lowmem_ft.data.sources import FileSet, Use, find_source, list_sources
 from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
-from lowmem_ft.data.tally import Tally
+from lowmem_ft.data.tally import DataReport, Tally
 
 Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is told of the bytes done
 
@@ -88,6 +89,7 @@ def _one(
     short, key = Path(found.name).name, ""
     if not all(path.is_file() for path in found.files):  # what is no file (a pipe) can be read only once
         folder = None
+    before = _state(found) if folder is not None else None
     if folder is not None:
         settings = {
             "as": encode.__name__,
@@ -109,5 +111,17 @@ def _one(
         assistant_only=data.assistant_only,
     )
     tally = Tally(found.name, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
+
+    def report() -> DataReport:
+        if before is not None and _state(found) != before:
+            fix = "wait until it is written, and run again"
+            raise DataError("The data file changed while it was read.", given=found.name, fix=fix)
+        return tally.report()
+
     with task(f"Reading {short}") as progress:
-        return write_stored(encode(found.rows(progress), encoder, tally), tally.report, folder=folder, key=key)
+        return write_stored(encode(found.rows(progress), encoder, tally), report, folder=folder, key=key)
+
+
+def _state(found: FileSet) -> list[tuple[int, int]]:
+    """What tells that a file is not what it was."""
+    return [((stat := path.stat()).st_size, stat.st_mtime_ns) for path in found.files]

@@ -177,6 +177,34 @@ def test_pipes_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, jsonl: Write
+) -> None:
+    """Else its first part would be found in the cache under the name of the whole."""
+    path, cache = jsonl(*[{"text": f"a {i}"} for i in range(20)]), tmp_path / "cache"
+
+    @contextmanager
+    def growing(name: str) -> Any:
+        def told(done: int, total: int) -> None:
+            if name.startswith("Reading"):
+                with path.open("a") as file:
+                    file.write('{"text": "more"}\n' if path.stat().st_size < 2000 else "")
+
+        yield told
+
+    data = DataConfig(seq_len=64, cache=str(cache))
+    with pytest.raises(DataError, match="changed while it was read"):
+        read_sources(str(path), data, tokenizer, use="train", task=growing)
+    assert list(cache.iterdir()) == []
+
+
+def test_other_code_finds_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: Any) -> None:
+    read(str(FILE), tokenizer, tmp_path)
+    monkeypatch.setattr("lowmem_ft.data.store.MAKERS", ("chat.py",))
+    read(str(FILE), tokenizer, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_no_room(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
