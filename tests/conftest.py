@@ -1,15 +1,24 @@
 """Settings that every test shares."""
 
 import gc
+import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # nothing of a test stays in the user's cache, also of those that start commands
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lowmem-ft-tests-")
     # xdist workers share the cores: one thread each is faster than two that wait for each other
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

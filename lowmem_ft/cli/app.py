@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 app.add_typer(profiles_app, name="profiles")
+app.command("data")(data_preview)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
@@ -128,15 +130,15 @@ def evaluate(
 ) -> None:
     """Held-out loss of a run's adapter, in the micro-batches it was trained with."""
     config, made, chosen = _open_run(target, overrides or [], adapter)
-    file = str(data) if data is not None else config.data.eval
-    if file is None:
-        raise ConfigError("There is nothing to evaluate on.", allowed="a JSONL file", fix="--data FILE, or data.eval")
+    sources = str(data) if data is not None else config.data.eval
+    if sources is None:
+        raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
 
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
 
     reporter = Reporter(quiet=as_json)
-    examples = loop.read_split(config, file, reporter)
+    examples = loop.read_split(config, sources, reporter)
     ready = _assemble(config, made, chosen, reporter)
     loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
     print(json.dumps({"eval_loss": loss, "examples": len(examples)}) if as_json else f"held-out loss {loss:.6f}")

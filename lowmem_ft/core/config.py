@@ -108,16 +108,75 @@ class BudgetConfig(Section):
     host: Size | None = None
 
 
-class DataConfig(Section):
-    """Records and how they become token sequences. `seq_len` in tokens."""
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "chosen", "kto"
+]
+DataRole = Literal[
+    "messages", "prompt", "completion", "text", "instruction", "input", "output", "chosen", "rejected", "label",
+    "system", "tools",
+]  # fmt: skip
 
-    train: str | None = None
-    eval: str | None = None
-    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+
+class DataSource(Section):
+    """Where records come from. What is None is taken from the keys of the same name in `data`.
+
+    `path`: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a folder that datasets' `save_to_disk` wrote, or a hub id.
+    `weight`: how often an epoch uses each of its examples; of 2.5, every example twice, and half of them, drawn anew
+    for each epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
+    """
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    format: DataFormat | None = None
+    columns: dict[DataRole, str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+
+
+def _parse_sources(value: Any) -> Any:
+    """Mappings as sources here, so that their errors name the source and not the members of a union."""
+    if isinstance(value, list):
+        if not value:
+            raise ConfigError("A list of sources is empty.", allowed="a path, or a mapping with `path:`")
+        return [_parse_sources(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return DataSource.model_validate(dict(value))
+    except ValidationError as error:
+        raise _explain(error, DataSource) from None
+
+
+Sources = Annotated[str | DataSource | list[str | DataSource], BeforeValidator(_parse_sources)]
+
+
+class DataConfig(Section):
+    """Records and how they become token sequences. `seq_len` in tokens.
+
+    `columns` names the column of a role in the file (dots lead into nested ones). `invalid`: what a record that cannot
+    be used does. `order`: of an epoch's steps; longest_first finds out in the first step whether memory suffices.
+    `cache`: folder of tokenized data; auto is the user's cache folder; None keeps it in a temporary file.
+    """
+
+    train: Sources | None = None
+    eval: Sources | None = None
+    format: DataFormat = "auto"
+    columns: dict[DataRole, str] = {}
+    invalid: Literal["error", "skip"] = "error"
     seq_len: Annotated[int, Field(ge=8)] = 2048
     packing: bool = True
     assistant_only: bool = True
     overlong: Literal["truncate", "drop", "error"] = "truncate"
+    order: Literal["shuffled", "longest_first"] = "shuffled"
+    cache: str | None = "auto"
+
+    @model_validator(mode="after")
+    def _warn_weights(self) -> Self:
+        held_out = self.eval if isinstance(self.eval, list) else [self.eval]
+        if any(isinstance(source, DataSource) and source.weight != 1 for source in held_out):
+            warnings.warn("data.eval uses each example once: weights are ignored", stacklevel=2)
+        return self
 
 
 class TrainConfig(Section):
@@ -216,7 +275,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise _explain(error) from None
+            raise _explain(error, cls) from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -292,8 +351,8 @@ def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
                 yield sign, getattr(item, name)
 
 
-def _explain(error: ValidationError) -> ConfigError:
-    """The first problem of a pydantic error, in this project's form."""
+def _explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
+    """The first problem of a pydantic error of `schema`, in this project's form."""
     first = error.errors(include_url=False)[0]
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
@@ -302,7 +361,7 @@ def _explain(error: ValidationError) -> ConfigError:
             f"{where}: {inner.what}" if where else inner.what, given=inner.given, allowed=inner.allowed, fix=inner.fix
         )
     # a union's location ends with the names of its members, which are no keys
-    known = _keys(RunConfig)
+    known = _keys(schema)
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -321,7 +380,7 @@ def _explain(error: ValidationError) -> ConfigError:
     key = ".".join(path)
     if first["type"] == "missing":
         return ConfigError(f"'{key}' is missing.", allowed=_allowed(str), fix=f"add `{key}: ...`")
-    section: Any = RunConfig
+    section: Any = schema
     field = section.model_fields[path[0]]
     for part in path[1:]:
         field = typing.cast(type[BaseModel], field.annotation).model_fields[part]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +34,20 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = sorted(special, key=len, reverse=True)  # of two with the same end the whole one
 
-    def render(self, messages: object, *, tools: object = None, answers_only: bool = True) -> list[RenderedChat]:
-        """`messages` as text, with the spans of what the assistant says if `answers_only`.
+    def render(
+        self, messages: object, *, tools: object = None, answers_only: bool = True, first: int = 0
+    ) -> list[RenderedChat]:
+        """`messages` as text, with the spans of what the assistant says from message `first` on if `answers_only`.
 
         A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
-        gains from the generation prompt before a turn to the end of the turn. Usually both are prefixes of the whole
-        text. A template that shows an answer differently once the conversation goes on (Qwen3 drops the reasoning of
-        earlier turns) gives one text per answer, each as the model sees it when it answers.
+        gains from the generation prompt before a turn to the special token that ends the turn. What some templates put
+        behind the last turn of all (Phi-3 an EOS) is no part of it: it is not there once the conversation goes on.
+        Usually all turns stand in the whole text as they stood when they were the last. A template that shows an answer
+        differently later on (Qwen3 drops the reasoning of earlier turns, gpt-oss ends them by another token) gives one
+        text per answer, each as the model sees it when it answers.
 
         Raises:
             DataError: malformed messages, no chat template, or a conversation that the template refuses or renders
@@ -49,21 +55,33 @@ class ChatRenderer:
         """
         template = self._template(tools)
         checked = _checked(messages)
+        if any(message.get("tool_calls") for message in checked):
+            checked = template.with_arguments_as_wanted(checked)
+            if template.leaves_out_calls(checked):
+                raise DataError(
+                    "the chat template leaves out calls of tools, so empty answers would be learnt for them.",
+                    given=", ".join(f"message {i}" for i, it in enumerate(checked, start=1) if it.get("tool_calls")),
+                    fix="use a template that shows 'tool_calls', or leave such conversations out",
+                )
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
-        if GENERATION_BLOCK.search(template.source):
-            return [RenderedChat(*template.render_marked(checked))]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
+        if GENERATION_BLOCK.search(template.source):
+            text, spans = template.render_marked(checked)
+            return [RenderedChat(text, _of_turns(spans, turns, first))]
+        turns = [turn for turn in turns if turn >= first]
         whole = template.render(checked)
-        texts = [template.render(checked[: turn + 1]) for turn in turns]
-        prompts = [template.render(checked[:turn], add_generation_prompt=True) for turn in turns]
-        spans = [self._answer(*known) for known in zip(texts, prompts, turns, strict=True)]
-        if all(whole.startswith(text) for text in texts):
-            return [RenderedChat(whole, spans)]
-        return [RenderedChat(text, [span]) for text, span in zip(texts, spans, strict=True)]
+        found = [self._answer(template, checked, turn, whole) for turn in turns]
+        if all(stays for _, _, stays in found):
+            return [RenderedChat(whole, [span for _, span, _ in found])]
+        return [RenderedChat(text, [span]) for text, span, _ in found]
 
-    def _answer(self, text: str, prompt: str, turn: int) -> tuple[int, int]:
-        """Where the answer of message `turn` stands in `text`, which ends with it, given what comes before it."""
+    def _answer(
+        self, template: _Template, messages: Sequence[dict[str, Any]], turn: int, whole: str
+    ) -> tuple[str, tuple[int, int], bool]:
+        """The text up to message `turn`, where the answer stands in it, and whether it stands in `whole` likewise."""
+        text = template.render(messages[: turn + 1])
+        prompt = template.render(messages[:turn], add_generation_prompt=True)
         if not text.startswith(prompt):
             raise DataError(
                 f"the chat template does not show which part of message {turn + 1} is the answer: "
@@ -71,10 +89,26 @@ class ChatRenderer:
                 given=f"generation prompt {prompt[-40:]!r}",
                 fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
             )
+        last = turn + 1 == len(messages)
+        later = template.continued(messages) if last else whole
         # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
-        body = text.rstrip()
-        ended = len(body) > len(prompt) and body.endswith(self.special_tokens)
-        return len(prompt), len(body) if ended else len(text)
+        ends = self._ends(text, len(prompt))
+        for end in ends:
+            if later is None or later.startswith(text[:end]):
+                return text, (len(prompt), end), True
+        if later is None or later.startswith(text):
+            return text, (len(prompt), len(text)), True
+        return text, (len(prompt), ends[0] if ends else len(text)), last
+
+    def _ends(self, text: str, start: int) -> list[int]:
+        """Where the special tokens end that close `text` behind `start`, the last first."""
+        found, body = [], text.rstrip()
+        while (token := next((it for it in self.special_tokens if body.endswith(it)), None)) is not None:
+            if len(body) <= start:
+                break
+            found.append(len(body))
+            body = body.removesuffix(token).rstrip()
+        return found
 
     def _template(self, tools: object) -> _Template:
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -101,9 +135,35 @@ class _Template:
         """The text of `messages`."""
         return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
+    def leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether the text of `messages` is the same without their calls of tools."""
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        try:
+            return self.render(without) == self.render(messages)
+        except DataError:  # then the template looks for them
+            return False
+
+    def continued(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
+        try:
+            return self.render([*messages, {"role": "user", "content": "And then?"}])
+        except DataError:
+            return None
+
     def render_marked(self, messages: Sequence[dict[str, Any]]) -> tuple[str, Spans]:
         """The text of `messages` and the spans of its `{% generation %}` blocks."""
         return self._render(messages, return_assistant_tokens_mask=True)
+
+    def with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with the arguments of calls as objects, or for a template that joins them to text as JSON text."""
+        objects = _arguments(messages, _parsed)
+        try:
+            self.render(objects)
+        except DataError as refused:
+            if isinstance(refused.__cause__, TypeError):
+                return _arguments(objects, _as_text)
+            raise
+        return objects
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[str, Spans]:
         # Not through apply_chat_template: where a tokenizer trims spaces from its offsets (as Llama 3's does), its mask
@@ -119,6 +179,50 @@ class _Template:
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
         return texts[0], spans[0] if spans else []
+
+
+def _of_turns(spans: Spans, turns: Sequence[int], first: int) -> Spans:
+    """The spans of the answers from message `first` on, given those of all (which are at `turns`)."""
+    before = sum(turn < first for turn in turns)
+    if before and len(spans) != len(turns):
+        raise DataError(
+            "the chat template does not show which answers belong to the prompt: its markers are not one for each.",
+            given=f"{len(spans)} marked parts",
+            allowed=f"{len(turns)}, one for each answer",
+            fix="leave the assistant out of the prompt, or set data.assistant_only: false",
+        )
+    return spans[before:]
+
+
+def _arguments(messages: Sequence[dict[str, Any]], form: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """`messages` with `form` of the arguments of each call."""
+
+    def called(call: Any) -> Any:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        function = {**function, "arguments": form(function["arguments"])}
+        return {**call, "function": function} if "function" in call else function
+
+    return [
+        {**message, "tool_calls": [called(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments as an object, where they are the JSON text of one, as OpenAI writes them."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (json.JSONDecodeError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:

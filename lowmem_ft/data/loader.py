@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example
-from lowmem_ft.data.packing import Batch, collate, pack, permutation, round_up
+from lowmem_ft.data.mixture import Mixture, lengths_of
+from lowmem_ft.data.packing import Batch, Rows, collate, pack, permutation, round_up
 
-Rows = Sequence[Sequence[Example]]
+Order = Literal["shuffled", "longest_first"]
 
 
 class MicroBatches(Sequence[Batch]):
-    """`rows` (the documents of each) as micro-batches of about equal row lengths, collated when they are asked for.
+    """Rows of examples as micro-batches of about equal row lengths, read and collated when they are asked for.
 
     Args:
+        examples: all that there are.
+        rows: which of them share a row.
+        lengths: (N,) tokens of each example.
         micro_batch_tokens: positions, padding included, that a micro-batch holds at most; it always has one row.
         pad_id: token id that fills up rows.
         width: length of every row; None pads each micro-batch to its longest row, a multiple of 8.
     """
 
-    def __init__(self, rows: Rows, *, micro_batch_tokens: int, pad_id: int, width: int | None) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        rows: Rows,
+        lengths: NDArray[np.int32],
+        *,
+        micro_batch_tokens: int,
+        pad_id: int,
+        width: int | None,
+    ) -> None:
+        self.examples, self.lengths = examples, lengths
         self.pad_id, self.width, self.micro_batch_tokens = pad_id, width, micro_batch_tokens
-        self.groups: list[list[Sequence[Example]]] = []
+        tokens = rows.tokens(lengths)
+        largest_first = np.argsort(-tokens, kind="stable")  # what fits then fits later
+        self.rows = rows.reordered(largest_first)
+        self.widest = width or round_up(int(tokens.max()))  # the least that a micro-batch may hold, in positions
+        self.starts: list[int] = []  # first row of each micro-batch
         widest = 0
-        for row in sorted(rows, key=_row_tokens, reverse=True):  # the largest first: what fits then fits later
-            if not self.groups or (len(self.groups[-1]) + 1) * widest > micro_batch_tokens:
-                self.groups.append([])
-                widest = width or round_up(_row_tokens(row))
-            self.groups[-1].append(row)
+        for row, filled in enumerate(tokens[largest_first].tolist()):
+            if not self.starts or (row - self.starts[-1] + 1) * widest > micro_batch_tokens:
+                self.starts.append(row)
+                widest = width or round_up(filled)
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.starts)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -43,26 +63,31 @@ class MicroBatches(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return collate(self.groups[index], pad_id=self.pad_id, length=self.width)
-
-    @property
-    def widest(self) -> int:
-        """Positions of the longest row: the least that a micro-batch may hold."""
-        return self.width or round_up(max(_row_tokens(row) for group in self.groups for row in group))
+        at = range(len(self))[index]
+        rows = self.rows[slice(*[*self.starts, len(self.rows)][at : at + 2])]
+        documents = [[self.examples[document] for document in row] for row in rows]
+        return collate(documents, pad_id=self.pad_id, length=self.width)
 
     def within(self, micro_batch_tokens: int) -> MicroBatches:
         """The same rows in micro-batches of at most so many positions, if that is less than these have."""
         if micro_batch_tokens >= self.micro_batch_tokens:
             return self
-        rows = [row for group in self.groups for row in group]
-        return MicroBatches(rows, micro_batch_tokens=micro_batch_tokens, pad_id=self.pad_id, width=self.width)
+        return MicroBatches(
+            self.examples,
+            self.rows,
+            self.lengths,
+            micro_batch_tokens=micro_batch_tokens,
+            pad_id=self.pad_id,
+            width=self.width,
+        )
 
 
 class BatchLoader(Iterator[MicroBatches]):
     """Endless iterator over optimizer steps: each item is the sequence of micro-batches of one step.
 
-    Every epoch deals all examples anew, by `seed` and the epoch's number, and its last step may be short. Which
-    examples make up a step does not depend on `micro_batch_tokens`, so a run may go on with smaller micro-batches.
+    Every epoch deals all examples anew (of a `Mixture`, as often as its weights say), by `seed` and the epoch's number,
+    and its last step may be short. Which examples make up a step does not depend on `micro_batch_tokens`, so a run may
+    go on with smaller micro-batches. Memory holds lengths and indices; examples are read with their micro-batch.
 
     Args:
         seq_len: positions of a packed row, and the length that no example exceeds.
@@ -71,6 +96,12 @@ class BatchLoader(Iterator[MicroBatches]):
         micro_batch_tokens: positions that a micro-batch holds at most; it always has one row.
         tokens_per_step: a step has `tokens_per_step // seq_len` packed rows, at least one.
         pad_id: token id that fills up rows.
+        order: of the rows of each epoch. `longest_first` goes from the longest to the shortest, so that the first step
+            takes the most memory of all; learning from a sorted order may end elsewhere.
+
+    Attributes:
+        steps: handed out since the start.
+        steps_per_epoch: of the first epoch; others have as many, unless a `Mixture` draws other examples for them.
 
     Raises:
         DataError: no examples, or one longer than `seq_len`.
@@ -86,38 +117,63 @@ class BatchLoader(Iterator[MicroBatches]):
         tokens_per_step: int,
         seed: int,
         pad_id: int,
+        order: Order = "shuffled",
     ) -> None:
-        _check(examples, seq_len)
-        self.examples, self.seq_len, self.packing, self.seed, self.pad_id = examples, seq_len, packing, seed, pad_id
+        self.examples, self.lengths = examples, lengths_of(examples)
+        self.seq_len, self.packing, self.seed, self.pad_id, self.order = seq_len, packing, seed, pad_id, order
         self.micro_batch_tokens, self.tokens_per_step = micro_batch_tokens, tokens_per_step
-        self.steps = 0  # handed out since the start
-        tokens = sum(map(len, examples))
-        mean = seq_len if packing else tokens / len(examples)
+        _check(self.lengths, seq_len)
+        self.steps = 0
+        self._varies = isinstance(examples, Mixture) and examples.varies
+        first = self._deal(0)
+        mean = seq_len if packing else int(first.tokens(self.lengths).sum()) / len(first)
         self.rows_per_step = max(1, tokens_per_step // seq_len if packing else round(tokens_per_step / mean))
-        self._rows_of_epoch = self._deal(0), 0
-        self.steps_per_epoch = -(-len(self._rows_of_epoch[0]) // self.rows_per_step)
-        self.width = _packed_width(self._rows_of_epoch[0], seq_len) if packing else None
+        self._dealt = 0, first
+        self.steps_per_epoch = self._steps_for(first)
+        self._starts = [0, self.steps_per_epoch]  # first step of each epoch, as far as they are known
+        self.width = None if not packing else seq_len if self._varies else _packed_width(first, self.lengths, seq_len)
 
     @property
     def epoch(self) -> int:
         """Epochs whose steps have all been handed out."""
-        return self.steps // self.steps_per_epoch
+        while self._starts[-1] <= self.steps:
+            rows = self._rows(len(self._starts) - 1) if self._varies else None
+            self._starts.append(self._starts[-1] + (self._steps_for(rows) if rows else self.steps_per_epoch))
+        return bisect_right(self._starts, self.steps) - 1
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> MicroBatches:
-        if self._rows_of_epoch[1] != self.epoch:
-            self._rows_of_epoch = self._deal(self.epoch), self.epoch
-        first = self.steps % self.steps_per_epoch * self.rows_per_step
-        rows = self._rows_of_epoch[0][first : first + self.rows_per_step]
+        epoch = self.epoch
+        dealt = self._rows(epoch)
+        first = (self.steps - self._starts[epoch]) * self.rows_per_step
+        rows = dealt.between(first, min(first + self.rows_per_step, len(dealt)))
         self.steps += 1
-        return MicroBatches(rows, micro_batch_tokens=self.micro_batch_tokens, pad_id=self.pad_id, width=self.width)
+        return MicroBatches(
+            self.examples,
+            rows,
+            self.lengths,
+            micro_batch_tokens=self.micro_batch_tokens,
+            pad_id=self.pad_id,
+            width=self.width,
+        )
+
+    def _rows(self, epoch: int) -> Rows:
+        """The rows of an epoch, in its order; those asked for last are remembered."""
+        if self._dealt[0] != epoch:
+            self._dealt = epoch, self._deal(epoch)
+        return self._dealt[1]
 
     def _deal(self, epoch: int) -> Rows:
-        """The rows of an epoch, in its order."""
         seed = self.seed + epoch
-        return _packed_rows(self.examples, self.seq_len, seed) if self.packing else _single_rows(self.examples, seed)
+        rows = _deal(self.examples, self.lengths, self.seq_len, seed, self.packing)
+        if self.order == "longest_first":
+            rows = rows.reordered(np.argsort(-rows.tokens(self.lengths), kind="stable"))
+        return rows
+
+    def _steps_for(self, rows: Rows) -> int:
+        return -(-len(rows) // self.rows_per_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iterator stands, as JSON can hold it: a step counts as done once it has been handed out."""
@@ -131,10 +187,10 @@ class BatchLoader(Iterator[MicroBatches]):
         """
         now = self._identity()
         if state["data"] != now:
-            changed = sorted(key for key in now if state["data"].get(key) != now[key])
+            changed = sorted(key for key in {*now, *state["data"]} if state["data"].get(key) != now.get(key))
             raise DataError(
                 "The checkpoint was saved with other data, so the run cannot go on where it stopped.",
-                given=", ".join(f"{key} {now[key]}" for key in changed),
+                given=", ".join(f"{key} {now.get(key)}" for key in changed),
                 allowed=", ".join(f"{key} {state['data'].get(key)}" for key in changed),
                 fix="put the data and settings back, or start over in another output folder",
             )
@@ -143,8 +199,8 @@ class BatchLoader(Iterator[MicroBatches]):
     def _identity(self) -> dict[str, Any]:
         """What decides which examples make up a step. Lengths stand for the examples: a chat template may write the
         day's date into them, and a run must still go on tomorrow."""
-        lengths = hashlib.sha256(array("q", map(len, self.examples)).tobytes()).hexdigest()[:16]
-        return {
+        lengths = hashlib.sha256(self.lengths.astype(np.int64).tobytes()).hexdigest()[:16]
+        identity = {
             "examples": len(self.examples),
             "lengths": lengths,
             "seq_len": self.seq_len,
@@ -152,6 +208,12 @@ class BatchLoader(Iterator[MicroBatches]):
             "tokens_per_step": self.tokens_per_step,
             "seed": self.seed,
         }
+        # said only where they are not the default, so that checkpoints from before they existed go on
+        if self.order != "shuffled":
+            identity["order"] = self.order
+        if isinstance(self.examples, Mixture) and any(weight != 1 for weight in self.examples.weights):
+            identity["weights"] = list(self.examples.weights)
+        return identity
 
 
 def eval_batches(
@@ -162,32 +224,33 @@ def eval_batches(
     Raises:
         DataError: no examples, or one longer than `seq_len`.
     """
-    _check(examples, seq_len)
-    rows = _packed_rows(examples, seq_len, seed=0) if packing else _single_rows(examples, seed=0)
-    width = _packed_width(rows, seq_len) if packing else None
-    return MicroBatches(rows, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, width=width)
+    lengths = lengths_of(examples)
+    _check(lengths, seq_len)
+    rows = _deal(examples, lengths, seq_len, 0, packing)
+    width = _packed_width(rows, lengths, seq_len) if packing else None
+    return MicroBatches(examples, rows, lengths, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, width=width)
 
 
-def _packed_rows(examples: Sequence[Example], seq_len: int, seed: int) -> Rows:
-    rows = pack([len(example) for example in examples], capacity=seq_len, seed=seed)
-    return [[examples[index] for index in rows[row]] for row in permutation(len(rows), seed)]
+def _deal(examples: Sequence[Example], lengths: NDArray[np.int32], seq_len: int, seed: int, packing: bool) -> Rows:
+    """The rows of an epoch, shuffled by `seed`."""
+    used = examples.of_epoch(seed) if isinstance(examples, Mixture) else np.arange(len(lengths))
+    if not len(used):
+        raise DataError("The weights of the sources leave no example.", given=0, allowed="at least one")
+    if packing:
+        rows = pack(lengths[used], capacity=seq_len, seed=seed)
+        rows = Rows(used[rows.documents], rows.starts)
+    else:
+        rows = Rows.single(used)
+    return rows.reordered(permutation(len(rows), seed))
 
 
-def _single_rows(examples: Sequence[Example], seed: int) -> Rows:
-    return [[examples[index]] for index in permutation(len(examples), seed)]
-
-
-def _packed_width(rows: Rows, seq_len: int) -> int:
+def _packed_width(rows: Rows, lengths: NDArray[np.int32], seq_len: int) -> int:
     """One length for every row, so that every step takes the same memory; short where all data fits into little."""
-    return min(seq_len, round_up(max(map(_row_tokens, rows))))
+    return min(seq_len, round_up(int(rows.tokens(lengths).max())))
 
 
-def _row_tokens(row: Sequence[Example]) -> int:
-    return sum(map(len, row))
-
-
-def _check(examples: Sequence[Example], seq_len: int) -> None:
-    if not examples:
+def _check(lengths: NDArray[np.int32], seq_len: int) -> None:
+    if not len(lengths):
         raise DataError("There are no examples to iterate over.", given=0, allowed="at least one")
-    if (longest := max(map(len, examples))) > seq_len:
+    if (longest := int(lengths.max())) > seq_len:
         raise DataError("An example is longer than a row.", given=f"{longest} tokens", allowed=f"{seq_len} (seq_len)")

@@ -5,11 +5,16 @@ Shapes: B rows, T positions of a row.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
@@ -48,7 +53,59 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack(lengths: Sequence[int], *, capacity: int, seed: int) -> list[list[int]]:
+class Rows(Sequence[list[int]]):
+    """Which documents (by index) share a row, in 4 bytes a document and 8 a row.
+
+    Args:
+        documents: (N,) those of the first row first.
+        starts: (R + 1,) where each row begins in `documents`, and the end.
+    """
+
+    def __init__(self, documents: NDArray[np.integer[Any]], starts: NDArray[np.int64]) -> None:
+        assert len(documents) < 2**31
+        self.documents: NDArray[np.int32] = documents.astype(np.int32)
+        self.starts = starts
+
+    @classmethod
+    def single(cls, documents: NDArray[np.int64]) -> Rows:
+        """Each document in a row of its own."""
+        return cls(documents, np.arange(len(documents) + 1))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        found: list[int] = self.documents[self.starts[at] : self.starts[at + 1]].tolist()
+        return found
+
+    def tokens(self, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(R,) positions that each row fills, of documents of `lengths`."""
+        ends = np.concatenate([[0], np.cumsum(lengths[self.documents], dtype=np.int64)])
+        filled: NDArray[np.int64] = ends[self.starts[1:]] - ends[self.starts[:-1]]
+        return filled
+
+    def between(self, first: int, last: int) -> Rows:
+        """Rows `first` to `last - 1`."""
+        starts = self.starts[first : last + 1]
+        return Rows(self.documents[starts[0] : starts[-1]], starts - starts[0])
+
+    def reordered(self, order: NDArray[np.int64]) -> Rows:
+        """The same rows in another order."""
+        counts = np.diff(self.starts)[order]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        # position within the new order -> position in the old one
+        at = np.arange(starts[-1]) - np.repeat(starts[:-1] - self.starts[order], counts)
+        return Rows(self.documents[at], starts)
+
+
+def pack(lengths: Sequence[int] | NDArray[np.int32], *, capacity: int, seed: int) -> Rows:
     """Documents (by index) that share a row, by best fit in order of decreasing length.
 
     Documents of the same length trade places with `seed`. How many rows there are, and how full each is, depends on
@@ -56,24 +113,38 @@ def pack(lengths: Sequence[int], *, capacity: int, seed: int) -> list[list[int]]
 
     Reference: D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing algorithms, 1974.
     """
-    assert all(0 < length <= capacity for length in lengths), "documents are cut to the row before they are packed"
-    order = sorted(permutation(len(lengths), seed), key=lambda index: -lengths[index])  # stable
-    rows: list[list[int]] = []
-    free_rows: list[tuple[int, int]] = []  # (free positions, row), sorted
-    for index in order:
-        fit = bisect_left(free_rows, (lengths[index], -1))
-        free, row = free_rows.pop(fit) if fit < len(free_rows) else (capacity, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        if free > lengths[index]:
-            insort(free_rows, (free - lengths[index], row))
-    return rows
+    of_document = np.asarray(lengths, np.int32)
+    assert ((of_document > 0) & (of_document <= capacity)).all(), "documents are cut to the row before they are packed"
+    shuffled = permutation(len(of_document), seed)
+    order = shuffled[np.argsort(-of_document[shuffled], kind="stable")]
+    rows = array("q")  # of each document in `order`
+    count = 0
+    by_room: dict[int, list[int]] = {}  # free positions -> heap of the rows that have so many
+    rooms: list[int] = []  # the keys of `by_room`, sorted
+    for length in of_document[order].tolist():
+        fit = bisect_left(rooms, length)
+        if fit == len(rooms):
+            free, row = capacity, count
+            count += 1
+        else:
+            free = rooms[fit]
+            row = heappop(by_room[free])
+            if not by_room[free]:
+                del by_room[free], rooms[fit]
+        rows.append(row)
+        if left := free - length:
+            if left not in by_room:
+                by_room[left] = []
+                insort(rooms, left)
+            heappush(by_room[left], row)
+    of_row = np.asarray(rows, np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=count))])
+    return Rows(order[np.argsort(of_row, kind="stable")], starts)
 
 
-def permutation(count: int, seed: int) -> list[int]:
+def permutation(count: int, seed: int) -> NDArray[np.int64]:
     """0 .. count-1 in an order that depends on `seed` only."""
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order: NDArray[np.int64] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     return order
 
 

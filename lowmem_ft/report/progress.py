@@ -32,7 +32,8 @@ class Reporter:
     def say(self, text: object) -> None:
         """One message or rich renderable."""
         if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+            # no markup: what is told may quote a user's data, where [/INST] is no tag of rich
+            self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     @contextmanager
     def task(self, name: str, *, unit: str) -> Iterator[Update]:
@@ -41,11 +42,11 @@ class Reporter:
             yield lambda done, total, note="": None
         elif self.console.is_terminal:
             with Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 _Amount(unit),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self.console,
             ) as progress:
                 task = progress.add_task(name, total=None, note="")
@@ -81,7 +82,8 @@ class _Lines:
         rate = done / (now - self.start)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         amount = _amount(done, total, rate, self.unit)
-        self.console.print(f"{self.name}: {amount}{left} {note}".rstrip(), highlight=False, soft_wrap=True)
+        line = f"{self.name}: {amount}{left} {note}".rstrip()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _amount(done: int, total: int, rate: float | None, unit: str) -> str:

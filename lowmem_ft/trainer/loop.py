@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble, load_tokenizer
-from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.config import RunConfig, Sources
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.data.examples import Example, read_examples
+from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, eval_batches
+from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.reading import read_sources
+from lowmem_ft.data.sources import Use
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -78,43 +81,35 @@ def train(
         return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
 
 
-def load_examples(config: RunConfig, reporter: Reporter) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples of a run; the second list is empty without `data.eval`.
+def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and held-out examples of a run; the second is empty without `data.eval`.
 
     Raises:
         ConfigError: `data.train` is missing.
         DataError: records that cannot be used.
     """
     if config.data.train is None:
-        raise ConfigError("'data.train' is missing.", allowed="a JSONL file", fix="add `data: {train: FILE}`")
+        raise ConfigError("'data.train' is missing.", allowed="a data file", fix="add `data: {train: FILE}`")
     return (
-        read_split(config, config.data.train, reporter),
+        read_split(config, config.data.train, reporter, use="train"),
         read_split(config, config.data.eval, reporter) if config.data.eval else [],
     )
 
 
-def read_split(config: RunConfig, file: str, reporter: Reporter) -> list[Example]:
-    """The examples of one JSONL file, tokenized as `config.data` says."""
+def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Example]:
+    """The examples of `sources`, tokenized as `config.data` says, on disk."""
     tokenizer = load_tokenizer(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).folder)
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=config.model)
-    data = config.data
-    with reporter.task(f"Reading {Path(file).name}", unit="B") as update:
-        examples, report = read_examples(
-            Path(file),
-            tokenizer,
-            format=data.format,
-            seq_len=data.seq_len,
-            assistant_only=data.assistant_only,
-            overlong=data.overlong,
-            progress=update,
-        )
-    for note in report.notes():
+    examples, notes = read_sources(
+        sources, config.data, tokenizer, use=use, task=lambda name: reporter.task(name, unit="B")
+    )
+    for note in notes:
         reporter.say(note)
     return examples
 
 
-def evaluate(recovery: Recovery, config: RunConfig, examples: list[Example], reporter: Reporter) -> float:
+def evaluate(recovery: Recovery, config: RunConfig, examples: Sequence[Example], reporter: Reporter) -> float:
     """Mean loss in nats per loss token over `examples`, in the micro-batches of the policy in force."""
     batches = eval_batches(
         examples,
@@ -144,8 +139,8 @@ class _Loop:
     plan: Plan
     ready: Assembled
     folder: RunFolder
-    train_examples: list[Example]
-    eval_examples: list[Example]
+    train_examples: Sequence[Example]
+    eval_examples: Sequence[Example]
     reporter: Reporter
     step: int = 0
     eval_loss: float | None = None  # of the newest evaluation
@@ -176,6 +171,7 @@ class _Loop:
             tokens_per_step=settings.tokens_per_step,
             seed=settings.seed,
             pad_id=_pad_id(self.ready),
+            order=self.config.data.order,
         )
         total = settings.steps or max(1, math.ceil(loader.steps_per_epoch * settings.epochs))
         newest = state.checkpoints(self.folder.checkpoints)[-1:] if resume else []

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.config import DataSource, RunConfig
 from lowmem_ft.core.errors import ConfigError
 
 # (override, words that the message must hold)
@@ -26,6 +27,13 @@ REFUSED = [
     ("adapter.method=peft", ["names no method", "peft_type"]),
     ("adapter.peft={peft_type: IA3}", ["adapter.method: peft"]),
     ("model.x=1", ["'model' has no keys below it"]),
+    ("data.train=3", ["'data.train'", "a list of", "3"]),
+    ("data.train=[]", ["data.train", "list of sources is empty"]),
+    ("data.train={weight: 2}", ["data.train", "'path' is missing"]),
+    ("data.train=[a, {path: b, weigth: 2}]", ["data.train", "Unknown key 'weigth'", "did you mean 'weight'"]),
+    ("data.train={path: b, weight: 0}", ["data.train", "'weight'", "> 0"]),
+    ("data.columns.promt=a", ["'data.columns'", "messages | prompt | completion"]),
+    ("data.order=longest", ["shuffled | longest_first"]),
     ("train.lr", ["not KEY=VALUE"]),
     ("train.lr=[", ["not YAML"]),
 ]
@@ -54,7 +62,23 @@ def test_prefix_tuning_refuses_recomputation() -> None:
         RunConfig.from_dict(keys, ["data.packing=false", "policy.activations=recompute"])
 
 
+def test_sources() -> None:
+    assert RunConfig.from_dict({"model": "m", "data": {"train": "a.jsonl"}}).data.train == "a.jsonl"
+    keys = {
+        "train": ["a.jsonl", {"path": "b.csv", "weight": 2, "columns": {"prompt": "question"}}],
+        "eval": {"path": "c"},
+    }
+    config = RunConfig.from_dict({"model": "m", "data": keys})
+    assert isinstance(config.data.train, list)
+    second = config.data.train[1]
+    assert isinstance(second, DataSource)
+    assert (second.path, second.weight, second.columns, second.format) == ("b.csv", 2, {"prompt": "question"}, None)
+    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
 def test_ignored_options_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"data\.eval uses each example once"):
+        RunConfig.from_dict({"model": "m", "data": {"eval": [{"path": "a", "weight": 2}]}})
     with pytest.warns(UserWarning, match=r"quant\.type concern 4 bits"):
         RunConfig.from_dict({"model": "m", "quant": {"bits": 8, "type": "fp4"}})
     with pytest.warns(UserWarning, match=r"adapter\.rank concern method lora"):

@@ -113,6 +113,7 @@ BAD = {
     "json": ('{"text": "a"', "not valid JSON"),
     "depth": ('{"text": ' + "[" * 100_000, "not valid JSON"),
     "array": ("[1]", "not a JSON object"),
+    "surrogate": ('{"text": "a\\ud83d"}', "half of a surrogate pair"),
     "keys": ({"txt": "a"}, "lacks the keys"),
     "half": ({"prompt": "a"}, "lacks the keys"),
     "text type": ({"text": 3}, "'text' is not a string"),

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.isolation import (
+    ATTENTION,
     PROBE_TOLERANCE,
     attention_inputs,
     check_isolation,
@@ -17,12 +18,15 @@ from lowmem_ft.data.isolation import (
     probe_batch,
 )
 from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.runtime.attention import use_attention
 from tests.models import ARCHITECTURES, MOE, MOE_ARCHITECTURES, SMALL, tiny_model
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"bloom"})
 # Restarted position ids alone do not isolate these (nor Falcon before transformers 5.24)
 LEAK_BY_POSITIONS = ("opt", "mpt", "gpt_oss")
 LEARNED_POSITIONS = ("gpt2", "gpt_neo")
+# These attend by code of their own, or (sinks, capped scores) by transformers' eager function
+WITHOUT_OURS = ("falcon", "gemma2", "gpt_neo", "gpt_oss", "mpt", "stablelm")
 
 
 def document(length: int, seed: int) -> Example:
@@ -57,6 +61,24 @@ def test_changing_one_document_leaves_the_others_bit_equal(name: str, experts: s
     after = logits(model, collate([[OTHER_FIRST, SECOND, OTHER_THIRD], [OTHER_THIRD, SECOND]], pad_id=0))
     assert torch.equal(before[0, WHERE_SECOND], after[0, WHERE_SECOND])
     assert torch.equal(before[1, 9:30], after[1, 9:30])
+    assert not torch.equal(before[0, :13], after[0, :13])
+
+
+BACKENDS = [(name, "eager") for name in PACKABLE]
+BACKENDS += [(name, ATTENTION) for name in PACKABLE if name not in WITHOUT_OURS]
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_every_attention_in_use_isolates(name: str, backend: str) -> None:
+    """SDPA is shown above; here eager attention, and ours where it takes the place of SDPA. Values and gradients."""
+    model = tiny_model(name, attn_implementation="eager" if backend == "eager" else None)
+    if backend == ATTENTION:
+        use_attention(model)
+    assert model.config._attn_implementation == backend
+    check_isolation(model)
+    before = logits(model, collate([[FIRST, SECOND, THIRD]], pad_id=0))
+    after = logits(model, collate([[OTHER_FIRST, SECOND, OTHER_THIRD]], pad_id=0))
+    assert torch.equal(before[0, WHERE_SECOND], after[0, WHERE_SECOND])
     assert not torch.equal(before[0, :13], after[0, :13])
 
 

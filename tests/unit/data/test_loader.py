@@ -4,12 +4,14 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, MicroBatches, eval_batches
+from lowmem_ft.data.mixture import Mixture
 
 SEQ_LEN = 64
 SETTINGS: dict[str, Any] = {
@@ -135,3 +137,83 @@ def test_bad_examples() -> None:
         BatchLoader([], **SETTINGS)
     with pytest.raises(DataError, match="longer than a row"):
         eval_batches([Example([1] * 9, [1] * 9)], seq_len=8, packing=True, micro_batch_tokens=8, pad_id=0)
+
+
+def test_longest_first(examples: list[Example]) -> None:
+    """Every epoch from the longest row to the shortest, each example once, and resumed in that order only."""
+    longest = max(map(len, examples))
+    for packing in (True, False):
+        settings = {**SETTINGS, "packing": packing, "order": "longest_first"}
+        loader = BatchLoader(examples, **settings)
+        for _ in range(2):
+            steps = list(itertools.islice(loader, loader.steps_per_epoch))
+            rows = [sorted((batch.segment_ids != 0).sum(dim=1).tolist()) for step in steps for batch in step]
+            filled = [max(row) for row in rows]
+            assert filled == sorted(filled, reverse=True)
+            assert filled[0] >= longest
+            total: Counter[tuple[int, ...]] = sum((documents(step) for step in steps), Counter())
+            assert total == Counter(tuple(example.input_ids) for example in examples)
+        with pytest.raises(DataError, match="order longest_first"):
+            BatchLoader(examples, **settings).load_state_dict(BatchLoader(examples, **SETTINGS).state_dict())
+        with pytest.raises(DataError, match="order None"):
+            BatchLoader(examples, **SETTINGS).load_state_dict(BatchLoader(examples, **settings).state_dict())
+
+
+def drawn(loader: BatchLoader) -> Counter[tuple[int, ...]]:
+    """The documents of the epoch that begins."""
+    epoch, found = loader.epoch, Counter[tuple[int, ...]]()
+    while loader.epoch == epoch:
+        found += documents(next(loader))
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_weights_say_how_often_an_epoch_uses_a_source(examples: list[Example], packing: bool) -> None:
+    parts = examples[:40], examples[40:60], examples[60:]
+    mixture = Mixture(parts, (1.0, 2.0, 0.5))
+    loader = BatchLoader(mixture, **{**SETTINGS, "packing": packing})
+    halves = []
+    for _ in range(4):
+        found = drawn(loader)
+        assert [found[tuple(example.input_ids)] for example in parts[0]] == [1] * 40
+        assert [found[tuple(example.input_ids)] for example in parts[1]] == [2] * 20
+        half = [found[tuple(example.input_ids)] for example in parts[2]]
+        assert (sum(half), max(half)) == (15, 1)
+        halves.append(half)
+    assert len({tuple(half) for half in halves}) == 4
+    again = BatchLoader(mixture, **{**SETTINGS, "packing": packing})
+    found = drawn(again)
+    assert [found[tuple(example.input_ids)] for example in parts[2]] == halves[0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_weighted_runs_resume_exactly_where_epochs_differ_in_steps(examples: list[Example], packing: bool) -> None:
+    mixture = Mixture((examples[:30], examples[30:]), (1.5, 0.3))
+    settings = {**SETTINGS, "packing": packing, "tokens_per_step": 64}
+    whole = BatchLoader(mixture, **settings)
+    steps = list(itertools.islice(whole, 5 * whole.steps_per_epoch))
+    first = BatchLoader(mixture, **settings)
+    for stop in range(0, len(steps) - 3, 7):
+        first.steps = stop
+        resumed = BatchLoader(mixture, **settings)
+        resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert resumed.epoch == first.epoch
+        assert all(same(next(resumed), step) for step in steps[stop : stop + 3])
+    lengths = np.diff(whole._starts)
+    assert len(set(lengths.tolist())) > 1 or not packing  # else this test shows nothing
+    other = Mixture(mixture.sources, (1.5, 0.4))
+    with pytest.raises(DataError, match="weights"):
+        BatchLoader(other, **settings).load_state_dict(first.state_dict())
+
+
+def test_equal_weights_are_no_weights(examples: list[Example]) -> None:
+    """A run over one file goes on from a checkpoint of before there were sources."""
+    plain, mixture = BatchLoader(examples, **SETTINGS), BatchLoader(Mixture((examples,), (1.0,)), **SETTINGS)
+    assert plain.state_dict() == mixture.state_dict()
+    for _ in range(2 * plain.steps_per_epoch):
+        assert same(next(plain), next(mixture))
+
+
+def test_weights_that_leave_nothing(examples: list[Example]) -> None:
+    with pytest.raises(DataError, match="leave no example"):
+        BatchLoader(Mixture((examples[:3],), (0.1,)), **SETTINGS)

@@ -8,16 +8,17 @@ from lowmem_ft.data.packing import collate, pack
 from .conftest import ASSETS
 
 
-@pytest.mark.parametrize("seq_len", [128, 512, 2048])
-def test_rows_of_the_shipped_data_are_full(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+@pytest.mark.parametrize(("seq_len", "full"), [(128, 0.968), (256, 0.985), (512, 0.985), (1024, 0.992), (2048, 0.978)])
+def test_rows_of_the_shipped_data_are_full(tokenizer: PreTrainedTokenizerBase, seq_len: int, full: float) -> None:
+    """The shares are exact: lengths decide them. Most examples have about 25 tokens, of which five leave 3 of 128."""
     examples, report = read_examples(ASSETS / "whatis-train.jsonl", tokenizer, seq_len=seq_len)
     lengths = [len(example) for example in examples]
-    rows = pack(lengths, capacity=seq_len, seed=0)
+    rows = list(pack(lengths, capacity=seq_len, seed=0))
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))  # none lost, none doubled
     assert all(sum(lengths[index] for index in row) <= seq_len for row in rows)
-    assert report.tokens >= 0.95 * len(rows) * seq_len
-    assert pack(lengths, capacity=seq_len, seed=0) == rows
-    other = pack(lengths, capacity=seq_len, seed=1)
+    assert report.tokens >= full * len(rows) * seq_len
+    assert list(pack(lengths, capacity=seq_len, seed=0)) == rows
+    other = list(pack(lengths, capacity=seq_len, seed=1))
     assert other != rows
     assert [[lengths[index] for index in row] for row in other] == [[lengths[index] for index in row] for row in rows]
 

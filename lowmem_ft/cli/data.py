@@ -1,0 +1,159 @@
+"""`lowmem-ft data FILE`: what a data file holds, and what training would see of it."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.report.progress import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_ft.data.preview import Preview, Segments
+
+BAR = 40  # characters of the longest bar
+SHOWN = 2000  # characters of an example
+
+
+def data_preview(
+    file: Annotated[str, typer.Argument(help="A data file, a saved dataset's folder, or a hub id.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as data.format=alpaca.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Whose tokenizer; default: the embedded model.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Records to look at; 0 for all.")] = 10_000,
+    examples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")] = False,
+) -> None:
+    """Show a data file as training would see it: format, columns, lengths, and the first examples with their loss."""
+    given = [] if seq_len is None else [f"data.seq_len={seq_len}"]
+    config = RunConfig.from_dict(
+        {"model": model or "embedded", "data": {"train": {"path": file}}}, [*given, *(overrides or [])]
+    )
+
+    from lowmem_ft.data.preview import preview
+    from lowmem_ft.data.sources import list_sources
+
+    reporter = Reporter(quiet=as_json)
+    assert config.data.train is not None, "it was given"
+    (source,) = list_sources(config.data.train, config.data)
+    tokenizer = _tokenizer(model, config.trust_remote_code)
+    with reporter.task(f"Reading {Path(file).name}", unit="B") as update:
+        found = preview(source, config.data, tokenizer, rows=rows or None, samples=examples, progress=update)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        _show(found, Console(highlight=False, markup=False))
+    if found.unusable and config.data.invalid == "error":
+        raise DataError(
+            f"{found.unusable} of {found.records} records cannot be used.",
+            given=found.wrong[0].splitlines()[0],
+            fix="correct them, or set data.invalid: skip",
+        )
+    if not found.records:
+        raise DataError("The data file has no records.", given=file)
+
+
+def _tokenizer(model: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from lowmem_ft.assemble import load_tokenizer
+    from lowmem_ft.quant.checkpoint import Checkpoint
+
+    if model is None:
+        with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as folder:
+            found = load_tokenizer(folder)
+    elif (folder := Path(model)).is_dir():
+        found = load_tokenizer(folder)
+    else:
+        found = load_tokenizer(Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder)
+    if found is None:
+        raise UnsupportedError("The model folder holds no tokenizer.", given=model)
+    return found
+
+
+def _show(found: Preview, console: Console) -> None:
+    wide = not console.is_terminal  # lines of any length for pipes
+    console.print(_facts(found), soft_wrap=wide)
+    table = _table("column", "holds", title="Columns")
+    for name, types in found.columns.items():
+        table.add_row(Text(name), Text(", ".join(types)))
+    console.print(table, soft_wrap=wide)
+    if found.lengths:
+        console.print(_histogram(found), soft_wrap=wide)
+    for line in found.wrong:
+        console.print(Text(line), soft_wrap=wide)
+    if found.unusable > len(found.wrong):
+        console.print(f"... and {found.unusable - len(found.wrong)} more records that cannot be used", soft_wrap=wide)
+    for name, runs in found.samples:
+        how = "dimmed" if console.is_terminal else "in [brackets]"
+        console.print(Text(f"\n{name} (what is not in the loss: {how})", style="bold"), soft_wrap=wide)
+        console.print(_marked(runs, plain=not console.is_terminal), soft_wrap=True)
+
+
+def _table(*header: str, title: str) -> Table:
+    table = Table(*header, title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.show_header = bool(header)
+    return table
+
+
+def _facts(found: Preview) -> Table:
+    facts = found.to_dict()
+    count, length = len(found.lengths), facts["length"]
+    table = _table(title=found.name)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("records", f"{found.records}" + ("" if found.complete else ", the first of more (--rows 0 for all)"))
+    if found.unusable:
+        table.add_row("cannot be used", f"{found.unusable}")
+    table.add_row("format", ", ".join(f"{kind} ({number})" for kind, number in found.formats.items()) or "none known")
+    if not count:
+        return table
+    table.add_row("examples", f"{count}")
+    table.add_row("tokens", f"{sum(found.lengths)}, of which {found.tokens} are used")
+    table.add_row("length", ", ".join(f"{name} {value}" for name, value in length.items()))
+    done = {"truncate": "truncated", "drop": "dropped", "error": "too long, an error"}[found.overlong]
+    table.add_row(done, f"{found.truncated} ({found.truncated / count:.1%}) longer than {found.seq_len} tokens")
+    table.add_row("in the loss", f"{found.loss_tokens} tokens ({facts['loss_share']:.1%})")
+    if found.masked:
+        table.add_row("without loss", f"{found.masked} examples, which training leaves out")
+    table.add_row("answers end", ", ".join(f"{text!r} ({number})" for text, number in found.endings.most_common(4)))
+    if found.used:
+        full = f"{facts['packed_share']:.1%} full"
+        table.add_row("if packed", f"{facts['packed_rows']} rows of {found.seq_len} tokens, {full}")
+    return table
+
+
+def _histogram(found: Preview) -> Table:
+    table = _table("tokens", "examples", "", title="Lengths")
+    ranges = found.histogram()
+    most = max(count for _, _, count in ranges)
+    for low, high, count in ranges:
+        beyond = " longer than data.seq_len" if low > found.seq_len else ""
+        bar = "#" * max(round(BAR * count / most), int(count > 0))
+        table.add_row(f"{low}-{high}" if high > low else f"{low}", f"{count}", Text(bar + beyond))
+    return table
+
+
+def _marked(runs: Segments, *, plain: bool) -> Text:
+    text = Text()
+    for part, loss in runs:
+        room = SHOWN - len(text)
+        shown = part if len(part) <= room else part[:room] + "..."
+        if loss:
+            text.append(shown)
+        else:
+            text.append(f"[{shown}]" if plain else shown, style="" if plain else "dim")
+        if len(part) > room:
+            break
+    return text

@@ -1,0 +1,72 @@
+"""The examples of several sources, and how often an epoch uses those of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.store import StoredExamples
+
+T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture(Sequence[T]):
+    """The examples (or preferences) of several sources, one after the other.
+
+    Attributes:
+        weights: of each source. An epoch uses each of its examples `floor(weight)` times, and a share of
+            `weight - floor(weight)` of them, drawn anew for each epoch, once more.
+    """
+
+    sources: tuple[Sequence[T], ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        for source in self.sources:
+            if at < len(source):
+                break
+            at -= len(source)
+        return source[at]
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs draw different examples, and so may have different numbers of steps."""
+        return any(weight % 1 for weight in self.weights)
+
+    def of_epoch(self, seed: int) -> NDArray[np.int64]:
+        """Indices of the examples of one epoch, those of the first source first; `seed` decides what is drawn."""
+        found, start = [], 0
+        for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
+            indices = np.arange(start, start + len(source))
+            # sources of the same length must not draw the same
+            generator = torch.Generator().manual_seed(seed + (number << 32))
+            drawn = torch.randperm(len(source), generator=generator).numpy()[: round(weight % 1 * len(source))]
+            found += [*[indices] * int(weight), start + np.sort(drawn)]
+            start += len(source)
+        return np.concatenate(found)
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """(N,) tokens of each example, without reading any that is stored."""
+    if isinstance(examples, StoredExamples):
+        return examples.lengths
+    if isinstance(examples, Mixture):
+        return np.concatenate([lengths_of(source) for source in examples.sources])
+    return np.fromiter(map(len, examples), np.int32, len(examples))

@@ -1,0 +1,127 @@
+"""Sources as a config names them -> examples on disk, tokenized now or before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_ft.core.config import DataConfig, DataSource, Sources
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
+from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.preference import PreferenceExample, StoredPreferences, preference_entries
+from lowmem_ft.data.records import Progress, Row
+from lowmem_ft.data.sources import FileSet, Use, find_source, list_sources
+from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
+from lowmem_ft.data.tally import DataReport, Tally
+
+Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is told of the bytes done
+
+
+def read_sources(
+    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, use: Use, task: Task
+) -> tuple[Mixture[Example], list[str]]:
+    """The examples of `sources`, in their order, and what a user must be told of them. Memory holds their lengths.
+
+    Args:
+        use: for evaluation every example counts once, whatever the weights are.
+        task: opens a piece of work that is told of.
+
+    Raises:
+        DataError: as `examples.read_examples` raises it.
+        ConfigError: the folder of `data.cache` cannot be written.
+    """
+    stored, weights, notes = _stored(sources, data, tokenizer, use, task, _examples)
+    return Mixture(tuple(stored), weights), notes
+
+
+def read_preferences(
+    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, use: Use, task: Task
+) -> tuple[Mixture[PreferenceExample], list[str]]:
+    """The preferences of `sources`, likewise. Only answers are in the loss, whatever `data.assistant_only` says.
+
+    A pair is cut, dropped or left out as a whole, by the longer of its answers.
+
+    Raises:
+        DataError: as `read_sources`, and for records that are no preferences.
+        ConfigError: the folder of `data.cache` cannot be written.
+    """
+    data = data.model_copy(update={"assistant_only": True})
+    stored, weights, notes = _stored(sources, data, tokenizer, use, task, preference_entries)
+    return Mixture(tuple(StoredPreferences.of(part) for part in stored), weights), notes
+
+
+def _examples(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
+    return ((example, WHOLE) for example in encode_rows(rows, encoder, tally))
+
+
+Encode = Callable[[Iterable[Row], RecordEncoder, Tally], Iterator[tuple[Example, int]]]
+
+
+def _stored(
+    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, use: Use, task: Task, encode: Encode
+) -> tuple[list[StoredExamples], tuple[float, ...], list[str]]:
+    """Each of `sources` on disk, their weights, and what is to be told of them."""
+    folder = cache_folder(data.cache)
+    listed = list_sources(sources, data)
+    stored = [_one(source, data, tokenizer, use, task, folder, encode) for source in listed]
+    weights = tuple(source.weight if use == "train" else 1.0 for source in listed)
+    notes = [note for part in stored for note in part.report.notes()]
+    if data.cache is not None and folder is None:
+        notes.append("The user's cache folder cannot be written: tokens are not kept for another run (data.cache).")
+    return stored, weights, notes
+
+
+def _one(
+    source: DataSource,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    use: Use,
+    task: Task,
+    folder: Path | None,
+    encode: Encode,
+) -> StoredExamples:
+    """One source, found in `folder` or tokenized."""
+    found = find_source(source, use)
+    short, key = Path(found.name).name, ""
+    if not all(path.is_file() for path in found.files):  # what is no file (a pipe) can be read only once
+        folder = None
+    before = _state(found) if folder is not None else None
+    if folder is not None:
+        settings = {
+            "as": encode.__name__,
+            "format": source.format,
+            "columns": source.columns,
+            "seq_len": data.seq_len,
+            "assistant_only": data.assistant_only,
+            "overlong": data.overlong,
+            "invalid": data.invalid,
+        }
+        with task(f"Looking for {short} in the cache") as progress:
+            key = content_key(found, tokenizer, settings, progress)
+        if (known := open_stored(folder, key, found.name)) is not None:
+            return known
+    encoder = RecordEncoder(
+        tokenizer,
+        format=source.format or data.format,
+        columns=source.columns,
+        assistant_only=data.assistant_only,
+    )
+    tally = Tally(found.name, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
+
+    def report() -> DataReport:
+        if before is not None and _state(found) != before:
+            fix = "wait until it is written, and run again"
+            raise DataError("The data file changed while it was read.", given=found.name, fix=fix)
+        return tally.report()
+
+    with task(f"Reading {short}") as progress:
+        return write_stored(encode(found.rows(progress), encoder, tally), report, folder=folder, key=key)
+
+
+def _state(found: FileSet) -> list[tuple[int, int]]:
+    """What tells that a file is not what it was."""
+    return [((stat := path.stat()).st_size, stat.st_mtime_ns) for path in found.files]

@@ -1,0 +1,278 @@
+"""Records of a file, one after the other, each with its place: memory does not grow with the file.
+
+Nothing here unpickles. JSONL and CSV tell the line, other files the row, both from 1. CSV is read by Python's own
+reader: it knows lines, holds one of them, and leaves text that looks like a number a text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lowmem_ft.core.errors import DataError
+
+Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+TABLE_ROWS = 64  # of a table, decoded at once
+TABLE_BUFFER = 1 << 18  # bytes
+DEEPEST = 500  # brackets that may be open at once in a JSON file
+SUFFIXES = {
+    ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+ARROW_MAGIC = b"ARROW1"  # of the file format; what lacks it is a stream, as datasets writes it
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record, or what is wrong with it.
+
+    Attributes:
+        number: its line, or row, from 1.
+        place: as an error names it: `FILE:LINE`, or `FILE: row N`.
+    """
+
+    number: int
+    place: str
+    record: dict[str, Any] | DataError
+
+
+def at(place: str, error: DataError) -> DataError:
+    """The same error, with its place in front."""
+    return DataError(f"{place}: {error.what}", given=error.given, allowed=error.allowed, fix=error.fix)
+
+
+def read_rows(path: Path, progress: Progress | None = None) -> Iterator[Row]:
+    """The records of a file, in its order. What is not JSON, CSV, TSV, Parquet or Arrow by its name is JSONL.
+
+    Raises:
+        DataError: the file cannot be read, or not from some place on.
+    """
+    kind = SUFFIXES.get(path.suffix.lower(), "jsonl")
+    try:
+        file = path.open("rb")
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError("The data file cannot be read.", given=f"{path} ({error.strerror})") from error
+    with file, _telling(path):
+        if kind == "json" and _first_character(file) != b"[":
+            kind = "jsonl"  # many name it so
+        if not file.seekable():
+            progress = None  # a pipe does not say how far it is
+        done = 0
+        for row in _READERS[kind](path, file):
+            yield row
+            if progress is not None and (now := file.tell()) > done:
+                done = now
+                progress(min(done, size), size)
+
+
+def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            record = _record(raw)
+        except DataError as error:
+            yield Row(number, f"{path}:{number}", error)
+        else:
+            if record is not None:
+                yield Row(number, f"{path}:{number}", record)
+
+
+def _record(raw: bytes) -> dict[str, Any] | None:
+    """The object of a line, None for a blank one. A byte order mark is ignored."""
+    try:
+        line = raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text.", given=f"{error.reason}", fix="write the file as UTF-8") from error
+    if not line:
+        return None
+    shown = line if len(line) <= 80 else line[:77] + "..."
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        what = f"not valid JSON: {error.msg} at column {error.colno}."
+        raise DataError(what, given=shown, allowed="one JSON object a line") from error
+    except RecursionError as error:
+        raise DataError("not valid JSON: nested too deeply.", given=shown) from error
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object.", given=shown, allowed='an object, for example {"text": "..."}')
+    return record
+
+
+def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    """The objects of an array."""
+    import ijson
+
+    records = enumerate(_items(file), start=1)
+    while True:
+        try:
+            number, record = next(records)
+        except StopIteration:
+            return
+        except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: not valid JSON.", given=message, allowed="an array of objects") from None
+        place = f"{path}: row {number}"
+        if isinstance(record, dict):
+            yield Row(number, place, record)
+        else:
+            yield Row(number, place, DataError("not a JSON object.", given=str(record)[:80], allowed="an object"))
+
+
+def _items(file: IO[bytes]) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time.
+
+    Not by `ijson.items`, which writes the way to each value: of a million brackets it would take terabytes.
+    """
+    import ijson
+
+    depth, builder = 0, ijson.ObjectBuilder()
+    for event, value in ijson.basic_parse(file, use_float=True):
+        if event in ("end_map", "end_array"):
+            depth -= 1
+        if depth:
+            builder.event(event, value)
+        if event in ("start_map", "start_array"):
+            depth += 1
+            if depth > DEEPEST:
+                raise RecursionError("nested too deeply")
+        elif depth == 1 and event != "map_key":
+            yield builder.value
+            builder = ijson.ObjectBuilder()
+
+
+def _csv(path: Path, file: IO[bytes], delimiter: str = ",") -> Iterator[Row]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        place = f"{path}:{line}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{place}: not UTF-8 text.", given=f"{error.reason}", fix="write the file as UTF-8"
+            ) from None
+        except csv.Error as error:
+            fix = f"fields of more than {csv.field_size_limit()} characters want JSONL or Parquet"
+            raise DataError(f"{place}: not valid CSV.", given=f"{error}", fix=fix) from None
+        if not cells:
+            continue
+        if header is None:
+            header = [name.strip() for name in cells]
+            if len(set(header)) < len(header) or not all(header):
+                given = delimiter.join(header)[:200]
+                raise DataError(f"{place}: not a header.", given=given, allowed="one name for each column")
+        elif len(cells) != len(header):
+            wrong = DataError("not as many fields as columns.", given=len(cells), allowed=len(header))
+            yield Row(line, place, wrong)
+        else:
+            yield Row(line, place, dict(zip(header, cells, strict=True)))
+
+
+def _tsv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    return _csv(path, file, "\t")
+
+
+def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(file, buffer_size=TABLE_BUFFER, pre_buffer=False)
+    batches = (
+        batch
+        for group in range(table.num_row_groups)
+        for batch in table.iter_batches(batch_size=TABLE_ROWS, row_groups=[group], use_threads=False)
+    )
+    return _of_batches(path, batches)
+
+
+def _arrow(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    import pyarrow as pa
+
+    # read, never mapped: mapped pages count into the process's memory
+    if file.peek(len(ARROW_MAGIC))[: len(ARROW_MAGIC)] == ARROW_MAGIC:  # type: ignore[attr-defined]
+        source = pa.ipc.open_file(file)
+        batches = (source.get_batch(i) for i in range(source.num_record_batches))
+    else:
+        batches = iter(pa.ipc.open_stream(file))
+    return _of_batches(path, batches)
+
+
+def _of_batches(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+    import pyarrow as pa
+
+    number, texts = 0, None
+    for batch in batches:
+        # arrow's allocator keeps what it has: a Parquet file of 150 MB took 60 MB without this, 32 MB with it
+        pa.default_memory_pool().release_unused()
+        batch.validate(full=True)  # offsets of a damaged file would lead outside its memory
+        for start in range(0, batch.num_rows, TABLE_ROWS):
+            for values in batch.slice(start, TABLE_ROWS).to_pylist():
+                number += 1
+                record = _without_nulls(values)
+                if texts is None:
+                    texts = {field.name: read for field in batch.schema if (read := _json_reader(field.type))}
+                yield Row(number, f"{path}: row {number}", {**record, **_read_texts(record, texts)})
+
+
+def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
+    """Reads the JSON texts in a column's values: so datasets keeps objects of differing keys. None: it holds none."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda text: None if text is None else json.loads(text)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = _json_reader(kind.value_type)
+        return None if inner is None else lambda values: [inner(value) for value in values]
+    if pa.types.is_struct(kind):
+        readers = {field.name: read for field in kind if (read := _json_reader(field.type))}
+        return (lambda value: {**value, **_read_texts(value, readers)}) if readers else None
+    return None
+
+
+def _read_texts(values: dict[str, Any], readers: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    return {name: read(values[name]) for name, read in readers.items() if name in values}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every object all keys that any has, absent ones as null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """What reading a damaged table raises becomes a clear error."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+        raise DataError(
+            f"{path}: the file cannot be read.", given=" ".join(str(error).split())[:200], fix="write it again"
+        ) from error
+
+
+def _first_character(file: IO[bytes]) -> bytes:
+    """The first that is not a space or a byte order mark; the file is then at its start again."""
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
+    return start
+
+
+_READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[Row]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _csv,
+    "tsv": _tsv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}

@@ -1,0 +1,164 @@
+"""Where records come from: a file, a folder that datasets saved, or a hub id; each becomes a list of files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lowmem_ft.core.config import DataConfig, DataSource, Sources
+from lowmem_ft.core.errors import DataError, nearest
+from lowmem_ft.data.records import SUFFIXES, Progress, Row, read_rows
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+STATE, SPLITS = "state.json", "dataset_dict.json"  # as save_to_disk names them
+Use = Literal["train", "eval"]
+# which split is meant where none is named
+PREFERRED: dict[Use, tuple[str, ...]] = {"train": ("train",), "eval": ("validation", "test")}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """A source that was found.
+
+    Attributes:
+        name: what the user called it.
+        files: read one after the other.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+
+    def rows(self, progress: Progress | None = None) -> Iterator[Row]:
+        """The records of all files. Raises as `read_rows`."""
+        total, before = sum(_size(path) for path in self.files), 0
+        for path in self.files:
+            start = before
+
+            def told(done: int, _size: int, start: int = start) -> None:
+                assert progress is not None
+                progress(start + done, total)
+
+            yield from read_rows(path, told if progress is not None else None)
+            before += _size(path)
+
+
+def list_sources(sources: Sources, data: DataConfig) -> list[DataSource]:
+    """`sources` as a list, with what they leave open filled in from `data`."""
+    given = sources if isinstance(sources, list) else [sources]
+    known = [DataSource(path=source) if isinstance(source, str) else source for source in given]
+    return [
+        source.model_copy(
+            update={
+                "format": source.format or data.format,
+                "columns": data.columns if source.columns is None else source.columns,
+            }
+        )
+        for source in known
+    ]
+
+
+def find_source(source: DataSource, use: Use) -> FileSet:
+    """The files of `source`. A hub id is downloaded, or with HF_HUB_OFFLINE=1 taken from the hub's cache.
+
+    Raises:
+        DataError: there is no such thing, no such split, or a key that it does not take.
+    """
+    path = Path(source.path).expanduser()
+    if not path.exists() and _may_be_hub_id(source.path):
+        return FileSet(source.path, tuple(_from_hub(source, use)))
+    _refuse_unread(source, ("subset", "revision"), "concern hub ids")
+    if path.is_dir():
+        return FileSet(source.path, tuple(_saved(path, source, use)))
+    _refuse_unread(source, ("split",), "concern saved datasets and hub ids")
+    return FileSet(source.path, (path,))
+
+
+def pick_split(splits: Sequence[str], wanted: str | None, use: Use) -> str | None:
+    """The split that is wanted, or meant where none is named: that of this use, or the only one. None: neither."""
+    if wanted is not None:
+        return wanted if wanted in splits else None
+    meant = [name for name in PREFERRED[use] if name in splits]
+    return meant[0] if meant else splits[0] if len(splits) == 1 else None
+
+
+def unknown_split(name: str, splits: Sequence[str], wanted: str | None) -> DataError:
+    """What to say where `pick_split` finds none."""
+    near = nearest(wanted, splits) if wanted else None
+    return DataError(
+        "The dataset has no such split." if wanted else "The dataset has several splits.",
+        given=f"{name}, split {wanted}" if wanted else name,
+        allowed=", ".join(splits),
+        fix=f"did you mean '{near}'?" if near else f"name one: {{path: {name}, split: {splits[0]}}}",
+    )
+
+
+def _may_be_hub_id(path: str) -> bool:
+    """Whether a path that does not exist looks like `owner/name`, or like `name` without a data file's suffix.
+
+    Of a folder that exists a file is meant: the hub is not asked for what was misspelt.
+    """
+    known = Path(path).suffix.lower() in (*SUFFIXES, ".jsonl", ".txt")
+    misspelt = "/" in path and Path(path).parent.is_dir()
+    return HUB_ID.fullmatch(path) is not None and not known and not misspelt
+
+
+def _refuse_unread(source: DataSource, keys: Sequence[str], why: str) -> None:
+    if given := [key for key in keys if getattr(source, key) is not None]:
+        raise DataError(f"{' and '.join(given)} {why}.", given=source.path, fix=f"remove {' and '.join(given)}")
+
+
+def _saved(folder: Path, source: DataSource, use: Use) -> list[Path]:
+    """The Arrow files of a folder that `save_to_disk` wrote."""
+    try:
+        if (folder / SPLITS).exists():
+            splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))["splits"]
+            split = pick_split(splits, source.split, use)
+            if split is None:
+                raise unknown_split(source.path, splits, source.split)
+            folder = folder / split
+        else:
+            _refuse_unread(source, ("split",), "concerns folders of several splits")
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            "The data file cannot be read.",
+            given=f"{folder} (a folder without a readable {STATE})",
+            allowed="a file, a folder that datasets' save_to_disk wrote, or a hub id",
+        ) from error
+
+
+def _from_hub(source: DataSource, use: Use) -> list[Path]:
+    """The Arrow files of a hub dataset, prepared in another process: what datasets takes in memory goes with it."""
+    request = {"source": source.model_dump(), "use": use}
+    done = subprocess.run(
+        [sys.executable, "-m", "lowmem_ft.data.hub"],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,  # its bars of progress pass through stderr
+        text=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise DataError(
+            "The dataset cannot be prepared.", given=f"{source.path} (exit code {done.returncode})"
+        ) from None
+    if "error" in answer:
+        raise DataError(**answer["error"])
+    return [Path(file) for file in answer["files"]]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # reading it says why

@@ -1,0 +1,143 @@
+"""`lowmem-ft data`: the figures of a file, and what it prints."""
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lowmem_ft.cli import main
+from lowmem_ft.cli.data import _marked, _show
+from lowmem_ft.data.preview import Preview
+
+ASSETS = Path(str(files("lowmem_ft") / "assets"))
+Run = Callable[..., tuple[int, str, str]]
+PAIR = {"prompt": "a b c", "completion": " d e"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowmem-ft", "data", *map(str, arguments)])
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(*records: Any) -> Path:
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+        return path
+
+    return write
+
+
+def test_shipped_data(run: Run) -> None:
+    code, out, _ = run(ASSETS / "whatis-eval.jsonl", "--json", "--seq-len", "24")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["records"], found["complete"], found["formats"]) == (300, True, {"messages": 300})
+    assert found["columns"] == {"messages": ["list of objects (role, content)"]}
+    assert sum(it["examples"] for it in found["histogram"]) == found["examples"] == 300
+    assert found["histogram"][0]["from"] == found["length"]["min"]
+    assert found["length"]["max"] == 48
+    assert found["truncated"] == round(found["truncated_share"] * 300) > 0
+    assert found["loss_share"] == found["loss_tokens"] / found["tokens"]
+    assert found["endings"] == {"<|eos|>": 300}
+    assert 0.9 < found["packed_share"] <= 1
+    parts = found["samples"][0]["parts"]
+    assert [part["loss"] for part in parts] == [False, True]
+    assert parts[0]["text"].startswith("<|bos|><|user|>")
+
+
+def test_the_figures_are_those_of_training(run: Run, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from lowmem_ft.data.examples import read_examples
+
+    path = ASSETS / "whatis-eval.jsonl"
+    for overlong in ("truncate", "drop"):
+        tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
+        _, report = read_examples(path, tokenizer, seq_len=20, overlong=overlong)  # type: ignore[arg-type]
+        found = json.loads(run(path, "--json", "--seq-len", "20", f"data.overlong={overlong}")[1])
+        assert (found["used"], found["tokens"]) == (report.examples, report.tokens)
+        assert found["loss_tokens"] == report.loss_tokens
+        assert found["truncated"] == report.truncated + report.dropped
+        assert found["masked"] == report.masked
+
+
+def test_piped(run: Run, write: Callable[..., Path]) -> None:
+    code, out, _ = run(write(PAIR, {"text": "all of it"}))
+    assert code == 0
+    assert "prompt_completion (1), text (1)" in out
+    assert "[a b c] d e<|eos|>" in out
+    assert "[[/INST] a b c] d e<|eos|>" in run(write({**PAIR, "prompt": "[/INST] a b c"}))[1]
+    assert "data.jsonl:1 (what is not in the loss: in [brackets])" in out
+    assert "\x1b" not in out
+
+
+def test_on_a_terminal_masked_tokens_are_dimmed() -> None:
+    console = Console(force_terminal=True, width=80, color_system="standard", highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(_marked([("asked ", False), ("said", True)], plain=False))
+    assert capture.get() == "\x1b[2masked \x1b[0msaid\n"
+    with console.capture() as capture:
+        _show(Preview(name="[/x]", seq_len=8, overlong="drop"), console)
+    assert "none known" in capture.get()
+
+
+def test_long_examples_are_cut() -> None:
+    assert str(_marked([("a" * 1990, True), ("b" * 50, False), ("c", True)], plain=True)).endswith("[bbbbbbbbbb...]")
+
+
+def test_wrong_rows(run: Run, write: Callable[..., Path]) -> None:
+    path = write(PAIR, '{"prompt"', {"x": 1}, PAIR)
+    code, out, err = run(path)
+    assert code == 2
+    assert f"{path}:2: not valid JSON" in out
+    assert f"{path}:3: the record lacks the keys" in out
+    assert "2 of 4 records cannot be used" in err
+    assert "Traceback" not in err
+    code, out, _ = run(path, "data.invalid=skip", "--json")
+    found = json.loads(out)
+    assert (code, found["unusable"], found["examples"], len(found["wrong"])) == (0, 2, 2, 2)
+    code, _, err = run(write(""))
+    assert (code, "has no records" in err) == (2, True)
+    code, _, err = run("absent.jsonl")
+    assert (code, "cannot be read" in err) == (2, True)
+
+
+def test_options(run: Run, write: Callable[..., Path]) -> None:
+    path = write(*[{"question": f"q{i}", "answer": " a"} for i in range(20)])
+    columns = ("data.columns.prompt=question", "data.columns.completion=answer")
+    found = json.loads(run(path, *columns, "--rows", "5", "--examples", "1", "--json")[1])
+    assert (found["records"], found["complete"], len(found["samples"])) == (5, False, 1)
+    assert "the first of more" in run(path, *columns, "--rows", "5")[1]
+    found = json.loads(run(path, *columns, "data.assistant_only=false", "--rows", "0", "--json")[1])
+    assert (found["records"], found["complete"]) == (20, True)
+    assert found["loss_tokens"] == found["tokens"] - 20
+    assert run(path, *columns, "--model", ASSETS / "doclm-7m")[0] == 0
+    code, _, err = run(path, "--model", path.parent)
+    assert (code, "holds no tokenizer" in err) == (2, True)
+    code, _, err = run(path, "data.fromat=text")
+    assert (code, "did you mean 'data.format'" in err) == (2, True)
+
+
+def test_preferences(run: Run, write: Callable[..., Path]) -> None:
+    path = write({"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "completion": "b", "label": False})
+    found = json.loads(run(path, "--json")[1])
+    assert found["formats"] == {"preference": 1, "kto": 1}
+    assert [it["what"].split()[-1] for it in found["samples"]] == ["chosen", "rejected", "rejected"]
+    found = json.loads(run(write({"prompt": "a", "chosen": " b", "rejected": " c"}), "data.format=chosen", "--json")[1])
+    assert [len(it["parts"]) for it in found["samples"]] == [2]

@@ -1,0 +1,272 @@
+"""What records say: the formats that are in use, found by their keys."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_ft.core.config import DataRole
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import IGNORE_INDEX, RecordEncoder, read_examples
+from lowmem_ft.data.formats import Completion, Conversation, RecordReader
+
+Write = Callable[..., Path]
+ASKED, ANSWERED = {"role": "user", "content": "What is ls?"}, {"role": "assistant", "content": "List files."}
+BAD = {"role": "assistant", "content": "No idea."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOLS = [{"type": "function", "function": {"name": "run"}}]
+CALL = {"name": "run", "arguments": {"command": "ls"}}
+
+SAID: dict[str, tuple[dict[str, Any], str, Conversation | Completion]] = {
+    "messages": ({"messages": [ASKED, ANSWERED]}, "messages", Conversation([ASKED, ANSWERED])),
+    "messages in conversations": ({"conversations": [ASKED, ANSWERED]}, "messages", Conversation([ASKED, ANSWERED])),
+    "tools as text": (
+        {"messages": [ASKED, ANSWERED], "tools": '[{"type": "function", "function": {"name": "run"}}]'},
+        "messages",
+        Conversation([ASKED, ANSWERED], TOOLS),
+    ),
+    "messages as text": (
+        {"messages": '[{"role": "user", "content": "What is ls?"}]'},
+        "messages",
+        Conversation([ASKED]),
+    ),
+    "no tools": ({"messages": [ASKED, ANSWERED], "tools": ""}, "messages", Conversation([ASKED, ANSWERED])),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "What is ls?"}, {"from": "gpt", "value": "List files."}]},
+        "sharegpt",
+        Conversation([ASKED, ANSWERED]),
+    ),
+    "sharegpt with tools": (
+        {
+            "system": "Be brief.",
+            "tools": TOOLS,
+            "conversations": [
+                {"from": "human", "value": "What is ls?"},
+                {"from": "function_call", "value": '{"name": "run", "arguments": {"command": "ls"}}'},
+                {"from": "observation", "value": "a b"},
+                {"from": "gpt", "value": "List files."},
+            ],
+        },
+        "sharegpt",
+        Conversation(
+            [
+                SYSTEM,
+                ASKED,
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+                {"role": "tool", "content": "a b"},
+                ANSWERED,
+            ],
+            TOOLS,
+        ),
+    ),
+    "alpaca": (
+        {"instruction": "What is", "input": "ls?", "output": "List files."},
+        "alpaca",
+        Conversation([{"role": "user", "content": "What is\n\nls?"}, ANSWERED]),
+    ),
+    "alpaca without input": (
+        {"instruction": "What is ls?", "input": "", "output": "List files.", "text": "all of it"},
+        "alpaca",
+        Conversation([ASKED, ANSWERED]),
+    ),
+    "alpaca with system": (
+        {"instruction": "What is ls?", "output": "List files.", "system": "Be brief."},
+        "alpaca",
+        Conversation([SYSTEM, ASKED, ANSWERED]),
+    ),
+    "strings": ({"prompt": "a", "completion": "b"}, "prompt_completion", Completion("a", "b")),
+    "a class is no verdict": (
+        {"prompt": "a", "completion": "b", "label": 3},
+        "prompt_completion",
+        Completion("a", "b"),
+    ),
+    "prompt and completion of messages": (
+        {"prompt": [SYSTEM, ASKED], "completion": [ANSWERED]},
+        "prompt_completion",
+        Conversation([SYSTEM, ASKED, ANSWERED], first=2),
+    ),
+    "string and messages": (
+        {"prompt": "What is ls?", "completion": [ANSWERED]},
+        "prompt_completion",
+        Conversation([ASKED, ANSWERED], first=1),
+    ),
+    "text": ({"text": "a"}, "text", Completion(None, "a")),
+}
+
+
+@pytest.mark.parametrize(("record", "kind", "said"), SAID.values(), ids=SAID.keys())
+def test_found_by_keys(record: dict[str, Any], kind: str, said: Conversation | Completion) -> None:
+    content = RecordReader().read(record)
+    assert (content.kind, content.good, content.bad) == (kind, said, None)
+
+
+PAIRS: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "strings": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"}, Completion("a", "b"), Completion("a", "c")
+    ),
+    "common beginning": (
+        {"chosen": "Q: ls? A: files", "rejected": "Q: ls? A: folders"},
+        Completion("Q: ls? A: f", "iles"), Completion("Q: ls? A: f", "olders"),
+    ),
+    "common beginning before a space": (
+        {"chosen": "Q: ls? A: yes", "rejected": "Q: ls? A: no"},
+        Completion("Q: ls? A:", " yes"), Completion("Q: ls? A:", " no"),
+    ),
+    "answers of messages": (
+        {"prompt": [SYSTEM, ASKED], "chosen": [ANSWERED], "rejected": [BAD]},
+        Conversation([SYSTEM, ASKED, ANSWERED], first=2), Conversation([SYSTEM, ASKED, BAD], first=2),
+    ),
+    "whole conversations": (
+        {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, BAD]},
+        Conversation([ASKED, ANSWERED], first=1), Conversation([ASKED, BAD], first=1),
+    ),
+    "whole conversations beside their prompt": (
+        {"prompt": "What is ls?", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, BAD], "messages": [ASKED, ANSWERED]},
+        Conversation([ASKED, ANSWERED], first=1), Conversation([ASKED, BAD], first=1),
+    ),
+    "a system turn beside them": (
+        {"system": "Be brief.", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, BAD]},
+        Conversation([SYSTEM, ASKED, ANSWERED], first=2), Conversation([SYSTEM, ASKED, BAD], first=2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "good", "bad"), PAIRS.values(), ids=PAIRS.keys())
+def test_preferences(record: dict[str, Any], good: Any, bad: Any) -> None:
+    content = RecordReader().read(record)
+    assert (content.kind, content.good, content.bad) == ("preference", good, bad)
+    chosen = RecordReader(format="chosen").read(record)
+    assert (chosen.good, chosen.bad) == (good, None)
+
+
+@pytest.mark.parametrize(("label", "good"), [(True, True), (False, False), ("True", True), ("false", False)])
+def test_verdicts(label: Any, good: bool) -> None:
+    content = RecordReader().read({"prompt": "a", "completion": "b", "label": label})
+    assert content.kind == "kto"
+    assert (content.good, content.bad)[not good] == Completion("a", "b")
+    assert (content.good, content.bad)[good] is None
+    assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
+
+
+def test_columns() -> None:
+    record = {"question": "What is ls?", "answer": {"text": "List files."}, "text": "all of it", "a.b": "dotted"}
+    reader = RecordReader(columns={"instruction": "question", "output": "answer.text"})
+    assert reader.read(record).good == Conversation([ASKED, ANSWERED])
+    assert RecordReader(columns={"text": "a.b"}).read(record).good == Completion(None, "dotted")
+    # what is mapped joins what is called by its role already
+    assert RecordReader(columns={"completion": "a.b"}).read({**record, "prompt": "p"}).good == Completion("p", "dotted")
+    # and is joined by what says more of it: without it the answer would be another, or the bad one
+    pair = {"prompt": "a", "better": " b", "worse": " bc", "text": "all of it"}
+    content = RecordReader(columns={"chosen": "better", "rejected": "worse"}).read(pair)
+    assert (content.good, content.bad) == (Completion("a", " b"), Completion("a", " bc"))
+    judged = {"question": "a", "answer": "b", "label": False}
+    columns: dict[DataRole, str] = {"prompt": "question", "completion": "answer"}
+    assert RecordReader(columns=columns).read(judged).kind == "kto"
+    assert RecordReader(columns={**columns, "label": "good"}).read({**judged, "good": 0}).kind == "kto"
+    asked = {"q": "What is", "input": "ls?", "output": "List files."}
+    said = RecordReader(columns={"instruction": "q", "output": "output"}).read(asked).good
+    assert said == RecordReader().read({**asked, "instruction": "What is"}).good
+    with pytest.raises(DataError, match=r"lacks the column[\s\S]*did you mean 'question'"):
+        RecordReader(columns={"instruction": "questoin", "output": "answer.text"}).read(record)
+    with pytest.raises(DataError, match="lacks the column"):
+        RecordReader(columns={"text": "answer.none"}).read(record)
+
+
+WRONG = {
+    "speaker": ({"conversations": [{"from": "moon", "value": "a"}]}, "message 1 is from nobody known"),
+    "value": ({"conversations": [{"from": "human", "value": 3}]}, "message 1 has no 'value' of text"),
+    "call": ({"conversations": [{"from": "function_call", "value": "{"}]}, "message 1, a call of a function"),
+    "instruction": ({"instruction": 3, "output": "a"}, "'instruction' is not a string"),
+    "same": ({"chosen": "a", "rejected": "a"}, "are the same"),
+    "mixed": ({"chosen": "a", "rejected": [ASKED]}, "of different kinds"),
+    "nothing shared": ({"chosen": [ASKED, ANSWERED], "rejected": [SYSTEM, BAD]}, "begin with different messages"),
+    "type": ({"chosen": 1, "rejected": 2}, "'chosen' is not a string"),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_records(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        RecordReader().read(record)
+    with pytest.raises(DataError, match="'label' is no verdict"):
+        RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": "maybe"})
+
+
+def loss_text(tokenizer: PreTrainedTokenizerBase, labels: Any) -> str:
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_answers_in_the_prompt_are_not_in_the_loss(tokenizer: PreTrainedTokenizerBase, marked: bool) -> None:
+    if not marked:
+        for word in ("{% generation %}", "{% endgeneration %}"):
+            tokenizer.chat_template = tokenizer.chat_template.replace(word, "")
+    record = {"prompt": [ASKED, BAD, ASKED], "completion": [ANSWERED, ASKED, ANSWERED]}
+    (example,) = RecordEncoder(tokenizer).encode(record)
+    assert loss_text(tokenizer, example.labels) == "List files.<|eos|>" * 2
+
+
+def test_markers_that_are_not_one_for_each_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{% generation %}{{ eos_token }}{% endgeneration %}"
+    )
+    with pytest.raises(DataError, match="which answers belong to the prompt"):
+        RecordEncoder(tokenizer).encode({"prompt": [ASKED, BAD, ASKED], "completion": [ANSWERED]})
+
+
+def test_alpaca_without_a_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    (example,) = RecordEncoder(tokenizer).encode({"instruction": "What?", "input": "ls", "output": "Files."})
+    text = "### Instruction:\nWhat?\n\n### Input:\nls\n\n### Response:\nFiles.<|eos|>"
+    assert tokenizer.decode(example.input_ids) == text
+    assert loss_text(tokenizer, example.labels) == "Files.<|eos|>"
+
+
+def test_preferences_are_refused_by_supervised_training(tokenizer: PreTrainedTokenizerBase, jsonl: Write) -> None:
+    pair, verdict = (
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "a", "completion": "b", "label": False},
+    )
+    for record, fix in ((pair, "data.format: chosen"), (verdict, "data.format: prompt_completion")):
+        for invalid in ("error", "skip"):
+            with pytest.raises(DataError, match=r"data\.jsonl:2: the record is a preference") as error:
+                read_examples(jsonl({"text": "ls"}, record), tokenizer, seq_len=64, invalid=invalid)  # type: ignore[arg-type]
+            assert fix in str(error.value)
+    (example,), report = read_examples(jsonl(pair), tokenizer, seq_len=64, format="chosen")
+    assert loss_text(tokenizer, example.labels) == " b<|eos|>"
+    assert report.formats == {"preference": 1}
+
+
+def test_skipping_counts_and_says_why(tokenizer: PreTrainedTokenizerBase, jsonl: Write) -> None:
+    path = jsonl({"text": "ls"}, '{"text": ', {"txt": "a"}, "[1]", {"text": 3}, {"text": "cat"})
+    examples, report = read_examples(path, tokenizer, seq_len=64, invalid="skip")
+    assert len(examples) == 2
+    assert (report.records, report.skipped, len(report.reasons)) == (6, 4, 3)
+    (note,) = report.notes()
+    assert "4 of 6 records skipped" in note
+    assert f"{path}:2: not valid JSON" in note
+    with pytest.raises(DataError, match=r"no record can be used[\s\S]*:1: not a JSON object"):
+        read_examples(jsonl("[1]"), tokenizer, seq_len=64, invalid="skip")
+    with pytest.raises(DataError, match=r"data\.invalid: skip"):
+        read_examples(jsonl({"text": 3}), tokenizer, seq_len=64)
+    with pytest.raises(DataError, match="too long"):
+        read_examples(jsonl({"text": "ls " * 9}), tokenizer, seq_len=8, invalid="skip", overlong="error")
+
+
+@pytest.mark.parametrize("arguments", [{"command": "ls"}, '{"command": "ls"}'])
+def test_arguments_of_calls(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> None:
+    """Objects, or for a template that joins them to text JSON, whichever way the record has them."""
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "run", "arguments": arguments}}],
+    }
+    messages = [ASKED, call]
+    for template in (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}{% endfor %}",
+    ):
+        tokenizer.chat_template = template
+        (example,) = RecordEncoder(tokenizer, assistant_only=False).encode({"messages": messages})
+        assert tokenizer.decode(example.input_ids) == '{"command": "ls"}'

@@ -1,0 +1,100 @@
+"""Preferences as tokens: the prompt is the same in both answers, and only answers are in the loss."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_ft.core.config import DataConfig
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import IGNORE_INDEX, Example
+from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.preference import PreferenceExample, StoredPreferences
+from lowmem_ft.data.reading import read_preferences
+
+from .test_store import silent
+
+Write = Callable[..., Path]
+ASKED, GOOD = {"role": "user", "content": "What is ls?"}, {"role": "assistant", "content": "List files."}
+BAD = {"role": "assistant", "content": "No idea, sorry."}
+PAIRS = [
+    {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+    {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    {"prompt": "What is ls?", "chosen": " List files.", "rejected": " No idea, sorry."},
+]
+VERDICTS = [
+    {"prompt": [ASKED], "completion": [GOOD], "label": True},
+    {"prompt": "a", "completion": " b", "label": False},
+]
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, **settings: Any) -> Mixture[PreferenceExample]:
+    data = DataConfig.model_validate({"seq_len": 64, "cache": str(cache), **settings})
+    mixture, _ = read_preferences(str(path), data, tokenizer, use="train", task=silent)
+    return mixture
+
+
+def answer(tokenizer: PreTrainedTokenizerBase, example: Example | None) -> str:
+    assert example is not None
+    return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+
+
+def test_pairs_and_verdicts(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    for _ in range(2):  # made, and found
+        found = read(jsonl(*PAIRS, *VERDICTS), tokenizer, tmp_path / "cache")
+        assert [preference.label for preference in found] == [None, None, None, True, False]
+        for preference in found[:3]:
+            assert answer(tokenizer, preference.chosen).strip() == "List files.<|eos|>"
+            assert answer(tokenizer, preference.rejected).strip() == "No idea, sorry.<|eos|>"
+            assert preference.chosen is not None
+            assert preference.rejected is not None
+            shared = preference.prompt_tokens
+            assert preference.chosen.input_ids[:shared] == preference.rejected.input_ids[:shared]
+            assert list(preference.chosen.labels[:shared]) == [IGNORE_INDEX] * shared
+            assert preference.chosen.labels[shared] != IGNORE_INDEX
+        assert found[3].rejected is None
+        assert answer(tokenizer, found[3].chosen) == "List files.<|eos|>"
+        assert found[4].chosen is None
+        assert answer(tokenizer, found[4].rejected) == " b<|eos|>"
+        (source,) = found.sources
+        assert isinstance(source, StoredPreferences)
+        assert source.lengths.tolist() == [
+            sum(len(example) for example in (it.chosen, it.rejected) if example is not None) for it in found
+        ]
+        assert source.stored.report.examples == 5
+        assert source.stored.report.formats == {"preference": 3, "kto": 2}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_pairs_are_cut_and_dropped_as_a_whole(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    short, long = ({"prompt": "a", "chosen": " b", "rejected": " c" * count} for count in (1, 40))
+    (pair,) = read(jsonl(long), tokenizer, tmp_path, seq_len=16)
+    assert pair.rejected is not None
+    assert len(pair.rejected) == 16
+    assert len(read(jsonl(long, short), tokenizer, tmp_path, seq_len=16, overlong="drop")) == 1
+    asked = {"prompt": "a" * 200, "chosen": " b", "rejected": " c"}
+    assert len(read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16)) == 1  # no answer is left
+    with pytest.raises(DataError, match=":1: the example is too long"):
+        read(jsonl(long), tokenizer, tmp_path, seq_len=16, overlong="error")
+
+
+def test_what_is_no_preference_is_refused(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    for invalid in ("error", "skip"):
+        with pytest.raises(DataError, match=":2: the record is no preference"):
+            read(jsonl(PAIRS[0], {"text": "ls"}), tokenizer, tmp_path, invalid=invalid)
+    assert len(read(jsonl(PAIRS[0], {"chosen": 1, "rejected": 2}), tokenizer, tmp_path, invalid="skip")) == 1
+
+
+def test_several_answers_of_a_template_that_shows_them_differently(
+    tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}!{% endif %}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    several = {"prompt": [ASKED], "chosen": [GOOD, ASKED, GOOD], "rejected": [BAD]}
+    with pytest.raises(DataError, match="the answer is not one text"):
+        read(jsonl(several), tokenizer, tmp_path)
+    assert len(read(jsonl(PAIRS[0]), tokenizer, tmp_path)) == 1

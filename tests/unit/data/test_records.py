@@ -1,0 +1,168 @@
+"""The same records from every kind of file, and errors that say where."""
+
+import contextlib
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Json, List, Value
+
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.records import read_rows
+
+RECORDS: list[dict[str, Any]] = [
+    {"prompt": f'Question {i}, with "quotes"\nand lines?', "completion": str(i)} for i in range(150)
+]
+
+
+def write(folder: Path, kind: str) -> Path:
+    """RECORDS as a file of `kind`."""
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    elif kind == "json":
+        path.write_text(json.dumps(RECORDS, indent=1))
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(RECORDS[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=40)
+    elif kind == "feather":
+        feather.write_feather(pa.Table.from_pylist(RECORDS), path, compression="uncompressed")
+    else:  # a stream, as datasets writes it
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(RECORDS).schema) as out:
+            out.write_table(pa.Table.from_pylist(RECORDS), max_chunksize=70)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "feather", "arrow"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, kind: str) -> None:
+    """A completion of digits stays a text, also in CSV."""
+    path = write(tmp_path, kind)
+    told: list[tuple[int, int]] = []
+    rows = list(read_rows(path, lambda *at: told.append(at)))
+    assert [row.record for row in rows] == RECORDS
+    assert told == sorted(told)
+    assert all(done <= size == path.stat().st_size for done, size in told)
+    # 1 header, and two lines for each record before
+    line = {"csv": 2 * 100 + 2, "tsv": 2 * 100 + 2}.get(kind, 101)
+    assert rows[100].number == line
+    assert rows[100].place == (f"{path}:{line}" if kind in ("jsonl", "csv", "tsv") else f"{path}: row 101")
+
+
+def test_json_of_lines_and_of_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lines.json"
+    path.write_text('\ufeff {"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    assert [row.record for row in read_rows(path)] == [{"text": "a"}, {"text": "b"}]
+    path.write_text("")
+    assert list(read_rows(path)) == []
+    path.write_text(" \n []")
+    assert list(read_rows(path)) == []
+
+
+def test_numbers_stay_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1, "b": 0.5, "c": 1e3, "d": null, "e": true}]')
+    assert [row.record for row in read_rows(path)] == [{"a": 1, "b": 0.5, "c": 1000.0, "d": None, "e": True}]
+
+
+def test_nulls_of_tables_are_absent_keys(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    turns = [[{"role": "user", "content": "a"}], [{"role": "tool", "content": "b", "name": "ls"}]]
+    pq.write_table(pa.Table.from_pylist([{"messages": it} for it in turns]), path)
+    assert [row.record for row in read_rows(path)] == [{"messages": it} for it in turns]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_objects_that_datasets_keeps_as_json(tmp_path: Path, kind: str) -> None:
+    """Schemas of tools and arguments of calls have other keys in each row; a null among them is one."""
+    calls = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": it}}]}
+        for it in ({"a": 1}, {"b": None})
+    ]
+    records = [{"messages": [call], "tools": [{"name": "f"}], "id": i} for i, call in enumerate(calls)]
+    features = Features({"messages": List(Json()), "tools": Json(), "id": Value("int64")})
+    data, path = Dataset.from_list(records, features=features), tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(tmp_path / "saved")
+        (path,) = (tmp_path / "saved").glob("*.arrow")
+    assert [row.record for row in read_rows(path)] == records
+
+
+WRONG = {
+    "json": ("data.json", b'[{"text": "a"}, 3, {"text": "b"}]', "row 2: not a JSON object"),
+    "fields": ("data.csv", b"text,label\na,1\nb\nc,2\n", ":3: not as many fields"),
+    "quoted fields": ("data.csv", b'text,label\n"a\nb",1\n\nc\nd,1\n', ":5: not as many fields"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "place"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_rows_are_told_and_passed(tmp_path: Path, name: str, content: bytes, place: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    rows = list(read_rows(path))
+    assert [isinstance(row.record, DataError) for row in rows] == [False, True, False]
+    assert isinstance(rows[1].record, DataError)
+    assert place in f"{rows[1].place}: {rows[1].record.what}"
+
+
+BROKEN = {
+    "json cut": ("data.json", b'[{"text": "a"}, {"te', r"data\.json: not valid JSON"),
+    "json comma": ("data.json", b'[{"text": "a"} {"text": "b"}]', r"data\.json: not valid JSON"),
+    "json latin": ("data.json", '[{"text": "é"}]'.encode("latin-1"), r"data\.json: not valid JSON"),
+    "json depth": ("data.json", b"[" * 100_000, r"data\.json: not valid JSON[\s\S]*nested too deeply"),
+    "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
+    "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
+    "csv field": ("data.csv", b"text\n" + b"a" * 200_000, r"data\.csv:2: not valid CSV[\s\S]*JSONL or Parquet"),
+    "csv quote": ("data.csv", b'text\n"a" b\n', r"data\.csv:2: not valid CSV"),
+    "parquet": ("data.parquet", b"PAR1 and so on", r"data\.parquet: the file cannot be read"),
+    "arrow": ("data.arrow", b"nothing of the kind", r"data\.arrow: the file cannot be read"),
+    "empty arrow": ("data.arrow", b"", r"data\.arrow: the file cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "feather", "arrow"])
+def test_damaged_files_give_records_or_a_clear_error(tmp_path: Path, kind: str) -> None:
+    """Never another error, nor a process that dies: offsets of a damaged Arrow file may lead anywhere."""
+    path = write(tmp_path, kind)
+    sound, draw = path.read_bytes(), random.Random(0)
+    for _ in range(30):
+        damaged = bytearray(sound)
+        for _ in range(draw.randint(1, 8)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            list(read_rows(path))
+
+
+def test_nested_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    records = [{"a": [1, {"b": None}, []]}, {}, {"a": {"b": {"c": []}}}, {"a": [[], [[2]]]}]
+    path.write_text(json.dumps(records))
+    assert [row.record for row in read_rows(path)] == records
+
+
+def test_cut_tables(tmp_path: Path) -> None:
+    for kind in ("parquet", "feather", "arrow"):
+        path = write(tmp_path, kind)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(DataError, match="cannot be read"):
+            list(read_rows(path))

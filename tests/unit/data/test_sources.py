@@ -1,0 +1,130 @@
+"""What a source may be: files, saved datasets, hub ids in the cache, with splits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from lowmem_ft.core.config import DataConfig, DataSource
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.sources import FileSet, find_source, list_sources, pick_split
+
+RECORDS = [{"text": f"Line {i}."} for i in range(30)]
+
+
+def records(found: FileSet) -> list[Any]:
+    return [row.record for row in found.rows()]
+
+
+def test_what_a_source_leaves_open_comes_from_data() -> None:
+    data = DataConfig.model_validate({"format": "text", "columns": {"text": "body"}})
+    own = {"path": "b.csv", "weight": 2, "format": "alpaca", "columns": {}}
+    first, second = list_sources(["a.jsonl", DataSource.model_validate(own)], data)
+    assert (first.path, first.weight, first.format, first.columns) == ("a.jsonl", 1, "text", {"text": "body"})
+    assert (second.weight, second.format, second.columns) == (2, "alpaca", {})
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(RECORDS[0]))
+    assert find_source(DataSource(path=str(path)), "train") == FileSet(str(path), (path,))
+    with pytest.raises(DataError, match=r"split concern[\s\S]*remove split"):
+        find_source(DataSource(path=str(path), split="train"), "train")
+    with pytest.raises(DataError, match="subset concern"):
+        find_source(DataSource(path=str(path), subset="train"), "train")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)  # data/train is no hub id where data/ is a folder
+    with pytest.raises(DataError, match="cannot be read"):
+        list(find_source(DataSource(path="data/train"), "train").rows())
+    absent = find_source(DataSource(path="absent.jsonl"), "train")
+    with pytest.raises(DataError, match="cannot be read"):
+        list(absent.rows())
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one", num_shards=2)
+    found = find_source(DataSource(path=str(tmp_path / "one")), "train")
+    assert len(found.files) == 2
+    assert records(found) == RECORDS
+    told: list[tuple[int, int]] = []
+    list(found.rows(lambda *at: told.append(at)))
+    assert told == sorted(told)
+    assert told[-1][1] == sum(path.stat().st_size for path in found.files)
+
+    splits = {"train": Dataset.from_list(RECORDS), "validation": Dataset.from_list(RECORDS[:3])}
+    DatasetDict(splits).save_to_disk(tmp_path / "two")
+    source = DataSource(path=str(tmp_path / "two"))
+    assert records(find_source(source, "train")) == RECORDS
+    assert records(find_source(source, "eval")) == RECORDS[:3]
+    named = source.model_copy(update={"split": "validation"})
+    assert records(find_source(named, "train")) == RECORDS[:3]
+    with pytest.raises(DataError, match=r"no such split[\s\S]*did you mean 'train'"):
+        find_source(source.model_copy(update={"split": "trian"}), "train")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=r"save_to_disk"):
+        find_source(DataSource(path=str(tmp_path / "other")), "train")
+
+
+@pytest.mark.parametrize(
+    ("splits", "wanted", "use", "found"),
+    [
+        (["train", "test"], None, "train", "train"),
+        (["train", "test"], None, "eval", "test"),
+        (["train", "validation", "test"], None, "eval", "validation"),
+        (["all"], None, "eval", "all"),
+        (["a", "b"], None, "train", None),
+        (["a", "b"], "b", "train", "b"),
+        (["a", "b"], "c", "train", None),
+    ],
+)
+def test_which_split_is_meant(splits: list[str], wanted: str | None, use: Any, found: str | None) -> None:
+    assert pick_split(splits, wanted, use) == found
+
+
+def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's cache holds is used; what it does not is a clear error, in this process and without datasets."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    request = {"source": {"path": str(tmp_path / "thing")}, "use": "train"}
+    prepared = subprocess.run(
+        [sys.executable, "-m", "lowmem_ft.data.hub"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (file,) = json.loads(prepared.stdout)["files"]
+    assert Path(file).suffix == ".arrow"
+    cache = tmp_path / "hub" / "datasets"
+    (cache / "thing").rename(cache / "someone___thing")  # as if it had come from there
+    for name in cache.glob("someone___thing/*/*/*/thing-train.arrow"):
+        assert name.exists()
+    shutil.rmtree(tmp_path / "thing")
+    assert records(find_source(DataSource(path="someone/thing"), "train")) == RECORDS
+    with pytest.raises(DataError, match=r"no such split"):
+        find_source(DataSource(path="someone/thing", split="test"), "train")
+    with pytest.raises(DataError, match=r"cannot be prepared[\s\S]*someone/nothing[\s\S]*save_to_disk"):
+        find_source(DataSource(path="someone/nothing"), "train")
+
+
+def test_hub_datasets_of_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    request = {"source": {"path": str(tmp_path / "pictures")}, "use": "train"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lowmem_ft.data.hub"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["error"]["what"] == "The dataset holds no tables or text."

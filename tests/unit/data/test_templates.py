@@ -1,0 +1,249 @@
+"""The loss of real chat templates, written from their published formats: the answers with their end tokens, exactly.
+
+In templates/ the comments {#gen#} and {#end#} stand where a template with markers would have them: the plain file is a
+template without markers, and with the comments turned into markers its twin.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import Example, RecordEncoder, read_examples
+
+from .test_chat import answers
+
+FOLDER = Path(__file__).parent / "templates"
+SYSTEM = {"role": "system", "content": "Be brief."}
+FIRST, SECOND = {"role": "user", "content": "What is ls?"}, {"role": "user", "content": "And cat, in\n two lines?"}
+ONE, TWO = "List directory contents.", "Concatenate files\nand print them."
+SINGLE = [FIRST, {"role": "assistant", "content": ONE}]
+MULTI = [*SINGLE, SECOND, {"role": "assistant", "content": TWO}]
+TOOLS = [{"type": "function", "function": {"name": "run", "description": "Run it.", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "id": "call00001", "function": {"name": "run", "arguments": {"command": "ls"}}}
+TOOL_TALK = [
+    FIRST,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "a.txt", "tool_call_id": "call00001"},
+    {"role": "assistant", "content": ONE},
+    SECOND,
+    {"role": "assistant", "content": TWO},
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What a template's tokenizer knows, and what its answers look like.
+
+    Attributes:
+        special: its special tokens beside BOS and EOS.
+        answer: an answer as the model generates it, around `{}`.
+        earlier: whether earlier answers stand in the text as they were generated; else each has a text of its own.
+        call: the generated call of TOOL_TALK; None where the format has none.
+        call_earlier: whether that holds in TOOL_TALK, too.
+    """
+
+    bos: str = "<s>"
+    eos: str = "</s>"
+    special: list[str] = field(default_factory=list)
+    answer: str
+    system: bool = True
+    earlier: bool = True
+    call: str | None = None
+    call_earlier: bool = True
+
+
+HEADER = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+IM = ["<|im_start|>", "<|im_end|>"]
+QWEN_CALL = '<tool_call>\n{"name": "run", "arguments": {"command": "ls"}}\n</tool_call><|im_end|>'
+DEEPSEEK = [f"<｜{name}｜>" for name in (
+    "User", "Assistant", "tool▁calls▁begin", "tool▁call▁begin", "tool▁sep", "tool▁call▁end", "tool▁calls▁end",
+    "tool▁outputs▁begin", "tool▁output▁begin", "tool▁output▁end", "tool▁outputs▁end",
+)]  # fmt: skip
+DEEPSEEK_ENDS = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
+TEMPLATES = {
+    "llama-2": Template(answer=" {} </s>"),
+    "llama-3.1": Template(
+        bos="<|begin_of_text|>", eos="<|eot_id|>", special=HEADER, answer="{}<|eot_id|>",
+        call='{"name": "run", "parameters": {"command": "ls"}}<|eot_id|>',
+    ),
+    "mistral-v1": Template(answer="{}</s>", system=False),
+    "mistral-v7-tekken": Template(
+        special=["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+                 "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CONTENT]"],
+        answer="{}</s>",
+        call='[TOOL_CALLS][{"name": "run", "arguments": {"command": "ls"}, "id": "call00001"}]</s>',
+        call_earlier=False,  # the tools stand before the last question
+    ),
+    "qwen-2.5": Template(eos="<|im_end|>", special=IM, answer="{}<|im_end|>", call=QWEN_CALL),
+    "qwen-3": Template(
+        eos="<|im_end|>", special=IM, answer="<think>\n\n</think>\n\n{}<|im_end|>", earlier=False,
+        call="<think>\n\n</think>\n\n" + QWEN_CALL, call_earlier=False,
+    ),
+    "gemma-2": Template(
+        bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>", system=False
+    ),
+    "gemma-3": Template(
+        bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>"
+    ),
+    "phi-3": Template(
+        eos="<|endoftext|>", special=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], answer="{}<|end|>"
+    ),
+    "phi-4": Template(eos="<|im_end|>", special=[*IM, "<|im_sep|>", "<|endoftext|>"], answer="{}<|im_end|>"),
+    "chatml": Template(eos="<|im_end|>", special=IM, answer="{}<|im_end|>"),
+    "deepseek-v2": Template(**DEEPSEEK_ENDS, answer=" {}<｜end▁of▁sentence｜>"),
+    "deepseek-v3": Template(
+        **DEEPSEEK_ENDS, special=DEEPSEEK, answer="{}<｜end▁of▁sentence｜>",
+        call="<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>run\n```json\n" '{"command": "ls"}'
+        "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
+    ),
+    "zephyr": Template(answer="{}</s>"),
+    "vicuna": Template(answer=" {}</s>"),
+    "command-r": Template(
+        bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>",
+        special=["<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"],
+        answer="{}<|END_OF_TURN_TOKEN|>",
+    ),
+    "olmo-2": Template(bos="<|endoftext|>", eos="<|endoftext|>", answer="{}<|endoftext|>"),
+    "smollm-3": Template(eos="<|im_end|>", special=IM, answer="{}<|im_end|>"),
+    "gpt-oss": Template(
+        bos="<|startoftext|>", eos="<|return|>",
+        special=["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"],
+        answer="<|channel|>final<|message|>{}<|return|>", earlier=False,
+        call=' to=functions.run<|channel|>commentary json<|message|>{"command": "ls"}<|call|>', call_earlier=False,
+    ),
+    "granite-3": Template(
+        eos="<|end_of_text|>", special=["<|start_of_role|>", "<|end_of_role|>"], answer="{}<|end_of_text|>"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation under a template and its twin with markers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    plain: list[Example]
+    marked: list[Example]
+
+    @property
+    def runs(self) -> list[list[str]]:
+        """The runs of tokens in the loss, of each example of the plain template."""
+        return [answers(self.tokenizer, example) for example in self.plain]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, name: str, messages: Any, tools: Any = None) -> Encoded:
+    template = TEMPLATES.get(name) or Template(**DEEPSEEK_ENDS, special=DEEPSEEK, answer="")
+    tokenizer.add_special_tokens(
+        {"bos_token": template.bos, "eos_token": template.eos, "extra_special_tokens": template.special}
+    )
+    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    marked = source.replace("{#gen#}", "{% generation %}").replace("{#end#}", "{% endgeneration %}")
+    assert marked.count("{% generation %}") == source.count("{#gen#}") > 0
+    found = []
+    for tokenizer.chat_template in (marked, source):
+        found.append(RecordEncoder(tokenizer).encode({"messages": messages, "tools": tools}))
+    return Encoded(tokenizer, found[1], found[0])
+
+
+def test_every_template_is_tested() -> None:
+    assert {path.stem for path in FOLDER.glob("*.jinja")} == {*TEMPLATES, "deepseek-r1"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_single_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    known = encode(tokenizer, name, SINGLE)
+    assert known.runs == [[TEMPLATES[name].answer.format(ONE)]]
+    assert known.plain == known.marked
+    text = tokenizer.apply_chat_template(SINGLE, tokenize=False)
+    assert tokenizer.decode(known.plain[0].input_ids) == text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_several_turns(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    known, template = encode(tokenizer, name, MULTI), TEMPLATES[name]
+    one, two = template.answer.format(ONE), template.answer.format(TWO)
+    if template.earlier:
+        assert known.runs == [[one, two]]
+        assert known.plain == known.marked
+    else:
+        assert known.runs == [[one], [two]]
+        assert tokenizer.decode(known.plain[0].input_ids) == tokenizer.apply_chat_template(SINGLE, tokenize=False)
+    assert tokenizer.decode(known.plain[-1].input_ids) == tokenizer.apply_chat_template(MULTI, tokenize=False)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name].system])
+def test_system_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    known = encode(tokenizer, name, [SYSTEM, *SINGLE])
+    assert known.runs == [[TEMPLATES[name].answer.format(ONE)]]
+    assert known.plain == known.marked
+    assert "Be brief." in tokenizer.decode(known.plain[0].input_ids)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].system])
+def test_system_turn_is_refused_where_there_is_none(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    with pytest.raises(DataError, match="refuses the conversation"):
+        encode(tokenizer, name, [SYSTEM, *SINGLE])
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name].call])
+def test_calls_of_tools(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    known, template = encode(tokenizer, name, TOOL_TALK, TOOLS), TEMPLATES[name]
+    expected = [template.call, template.answer.format(ONE), template.answer.format(TWO)]
+    if template.call_earlier:
+        assert known.runs == [expected]
+        assert known.plain == known.marked
+    else:
+        assert known.runs == [[answer] for answer in expected]
+    for example in known.plain:
+        assert "Run it." in tokenizer.decode(example.input_ids) or name in ("deepseek-v3", "gpt-oss")
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "phi-3", "olmo-2"])
+def test_calls_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Else the model would learn to answer nothing."""
+    with pytest.raises(DataError, match=r"leaves out calls of tools[\s\S]*message 2"):
+        encode(tokenizer, name, TOOL_TALK, TOOLS)
+
+
+def test_reasoning_of_earlier_turns_is_learnt_where_it_was_thought(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As Qwen3 sees it: with the reasoning of the turn that it is in, without that of earlier ones."""
+    thoughts = [
+        {**message, "content": f"<think>\nHm, {i}.\n</think>\n\n{message['content']}"}
+        if message["role"] == "assistant" else message
+        for i, message in enumerate(MULTI)
+    ]  # fmt: skip
+    known = encode(tokenizer, "qwen-3", thoughts)
+    assert known.runs == [[f"<think>\nHm, {i}.\n</think>\n\n{answer}<|im_end|>"] for i, answer in ((1, ONE), (3, TWO))]
+    last = tokenizer.decode(known.plain[1].input_ids)
+    assert "Hm, 1." not in last
+    assert ONE in last
+
+
+def test_template_that_drops_the_thoughts_that_it_asks_for_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """DeepSeek R1 opens a thought for the model, but shows no turn with one: what was thought cannot be known."""
+    with pytest.raises(DataError, match=r"does not begin with the generation prompt[\s\S]*<think>[\s\S]*generation %"):
+        encode(tokenizer, "deepseek-r1", MULTI)
+    source = (FOLDER / "deepseek-r1.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = source.replace("{#gen#}", "{% generation %}").replace("{#end#}", "{% endgeneration %}")
+    (example,) = RecordEncoder(tokenizer).encode({"messages": MULTI})
+    assert answers(tokenizer, example) == [f"{answer}<｜end▁of▁sentence｜>" for answer in (ONE, TWO)]
+
+
+def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As GLM-4's, where the next turn's header ends an answer, and no header follows the last one."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": MULTI}) + "\n" + json.dumps({"text": "ls"}) + "\n")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, report = read_examples(path, tokenizer, seq_len=64)
+    assert report.unended == 1
+    assert "1 of 2 examples end without a special token" in report.notes()[0]
+    _, cut = read_examples(path, tokenizer, seq_len=16)
+    assert (cut.truncated, cut.unended) == (1, 0)  # cut examples have no end anyway

@@ -1,0 +1,118 @@
+"""Runs over several sources: what they train on, that they resume exactly, and what is refused."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.trainer import loop
+
+from .test_loop import ASSETS, QUIET, config, exact
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The same 40 questions as JSONL, CSV and Parquet, and 8 others."""
+    lines = (ASSETS / "whatis-train.jsonl").read_text().splitlines()
+    records = [json.loads(line)["messages"] for line in lines[:48]]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:40]))
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines[40:48]))
+    rows = [{"question": asked["content"], "answer": told["content"]} for asked, told in records[:40]]
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    pq.write_table(pa.Table.from_pylist([{"messages": it} for it in records[:40]]), tmp_path / "train.parquet")
+    return tmp_path
+
+
+COLUMNS = {"instruction": "question", "output": "answer"}
+
+
+def over(folder: Path, output: str, train: Any, **keys: Any) -> RunConfig:
+    return config(folder, output, data={"train": train, **keys}, train={"steps": 4, "save_every": 2, "eval_every": 2})
+
+
+def test_the_kind_of_file_changes_nothing(folder: Path) -> None:
+    """Nor does whether its tokens are in the cache."""
+    sources: list[Any] = [
+        str(folder / "train.jsonl"),
+        {"path": str(folder / "train.csv"), "columns": COLUMNS},
+        [{"path": str(folder / "train.parquet")}],
+    ]
+    found = [
+        exact(loop.train(over(folder, f"run{i}", source, cache=cache), reporter=QUIET))
+        for i, (source, cache) in enumerate([*((it, str(folder / "cache")) for it in sources), (sources[0], None)])
+    ]
+    assert all(run == found[0] for run in found)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    assert len(before) == 4  # three for training, one for evaluation
+    again = loop.train(over(folder, "again", sources[0], cache=str(folder / "cache")), reporter=QUIET)
+    assert exact(again) == found[0]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()} == before
+
+
+def test_a_mixture_resumes_exactly(folder: Path) -> None:
+    sources = [
+        {"path": str(folder / "train.csv"), "columns": COLUMNS, "weight": 0.3},
+        {"path": str(folder / "train.jsonl"), "weight": 1.5},
+    ]
+    whole = loop.train(over(folder, "whole", sources), reporter=QUIET)
+    stopped = over(folder, "stopped", sources)
+    soon = stopped.model_copy(update={"train": stopped.train.model_copy(update={"max_time": 1e-9})})
+    part = loop.train(soon, reporter=QUIET)
+    assert part.status == "out_of_time"
+    again = loop.train(stopped, resume=True, reporter=QUIET)
+    assert exact(again) == exact(whole)
+    assert RunConfig.load(again.folder / "config.yaml") == stopped
+    (again.folder / "result.json").unlink()
+    other = over(folder, "stopped", [sources[0], str(folder / "train.jsonl")])
+    with pytest.raises(DataError, match=r"other data[\s\S]*weights"):
+        loop.train(other, resume=True, reporter=QUIET)
+
+
+def test_longest_first_begins_with_the_longest(folder: Path) -> None:
+    run = loop.train(
+        over(folder, "run", str(folder / "train.jsonl"), packing=False, order="longest_first"), reporter=QUIET
+    )
+    tokens = [line["tokens"] for line in run.metrics if "loss" in line]
+    assert tokens[0] == max(tokens)
+    assert tokens == sorted(tokens, reverse=True)
+
+
+def test_preferences_are_refused_before_anything_is_written(folder: Path) -> None:
+    path = folder / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": " b c", "rejected": " d"}) + "\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: the record is a preference[\s\S]*data\.format: chosen"):
+        loop.train(over(folder, "run", str(path)), reporter=QUIET)
+    assert not (folder / "run").exists()
+    run = loop.train(over(folder, "run", {"path": str(path), "format": "chosen"}), reporter=QUIET)
+    assert run.status == "finished"
+
+
+def test_skipped_records_are_told(folder: Path) -> None:
+    class Listening:
+        """Keeps what it is told."""
+
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def say(self, text: object) -> None:
+            self.said.append(str(text))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(QUIET, name)
+
+    path, reporter = folder / "train.jsonl", Listening()
+    path.write_text(path.read_text() + '\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:41: 'text' is not a string"):
+        loop.load_examples(over(folder, "run", str(path)), QUIET)
+    train, _ = loop.load_examples(over(folder, "run", str(path), invalid="skip"), reporter)  # type: ignore[arg-type]
+    assert len(train) == 40
+    assert "1 of 41 records skipped" in reporter.said[0]
