@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description="killed and resumed runs beside undisturbed ones")
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
@@ -28,7 +29,7 @@ def main() -> None:
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": name, "PYTHONPATH": str(ROOT)}
         environment = {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.killing", f"{name}/runs"]
-        command += ["--kills", str(options.kills), "--seed", str(options.seed)]
+        command += ["--kills", str(options.kills), "--steps", str(options.steps), "--seed", str(options.seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
     runs = json.loads(done.stdout.splitlines()[-1])
     from common import leave  # beside this file, where scripts are run
@@ -36,7 +37,7 @@ def main() -> None:
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
-        "settings": {"kills": options.kills, "seed": options.seed},
+        "settings": {name: getattr(options, name) for name in ("kills", "steps", "seed")},
         "kills": sum(len(run["killed"]) for run in runs),
         "equal": sum(not run["differing"] for run in runs),
         "of": len(runs),

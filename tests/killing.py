@@ -32,7 +32,8 @@ from lowmem_ft.trainer import loop, recovery
 
 ASSETS = Path(str(files("lowmem_ft") / "assets"))
 EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
-STEPS, SAVE_EVERY, EVAL_EVERY = 8, 2, 3
+SAVE_EVERY, EVAL_EVERY = 2, 3
+START_SECONDS, STEP_SECONDS = 2.0, 0.2  # of a run, about: within these a kill comes
 FAILING_STEP = 3  # of the runs that run out of memory
 # what differs between runs: sections of a config, and whether memory runs out on the way
 RUNS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -44,12 +45,12 @@ RUNS: dict[str, tuple[dict[str, Any], bool]] = {
 Disturb = Callable[[], None]
 
 
-def settings(folder: Path, output: str, sections: dict[str, Any]) -> RunConfig:
+def settings(folder: Path, output: str, steps: int, sections: dict[str, Any]) -> RunConfig:
     keys: dict[str, Any] = {
         "model": str(ASSETS / "doclm-7m"),
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
         "train": {
-            "tokens_per_step": 256, "steps": STEPS, "lr": 1e-3, "eval_every": EVAL_EVERY, "save_every": SAVE_EVERY,
+            "tokens_per_step": 256, "steps": steps, "lr": 1e-3, "eval_every": EVAL_EVERY, "save_every": SAVE_EVERY,
         },
         "adapter": {"rank": 4, "dropout": 0.1},
         "policy": {"micro_batch_tokens": 128, "loss_chunk_tokens": 64, "activations": "keep"},  # quickly planned
@@ -116,34 +117,45 @@ def killed_while_saving(checkpoint: int) -> Disturb:
     return prepare
 
 
-def kill_again_and_again(
-    config: RunConfig, kills: range, seconds: float, generator: random.Random, *disturb: Disturb
-) -> Iterator[str]:
+def kill_again_and_again(config: RunConfig, kills: range, generator: random.Random, *disturb: Disturb) -> Iterator[str]:
     """Kill runs of `config`, each of which goes on where the one before was killed, and let the last one finish.
 
     Args:
         kills: their numbers among those of all runs; each fourth comes while a checkpoint is written.
-        seconds: that an undisturbed run takes.
 
     Yields:
         of each killed one how it was.
     """
     metrics = Path(config.output) / "metrics.jsonl"
+    most = 3 + (config.train.steps or 0) // max(1, len(kills))  # lines that one of them writes
     for number in kills:
         saving = number % 4 == 1
-        child = start(config, *disturb, *([killed_while_saving(generator.choice([1, 2]))] if saving else []))
-        after = generator.uniform(0.0, seconds)
+        child = start(config, *disturb, *([killed_while_saving(1)] if saving else []))
+        lines, moment = generator.randrange(most), generator.random()
         if not saving:
-            time.sleep(after)
+            wait_for(lines, metrics)
+            time.sleep(moment * (START_SECONDS if lines == 0 else STEP_SECONDS))
             os.kill(child, signal.SIGKILL)
         code = ended(child)
         if code == 0:
-            break  # it was done, or saved nothing any more
+            break  # it was done before
         assert code == -signal.SIGKILL, "the run failed by itself"
-        lines = metrics.read_text().count("\n") if metrics.exists() else 0
-        yield f"{'while saving' if saving else f'after {after:.2f} s'}, {lines} lines of metrics"
-    code = ended(start(config, *disturb))
-    assert code == 0, "the resumed run failed"
+        written = metrics.read_text().count("\n") if metrics.exists() else 0
+        yield f"{'while saving' if saving else f'{lines} lines and {moment:.2f} of a step on'}, at line {written}"
+    assert ended(start(config, *disturb)) == 0, "the resumed run failed"
+
+
+def wait_for(lines: int, file: Path) -> None:
+    """Until so many more have been written, or for a minute."""
+    seen, last, end = 0, changed(file), time.monotonic() + 60
+    while seen < lines and time.monotonic() < end:
+        time.sleep(0.001)
+        now = changed(file)
+        seen, last = seen + (now != last), now
+
+
+def changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def exact(folder: Path) -> list[dict[str, Any]]:
@@ -167,7 +179,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def compare(folder: Path, *, kills: int, seed: int) -> list[dict[str, Any]]:
+def compare(folder: Path, *, kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
     """Each of RUNS undisturbed and killed, `kills` times in all."""
     for name, lines in (("train", 60), ("eval", 8)):
         text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
@@ -175,14 +187,12 @@ def compare(folder: Path, *, kills: int, seed: int) -> list[dict[str, Any]]:
     generator, found = random.Random(seed), []
     for index, (name, (sections, fails)) in enumerate(RUNS.items()):
         disturb = (failing_twice,) if fails else ()
-        begin = time.perf_counter()
-        assert ended(start(settings(folder, f"whole-{index}", sections), *disturb)) == 0
-        seconds = time.perf_counter() - begin
+        assert ended(start(settings(folder, f"whole-{index}", steps, sections), *disturb)) == 0
         own = range(kills * index // len(RUNS), kills * (index + 1) // len(RUNS))
-        config = settings(folder, f"killed-{index}", sections)
-        killed = list(kill_again_and_again(config, own, seconds, generator, *disturb))
+        config = settings(folder, f"killed-{index}", steps, sections)
+        killed = list(kill_again_and_again(config, own, generator, *disturb))
         differing = differences(folder / f"killed-{index}", folder / f"whole-{index}")
-        found.append({"run": name, "seconds": round(seconds, 2), "killed": killed, "differing": differing})
+        found.append({"run": name, "killed": killed, "differing": differing})
     return found
 
 
@@ -190,11 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="killed and resumed runs beside undisturbed ones")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a fork must not wait for threads that it does not have
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(compare(options.folder, kills=options.kills, seed=options.seed)))
+    print(json.dumps(compare(options.folder, kills=options.kills, steps=options.steps, seed=options.seed)))
 
 
 if __name__ == "__main__":
