@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.profiles import profiles_app
+from lowmem_ft.cli.push import push
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import write_text
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 
 app.add_typer(profiles_app, name="profiles")
+app.command()(push)
 app.command("data")(data_preview)
 
 Overrides = Annotated[

@@ -196,6 +196,7 @@ class TrainConfig(Section):
     save_every: Positive = 100
     keep_best: bool = True
     max_time: Seconds | None = None
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
 
 
 class PolicyConfig(Section):

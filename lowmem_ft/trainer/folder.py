@@ -62,7 +62,7 @@ class RunFolder:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         target = self.path / name
-        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             temporary.write_text(text, encoding="utf-8")
@@ -76,9 +76,17 @@ class RunFolder:
         self.write("plan.json", plan.to_json())
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            fix = "free disk space, and go on from the newest checkpoint with --resume"
+            raise CheckpointError("A file could not be written.", given=f"{self.metrics} ({error})", fix=fix) from error
 
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step`: the steps that a resumed run does again."""

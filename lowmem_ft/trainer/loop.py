@@ -30,6 +30,7 @@ from lowmem_ft.data.sources import Use
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.report.card import model_card
 from lowmem_ft.report.page import run_page
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
@@ -38,6 +39,7 @@ from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
 from lowmem_ft.trainer.folder import RunFolder
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from lowmem_ft.trainer.schedule import learning_rate
+from lowmem_ft.trainer.trackers import Trackers, tracking
 
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
 
@@ -78,7 +80,9 @@ def train(
     with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
         with reporter.task("Loading weights", unit="B") as update:
             ready = assemble(config, plan.policy, device, progress=update)
-        return _Loop(config, plan, ready, folder, train_examples, eval_examples, reporter).run(resume=resume)
+        with tracking(config, folder.path) as trackers:
+            loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
+            return loop.run(resume=resume)
 
 
 def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -139,6 +143,7 @@ class _Loop:
     plan: Plan
     ready: Assembled
     folder: RunFolder
+    trackers: Trackers
     train_examples: Sequence[Example]
     eval_examples: Sequence[Example]
     reporter: Reporter
@@ -226,7 +231,7 @@ class _Loop:
             release_freed_memory()
         seconds = time.perf_counter() - start
         self.step += 1
-        self.folder.log(
+        self._log(
             {
                 "step": self.step,
                 "loss": result.loss,
@@ -246,11 +251,15 @@ class _Loop:
             self.compared = True
             self.reporter.say(planned_against_measured(self.plan, device_peak_bytes(self.ready.device)))
 
+    def _log(self, line: dict[str, Any]) -> None:
+        self.folder.log(line)
+        self.trackers.log(line)
+
     def _evaluate(self) -> None:
         if not self.eval_examples:
             return
         self.eval_loss = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
-        self.folder.log({"step": self.step, "eval_loss": self.eval_loss})
+        self._log({"step": self.step, "eval_loss": self.eval_loss})
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
             self.best_loss = self.eval_loss
@@ -295,6 +304,7 @@ class _Loop:
         save_adapter(self.ready.model, self.folder.adapter, base_model=self.config.model)
         run = self._result("finished")
         self.folder.write("report.html", run_page(run))
+        self.folder.write("adapter/README.md", model_card(run))
         result = {"plan": self.plan.to_dict(), "status": run.status, "step": run.step}
         self.folder.write_result({**result, "eval_loss": run.eval_loss, "measured": run.measured})
         return run

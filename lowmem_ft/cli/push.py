@@ -1,0 +1,44 @@
+"""`lowmem-ft push`: a run's adapter, with its model card, to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem_ft.core.errors import CheckpointError, ConfigError
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+) -> None:
+    """Upload a run's adapter and its model card to the Hugging Face hub, with the token of `hf auth login`."""
+    adapter = run / "adapter"
+    if not (adapter / "adapter_config.json").exists():
+        raise ConfigError(
+            "There is no adapter to upload.",
+            given=str(run),
+            allowed="the folder of a finished run",
+            fix="finish it with `lowmem-ft train ... --resume`",
+        )
+
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=address.repo_id, folder_path=adapter, commit_message=f"Adapter of {run.name}")
+    except HFValidationError as error:
+        raise ConfigError("That is no name for a repository.", given=repo, allowed="OWNER/NAME") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(
+            "The hub does not take the adapter.",
+            given=f"{repo}: {error}",
+            fix="log in with `hf auth login` (a token that may write), and check the name and the network",
+        ) from error
+    typer.echo(f"{address}")

@@ -1,0 +1,75 @@
+"""README.md of an adapter: the model card that the hub shows, with plan, data and metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_ft.core.run import Run
+from lowmem_ft.report.tables import memory_rows
+
+SHOWN = {"quant", "adapter", "train", "policy"}  # sections that name no place of this machine
+
+
+def model_card(run: Run) -> str:
+    """Markdown with the front matter of a PEFT adapter. Of places of this machine names alone are told."""
+    config = run.plan.run_config
+    model = _name(config.model)
+    front = {
+        "base_model": model,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [
+            "lowmem-ft",
+            "lora" if config.adapter.method == "lora" else str((config.adapter.peft or {})["peft_type"]),
+        ],
+    }
+    train = [line for line in run.metrics if "loss" in line]
+    lines = [
+        f"# {run.folder.name}",
+        f"An adapter for `{model}`, trained with lowmem-ft {version('lowmem-ft')} in {run.step} steps.",
+        "## Results",
+        _table(("", ""), _results(run, train)),
+        "## Data",
+        _table(("", ""), _data(config.data.model_dump(mode="json", exclude_none=True))),
+        "## Plan",
+        _table(("", ""), run.plan.rows()),
+        _table(("memory", "planned", "measured", "of plan"), memory_rows(run)),
+        "## Settings",
+        f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json', include=SHOWN), sort_keys=False)}```",
+    ]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    rows = [("tokens trained on", f"{sum(line['tokens'] for line in train):,}")] if train else []
+    if train:
+        rows.append(("training loss, first and last step", f"{train[0]['loss']:.4f}, {train[-1]['loss']:.4f}"))
+    held_out = [line["eval_loss"] for line in run.metrics if "eval_loss" in line]
+    if held_out:
+        rows.append(("held-out loss before", f"{held_out[0]:.4f}"))
+    if run.eval_loss is not None:
+        rows.append(("held-out loss of this adapter", f"{run.eval_loss:.4f}"))
+    return rows
+
+
+def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
+    shown = {key: value for key, value in data.items() if value not in ({}, []) and key != "cache"}
+    return [(f"`{key}`", str(_name(value))) for key, value in shown.items()]
+
+
+def _name(value: Any) -> Any:
+    """A local path without its folders, in sources too; all else as it is."""
+    if isinstance(value, list):
+        return ", ".join(str(_name(it["path"] if isinstance(it, dict) else it)) for it in value)
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+
+
+def _table(header: tuple[str, ...], rows: Any) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,139 @@
+"""A run's metrics in TensorBoard, W&B and MLflow, read back through their own libraries; and its model card."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from lowmem_ft.cli.app import app
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError
+from lowmem_ft.core.run import Run
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.trainer import loop
+
+ASSETS = Path(str(files("lowmem_ft") / "assets"))
+
+
+def config(folder: Path, **train: Any) -> RunConfig:
+    for name in ("train", "eval"):
+        lines = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)[:16]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return RunConfig.from_dict(
+        {
+            "model": str(ASSETS / "doclm-7m"),
+            "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
+            "train": {"tokens_per_step": 128, "steps": 2, "eval_every": 1, **train},
+            "policy": {"micro_batch_tokens": 128, "loss_chunk_tokens": 64, "activations": "keep"},
+            "output": str(folder / "run"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the small package that is installed here has no other
+        mlflow.set_tracking_uri((folder / "mlflow").as_uri())
+        settings = config(folder, track=["tensorboard", "wandb", "mlflow"])
+        return loop.train(settings, reporter=Reporter(quiet=True))
+
+
+def series(run: Run, name: str) -> dict[int, float]:
+    return {line["step"]: line[name] for line in run.metrics if name in line}
+
+
+def test_tensorboard_has_what_metrics_have(tracked: Run) -> None:
+    events = EventAccumulator(str(tracked.folder / "tensorboard" / tracked.folder.name)).Reload()
+    for name in ("train/loss", "train/lr", "train/grad_norm", "eval/eval_loss"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(series(tracked, name.split("/")[1])), name
+
+
+def test_mlflow_has_what_metrics_have(tracked: Run) -> None:
+    (logged,) = mlflow.search_runs(experiment_names=["lowmem-ft"], output_format="list")
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["train.steps"] == "2"
+    history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "train/loss")
+    assert {it.step: it.value for it in history} == pytest.approx(series(tracked, "loss"))
+
+
+def test_wandb_leaves_a_run_to_be_synchronised(tracked: Run) -> None:
+    (run,) = (tracked.folder / "wandb").glob("offline-run-*")
+    (log,) = run.glob("*.wandb")
+    assert b"train/grad_norm" in log.read_bytes()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'lowmem-ft\[wandb\]'"):
+        loop.train(config(tmp_path, track=["wandb"]), reporter=Reporter(quiet=True))
+    with pytest.raises(ConfigError, match=r"train\.track"):
+        config(tmp_path, track=["excel"])
+
+
+def test_a_library_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow.set_tracking_uri("nothing://here")
+    with pytest.raises(UnsupportedError, match="mlflow could not be started"):
+        loop.train(config(tmp_path, track=["mlflow"]), reporter=Reporter(quiet=True))
+
+
+def test_the_card_tells_plan_data_and_metrics(tracked: Run) -> None:
+    text = (tracked.adapter / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    settings = yaml.safe_load(front)
+    assert settings["base_model"] == "doclm-7m"
+    assert str(tracked.folder.parent) not in text, "where it lay is nobody's business"
+    assert settings["library_name"] == "peft"
+    assert tracked.eval_loss is not None
+    for part in (f"{tracked.eval_loss:.4f}", "| train.jsonl |", "predicted process peak", "planned", "grad_clip"):
+        assert part in body, part
+
+
+def test_push_uploads_the_adapter(tracked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Address(str):
+        repo_id = "me/mine"
+
+    def create(self: HfApi, repo: str, **options: Any) -> Address:
+        seen.update(repo=repo, **options)
+        return Address("hub/me/mine")
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: seen.update(options))
+    done = CliRunner().invoke(app, ["push", str(tracked.folder), "mine", "--private"])
+    assert done.exit_code == 0, done.output
+    assert "hub/me/mine" in done.output
+    assert (seen["repo"], seen["private"], seen["repo_id"]) == ("mine", True, "me/mine")
+    assert {it.name for it in seen["folder_path"].iterdir()} >= {"README.md", "adapter_model.safetensors"}
+
+
+def test_push_says_what_is_wrong(tracked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: HfApi, *_: Any, **__: Any) -> None:
+        raise LocalTokenNotFoundError("no token")
+
+    def pushed(folder: Path, name: str) -> BaseException | None:
+        return CliRunner().invoke(app, ["push", str(folder), name]).exception
+
+    unfinished = pushed(tmp_path, "me/mine")
+    assert isinstance(unfinished, ConfigError)
+    assert "no adapter" in str(unfinished)
+    assert "no name for a repository" in str(pushed(tracked.folder, "not a/name/at all"))
+    monkeypatch.setattr(HfApi, "create_repo", refused)
+    error = pushed(tracked.folder, "me/mine")
+    assert isinstance(error, LowMemError)
+    assert "hf auth login" in str(error)
