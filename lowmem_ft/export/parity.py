@@ -1,0 +1,159 @@
+"""Whether an exported model is the trained one: logits against logits, on held-out text.
+
+KL is the mean over tokens of sum_v p(v) ln(p(v) / q(v)), p of the reference and q of what is checked, in nats.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_ft.assemble import load_tokenizer
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import DataError, ParityError
+from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.data.examples import read_examples
+
+TOKENS = 1024  # that are compared; one of 128256 logits in 16 bits takes 256 KB
+SEQUENCE = 256
+CHUNK = 64  # tokens whose probabilities exist at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """Token ids of a few sequences, and in words where they are from."""
+
+    sequences: Sequence[Sequence[int]]
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """The most that an export may differ from its reference: `kl` in nats, and the least share of equal top tokens."""
+
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """How far a model is from its reference.
+
+    Attributes:
+        kl: mean over the tokens, in nats.
+        kl_most: of one token.
+        top1: share of tokens for which both hold the same next token for the likeliest.
+        tokens: compared.
+    """
+
+    kl: float
+    kl_most: float
+    top1: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.2e} nats per token (at most {self.kl_most:.2e}), same top token {self.top1:.2%}"
+
+    def check(self, bound: Bound, *, what: str) -> None:
+        """Raise ParityError if this is beyond `bound`."""
+        if not (self.kl <= bound.kl and self.top1 >= bound.top1):
+            raise ParityError(
+                f"{what} does not compute what it should: nothing was kept.",
+                given=str(self),
+                allowed=f"KL up to {bound.kl:g}, same top token for at least {bound.top1:.1%}",
+                fix="a bug of lowmem-ft, or a model whose logits move that far by rounding alone: please report it",
+            )
+
+
+def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldOut:
+    """What to compare on: `text` (records in .jsonl, else plain text), else `data.eval`, else text of the package.
+
+    Without a tokenizer in `folder`, the base model's: random tokens, always the same.
+
+    Raises:
+        DataError: the file cannot be read or is empty.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 100)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (2, 64), generator=generator).tolist()
+        return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")
+    file = text or (Path(config.data.eval) if config.data.eval else None)
+    if file is not None and file.suffix == ".jsonl":
+        examples, _ = read_examples(file, tokenizer, seq_len=SEQUENCE, format=config.data.format, assistant_only=False)
+        return HeldOut(sequences=_few([example.input_ids for example in examples]), origin=str(file))
+    if file is not None:
+        try:
+            content, origin = file.read_text(encoding="utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError("The text to check on cannot be read.", given=f"{file} ({error})") from error
+    else:
+        lines = (files("lowmem_ft") / "assets" / "whatis-eval.jsonl").read_text(encoding="utf-8").splitlines()
+        turns = [turn["content"] for line in lines[:400] for turn in json.loads(line)["messages"]]
+        content, origin = "\n".join(turns), "held-out text of the package"
+    ids = tokenizer(content[: 16 * TOKENS], verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError("There is no text to check on.", given=origin, allowed="two tokens or more")
+    return HeldOut(sequences=_few([ids[at : at + SEQUENCE] for at in range(0, len(ids), SEQUENCE)]), origin=origin)
+
+
+def _few(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    chosen: list[Sequence[int]] = []
+    left = TOKENS
+    for ids in sequences:
+        if left > 0 and len(ids) > 1:
+            chosen.append(ids[:left])
+            left -= len(ids)
+    return chosen
+
+
+@torch.no_grad()
+def logits_of(model: Any, text: HeldOut) -> list[Tensor]:
+    """Of each sequence (T, V), on the host, in the model's own dtype."""
+    device = next(model.parameters()).device
+    found = []
+    for ids in text.sequences:
+        given = torch.tensor([list(ids)], dtype=torch.int64, device=device)
+        output: Tensor = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits
+        found.append(output[0].detach().cpu())
+    return found
+
+
+def compare(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Parity:
+    """Logits of the same sequences, each (T, V). A vocabulary that was padded at its end is compared without that."""
+    total, most, same, tokens = 0.0, 0.0, 0, 0
+    for ref_TV, other_TV in zip(reference, other, strict=True):
+        shared = min(ref_TV.shape[-1], other_TV.shape[-1])
+        for p_TV, q_TV in zip(ref_TV[:, :shared].split(CHUNK), other_TV[:, :shared].split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
+            log_p, log_q = p_TV.double().log_softmax(-1), q_TV.double().log_softmax(-1)
+            kl_T = (log_p.exp() * (log_p - log_q)).sum(-1)
+            total += kl_T.sum().item()
+            most = max(most, kl_T.max().item()) if kl_T.isfinite().all() else math.inf
+            same += _agreements(p_TV, q_TV)
+            tokens += len(kl_T)
+    kl = max(0.0, total / tokens)
+    return Parity(kl=kl if math.isfinite(kl) else math.inf, kl_most=most, top1=same / tokens, tokens=tokens)
+
+
+def _agreements(p_TV: Tensor, q_TV: Tensor) -> int:
+    """Tokens whose likeliest next token is the same; of equals in the reference (16 bits have many) any will do."""
+    chosen_T = q_TV.argmax(-1, keepdim=True)
+    return int((p_TV.gather(-1, chosen_T) >= p_TV.amax(-1, keepdim=True)).sum())
+
+
+def measured(open_model: Callable[[], Any], text: HeldOut) -> list[Tensor]:
+    """The logits of a model that exists only meanwhile."""
+    found = logits_of(open_model(), text)
+    gc.collect()
+    release_freed_memory()
+    return found
