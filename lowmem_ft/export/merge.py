@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.export.weights import MergedWeights
-from lowmem_ft.export.write import copy_small_files, small_files
+from lowmem_ft.export.models import TrainedRun
+from lowmem_ft.export.parity import (
+    EIGHT_BITS,
+    FOUR_BITS,
+    SIXTEEN_BITS,
+    THIRTY_TWO_BITS,
+    Bound,
+    HeldOut,
+    Parity,
+    compare,
+    held_out,
+    tidy,
+)
+from lowmem_ft.export.weights import Base, MergedWeights
+from lowmem_ft.export.write import copy_small_files, new_folder, refuse_filled, small_files
 from lowmem_ft.quant.bnb_format import pack, packed_layout
 from lowmem_ft.quant.cache import skipped_by_transformers
 from lowmem_ft.quant.checkpoint import INDEX, write_json
@@ -21,10 +38,138 @@ from lowmem_ft.quant.loader import head_path, meta_model
 from lowmem_ft.quant.ops import Layout, QuantSpec, layout_bytes, quantize
 from lowmem_ft.quant.shards import ShardFiles
 from lowmem_ft.quant.swap import swap_quantized
+from lowmem_ft.report.progress import Reporter
 
 Progress = Callable[[int, int], None]
+OTHER = "other-base"  # a folder for what is written only to be compared
 CONFIG_BYTES = 8 << 10  # config.json and generation_config.json
 LISTED_BYTES = 160  # of a tensor in a header and in the index, beside its two names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What a merge did.
+
+    Attributes:
+        check: parity with what the merge had to reproduce: the trained model; for the original base the adapter, not
+            merged, on that base.
+        trained: parity with the trained model.
+        other: the same of a merge into the other base (of the original one, not merged); None where nothing lies
+            between the bases, or if this one was quantized again from the original.
+        text: what was compared on.
+    """
+
+    folder: Path
+    base: Base
+    dtype: str
+    quantized: str | None
+    check: Parity
+    bound: Bound
+    trained: Parity
+    other: Parity | None
+    text: str
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        into = f"{self.quantized} of the {self.base} base" if self.quantized else f"{self.dtype}, {self.base} base"
+        found = [f"Merged ({into}): {self.folder}", f"Checked on {self.check.tokens} tokens of {self.text}."]
+        if self.trained is not self.check:
+            found.append(f"Against the adapter on the original base: {self.check}")
+        found.append(f"Against the trained model: {self.trained}")
+        if self.other is not None:
+            name = "original" if self.base == "dequantized" else "dequantized"
+            found.append(f"Merged into the {name} base it would be: {self.other}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a program."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def merge(
+    run: TrainedRun,
+    out: Path,
+    *,
+    base: Base = "dequantized",
+    dtype: torch.dtype = torch.bfloat16,
+    quantize_to: QuantSpec | None = None,
+    text: Path | None = None,
+    reporter: Reporter,
+) -> Merge:
+    """Merge a run's adapter, check the result, and put it into the folder `out`, which appears complete or not at all.
+
+    Args:
+        dtype: of the weights; with `quantize_to` of those that stay unquantized the run's own is taken.
+        text: what to check on, see `parity.held_out`.
+
+    Raises:
+        ParityError: the merged model computes something else.
+        LowMemError: as reading, merging and writing find it.
+    """
+    refuse_filled(out)
+    weights = MergedWeights(
+        run.config, run.policy, run.adapter, base=base, device=run.device,
+        dtype=torch.float32 if quantize_to else dtype, stored=quantize_to is None,
+    )  # fmt: skip
+    read = held_out(run.config, weights.checkpoint.folder, text)
+    nbytes = folder_bytes(weights, weights.tensors())
+    with new_folder(out, nbytes=nbytes) as folder:
+        reporter.say("Computing the trained model's logits ...")
+        trained = run.logits(read)
+        reference, other = trained, None
+        if weights.bases_differ:
+            reporter.say("Computing those of the other base ...")
+            original = run.unquantized_logits(read, nbytes=nbytes)
+            if base == "original":
+                reference = original
+            if base == "original" and quantize_to is None:
+                other = _compared_with_dequantized(run, folder / OTHER, dtype, read, trained, reporter)
+            elif base == "dequantized":
+                other = compare(trained, original)
+            del original
+        with reporter.task("Merging", unit="B") as update:
+            if quantize_to is None:
+                write_merged(weights, folder, progress=update)
+            else:
+                write_quantized(weights, quantize_to, folder, progress=update)
+        tidy()
+        reporter.say("Checking the merged model ...")
+        result = run.folder_logits(folder, read)
+        check = compare(reference, result)
+        bound = _bound(run, dtype, quantize_to)
+        check.check(bound, what="The merged model")
+        against = check if reference is trained else compare(trained, result)
+    return Merge(
+        folder=out,
+        base=base,
+        dtype=str(dtype).removeprefix("torch."),
+        quantized=quantize_to.kind if quantize_to else None,
+        check=check,
+        bound=bound,
+        trained=against,
+        other=other,
+        text=read.origin,
+    )
+
+
+def _bound(run: TrainedRun, dtype: torch.dtype, quantize_to: QuantSpec | None) -> Bound:
+    if quantize_to is not None and quantize_to.bits != 16:
+        return FOUR_BITS if quantize_to.bits == 4 else EIGHT_BITS
+    exact = dtype == run.compute_dtype == torch.float32
+    return THIRTY_TWO_BITS if exact else SIXTEEN_BITS
+
+
+def _compared_with_dequantized(
+    run: TrainedRun, folder: Path, dtype: torch.dtype, text: HeldOut, trained: list[Tensor], reporter: Reporter
+) -> Parity:
+    """Of a merge into the dequantized base, which is written for that and removed again."""
+    folder.mkdir()
+    with reporter.task("Merging into the dequantized base, to compare", unit="B") as update:
+        weights = MergedWeights(run.config, run.policy, run.adapter, dtype=dtype, device=run.device)
+        write_merged(weights, folder, progress=update)
+    found = compare(trained, run.folder_logits(folder, text))
+    shutil.rmtree(folder)
+    return found
 
 
 @torch.no_grad()
