@@ -132,6 +132,10 @@ class Trained:
         B_OKE = self._last[1].view(adapter.out_features, adapter.rank, adapter.experts)
         return Update(A_KI=A_KI, B_OK=B_OKE[:, :, index].contiguous(), scaling=adapter.scaling)
 
+    def forget(self) -> None:
+        """Drop what `update` keeps for the next slice of the same stack."""
+        self._last = None
+
     def is_transposed(self, name: str) -> bool:
         """Of stacked experts: whether a slice is stored as (inputs, outputs)."""
         _, stack = self._owner(name)

@@ -117,6 +117,7 @@ class MergedWeights:
                 else:
                     for name, tensor in self.merged(step, index).items():
                         yield name, (index or 0) * tensor.numel(), tensor
+            self.trained.forget()
             release_freed_memory()
 
     def merged(self, step: Step, index: int | None) -> dict[str, Tensor]:
@@ -136,8 +137,11 @@ class MergedWeights:
             for name, tensor in tensors.items():
                 self._merge(step, name, tensor, index)
             rearrange_back(step, tensors, sources, self.template.model, index=index)
-        for (name, at), tensor in zip(stored_names(step, index), sources, strict=True):
+        del pieces, tensors
+        for name, at in stored_names(step, index):
+            tensor = sources.pop(0)
             yield name, (at or 0) * tensor.numel(), tensor
+            del tensor  # before the next one exists
 
     def _copied(self, step: Step) -> Iterator[Part]:
         """A tensor that stays as it is, or that was trained whole, without ever being whole in memory."""
@@ -154,6 +158,7 @@ class MergedWeights:
             part = torch.empty(min(size, count - start), dtype=dtype)
             source.read_elements(name, part, start=start)
             yield given, start, part
+            del part  # before the next one exists
 
     def _changes(self, step: Step) -> bool:
         """Whether a step does more than to copy what one file holds."""
