@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from lowmem_ft.cli.export import merge
+from lowmem_ft.cli.export import export, merge
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(profiles_app, name="profiles")
 app.command()(merge)
+app.command()(export)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")

@@ -67,6 +67,36 @@ def merge(
     _show(done.to_dict(), done.lines(), as_json)
 
 
+def export(
+    target: Target,
+    gguf: Annotated[str | None, typer.Option(help="One file for llama.cpp: f32, f16, bf16, q8_0, q4_0, ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder. Default: a name in the run folder.")] = None,
+    adapter: Adapter = None,
+    base: BaseOption = None,
+    text: Text = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run's model for llama.cpp and Ollama, and check that what was written computes what was trained."""
+    if gguf is None:
+        raise ConfigError("There is nothing to export.", allowed="--gguf TYPE")
+    chosen = _one_of(base or "dequantized", ("dequantized", "original"), "--base")
+    reporter = Reporter(quiet=as_json)
+    run = _trained_run(target, adapter, out)
+
+    from lowmem_ft.export.exports import export_gguf
+    from lowmem_ft.export.gguf_file import TYPES
+
+    done = export_gguf(
+        run,
+        out or run.scratch / "gguf",
+        kind=_one_of(gguf.lower(), TYPES, "--gguf"),
+        base="original" if chosen == "original" else "dequantized",
+        text=text,
+        reporter=reporter,
+    )
+    _show(done.to_dict(), done.lines(), as_json)
+
+
 def _show(found: dict[str, object], lines: list[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))

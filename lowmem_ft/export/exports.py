@@ -1,0 +1,160 @@
+"""What `lowmem-ft export` makes: GGUF files, an adapter for llama.cpp, a folder for vLLM. Each ends with a check."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from lowmem_ft.assemble import load_tokenizer
+from lowmem_ft.core.errors import ParityError
+from lowmem_ft.core.files import write_text
+from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
+from lowmem_ft.export.gguf_read import unpack_gguf
+from lowmem_ft.export.gguf_vocab import adds_bos
+from lowmem_ft.export.models import TrainedRun
+from lowmem_ft.export.ollama import modelfile
+from lowmem_ft.export.parity import (
+    EIGHT_BITS,
+    FOUR_BITS,
+    SIXTEEN_BITS,
+    THIRTY_TWO_BITS,
+    Bound,
+    HeldOut,
+    Parity,
+    compare,
+    held_out,
+)
+from lowmem_ft.export.weights import Base, MergedWeights
+from lowmem_ft.export.write import new_folder, refuse_filled
+from lowmem_ft.report.progress import Reporter
+
+SAID = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an export made.
+
+    Attributes:
+        check: parity with the trained model, or for a base that was not trained on with the adapter on that base.
+        trained: parity with the trained model.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    check: Parity
+    bound: Bound
+    trained: Parity
+    text: str
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        found = [f"Exported: {self.folder} ({', '.join(self.files)})"]
+        found.append(f"Checked on {self.check.tokens} tokens of {self.text}.")
+        if self.trained is not self.check:
+            found.append(f"Against the adapter on the original base: {self.check}")
+        return [*found, f"Against the trained model: {self.trained}", *self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a program."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path | None, reporter: Reporter) -> Export:
+    """The merged model as one GGUF file, with a Modelfile.
+
+    Args:
+        kind: one of `gguf_file.TYPES`, of the matrices.
+
+    Raises:
+        ParityError: what is read back from the file computes something else.
+        LowMemError: as reading, merging and writing find it.
+    """
+    require_gguf()
+    refuse_filled(out)
+    weights = MergedWeights(
+        run.config, run.policy, run.adapter, base=base, dtype=torch.float32, device=run.device, stored=False
+    )
+    sizes = gguf_tensors(weights, kind)
+    read = held_out(run.config, weights.checkpoint.folder, text)
+    nbytes = sum(slot.bytes_of(slot.numel) for _, slot in sizes.values())
+    with new_folder(out, nbytes=nbytes) as folder:
+        reporter.say("Computing the trained model's logits ...")
+        trained = reference = run.logits(read)
+        if base == "original" and weights.bases_differ:
+            reference = run.unquantized_logits(read, nbytes=2 * sum(slot.numel for _, slot in sizes.values()))
+        file = folder / f"model-{kind}.gguf"
+        with reporter.task("Writing GGUF", unit="values") as update:
+            write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
+        tokenizer = load_tokenizer(weights.checkpoint.folder)
+        bos = adds_bos(weights.checkpoint.folder)
+        write_text(
+            folder / "Modelfile",
+            modelfile(tokenizer, weights.checkpoint.folder, source=f"./{file.name}", adds_bos=bos),
+        )
+        reporter.say("Checking what is read back from the file ...")
+        found = _read_back(run, weights, file, read)
+        check = compare(reference, found)
+        bound = _bound(run, kind)
+        check.check(bound, what="The GGUF file")
+    against = check if reference is trained else compare(trained, found)
+    return Export(
+        folder=out, files=(file.name, "Modelfile"), check=check, bound=bound, trained=against, text=read.origin
+    )
+
+
+def _bound(run: TrainedRun, kind: str) -> Bound:
+    if kind == "f32" and run.compute_dtype == torch.float32:
+        return THIRTY_TWO_BITS
+    if kind in ("f32", "f16", "bf16"):
+        return SIXTEEN_BITS
+    return EIGHT_BITS if kind == "q8_0" else FOUR_BITS
+
+
+def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOut) -> list[Tensor]:
+    """Logits of the file as transformers reads it; where that does not fit, of a folder that it is unpacked into."""
+    config = weights.model.config
+    _check_said(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), config)
+    numel = sum(tensor.numel() for tensor in weights.model.state_dict().values())
+    if run.fits(2 * 4 * numel):
+        given = _as_gguf_knows_it(config)
+        return run.transformers_logits(file.parent, text, gguf_file=file.name, config=given, dtype=torch.float32)
+    folder = file.parent / "unpacked"
+    folder.mkdir()
+    unpack_gguf(file, weights, folder)
+    found = run.folder_logits(folder, text)
+    for part in folder.iterdir():
+        part.unlink()
+    folder.rmdir()
+    return found
+
+
+def _as_gguf_knows_it(config: PretrainedConfig) -> PretrainedConfig:
+    """The base's configuration, as positions may be scaled by tensors that transformers does not read; of Mistral as a
+    Llama, which it is in GGUF."""
+    if config.model_type == architecture_of(config).name:
+        return copy.deepcopy(config)
+    own = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    return LlamaConfig(**own)
+
+
+def _check_said(said: PretrainedConfig, config: PretrainedConfig) -> None:
+    """Hold the file's own metadata, as transformers reads it, against the base's configuration."""
+    wrong = [key for key in SAID if getattr(said, key) != getattr(config, key)]
+    theta, own = said.rope_parameters["rope_theta"], config.rope_parameters["rope_theta"]
+    wrong += ["rope_theta"] if abs(theta - own) > 1e-6 * own else []
+    wrong += ["rms_norm_eps"] if abs(said.rms_norm_eps - config.rms_norm_eps) > 1e-4 * config.rms_norm_eps else []
+    if wrong:
+        raise ParityError(
+            "The GGUF file says something else of the model than its configuration: nothing was kept.",
+            given=", ".join(f"{key} {getattr(said, key, None)}" for key in wrong),
+            fix="this is a bug of lowmem-ft: please report it",
+        )
