@@ -69,31 +69,40 @@ def merge(
 
 def export(
     target: Target,
-    gguf: Annotated[str | None, typer.Option(help="One file for llama.cpp: f32, f16, bf16, q8_0, q4_0, ...")] = None,
+    gguf: Annotated[str | None, typer.Option(help="The merged model in one file: f16, q8_0, q4_0 ...")] = None,
+    gguf_adapter: Annotated[bool, typer.Option("--gguf-adapter", help="The adapter alone, for llama.cpp.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="The adapter alone, as a folder for vLLM.")] = False,
     out: Annotated[Path | None, typer.Option(help="A new folder. Default: a name in the run folder.")] = None,
     adapter: Adapter = None,
     base: BaseOption = None,
     text: Text = None,
     as_json: Json = False,
 ) -> None:
-    """Export a run's model for llama.cpp and Ollama, and check that what was written computes what was trained."""
-    if gguf is None:
-        raise ConfigError("There is nothing to export.", allowed="--gguf TYPE")
+    """Export a run for llama.cpp, Ollama or vLLM, and check that what was written computes what was trained."""
+    if (gguf is not None) + gguf_adapter + vllm != 1:
+        raise ConfigError("One export at a time.", allowed="one of --gguf TYPE, --gguf-adapter, --vllm")
+    if base is not None and gguf is None:
+        raise ConfigError("--base concerns merged models.", given=base, fix="leave it out, or export --gguf TYPE")
     chosen = _one_of(base or "dequantized", ("dequantized", "original"), "--base")
     reporter = Reporter(quiet=as_json)
     run = _trained_run(target, adapter, out)
 
-    from lowmem_ft.export.exports import export_gguf
+    from lowmem_ft.export.exports import export_gguf, export_gguf_adapter, export_vllm
     from lowmem_ft.export.gguf_file import TYPES
 
-    done = export_gguf(
-        run,
-        out or run.scratch / "gguf",
-        kind=_one_of(gguf.lower(), TYPES, "--gguf"),
-        base="original" if chosen == "original" else "dequantized",
-        text=text,
-        reporter=reporter,
-    )
+    if gguf is not None:
+        done = export_gguf(
+            run,
+            out or run.scratch / "gguf",
+            kind=_one_of(gguf.lower(), TYPES, "--gguf"),
+            base="original" if chosen == "original" else "dequantized",
+            text=text,
+            reporter=reporter,
+        )
+    elif vllm:
+        done = export_vllm(run, out or run.scratch / "vllm", text=text, reporter=reporter)
+    else:
+        done = export_gguf_adapter(run, out or run.scratch / "gguf-adapter", text=text, reporter=reporter)
     _show(done.to_dict(), done.lines(), as_json)
 
 

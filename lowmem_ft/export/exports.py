@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import ParityError
 from lowmem_ft.core.files import write_text
+from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, write_vllm
 from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
 from lowmem_ft.export.gguf_read import unpack_gguf
 from lowmem_ft.export.gguf_vocab import adds_bos
@@ -45,6 +47,7 @@ class Export:
     Attributes:
         check: parity with the trained model, or for a base that was not trained on with the adapter on that base.
         trained: parity with the trained model.
+        on_original: of an adapter, the same where it is served on the base as it was before it was quantized.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class Export:
     trained: Parity
     text: str
     notes: tuple[str, ...] = ()
+    on_original: Parity | None = None
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -61,7 +65,10 @@ class Export:
         found.append(f"Checked on {self.check.tokens} tokens of {self.text}.")
         if self.trained is not self.check:
             found.append(f"Against the adapter on the original base: {self.check}")
-        return [*found, f"Against the trained model: {self.trained}", *self.notes]
+        found.append(f"Against the trained model: {self.trained}")
+        if self.on_original is not None:
+            found.append(f"Served on the original base it is: {self.on_original}")
+        return [*found, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """For a program."""
@@ -111,6 +118,83 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
     )
 
 
+def export_vllm(run: TrainedRun, out: Path, *, text: Path | None, reporter: Reporter) -> Export:
+    """The adapter as a folder that vLLM takes.
+
+    Raises:
+        ParityError: the folder computes something else.
+        UnsupportedError: what was trained is more than vLLM takes as an adapter.
+    """
+    refuse_filled(out)
+    weights = MergedWeights(run.config, run.policy, run.adapter)
+    read = held_out(run.config, weights.checkpoint.folder, text)
+    with new_folder(out, nbytes=_size(run.adapter)) as folder:
+        rank = write_vllm(weights.trained, run.adapter, folder)
+        check, original = _adapter_checks(run, weights, folder, read, reporter, what="The adapter for vLLM")
+    serve = f"vllm serve {run.config.model} --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
+    return _of_adapter(run, out, check, original, read, note=f"Serve it with: {serve}")
+
+
+def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, reporter: Reporter) -> Export:
+    """The adapter as a GGUF file for llama.cpp, with a Modelfile.
+
+    Raises:
+        ParityError: what is read back from the file computes something else.
+        UnsupportedError: what was trained is more than llama.cpp takes as an adapter.
+    """
+    require_gguf()
+    refuse_filled(out)
+    weights = MergedWeights(run.config, run.policy, run.adapter)
+    config, base = weights.model.config, weights.checkpoint.folder
+    read = held_out(run.config, base, text)
+    with new_folder(out, nbytes=4 * _size(run.adapter)) as folder:
+        file = folder / "adapter.gguf"
+        write_gguf_adapter(weights.trained, config, file)
+        unpacked = folder / "unpacked"
+        unpacked.mkdir()
+        unpack_gguf_adapter(file, weights.trained, config, run.adapter, unpacked)
+        check, original = _adapter_checks(run, weights, unpacked, read, reporter, what="The GGUF adapter")
+        shutil.rmtree(unpacked)
+        # what the base model's own Modelfile says of templates holds for the adapter, too
+        write_text(folder / "Modelfile", modelfile(None, base, source=run.config.model, adapter=f"./{file.name}"))
+    note = "FROM in the Modelfile names the base model: put its GGUF file, or Ollama's name of it, there."
+    return _of_adapter(run, out, check, original, read, note=note)
+
+
+def _adapter_checks(
+    run: TrainedRun, weights: MergedWeights, folder: Path, text: HeldOut, reporter: Reporter, *, what: str
+) -> tuple[Parity, Parity | None]:
+    """Parity of what was written with the trained model; and, where servers will put it on another base than that which
+    it was trained on, what it is there."""
+    reporter.say("Checking the adapter ...")
+    trained, written = run.logits(text), replace(run, adapter=folder)
+    found = compare(trained, written.logits(text))
+    found.check(_bound(run, "f32"), what=what)
+    if not weights.bases_differ:
+        return found, None
+    nbytes = sum(tensor.numel() * 2 for tensor in weights.model.state_dict().values())
+    return found, compare(trained, written.unquantized_logits(text, nbytes=nbytes))
+
+
+def _of_adapter(
+    run: TrainedRun, out: Path, check: Parity, original: Parity | None, text: HeldOut, *, note: str
+) -> Export:
+    return Export(
+        folder=out,
+        files=tuple(sorted(path.name for path in out.iterdir())),
+        check=check,
+        bound=_bound(run, "f32"),
+        trained=check,
+        on_original=original,
+        text=text.origin,
+        notes=(note,),
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
 def _bound(run: TrainedRun, kind: str) -> Bound:
     if kind == "f32" and run.compute_dtype == torch.float32:
         return THIRTY_TWO_BITS
@@ -131,9 +215,7 @@ def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOu
     folder.mkdir()
     unpack_gguf(file, weights, folder)
     found = run.folder_logits(folder, text)
-    for part in folder.iterdir():
-        part.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     return found
 
 
