@@ -64,7 +64,7 @@ def exported(run: TrainedRun, kind: str = "f32", base: Any = "dequantized") -> A
 def test_models_are_read_back_equal(name: str, base: str, tmp_path: Path) -> None:
     _, run = run_of(tmp_path, name)
     done = exported(run, base=base)
-    # measured: 7e-14 to 9e-14
+    # measured: 7e-14 to 1.6e-13
     assert done.check.kl < 1e-9
     assert done.check.top1 == 1
     assert sorted(path.name for path in done.folder.iterdir()) == ["Modelfile", "model-f32.gguf"]
@@ -104,7 +104,7 @@ def test_a_file_that_does_not_fit_is_unpacked_and_streamed(
     _, run = run_of(tmp_path, name)
     monkeypatch.setattr(TrainedRun, "fits", lambda self, nbytes: False)
     done = exported(run, "f16")
-    # matrices are unpacked to bf16; measured: 5e-6
+    # matrices are unpacked to bf16; measured: 8e-6 to 1e-5
     assert done.check.kl < 5e-5
     assert sorted(path.name for path in done.folder.iterdir()) == ["Modelfile", "model-f16.gguf"]
 
