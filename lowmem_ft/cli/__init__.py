@@ -1,4 +1,4 @@
-"""The command line: `lowmem-ft demo | plan | train | eval | generate | profiles`."""
+"""The command line: `lowmem-ft demo | plan | train | eval | generate | merge | export | profiles`."""
 
 from __future__ import annotations
 
