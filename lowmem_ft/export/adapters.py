@@ -23,7 +23,7 @@ from lowmem_ft.core.files import write_text
 from lowmem_ft.export.gguf import ARCHITECTURES, heads_of, permute
 from lowmem_ft.export.gguf_file import GgufFile, Slot
 from lowmem_ft.export.gguf_read import unpermute
-from lowmem_ft.export.trained import Trained
+from lowmem_ft.export.trained import Trained, TrainedWeights
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 _PREFIX = "base_model.model."
@@ -44,12 +44,14 @@ class Factors:
         return self.A_KI.shape[0]
 
 
-def plain_factors(trained: Trained, *, server: str) -> list[Factors]:
+def plain_factors(trained: TrainedWeights, *, server: str) -> list[Factors]:
     """The layers' updates, if they are all that was trained.
 
     Raises:
         UnsupportedError: DoRA, biases, whole modules or experts, which `server` has no place for.
     """
+    if not isinstance(trained, Trained):
+        raise _unserved(server, "a method of peft other than LoRA, or a variant of LoRA")
     injection = injection_of(trained.model)
     named = {
         "DoRA": injection.dora,
@@ -61,12 +63,7 @@ def plain_factors(trained: Trained, *, server: str) -> list[Factors]:
     }
     wrong = [name for name, is_there in named.items() if is_there]
     if wrong:
-        raise UnsupportedError(
-            f"{server} cannot serve this adapter beside its base model.",
-            given=", ".join(wrong),
-            allowed="LoRA and rsLoRA on linear layers",
-            fix="lowmem-ft merge, or export --gguf: a merged model has all of it",
-        )
+        raise _unserved(server, ", ".join(wrong))
     found = []
     for path in injection.paths:
         adapter, update = adapter_at(trained.model, path), trained.update(f"{path}.weight")
@@ -76,7 +73,16 @@ def plain_factors(trained: Trained, *, server: str) -> list[Factors]:
     return found
 
 
-def write_vllm(trained: Trained, adapter: Path, folder: Path) -> int:
+def _unserved(server: str, given: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{server} cannot serve this adapter beside its base model.",
+        given=given,
+        allowed="LoRA and rsLoRA on linear layers",
+        fix="lowmem-ft merge, or export --gguf: a merged model has all of it",
+    )
+
+
+def write_vllm(trained: TrainedWeights, adapter: Path, folder: Path) -> int:
     """Write a folder that vLLM takes (`--lora-modules NAME=FOLDER`) and return the rank that it must allow.
 
     vLLM knows one rank and one alpha. Where layers differ, all get the largest rank, filled up with zeros, and their
@@ -107,7 +113,7 @@ def write_vllm(trained: Trained, adapter: Path, folder: Path) -> int:
     return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 
-def write_gguf_adapter(trained: Trained, config: PretrainedConfig, path: Path) -> None:
+def write_gguf_adapter(trained: TrainedWeights, config: PretrainedConfig, path: Path) -> None:
     """Write the adapter for llama.cpp (`--lora FILE`): tensors NAME.lora_a (K, I) and NAME.lora_b (O, K), in f32.
 
     llama.cpp scales each update by alpha / K with one alpha for all, so what is left of a layer's own scaling goes into
@@ -139,7 +145,9 @@ def write_gguf_adapter(trained: Trained, config: PretrainedConfig, path: Path) -
         file.write(name, tensor)
 
 
-def unpack_gguf_adapter(file: Path, trained: Trained, config: PretrainedConfig, adapter: Path, folder: Path) -> None:
+def unpack_gguf_adapter(
+    file: Path, trained: TrainedWeights, config: PretrainedConfig, adapter: Path, folder: Path
+) -> None:
     """Write what a GGUF adapter says as peft's files into `folder`, to check it. Of `adapter` the config is read."""
     import gguf
 

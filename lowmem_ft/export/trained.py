@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import is_injected
 from lowmem_ft.adapters.lora import LoraLinear
-from lowmem_ft.adapters.peft_format import adapter_tensors, load_adapter, read_adapter_config
+from lowmem_ft.adapters.peft_format import adapter_tensors, is_native, load_adapter, read_adapter_config
+from lowmem_ft.adapters.peft_methods import is_prompt_learning
 from lowmem_ft.adapters.stack import DenseStack, LoraStack
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.export.through_peft import TrainedThroughPeft
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
@@ -56,7 +57,52 @@ class Update:
             W_OI[rows] = part
 
 
-class Trained:
+class WeightUpdate(Protocol):
+    """What an adapter does to one matrix or vector."""
+
+    def apply(self, weight: Tensor, *, transposed: bool) -> None:
+        """Update `weight`, (O, I) or `transposed` (I, O), in place, rounded once."""
+        ...
+
+
+class TrainedWeights(Protocol):
+    """What a merge asks of a saved adapter, by the names of the model's tensors."""
+
+    @property
+    def source(self) -> Checkpoint:
+        """Where `key` lies."""
+        ...
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the tensor was quantized while it was trained."""
+        ...
+
+    def spec(self, name: str) -> QuantSpec:
+        """How."""
+        ...
+
+    def key(self, name: str) -> str | None:
+        """Under which key the file holds the whole tensor, if that was trained."""
+        ...
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether there is an update of it."""
+        ...
+
+    def update(self, name: str, index: int | None = None) -> WeightUpdate:
+        """The update; of stacked experts that of slice `index`."""
+        ...
+
+    def is_transposed(self, name: str) -> bool:
+        """Of stacked experts: whether a slice is stored as (inputs, outputs)."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what `update` keeps for the next slice of the same stack."""
+        ...
+
+
+def open_trained(model: nn.Module, folder: Path, *, device: torch.device) -> TrainedWeights:
     """A saved adapter over a model without data.
 
     Args:
@@ -66,16 +112,34 @@ class Trained:
 
     Raises:
         CheckpointError: missing, damaged, or made for another model.
-        UnsupportedError: a method whose adapters do not become weights here.
+        UnsupportedError: a method whose adapters are no weights (prompts).
+    """
+    settings = read_adapter_config(folder)
+    if is_prompt_learning(settings):
+        raise UnsupportedError(
+            "an adapter of this kind cannot be merged: it trains tokens before the text, and no weights",
+            given=f"peft_type {settings['peft_type']}",
+            allowed="LoRA and its kin, and methods of peft that change weights",
+            fix="serve it as an adapter, with peft",
+        )
+    return Trained(model, folder, device=device) if is_native(model, folder) else TrainedThroughPeft(model, folder)
+
+
+class Trained:
+    """A saved adapter that this package trains itself, over a model without data; see `TrainedWeights`.
+
+    Args:
+        model: on meta, swapped as it was while training; adapters are put into it.
+        folder: of the adapter, in peft's format.
+        device: where updates are computed.
+
+    Raises:
+        CheckpointError: missing, damaged, or made for another model.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, device: torch.device) -> None:
-        settings = read_adapter_config(folder)
-        if settings["peft_type"] != "LORA":
-            raise _cannot_merge(settings)
-        adapted = load_adapter(model, folder)
-        if isinstance(adapted, PeftModel) or not is_injected(model):
-            raise _cannot_merge(settings)
+        load_adapter(model, folder)
+        assert is_injected(model), "the others are peft's"
         self.model, self.device = model, device
         file = folder / SAFETENSORS_WEIGHTS_NAME
         tensors, _ = read_header(file)
@@ -154,12 +218,3 @@ class Trained:
         stack = owner._modules.get(leaf)
         assert stack is None or isinstance(stack, QuantStack | DenseStack)
         return owner, stack
-
-
-def _cannot_merge(settings: dict[str, Any]) -> UnsupportedError:
-    return UnsupportedError(
-        "an adapter of this kind cannot be merged here",
-        given=f"peft_type {settings['peft_type']}",
-        allowed="LoRA, rsLoRA, DoRA, trained biases and whole modules, as this toolkit trains them",
-        fix="serve it as an adapter, or merge it with peft: PeftModel.merge_and_unload on the full-precision model",
-    )

@@ -20,7 +20,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.export.trained import Trained
+from lowmem_ft.export.trained import TrainedWeights, open_trained
 from lowmem_ft.quant.architecture import conversion_plan, template_of
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, StoredSource
 from lowmem_ft.quant.conversion import Step, arrange, read_sources, rearrange_back, stored_names
@@ -83,7 +83,7 @@ class MergedWeights:
         self._dtypes = {name: tensor.dtype for name, tensor in self.template.text.state_dict().items()}
         head = head_path(trained)
         swap_quantized(trained, spec=self.spec, skip=[] if head is None else [head])
-        self.trained = Trained(trained, adapter, device=self.device)
+        self.trained: TrainedWeights = open_trained(trained, adapter, device=self.device)
 
     @property
     def bases_differ(self) -> bool:
@@ -219,10 +219,10 @@ class MergedWeights:
     def _matrices(self, tensor: Tensor, index: int | None, name: str) -> Iterator[tuple[int | None, Tensor]]:
         if not (self.trained.is_quantized(name) or self.trained.is_adapted(name)):
             return
-        if tensor.ndim == 2:
-            yield index, tensor
-        else:
+        if tensor.ndim == 3:
             yield from enumerate(tensor)
+        else:
+            yield index, tensor
 
     def _check_range(self, tensor: Tensor, name: str) -> None:
         low, high = torch.aminmax(tensor)

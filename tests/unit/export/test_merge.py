@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
+from lowmem_ft.export.adapters import plain_factors
 from lowmem_ft.export.merge import write_merged
 from lowmem_ft.export.weights import Base, MergedWeights
 from lowmem_ft.export.write import new_folder
@@ -23,6 +24,7 @@ from lowmem_ft.quant import shards
 from lowmem_ft.quant.checkpoint import Checkpoint, scan
 from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.adapters.helpers import error
+from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
 from tests.unit.export.runs import Trained, logits, plain, trained
 from tests.unit.quant.loading import save_gemma3
 from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8
@@ -46,6 +48,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "stored experts": ("gpt_oss", {}),
     "attention of experts": ("qwen3_moe", {"targets": ["q_proj"]}),
 }
+
+
+PROMPTS = {"prompt", "prefix", "p_tuning"}
 
 
 def write(run: Trained, out: Path, base: Base = "dequantized", dtype: torch.dtype = torch.float32) -> Path:
@@ -148,12 +153,45 @@ def test_what_is_beyond_the_range_of_fp16(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_methods_that_cannot_be_merged(tmp_path: Path) -> None:
-    run = trained("llama", tmp_path)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("method", sorted(set(PEFT_METHODS) - PROMPTS))
+def test_methods_of_peft(method: str, bits: int, tmp_path: Path) -> None:
+    run = trained("qwen2", tmp_path, bits=bits, method="peft", peft=PEFT_METHODS[method])
+    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+    with pytest.raises(UnsupportedError, match="cannot serve this adapter"):
+        plain_factors(MergedWeights(run.config, run.policy, run.adapter).trained, server="vLLM")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("bits", [4, 16])
+def test_methods_of_peft_on_conv1d(bits: int, tmp_path: Path) -> None:
+    method = {"peft_type": "IA3", "target_modules": ["c_attn", "c_fc"], "feedforward_modules": ["c_fc"]}
+    run = trained("gpt2", tmp_path, bits=bits, method="peft", peft=method)
+    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_that_peft_trains(tied: bool, tmp_path: Path) -> None:
+    method = {**PEFT_METHODS["lora_bias"], "modules_to_save": ["lm_head", "norm"]}
+    run = trained("qwen2", tmp_path, bits=16, model={"tie_word_embeddings": tied}, method="peft", peft=method)
+    if tied:
+        with pytest.raises(UnsupportedError, match="no longer tied"):
+            write(run, tmp_path / "out")
+    else:
+        assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+
+
+@pytest.mark.parametrize("method", sorted(PROMPTS))
+def test_prompts_cannot_be_merged(method: str, tmp_path: Path) -> None:
+    run = trained("qwen2", tmp_path)
     settings = json.loads((run.adapter / "adapter_config.json").read_text())
-    (run.adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "PROMPT_TUNING"}))
-    with pytest.raises(UnsupportedError, match="cannot be merged"):
+    kind = PEFT_METHODS[method]["peft_type"].upper()
+    (run.adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": kind}))
+    with pytest.raises(UnsupportedError, match="trains tokens before the text"):
         write(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_model(tmp_path: Path) -> None:
