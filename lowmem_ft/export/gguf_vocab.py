@@ -8,7 +8,7 @@ other tokens without a word.
 from __future__ import annotations
 
 import json
-import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 # name in llama.cpp -> the expression that the tokenizer splits by
 SPLITS = {"llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST, "qwen2": _WORDS + r"\p{N}" + _REST}
 
@@ -41,24 +42,31 @@ def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int) -> None:
         raise CheckpointError(
             "The tokenizer cannot be read.", given=f"{path} ({error})", allowed="a fast tokenizer (tokenizer.json)"
         ) from error
-    splitting = _splitting(tokenizer, path)
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [gguf.TokenType.UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         tokens[_in_range(index, vocab_size, path)], types[index] = token, gguf.TokenType.NORMAL
+    spm = _is_sentencepiece(tokenizer, path)
+    for index, token in enumerate(tokens):
+        if spm and types[index] == gguf.TokenType.NORMAL and _BYTE.fullmatch(token):
+            types[index] = gguf.TokenType.BYTE
     for entry in added:
         special = gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
         tokens[_in_range(entry["id"], vocab_size, path)], types[entry["id"]] = entry["content"], special
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting)
+    if spm:
+        if model.get("unk_token") in tokens:
+            types[tokens.index(model["unk_token"])] = gguf.TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_adds_space(tokenizer))
+        apart = {entry["content"] for entry in added} | set(filter(_BYTE.fullmatch, tokens))
+        writer.add_token_scores(_scores(model, tokens, path, apart=apart))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_splitting(tokenizer, path))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    logger, level = logging.getLogger("gguf.vocab"), logging.getLogger("gguf.vocab").level
-    logger.setLevel(logging.ERROR)
-    try:
-        special_tokens = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-        special_tokens.add_to_gguf(writer, quiet=True)
-    finally:
-        logger.setLevel(level)
+    special_tokens = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=vocab_size)
+    special_tokens.add_to_gguf(writer, quiet=True)
 
 
 def adds_bos(folder: Path) -> bool:
@@ -67,7 +75,9 @@ def adds_bos(folder: Path) -> bool:
 
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     found = gguf.SpecialVocab(folder).add_special_token.get("bos")
-    return _splitting(tokenizer, folder) == "llama-bpe" if found is None else bool(found)
+    if found is not None:
+        return bool(found)
+    return _is_sentencepiece(tokenizer, folder) or _splitting(tokenizer, folder) == "llama-bpe"  # llama.cpp's defaults
 
 
 def _in_range(index: int, vocab_size: int, path: Path) -> int:
@@ -79,16 +89,76 @@ def _in_range(index: int, vocab_size: int, path: Path) -> int:
     return index
 
 
-def _splitting(tokenizer: dict[str, Any], path: Path) -> str:
+def _is_sentencepiece(tokenizer: dict[str, Any], path: Path) -> bool:
+    """Whether it is BPE over characters that falls back to bytes, as SentencePiece trains it; else byte-level BPE.
+
+    Raises:
+        UnsupportedError: neither.
+    """
     model = tokenizer["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = f"{model['type']}{' with byte fallback (SentencePiece)' if model.get('byte_fallback') else ''}"
-        raise UnsupportedError(
-            "This kind of tokenizer cannot be written as GGUF here.",
-            given=f"{kind} in {path}",
-            allowed="byte-level BPE, as Llama 3, Qwen and GPT-2 have",
-            fix="merge, and convert the folder with llama.cpp's convert_hf_to_gguf.py; or export the adapter alone",
-        )
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in model["vocab"]]
+        normalizer = json.dumps(tokenizer.get("normalizer"))
+        steps = {step["type"] for step in _steps(tokenizer.get("normalizer"), "normalizers")}
+        spaces = "\\u2581" in normalizer or (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace"
+        if not missing and spaces and steps <= {"Prepend", "Replace"}:
+            return True
+    elif model["type"] == "BPE":
+        return False
+    raise UnsupportedError(
+        "This kind of tokenizer cannot be written as GGUF here.",
+        given=f"{model['type']}{', falls back to bytes' if model.get('byte_fallback') else ''}, in {path}",
+        allowed="byte-level BPE (Llama 3, Qwen, GPT-2), or BPE of SentencePiece (Llama 2, Mistral)",
+        fix="merge, and convert the folder with llama.cpp's convert_hf_to_gguf.py; or export the adapter alone",
+    )
+
+
+def _adds_space(tokenizer: dict[str, Any]) -> bool:
+    """Whether a text starts with a space that it does not have."""
+    before = tokenizer.get("pre_tokenizer") or {}
+    if before.get("type") == "Metaspace":
+        return str(before.get("prepend_scheme", "always")) != "never"
+    return any(step["type"] == "Prepend" for step in _steps(tokenizer.get("normalizer"), "normalizers"))
+
+
+def _steps(rule: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    return [] if rule is None else rule.get(name, [rule])
+
+
+def _scores(model: dict[str, Any], tokens: list[str], path: Path, *, apart: set[str]) -> list[float]:
+    """One for each token: SentencePiece merges the neighbours whose union has the highest.
+
+    In tokenizer.json merges lie in that order, all that give one token together, and none is left out.
+
+    Args:
+        apart: tokens that no merge gives.
+
+    Raises:
+        UnsupportedError: it is not so, and SentencePiece's rule would give other tokens.
+    """
+    pairs = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs):
+        if ranks.setdefault(left + right, rank) != rank and "".join(pairs[rank - 1]) != left + right:
+            raise _other_rule(f"the merges that give {left + right} lie apart", path)
+    known, vocab = set(pairs), model["vocab"]
+    for token in vocab.keys() - apart:
+        for cut in range(1, len(token)):
+            pair = (token[:cut], token[cut:])
+            if pair not in known and pair[0] in vocab and pair[1] in vocab:
+                raise _other_rule(f"no merge of {pair[0]} and {pair[1]}", path)
+    return [-float(ranks.get(token, len(pairs))) for token in tokens]
+
+
+def _other_rule(given: str, path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        "This tokenizer merges by another rule than SentencePiece's, which is the one that GGUF has for it.",
+        given=f"{given}, in {path}",
+        fix="export the adapter alone, and convert the base model with a tool that is made for it",
+    )
+
+
+def _splitting(tokenizer: dict[str, Any], path: Path) -> str:
     rule = tokenizer.get("pre_tokenizer") or {}
     steps = rule.get("pretokenizers", [rule])
     kinds = [step.get("type") for step in steps]

@@ -137,7 +137,7 @@ def _base(owner: nn.Module) -> nn.Module:
 
 def _plain(base: nn.Module, leaf: str, value: Tensor, *, transposed: bool) -> nn.Module:
     """A layer like `base`, unquantized and in fp32, whose parameter `leaf` is a copy of `value` and the other zero."""
-    values = value.detach().to(torch.float32, copy=True)
+    values = value.detach().to(device="cpu", dtype=torch.float32, copy=True)  # where the adapter lies
     if not isinstance(base, nn.Linear | Conv1D):  # a norm: small
         plain = copy.deepcopy(base)
         setattr(plain, leaf, nn.Parameter(values, requires_grad=False))
