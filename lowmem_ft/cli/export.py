@@ -119,8 +119,12 @@ def _trained_run(target: Path, adapter: Path | None, out: Path | None) -> Traine
     if not isinstance(chosen, Path):
         raise ConfigError("There is no adapter to export.", given=target, fix="--adapter FOLDER, or give a run folder")
 
+    from transformers.utils import logging
+
     from lowmem_ft.export.models import TrainedRun
     from lowmem_ft.planner.device import find_device
+
+    logging.disable_progress_bar()  # of loading what was written, beside the reporter's own
 
     scratch = target if target.is_dir() else (out or Path(config.output)).absolute().parent
     device = find_device(config.budget.device).torch_device

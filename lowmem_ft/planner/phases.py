@@ -262,7 +262,8 @@ def _merge_work(stage: Stage, spec: QuantSpec) -> int:
     """For the `merge` command with its defaults, which works on one matrix at a time (`export.weights`).
 
     It reads a matrix, quantizes and dequantizes it as the run's loading did, adds the adapter's product to some rows at
-    a time, in fp32, and writes it in bf16. What is not quantized and not adapted passes in pieces.
+    a time, in fp32, and writes it in bf16. What is not quantized and not adapted passes in pieces. The check afterwards
+    is not in it: it evaluates the trained model as the run does, and streams the merged one where it does not fit.
     """
     model, compute = stage.ready.model, stage.ready.compute_dtype
     wide = 2 if compute == torch.bfloat16 else 4  # what is rounded to bf16 in the end is not rounded before

@@ -72,6 +72,12 @@ def test_models_are_read_back_equal(name: str, base: str, tmp_path: Path) -> Non
     assert len(done.lines()) == 3 + (base == "original")
 
 
+@pytest.mark.parametrize("method", [{"dora": True}, {"train_modules": ["embed_tokens", "norm"]}, {"bits": 8}], ids=str)
+def test_whatever_was_trained_is_in_it(method: dict[str, Any], tmp_path: Path) -> None:
+    _, run = run_of(tmp_path, "tied", **method)
+    assert exported(run).check.kl < 1e-9
+
+
 @pytest.mark.parametrize("kind", LOSSY)
 def test_types(kind: str, tmp_path: Path) -> None:
     made, run = run_of(tmp_path)

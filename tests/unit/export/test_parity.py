@@ -59,17 +59,26 @@ def test_what_is_not_finite_never_passes(bad: float) -> None:
 
 
 @pytest.mark.parametrize("base", ["dequantized", "original"])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_merge_reports_both_bases(name: str, base: Any, tmp_path: Path) -> None:
-    made = trained(name, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama", {}),
+        ("llama", {"dora": True, "rslora": True}),
+        ("qwen2", {"bias": "all", "train_modules": ["embed_tokens"]}),
+        ("mixtral", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_a_merge_reports_both_bases(name: str, method: dict[str, Any], base: Any, tmp_path: Path) -> None:
+    made = trained(name, tmp_path, **method)
     done = merged(made, tmp_path, base=base, dtype=torch.float32)
     assert done.other is not None
     near, far = (done.trained, done.other) if base == "dequantized" else (done.other, done.trained)
-    # measured: 6e-14 to 7e-14; 0.008 and 0.014 for the quantization of these random weights
+    # measured: up to 7e-14; 3e-6 (GPT-2) to 0.014 for the quantization of these random weights
     assert done.check.kl < 1e-9
     assert done.check.top1 == 1
     assert near.kl < 1e-9
-    assert far.kl > 1e-4
+    assert far.kl > 1e-6
     assert not list(done.folder.glob("other*"))
     json.dumps(done.to_dict())
     assert sum("original base" in line for line in done.lines()) == 1 + (base == "original")
