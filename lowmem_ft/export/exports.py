@@ -92,12 +92,14 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
     )
     sizes = gguf_tensors(weights, kind)
     read = held_out(run.config, weights.checkpoint.folder, text)
-    nbytes = sum(slot.bytes_of(slot.numel) for _, slot in sizes.values())
-    with new_folder(out, nbytes=nbytes) as folder:
+    slots = [place.slot for places in sizes.values() for place in places]
+    nbytes, numel = sum(slot.bytes_of(slot.numel) for slot in slots), sum(slot.numel for slot in slots)
+    apart = 0 if _read_whole(run, weights, numel) else 2 * numel  # what is unpacked to be checked
+    with new_folder(out, nbytes=nbytes + apart) as folder:
         reporter.say("Computing the trained model's logits ...")
         trained = reference = run.logits(read)
         if base == "original" and weights.bases_differ:
-            reference = run.unquantized_logits(read, nbytes=2 * sum(slot.numel for _, slot in sizes.values()))
+            reference = run.unquantized_logits(read, nbytes=2 * numel)
         file = folder / f"model-{kind}.gguf"
         with reporter.task("Writing GGUF", unit="values") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
@@ -108,7 +110,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
             modelfile(tokenizer, weights.checkpoint.folder, source=f"./{file.name}", adds_bos=bos),
         )
         reporter.say("Checking what is read back from the file ...")
-        found = _read_back(run, weights, file, read)
+        found = _read_back(run, weights, file, read, numel=numel)
         check = compare(reference, found)
         bound = _bound(run, kind)
         check.check(bound, what="The GGUF file")
@@ -203,20 +205,24 @@ def _bound(run: TrainedRun, kind: str) -> Bound:
     return EIGHT_BITS if kind == "q8_0" else FOUR_BITS
 
 
-def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOut) -> list[Tensor]:
+def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOut, *, numel: int) -> list[Tensor]:
     """Logits of the file as transformers reads it; where that does not fit, of a folder that it is unpacked into."""
     config = weights.model.config
     _check_said(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), config)
-    numel = sum(tensor.numel() for tensor in weights.model.state_dict().values())
-    if run.fits(2 * 4 * numel):
+    if _read_whole(run, weights, numel):
         given = _as_gguf_knows_it(config)
         return run.transformers_logits(file.parent, text, gguf_file=file.name, config=given, dtype=torch.float32)
     folder = file.parent / "unpacked"
     folder.mkdir()
     unpack_gguf(file, weights, folder)
-    found = run.folder_logits(folder, text)
+    found = run.folder_logits(folder, text, dtype=torch.float32)
     shutil.rmtree(folder)
     return found
+
+
+def _read_whole(run: TrainedRun, weights: MergedWeights, numel: int) -> bool:
+    """Whether transformers can read such a file, which it does in fp32, all of it at once."""
+    return architecture_of(weights.model.config).read and run.fits(2 * 4 * numel)
 
 
 def _as_gguf_knows_it(config: PretrainedConfig) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +29,37 @@ class Architecture:
     Attributes:
         name: of the GGUF architecture.
         permutes: whether rows of q and k are put from halves into pairs, as llama.cpp rotates neighbours there.
+        read: whether transformers can read such a file (5.23 fails at stacked experts).
     """
 
     name: str
     permutes: bool = False
+    read: bool = True
 
 
-# transformers' model type -> what it is in GGUF; of the Llama family, with dense MLPs
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a tensor of the model, or some rows of each of its experts, lies in the file.
+
+    Attributes:
+        rows: of each expert (R, C), from and to; None: all there is.
+    """
+
+    name: str
+    slot: Slot
+    rows: tuple[int, int] | None = None
+
+
+# transformers' model type -> what it is in GGUF; of the Llama family
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(name="llama", permutes=True),
     "mistral": Architecture(name="llama", permutes=True),
     "qwen2": Architecture(name="qwen2"),
     "qwen3": Architecture(name="qwen3"),
+    "mixtral": Architecture(name="llama", permutes=True, read=False),
+    "qwen3_moe": Architecture(name="qwen3moe", read=False),
 }
+_STACKS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
 def require_gguf() -> None:
@@ -75,13 +94,21 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             given=f"sliding_window {window} of {config.max_position_embeddings} positions",
             fix=f"set max_position_embeddings to {window} in the base model's config.json, if texts are no longer",
         )
+    dense = getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", None)
+    if found.name == "qwen3moe" and (dense or not config.norm_topk_prob):
+        raise UnsupportedError(
+            "llama.cpp has experts in every block of this architecture, and scales their weights to sum 1.",
+            given=f"decoder_sparse_step {config.decoder_sparse_step}, mlp_only_layers {config.mlp_only_layers}, "
+            f"norm_topk_prob {config.norm_topk_prob}",
+            allowed="1, none, true",
+        )
     if found.name == "llama" and getattr(config, "mlp_bias", False):
         raise UnsupportedError("Biases of MLPs have no place in this GGUF architecture.", given="mlp_bias: true")
     return found
 
 
-def gguf_tensors(weights: MergedWeights, kind: str) -> dict[str, tuple[str, Slot]]:
-    """The model's name -> GGUF name and slot, for all tensors."""
+def gguf_tensors(weights: MergedWeights, kind: str) -> dict[str, list[Place]]:
+    """The model's name -> where it lies in the file, for all tensors; matrices in `kind` where that can be."""
     import gguf
 
     config = weights.model.config
@@ -90,12 +117,32 @@ def gguf_tensors(weights: MergedWeights, kind: str) -> dict[str, tuple[str, Slot
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     found = {}
     for name, (shape, _) in weights.tensors().items():
+        stack = _STACKS.fullmatch(name)
+        if stack is not None:
+            found[name] = _places_of_experts(int(stack[1]), stack[2], shape, kind)
+            continue
         given = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if given is None:
             raise UnsupportedError("A tensor has no name in GGUF.", given=f"{name} of {config.model_type}")
         vocabulary = given in ("token_embd.weight", "output.weight")
-        found[name] = (given, Slot(shape=shape, type=type_of(shape, kind, vocabulary=vocabulary)))
+        # which expert a token goes to must not depend on rounding
+        chosen = "f32" if given.endswith(".ffn_gate_inp.weight") else kind
+        found[name] = [Place(name=given, slot=Slot(shape=shape, type=type_of(shape, chosen, vocabulary=vocabulary)))]
     return found
+
+
+def _places_of_experts(block: int, leaf: str, shape: tuple[int, ...], kind: str) -> list[Place]:
+    """Experts lie stacked, gates and up projections apart, where the model has them one above the other."""
+    experts, rows, columns = shape
+    chosen = type_of(shape, kind, vocabulary=False)
+    if leaf == "down_proj":
+        return [Place(name=f"blk.{block}.ffn_down_exps.weight", slot=Slot(shape=shape, type=chosen), rows=(0, rows))]
+    half = rows // 2
+    slot = Slot(shape=(experts, half, columns), type=chosen)
+    return [
+        Place(name=f"blk.{block}.ffn_gate_exps.weight", slot=slot, rows=(0, half)),
+        Place(name=f"blk.{block}.ffn_up_exps.weight", slot=slot, rows=(half, rows)),
+    ]
 
 
 @torch.no_grad()
@@ -123,22 +170,39 @@ def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, prog
     _add_sizes(writer, config)
     factors = _add_rope(writer, config)
     add_tokenizer(writer, weights.checkpoint.folder, vocab_size=config.vocab_size)
-    slots = dict(tensors.values())
+    slots = {place.name: place.slot for places in tensors.values() for place in places}
     if factors is not None:
         slots[ROPE_FACTORS] = Slot(shape=tuple(factors.shape), type="f32")
     file = GgufFile(path, writer, slots)
     if factors is not None:
         file.write(ROPE_FACTORS, factors)
     permuted = {it: heads_of(it, config) for it in tensors if architecture.permutes and heads_of(it, config)}
-    total, done = sum(slot.numel for _, slot in tensors.values()), 0
-    for given, start, part in weights.parts(whole=permuted):
-        values = permute(part, permuted[given]) if given in permuted else part
-        file.write(tensors[given][0], values, start=start)
+    stacks = [name for name, places in tensors.items() if places[0].rows is not None]
+    total, done = sum(slot.numel for slot in slots.values()), 0
+    for given, start, part in weights.parts(whole=[*permuted, *stacks]):
+        places = tensors[given]
+        if places[0].rows is not None:
+            _write_experts(file, places, part, start)
+        else:
+            file.write(places[0].name, permute(part, permuted[given]) if given in permuted else part, start=start)
         done += part.numel()
-        del part, values  # before the next one exists
+        del part  # before the next one exists
         if progress is not None:
             progress(done, total)
+    done += 0 if factors is None else factors.numel()
     assert done == total, "every value is written once"
+
+
+def _write_experts(file: GgufFile, places: list[Place], part: Tensor, start: int) -> None:
+    """One expert (R, C), or all (E, R, C)."""
+    matrices = part.view(-1, *part.shape[-2:])
+    first = start // matrices[0].numel()
+    for place in places:
+        assert place.rows is not None, "these are experts"
+        begin, end = place.rows
+        for index, matrix in enumerate(matrices):
+            rows = matrix[begin:end]
+            file.write(place.name, rows, start=(first + index) * rows.numel())
 
 
 def heads_of(name: str, config: PretrainedConfig) -> int:
@@ -182,6 +246,12 @@ def _add_sizes(writer: Any, config: PretrainedConfig) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if getattr(config, "num_experts_per_tok", None):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(
+            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        )
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim(config))

@@ -16,7 +16,7 @@ from lowmem_ft.quant.shards import ShardFiles
 
 
 def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
-    """Write the tensors of a GGUF file into `folder` as transformers has them, in bf16 (f32 where they are vectors).
+    """Write the tensors of a GGUF file into `folder` as transformers has them, in bf16, or in f32 where the file is.
 
     Of `weights` only names and shapes are used.
     """
@@ -24,18 +24,25 @@ def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
 
     config = weights.model.config
     permutes = architecture_of(config).permutes
-    names = {given: (name, slot.shape) for name, (given, slot) in gguf_tensors(weights, "f32").items()}
+    tensors, shapes = gguf_tensors(weights, "f32"), weights.tensors()
+    names = {place.name: (name, place) for name, places in tensors.items() for place in places}
+    read = [tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name in names]
+    exact = {names[it.name][0] for it in read if it.tensor_type == gguf.GGMLQuantizationType.F32}
     layout: Layout = {
-        name: (shape, torch.float32 if len(shape) < 2 else torch.bfloat16) for name, shape in names.values()
+        name: (shape, torch.float32 if name in exact else torch.bfloat16) for name, (shape, _) in shapes.items()
     }
     files = ShardFiles(folder, layout, index_name=INDEX)
-    for tensor in gguf.GGUFReader(file).tensors:
-        if tensor.name not in names:
-            continue
-        name, shape = names[tensor.name]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(shape)
+    for tensor in read:
+        name, place = names[tensor.name]
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        values = values.view(place.slot.shape)
         heads = heads_of(name, config) if permutes else 0
-        files.write(name, unpermute(values, heads) if heads else values)
+        if place.rows is None:
+            files.write(name, unpermute(values, heads) if heads else values)
+            continue
+        _, rows, columns = shapes[name][0]
+        for index, matrix in enumerate(values):
+            files.write(name, matrix, start=(index * rows + place.rows[0]) * columns)
     write_configs(weights, folder)
 
 

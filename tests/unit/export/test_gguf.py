@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -21,6 +22,7 @@ from lowmem_ft.export.gguf import permute, rope_factors, write_gguf
 from lowmem_ft.export.gguf_file import TYPES, encode
 from lowmem_ft.export.gguf_read import unpermute
 from lowmem_ft.export.gguf_vocab import SPLITS
+from lowmem_ft.export.merge import write_merged
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.parity import compare, held_out
 from lowmem_ft.export.weights import MergedWeights
@@ -40,6 +42,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "mixtral": ("mixtral", {}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "norm_topk_prob": True, "moe_intermediate_size": 32}),
 }
 # Mean KL, of random models; measured on four of them: at most 9e-8 (f16), 6e-6 (bf16), 1.1e-4 (q8_0), 3e-3 (q5_1),
 # 5e-3 (q5_0), 0.01 (q4_1), 0.019 (q4_0)
@@ -101,6 +105,21 @@ def test_rows_that_are_no_whole_blocks_stay_in_16_bits(tmp_path: Path) -> None:
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_experts_lie_stacked(tmp_path: Path) -> None:
+    made, run = run_of(tmp_path, "mixtral")
+    reader = GGUFReader(exported(run).folder / "model-f32.gguf")
+    assert reader.get_field("llama.expert_count").contents() == 4  # type: ignore[union-attr]
+    assert reader.get_field("llama.expert_used_count").contents() == 2  # type: ignore[union-attr]
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    (tmp_path / "merged").mkdir()
+    write_merged(MergedWeights(made.config, made.policy, made.adapter, dtype=torch.float32), tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "model-00001-of-00001.safetensors")
+    for name, part in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        for expert in range(4):
+            expected = stored[f"model.layers.1.block_sparse_moe.experts.{expert}.{part}.weight"]
+            assert torch.equal(tensors[f"blk.1.ffn_{name}_exps.weight"].view(4, *expected.shape)[expert], expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
@@ -213,7 +232,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         return str(error.value)
 
     assert "cannot be written as GGUF" in refused("gpt2")
-    assert "cannot be written as GGUF" in refused("mixtral")
+    assert "cannot be written as GGUF" in refused("qwen2_moe")
+    assert "scales their weights" in refused("qwen3_moe")
     assert "sliding window" in refused("mistral", **SIZES, head_dim=16)
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert "scaling of positions" in refused("llama", **SIZES, rope_parameters=scaled)
