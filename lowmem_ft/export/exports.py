@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
@@ -210,8 +211,10 @@ def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOu
     config = weights.model.config
     _check_said(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), config)
     if _read_whole(run, weights, numel):
-        given = _as_gguf_knows_it(config)
-        return run.transformers_logits(file.parent, text, gguf_file=file.name, config=given, dtype=torch.float32)
+        options: dict[str, Any] = {"gguf_file": file.name, "config": _as_gguf_knows_it(config), "dtype": torch.float32}
+        if hasattr(transformers, "GgufConfig"):  # newer ones may leave weights packed, and ask for kernels from the hub
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return run.transformers_logits(file.parent, text, **options)
     folder = file.parent / "unpacked"
     folder.mkdir()
     unpack_gguf(file, weights, folder)
