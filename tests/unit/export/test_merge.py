@@ -27,7 +27,7 @@ from tests.unit.adapters.helpers import error
 from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
 from tests.unit.export.runs import Trained, logits, plain, trained
 from tests.unit.quant.loading import save_gemma3
-from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8
+from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8, save_mxfp4
 
 # In fp32 nothing but the order of sums differs. Measured over all architectures, 4 and 16 bits: 1.7e-7 to 7.4e-6.
 EXACT = 3e-5
@@ -120,10 +120,16 @@ def test_a_checkpoint_that_is_quantized_already(name: str, kind: str, tmp_path: 
     assert error(merged_logits(out), run.logits) < EXACT
 
 
-def test_fp8(tmp_path: Path) -> None:
-    save_fp8("llama", tmp_path / "base", (16, 16))
-    run = trained("llama", tmp_path)
-    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_checkpoints_in_8_and_4_bit_floats(name: str, tmp_path: Path) -> None:
+    if name == "llama":
+        save_fp8("llama", tmp_path / "base", (16, 16))
+    else:
+        save_mxfp4(tmp_path / "base")
+    run = trained(name, tmp_path)
+    out = write(run, tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert error(merged_logits(out), run.logits) < EXACT
 
 
 def test_the_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
