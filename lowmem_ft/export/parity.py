@@ -23,7 +23,8 @@ from lowmem_ft.core.errors import DataError, ParityError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.examples import read_examples
 
-TOKENS = 1024  # that are compared; one of 128256 logits in 16 bits takes 256 KB
+TOKENS = 1024  # that are compared, if the vocabulary is not larger than
+LOGITS_BYTES = 128 << 20  # lets it be, in 16 bits: three such pieces exist when two bases are compared
 SEQUENCE = 256
 CHUNK = 64  # tokens whose probabilities exist at a time
 
@@ -102,10 +103,11 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (2, 64), generator=generator).tolist()
         return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")
+    most = min(TOKENS, max(2, LOGITS_BYTES // (2 * len(tokenizer))))
     file = text or (Path(config.data.eval) if config.data.eval else None)
     if file is not None and file.suffix == ".jsonl":
         examples, _ = read_examples(file, tokenizer, seq_len=SEQUENCE, format=config.data.format, assistant_only=False)
-        return HeldOut(sequences=_few([example.input_ids for example in examples]), origin=str(file))
+        return HeldOut(sequences=_few([example.input_ids for example in examples], most), origin=str(file))
     if file is not None:
         try:
             content, origin = file.read_text(encoding="utf-8"), str(file)
@@ -118,12 +120,14 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
     ids = tokenizer(content[: 16 * TOKENS], verbose=False)["input_ids"]
     if len(ids) < 2:
         raise DataError("There is no text to check on.", given=origin, allowed="two tokens or more")
-    return HeldOut(sequences=_few([ids[at : at + SEQUENCE] for at in range(0, len(ids), SEQUENCE)]), origin=origin)
+    return HeldOut(
+        sequences=_few([ids[at : at + SEQUENCE] for at in range(0, len(ids), SEQUENCE)], most), origin=origin
+    )
 
 
-def _few(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+def _few(sequences: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:
     chosen: list[Sequence[int]] = []
-    left = TOKENS
+    left = most
     for ids in sequences:
         if left > 0 and len(ids) > 1:
             chosen.append(ids[:left])

@@ -13,6 +13,7 @@ import torch
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError, ParityError, UnsupportedError
+from lowmem_ft.export import parity
 from lowmem_ft.export.merge import Merge, merge, write_quantized
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.parity import SIXTEEN_BITS, Bound, Parity, compare, held_out
@@ -144,12 +145,14 @@ def test_what_is_there_is_refused_before_anything_is_computed(tmp_path: Path, mo
         merged(made, tmp_path)
 
 
-def test_text_to_check_on(tmp_path: Path) -> None:
+def test_text_to_check_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
     config = RunConfig.from_dict({"model": str(model)})
     default = held_out(config, model)
     assert sum(map(len, default.sequences)) == 1024
     assert "package" in default.origin
+    monkeypatch.setattr(parity, "LOGITS_BYTES", 2 * 4096 * 300)
+    assert [len(ids) for ids in held_out(config, model).sequences] == [256, 44], "a large vocabulary takes fewer tokens"
     (tmp_path / "own.txt").write_text("one two three four five")
     assert held_out(config, model, tmp_path / "own.txt").origin.endswith("own.txt")
     (tmp_path / "empty.txt").write_text("")
