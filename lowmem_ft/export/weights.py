@@ -157,6 +157,8 @@ class MergedWeights:
         for start in range(0, count, size):
             part = torch.empty(min(size, count - start), dtype=dtype)
             source.read_elements(name, part, start=start)
+            if part.is_floating_point():
+                self._check_range(part, step.only_target)
             yield given, start, part
             del part  # before the next one exists
 

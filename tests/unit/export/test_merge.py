@@ -26,7 +26,7 @@ from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.adapters.helpers import error
 from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
 from tests.unit.export.runs import Trained, logits, plain, trained
-from tests.unit.quant.loading import save_gemma3
+from tests.unit.quant.loading import change_tensors, save_gemma3
 from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8, save_mxfp4
 
 # In fp32 nothing but the order of sums differs. Measured over all architectures, 4 and 16 bits: 1.7e-7 to 7.4e-6.
@@ -157,6 +157,14 @@ def test_what_is_beyond_the_range_of_fp16(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="range of float16"):
         write(run, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_beyond_it_and_was_not_trained(tmp_path: Path) -> None:
+    run = trained("llama", tmp_path)
+    norm = torch.full((48,), 1e5, dtype=torch.bfloat16)
+    change_tensors(tmp_path / "base" / "model.safetensors", {"model.norm.weight": norm})
+    with pytest.raises(UnsupportedError, match=r"model\.norm\.weight"):
+        write(run, tmp_path / "out", dtype=torch.float16)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
