@@ -24,13 +24,13 @@ from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.ollama import modelfile
 from lowmem_ft.export.parity import (
     EIGHT_BITS,
-    FOUR_BITS,
     SIXTEEN_BITS,
     THIRTY_TWO_BITS,
     Bound,
     HeldOut,
     Parity,
     compare,
+    four_bits,
     held_out,
 )
 from lowmem_ft.export.weights import Base, MergedWeights
@@ -99,8 +99,12 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
     with new_folder(out, nbytes=nbytes + apart) as folder:
         reporter.say("Computing the trained model's logits ...")
         trained = reference = run.logits(read)
-        if base == "original" and weights.bases_differ:
-            reference = run.unquantized_logits(read, nbytes=2 * numel)
+        between = None
+        if weights.bases_differ and (base == "original" or kind[:2] in ("q4", "q5")):
+            original = run.unquantized_logits(read, nbytes=2 * numel)
+            between = compare(trained, original)
+            reference = original if base == "original" else trained
+            del original
         file = folder / f"model-{kind}.gguf"
         with reporter.task("Writing GGUF", unit="values") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
@@ -113,7 +117,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         reporter.say("Checking what is read back from the file ...")
         found = _read_back(run, weights, file, read, numel=numel)
         check = compare(reference, found)
-        bound = _bound(run, kind)
+        bound = _bound(run, kind, between)
         check.check(bound, what="The GGUF file")
     against = check if reference is trained else compare(trained, found)
     return Export(
@@ -198,12 +202,12 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def _bound(run: TrainedRun, kind: str) -> Bound:
+def _bound(run: TrainedRun, kind: str, between: Parity | None = None) -> Bound:
     if kind == "f32" and run.compute_dtype == torch.float32:
         return THIRTY_TWO_BITS
     if kind in ("f32", "f16", "bf16"):
         return SIXTEEN_BITS
-    return EIGHT_BITS if kind == "q8_0" else FOUR_BITS
+    return EIGHT_BITS if kind == "q8_0" else four_bits(between if run.policy.bits == 4 else None)
 
 
 def _read_back(run: TrainedRun, weights: MergedWeights, file: Path, text: HeldOut, *, numel: int) -> list[Tensor]:

@@ -18,13 +18,13 @@ from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.parity import (
     EIGHT_BITS,
-    FOUR_BITS,
     SIXTEEN_BITS,
     THIRTY_TWO_BITS,
     Bound,
     HeldOut,
     Parity,
     compare,
+    four_bits,
     held_out,
     tidy,
 )
@@ -120,16 +120,17 @@ def merge(
     with new_folder(out, nbytes=nbytes) as folder:
         reporter.say("Computing the trained model's logits ...")
         trained = run.logits(read)
-        reference, other = trained, None
+        reference, other, between = trained, None, None
         if weights.bases_differ:
             reporter.say("Computing those of the other base ...")
             original = run.unquantized_logits(read, nbytes=nbytes)
+            between = compare(trained, original)
             if base == "original":
                 reference = original
             if base == "original" and quantize_to is None:
                 other = _compared_with_dequantized(run, folder / OTHER, dtype, read, trained, reporter)
             elif base == "dequantized":
-                other = compare(trained, original)
+                other = between
             del original
         with reporter.task("Merging", unit="B") as update:
             if quantize_to is None:
@@ -140,7 +141,7 @@ def merge(
         reporter.say("Checking the merged model ...")
         result = run.folder_logits(folder, read)
         check = compare(reference, result)
-        bound = _bound(run, dtype, quantize_to)
+        bound = _bound(run, dtype, quantize_to, between)
         again = quantize_to is not None and weights.bases_differ and base == "dequantized"
         check.check(bound, what="The merged model", fix=FROM_ORIGINAL if again else None)
         against = check if reference is trained else compare(trained, result)
@@ -157,9 +158,9 @@ def merge(
     )
 
 
-def _bound(run: TrainedRun, dtype: torch.dtype, quantize_to: QuantSpec | None) -> Bound:
+def _bound(run: TrainedRun, dtype: torch.dtype, quantize_to: QuantSpec | None, between: Parity | None) -> Bound:
     if quantize_to is not None and quantize_to.bits != 16:
-        return FOUR_BITS if quantize_to.bits == 4 else EIGHT_BITS
+        return four_bits(between if run.policy.bits == 4 else None) if quantize_to.bits == 4 else EIGHT_BITS
     exact = dtype == run.compute_dtype == torch.float32
     return THIRTY_TWO_BITS if exact else SIXTEEN_BITS
 

@@ -16,7 +16,7 @@ from lowmem_ft.core.errors import ConfigError, DataError, ParityError, Unsupport
 from lowmem_ft.export import parity
 from lowmem_ft.export.merge import Merge, merge, write_quantized
 from lowmem_ft.export.models import TrainedRun
-from lowmem_ft.export.parity import SIXTEEN_BITS, Bound, Parity, compare, held_out
+from lowmem_ft.export.parity import FOUR_BITS, SIXTEEN_BITS, Bound, Parity, compare, four_bits, held_out
 from lowmem_ft.export.trained import Trained as Adapter
 from lowmem_ft.export.weights import MergedWeights
 from lowmem_ft.export.write import new_folder
@@ -167,3 +167,9 @@ def test_bounds_are_bounds() -> None:
     fine.check(SIXTEEN_BITS, what="It")
     with pytest.raises(ParityError, match="allowed: KL up to"):
         Parity(kl=1e-3, kl_most=1, top1=0.8, tokens=9).check(SIXTEEN_BITS, what="It")
+
+
+def test_four_bits_are_held_against_the_quantization_of_the_run() -> None:
+    assert four_bits(Parity(kl=0.01, kl_most=1, top1=0.9, tokens=9)) == FOUR_BITS
+    assert four_bits(Parity(kl=0.1, kl_most=1, top1=0.5, tokens=9)) == Bound(kl=pytest.approx(0.3), top1=0.4)
+    assert four_bits(None).kl > FOUR_BITS.kl
