@@ -54,8 +54,8 @@ class Bound:
 SIXTEEN_BITS = Bound(kl=4e-3, top1=0.9)
 EIGHT_BITS = Bound(kl=6e-3, top1=0.9)
 FOUR_BITS = Bound(kl=5e-2, top1=0.7)
-# What 4 bits do differs from model to model, and small ones lose most. A run that was trained on 4 bits has measured it:
-# up to three times that is allowed. Of others nothing is known: four times the above.
+# What 4 bits do differs from model to model, and small ones lose most. A run that was trained on 4 bits has measured
+# it: up to three times that is allowed. Of others nothing is known: four times the above.
 UNMEASURED_FOUR_BITS = Bound(kl=0.2, top1=0.6)
 # Of tiny models that computed in fp32, where only the order of sums differs: up to 7e-14 and 100%.
 THIRTY_TWO_BITS = Bound(kl=1e-6, top1=0.99)
