@@ -51,6 +51,14 @@ def test_ties_of_the_reference_agree_and_padding_does_not_count() -> None:
     assert compare([p], [q]).top1 == 1
 
 
+def test_undecided_tokens_are_counted_apart() -> None:
+    p = torch.tensor([[2.0, 1.95, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    q = torch.tensor([[1.9, 1.95, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    found = compare([p], [q])
+    assert (found.top1, found.clear_top1) == (1 / 3, 1 / 2)
+    assert compare([p[:1]], [q[:1]]).clear_top1 == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_never_passes(bad: float) -> None:
     p, q = torch.randn(3, 5), torch.randn(3, 5)
@@ -166,10 +174,12 @@ def test_bounds_are_bounds() -> None:
     fine = Parity(kl=1e-3, kl_most=1, top1=0.99, tokens=9)
     fine.check(SIXTEEN_BITS, what="It")
     with pytest.raises(ParityError, match="allowed: KL up to"):
-        Parity(kl=1e-3, kl_most=1, top1=0.8, tokens=9).check(SIXTEEN_BITS, what="It")
+        Parity(kl=1e-3, kl_most=1, top1=0.8, tokens=9, clear_top1=0.8).check(SIXTEEN_BITS, what="It")
 
 
 def test_four_bits_are_held_against_the_quantization_of_the_run() -> None:
     assert four_bits(Parity(kl=0.01, kl_most=1, top1=0.9, tokens=9)) == FOUR_BITS
-    assert four_bits(Parity(kl=0.1, kl_most=1, top1=0.5, tokens=9)) == Bound(kl=pytest.approx(0.3), top1=0.4)
+    assert four_bits(Parity(kl=0.1, kl_most=1, top1=0.2, tokens=9, clear_top1=0.5)) == Bound(
+        kl=pytest.approx(0.3), top1=0.4
+    )
     assert four_bits(None).kl > FOUR_BITS.kl
