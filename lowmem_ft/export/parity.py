@@ -52,7 +52,7 @@ class Bound:
 # nearly all of it the roundings of two ways to compute in bf16; GGUF's q8_0 2.3e-4 and 99.5%; quantized again to 8 bits
 # 2.7e-4 and 99.3%; to NF4 and FP4 from the original base 0.014 to 0.032 and 88%, q5_1 2.3e-3 and 97.6%, q4_0 0.012 and
 # 88%. With 1.1B random weights, which make hardly any token likelier than others, in bf16 4.6e-4 and 95%. Allowed is
-# about ten times the largest, and for 4 bits, where a lost adapter shows as 0.057 and 76%, less. Of top tokens only those
+# about ten times the largest, and for 4 bits, where a lost adapter shows as 0.057 and 76%, less. Of top tokens those
 # count that are clear in the reference: 100% were equal in bf16, q8_0 and 8 bits, 95% in NF4 and 94% in q4_0.
 SIXTEEN_BITS = Bound(kl=4e-3, top1=0.97)
 EIGHT_BITS = Bound(kl=6e-3, top1=0.95)
