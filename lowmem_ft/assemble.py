@@ -115,7 +115,7 @@ def assemble(
     dtype: torch.dtype = getattr(torch, policy.compute_dtype)
     simulated = device.type == "meta"
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
-    model = meta_model(checkpoint, dtype=dtype, attn_implementation=_attention(checkpoint.config))
+    model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
     use_attention(model)
     use_experts(model)
     spec = quant_spec(policy)
@@ -255,7 +255,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise CheckpointError("The tokenizer cannot be loaded.", given=f"{folder} ({error})") from error
 
 
-def _attention(config: Any) -> str | None:
+def attention_of(config: Any) -> str | None:
     """transformers' own choice, but eager where scores are soft-capped, which its SDPA path leaves out."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 

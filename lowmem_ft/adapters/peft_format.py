@@ -83,12 +83,10 @@ def load_adapter(
     folder = Path(folder)
     settings = read_adapter_config(folder)
     _check_base_unchanged(settings, folder)
-    if settings["peft_type"] != "LORA" or is_variant(settings):
+    fresh = not is_injected(model)
+    if _is_peft_only(settings) or (fresh and not is_native(model, folder)):
         return _load_through_peft(model, settings, folder)
     config = read_lora_config(settings, folder)
-    fresh = not is_injected(model)
-    if fresh and _unties(model, config):
-        return _load_through_peft(model, settings, folder)
     if fresh:
         _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
     try:
@@ -99,6 +97,21 @@ def load_adapter(
             eject_lora(model)
         raise
     return model
+
+
+def is_native(model: nn.Module, folder: str | Path) -> bool:
+    """Whether `load_adapter` puts this package's own layers into `model`, which has no adapters, and not peft's.
+
+    Raises:
+        CheckpointError: as `read_adapter_config`.
+    """
+    folder = Path(folder)
+    settings = read_adapter_config(folder)
+    return not _is_peft_only(settings) and not _unties(model, read_lora_config(settings, folder))
+
+
+def _is_peft_only(settings: Mapping[str, Any]) -> bool:
+    return settings["peft_type"] != "LORA" or is_variant(settings)
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:

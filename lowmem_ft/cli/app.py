@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 
 from lowmem_ft.cli.data import data_preview
+from lowmem_ft.cli.export import export, merge
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
+from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import write_text
@@ -131,7 +133,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss of a run's adapter, in the micro-batches it was trained with."""
-    config, made, chosen = _open_run(target, overrides or [], adapter)
+    config, made, chosen = open_run(target, overrides or [], adapter)
     sources = str(data) if data is not None else config.data.eval
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
@@ -158,7 +160,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answers of a run's model to prompts."""
-    config, made, chosen = _open_run(target, [], adapter)
+    config, made, chosen = open_run(target, [], adapter)
     texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
 
     from lowmem_ft.generate import generate as generate_texts
@@ -177,22 +179,8 @@ def generate(
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
-def _open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
-    """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file."""
-    from lowmem_ft.core.plan import Plan
-    from lowmem_ft.planner.solver import make_plan, require_fit
-
-    if target.is_dir():
-        config = RunConfig.load(target / "config.yaml", overrides)
-        plan_file = target / "plan.json"
-        made = Plan.from_dict(json.loads(plan_file.read_text())) if plan_file.exists() else make_plan(config)
-        chosen: bool | Path = target / "adapter"
-    else:
-        config = RunConfig.load(target, overrides)
-        made, chosen = require_fit(make_plan(config)), False
-    if adapter is not None:
-        chosen = False if adapter == "none" else Path(adapter)
-    return config, made, chosen
+app.command()(merge)
+app.command()(export)
 
 
 def _assemble(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:

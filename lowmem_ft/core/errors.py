@@ -43,6 +43,10 @@ class DataError(LowMemError, ValueError):
     """Training or evaluation records that cannot be used."""
 
 
+class ParityError(LowMemError):
+    """What was exported does not compute what was trained."""
+
+
 class BudgetError(LowMemError):
     """Nothing fits the budget."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.adapters.inject import adapter_at, adapters_disabled, injection_of, is_injected
 from lowmem_ft.adapters.peft_format import adapter_tensors
@@ -23,6 +25,8 @@ from lowmem_ft.assemble import quant_spec
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import attention_inputs, isolation_fault, probe_batch
+from lowmem_ft.export.trained import MERGE_VALUES
+from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
@@ -32,8 +36,9 @@ from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, safetensors_header
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
-from lowmem_ft.quant.linear import get_base_weight
-from lowmem_ft.quant.ops import layout_bytes
+from lowmem_ft.quant.linear import QuantLinear, get_base_weight
+from lowmem_ft.quant.loader import effective_spec
+from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize_scratch
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.ring import SLOTS
@@ -42,7 +47,6 @@ from lowmem_ft.runtime.tiers import STAGES
 from lowmem_ft.runtime.vocabulary import Matrix
 
 OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
-COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what a merged checkpoint takes over from its base
 META_BYTES = 2 << 10  # of a checkpoint's header beside the optimizer's settings: where the data stands, losses
 ADAPTER_TEXT_BYTES = 8 << 10  # adapter_config.json; and the README that peft writes of its other methods
 ROUTING = 50  # the part of the check's memory that the routing of its few tokens may add (measured: up to 0.6%)
@@ -68,8 +72,10 @@ class Base:
         copied: bytes of the files that a merged checkpoint takes over.
         streamable: what can be streamed of each block.
         matrices: and of the vocabulary.
+        spec: how the weights are stored.
     """
 
+    spec: QuantSpec
     footprint: LoadFootprint
     check: int
     casts: int
@@ -85,6 +91,7 @@ class Base:
         footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
         small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
         return cls(
+            spec=effective_spec(checkpoint, quant_spec(policy)),
             footprint=footprint,
             check=_isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0,
             casts=0 if stage.kind == "cpu" else CHUNK_BYTES,
@@ -156,7 +163,7 @@ class Aside:
             drawn=max((4 * adapter.lora_A.numel() for adapter in adapters), default=0),  # in fp32
             cache=base.footprint.cache if config.cache else 0,
             save=_save(config, scales),
-            merge=Tiers(device=_merge_work(scales.stage), host=CHUNK_BYTES, disk=merged),
+            merge=Tiers(device=_merge_work(scales.stage, base.spec), host=2 * CHUNK_BYTES, disk=merged),
         )
 
     def load(self, policy: Policy) -> Tiers:
@@ -252,17 +259,55 @@ def _save(config: RunConfig, scales: Scales) -> Tiers:
     )
 
 
-def _merge_work(stage: Stage) -> int:
-    """For the `merge` command to come, which reads one matrix at a time.
+def _merge_work(stage: Stage, spec: QuantSpec) -> int:
+    """For the `merge` command with its defaults, which works on one matrix at a time (`export.weights`).
 
-    It dequantizes the matrix to 16 bits, adds the product of its adapter to a copy in fp32, rounds that back in place,
-    and writes it to a 16-bit checkpoint in safetensors.
+    It reads a matrix, quantizes and dequantizes it as the run's loading did, adds the adapter's product to some rows at
+    a time, in fp32, and writes it in bf16. What is not quantized and not adapted passes in pieces. The check afterwards
+    is not in it: it evaluates the trained model as the run does, and streams the merged one where it does not fit.
     """
-    matrices = _adapters(stage.ready.model) or [
-        module for module in stage.ready.model.modules() if isinstance(module, (nn.Linear, QuantStack))
-    ]
-    rounding = max(6 * _elements(it) + 4 * getattr(it, "rank", 0) * sum(_sizes(it)) for it in matrices)
-    return max(rounding, _work(stage, lambda: _matrix(max(matrices, key=_elements))))
+    model, compute = stage.ready.model, stage.ready.compute_dtype
+    wide = 2 if compute == torch.bfloat16 else 4  # what is rounded to bf16 in the end is not rounded before
+    turned = hasattr(sys.modules[type(causal_model(model)).__module__], "Conv1D")  # GPT-2 and its kin: (in, out)
+    adapters = {id(_base(it)): it for it in _adapters(model)}
+    matrices = [it for it in model.modules() if isinstance(it, (QuantLinear, QuantStack))]
+    matrices += [base for it in adapters.values() if not isinstance(base := _base(it), (QuantLinear, QuantStack))]
+    most = 0
+    for base in matrices:
+        held, work = wide * _elements(base), 0
+        if isinstance(base, (QuantLinear, QuantStack)):
+            shape = base.shape[-2:]
+            stored = layout_bytes(layout(shape, spec))
+            dtype = torch.bfloat16 if wide == 2 else torch.float32
+            scratch = quantize_scratch(shape, spec, dtype, transposed=turned)
+            work = max(scratch, _dequantizing(stage, base)) + stored
+            if isinstance(it := adapters.get(id(base)), LoraStack):
+                work += 4 * it.lora_B.numel()  # kept for all slices
+        if id(base) in adapters:
+            work = max(work, _updating(adapters[id(base)]))
+        most = max(most, held + work)
+    quantized = {id(it) for it in matrices}
+    plain = max((it.numel() for module in model.modules() if id(module) not in quantized
+                 for it in module.parameters(recurse=False)), default=0)  # fmt: skip
+    return max(most, min(CHUNK_BYTES, compute.itemsize * plain))
+
+
+def _updating(adapter: Any) -> int:
+    """Factors in fp32 (of stacked experts all of B, and those of one expert), and the rows that are summed."""
+    rows, columns = _sizes(adapter)
+    factors: int = 4 * adapter.rank * (rows + columns)
+    if isinstance(adapter, LoraStack):
+        factors += 4 * adapter.lora_B.numel()
+    at_once = min(_elements(adapter), max(1, MERGE_VALUES // columns) * columns)
+    return factors + 4 * at_once
+
+
+def _base(adapter: Any) -> Any:
+    return adapter.__dict__["stack"] if isinstance(adapter, LoraStack) else adapter.base_layer
+
+
+def _dequantizing(stage: Stage, module: nn.Module) -> int:
+    return _work(stage, lambda: _matrix(module))
 
 
 def _isolation_work(stage: Stage) -> int:
@@ -325,9 +370,11 @@ def _matrix(module: nn.Module) -> Tensor:
 
 def _sizes(module: Any) -> tuple[int, int]:
     """Rows and columns of that matrix, in either order."""
-    if isinstance(module, QuantStack):
+    if isinstance(module, (QuantStack, DenseStack)):
         _, rows, columns = module.shape
         return rows, columns
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
     return module.out_features, module.in_features
 
 

@@ -33,23 +33,20 @@ from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import is_full
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
-    CHUNK_BYTES,
     DTYPE_NAMES,
     INDEX,
     OWN_INDEX,
     Checkpoint,
-    safetensors_header,
     scan,
     write_json,
 )
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.ops import Layout, QuantSpec, layout_bytes
+from lowmem_ft.quant.shards import ShardFiles, pieces, shard_header, split_shards
 
 FORMAT = 1  # raise it when what is written changes: older entries are then never looked at
 MARKER = "lowmem_ft.json"
-SHARD_BYTES = 2 << 30
-ALIGN = 64
 _LISTED_BYTES = 64  # a tensor's file name and checksum, and what JSON puts around them
 _CONFIG_BYTES = 4 << 10  # generation_config.json, what is said of the quantization, the marker's head
 
@@ -97,7 +94,7 @@ class CacheEntry:
         storage = "dq" if spec.bits == 4 and spec.double_quant else "sq"
         name = f"{fingerprint[:32]}-{spec.kind}-{storage}-{DTYPE_NAMES[dtype].lower()}-v{FORMAT}"
         plain = _plain_tensors(model, absent)
-        skip = _skipped_by_transformers(model, unswapped)
+        skip = skipped_by_transformers(model, unswapped)
         return cls(folder=cache / name, model=model, spec=spec, dtype=dtype, plain=plain, skip=skip)
 
     @property
@@ -189,7 +186,7 @@ def entry_bytes(model: PreTrainedModel, *, absent: Collection[str]) -> int:
     No weight is read, so what is written of each tensor in the JSON files is rounded up.
     """
     tensors = _quantized_tensors(model) | _plain_tensors(model, absent)
-    files = sum(8 + len(_header(shard)) + layout_bytes(shard) for shard in _shards(tensors))
+    files = sum(8 + len(shard_header(shard)) + layout_bytes(shard) for shard in split_shards(tensors))
     listed = sum(2 * len(name) + _LISTED_BYTES for name in tensors)  # in the index and in the marker
     return files + listed + len(model.config.to_json_string()) + _CONFIG_BYTES
 
@@ -202,8 +199,7 @@ class CacheWriter:
     """
 
     def __init__(self, entry: CacheEntry) -> None:
-        self._entry, self._places, self._checksums = entry, dict[str, tuple[Path, int]](), dict[str, int]()
-        self._sizes = {name: _nbytes(*spec) for name, spec in entry.tensors().items()}
+        self._entry, self._tensors, self._checksums = entry, entry.tensors(), dict[str, int]()
         cache = entry.folder.parent
         with self._no_space():
             cache.mkdir(parents=True, exist_ok=True)
@@ -211,9 +207,9 @@ class CacheWriter:
             self._folder = Path(tempfile.mkdtemp(prefix=f".writing-{os.getpid()}-", dir=cache))
         try:
             with self._no_space():
-                if shutil.disk_usage(cache).free < sum(self._sizes.values()):
+                if shutil.disk_usage(cache).free < layout_bytes(self._tensors):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._lay_out()
+                self._files = ShardFiles(self._folder, self._tensors, index_name=entry.index_name)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -239,19 +235,12 @@ class CacheWriter:
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, from any device, in pieces."""
-        file, offset = self._places[name]
-        checksum = 0
-        with self._no_space(), open(file, "r+b", buffering=0) as stream:
-            stream.seek(offset)
-            for piece in _pieces(tensor):
-                checksum = zlib.crc32(piece, checksum)
-                while piece:
-                    piece = piece[stream.write(piece) :]
-        self._checksums[name] = checksum
+        with self._no_space():
+            self._checksums[name] = self._files.write(name, tensor)
 
     def finish(self) -> None:
         """Make the entry visible, complete."""
-        assert set(self._checksums) == set(self._places), "every tensor must have been written"
+        assert set(self._checksums) == set(self._tensors), "every tensor must have been written"
         entry = self._entry
         with self._no_space():
             entry.write_configs(self._folder)
@@ -268,22 +257,6 @@ class CacheWriter:
             if not entry.folder.exists():  # otherwise another process has just finished the same entry
                 os.rename(self._folder, entry.folder)
 
-    def _lay_out(self) -> None:
-        shards = _shards(self._entry.tensors())
-        files = [self._folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(self._folder / self._entry.index_name,
-                   {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map})  # fmt: skip
-        for file, shard in zip(files, shards, strict=True):
-            text = _header(shard)
-            offset = 8 + len(text)
-            with open(file, "wb") as stream:
-                stream.write(len(text).to_bytes(8, "little") + text)
-                stream.truncate(offset + sum(self._sizes[name] for name in shard))
-            for name in shard:
-                self._places[name] = (file, offset)
-                offset += self._sizes[name]
-
     @contextmanager
     def _no_space(self) -> Iterator[None]:
         try:
@@ -293,7 +266,7 @@ class CacheWriter:
             raise CheckpointError(
                 "no space left for the cache of quantized weights" if full else "the cache cannot be written",
                 given=f"{self._entry.folder.parent}: {error.strerror}",
-                allowed=f"{sum(self._sizes.values())} bytes",
+                allowed=f"{layout_bytes(self._tensors)} bytes",
                 fix="free some space, name another cache folder, or load without a cache",
             ) from error
 
@@ -320,31 +293,13 @@ def _plain_tensors(model: PreTrainedModel, absent: Collection[str]) -> Layout:
     }
 
 
-def _shards(tensors: Layout) -> list[Layout]:
-    shards: list[Layout] = [{}]
-    filled = 0
-    for name, spec in tensors.items():
-        if shards[-1] and filled + _nbytes(*spec) > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = spec
-        filled += _nbytes(*spec)
-    return shards
-
-
-def _header(shard: Layout) -> bytes:
-    """The header of a safetensors file that holds its tensors in this order."""
-    text = json.dumps(safetensors_header(shard, {"format": "pt"})).encode()
-    return text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
-
-
 def _stored_layout(path: str, module: QuantLinear | QuantStack) -> Layout:
     if isinstance(module, QuantLinear):
         return packed_layout(path, module.shape, module.spec)
     return {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.storage().items()}
 
 
-def _skipped_by_transformers(model: PreTrainedModel, unswapped: PreTrainedModel) -> tuple[str, ...] | None:
+def skipped_by_transformers(model: PreTrainedModel, unswapped: PreTrainedModel) -> tuple[str, ...] | None:
     """What to tell transformers not to convert so that it quantizes the very same modules, or None if nothing does."""
     modules = dict(model.named_modules())
     if any(isinstance(module, QuantStack) for module in modules.values()):
@@ -377,21 +332,8 @@ def _remove_orphans(cache: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    for begin in range(0, flat.numel(), CHUNK_BYTES):
-        yield memoryview(flat[begin : begin + CHUNK_BYTES].cpu().numpy())  # type: ignore[arg-type,unused-ignore]
-
-
 def _checksum(tensor: Tensor) -> int:
     checksum = 0
-    for piece in _pieces(tensor):
+    for piece in pieces(tensor):
         checksum = zlib.crc32(piece, checksum)
     return checksum
-
-
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
-    return count

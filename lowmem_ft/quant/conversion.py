@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.checkpoint import StoredSource, TensorSource
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -122,6 +122,20 @@ def convert(
         scratch: uint8 memory to read into, at least `input_numel` x the size of `dtype`; what is returned may then be
             views of it, valid until it is used again. None: new memory.
     """
+    pieces = read_sources(step, source, dtype=dtype, device=device, index=index, scratch=scratch)
+    return arrange(step, pieces, template, index=index)
+
+
+def read_sources(
+    step: Step,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    index: int | None = None,
+    scratch: Tensor | None = None,
+) -> dict[str, list[Tensor]]:
+    """The first part of `convert`: pattern -> tensors as they are stored, which lie one behind the other."""
     shapes = _source_shapes(step.sources, source, step.slices if index is not None else None)
     size = input_numel(step, source, sliced=index is not None)
     if scratch is None:
@@ -136,12 +150,65 @@ def convert(
             source.read_into(name, piece, _slice_index(names, index))
             pieces.setdefault(pattern, []).append(piece)
             begin += piece.numel()
+    return pieces
+
+
+def arrange(
+    step: Step, pieces: dict[str, list[Tensor]], template: PreTrainedModel, *, index: int | None = None
+) -> dict[str, Tensor]:
+    """The second part of `convert`; takes what is in `pieces` out of it."""
     if step.converter is None:
         tensor = pieces.popitem()[1][0]
         return {step.only_target: tensor[0] if index is not None else tensor}
     result = _run(step.converter, step.first, pieces, template, slice_only=index is not None)
     named = ((step.rename(name), tensor[0] if index is not None else tensor) for name, tensor in result.items())
     return {name: tensor for name, tensor in named if name is not None and name in step.targets}
+
+
+def rearrange_back(
+    step: Step,
+    tensors: Mapping[str, Tensor],
+    sources: list[Tensor],
+    template: PreTrainedModel,
+    *,
+    index: int | None = None,
+) -> None:
+    """Write `tensors`, changed results of `arrange`, back into the `sources` that `read_sources` made.
+
+    Rules only move elements, so where each one goes is seen by letting them move the elements' numbers. Where results
+    are views of the sources, as nearly all are, nothing is left to do.
+
+    Raises:
+        UnsupportedError: a rule that does more.
+    """
+    storage = sources[0].untyped_storage().data_ptr()
+    if all(tensor.untyped_storage().data_ptr() == storage for tensor in tensors.values()):
+        return
+    count = sum(piece.numel() for piece in sources)
+    if count != sum(tensor.numel() for tensor in tensors.values()) or count >= 2**31:
+        raise UnsupportedError(
+            "this architecture's tensors cannot be written as its checkpoints store them",
+            given=f"{step.first}, of {sum(map(len, step.sources.values()))} stored tensors",
+        )
+    numbers = torch.arange(count, dtype=torch.int32, device=sources[0].device)
+    numbered: dict[str, list[Tensor]] = {}
+    begin = 0
+    queue = list(sources)
+    for pattern, names in step.sources.items():
+        for _ in _slice_names(names, index):
+            piece = queue.pop(0)
+            numbered.setdefault(pattern, []).append(numbers[begin : begin + piece.numel()].view(piece.shape))
+            begin += piece.numel()
+    flat = sources[0].as_strided((count,), (1,))
+    for name, places in arrange(step, numbered, template, index=index).items():
+        flat.index_copy_(0, places.reshape(-1), tensors[name].reshape(-1))
+
+
+def stored_names(step: Step, index: int | None) -> list[tuple[str, int | None]]:
+    """(name, slice of it or None) of each tensor of `read_sources`, in their order."""
+    return [
+        (name, _slice_index(names, index)) for names in step.sources.values() for name in _slice_names(names, index)
+    ]
 
 
 def input_numel(step: Step, source: TensorSource, *, sliced: bool) -> int:

@@ -104,7 +104,7 @@ def load_weights(
     plan = conversion_plan(checkpoint, template)
     report.unexpected, report.skipped = list(plan.unexpected), list(plan.skipped)
     redundant = redundant_names(model, plan)
-    _check_missing(model, plan, redundant)
+    check_missing(model, plan, redundant)
     absent = {*plan.missing, *redundant}
     head = head_path(model)
     swap_quantized(model, spec=report.spec, skip=[] if head is None else [head])
@@ -355,7 +355,8 @@ def redundant_names(model: PreTrainedModel, plan: Plan) -> set[str]:
     return {target for target, source in model.all_tied_weights_keys.items() if source not in missing}
 
 
-def _check_missing(model: PreTrainedModel, plan: Plan, redundant: Collection[str]) -> None:
+def check_missing(model: PreTrainedModel, plan: Plan, redundant: Collection[str]) -> None:
+    """Raise CheckpointError where the checkpoint lacks what the model needs."""
     tied_to = {source: target for target, source in model.all_tied_weights_keys.items()}
     computed = matcher(model._keys_to_ignore_on_load_missing)
     missing = [

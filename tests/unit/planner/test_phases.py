@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.adapters.peft_format import save_adapter
-from lowmem_ft.adapters.stack import LoraStack
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import Batch
+from lowmem_ft.export.merge import write_merged
+from lowmem_ft.export.weights import MergedWeights
 from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.planner.device import HOST_PROCESS_BYTES, cost_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
@@ -33,7 +33,6 @@ from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import allocator_events, full_batches
 from lowmem_ft.planner.weigh import Scales
-from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state, vocabulary
 from lowmem_ft.step import eval_step, train_step
@@ -137,11 +136,14 @@ def test_phases_in_tensors(models: dict[str, Path], name: str, quant: int | str,
     if (name, quant) in (("llama", 4), ("mixtral", 8)):
         warm = peak(lambda: assemble(settings, policy, torch.device("cpu")))
         assert warm <= cold, "so the plan holds whatever is in the cache"
+    save_adapter(ready.model, tmp_path / "adapter", base_model=settings.model)
+    weights = MergedWeights(settings, policy, tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    taken = peak(lambda: write_merged(weights, tmp_path / "merged"))
     # measured: equal, to the byte
-    taken = peak(lambda: merge_all(ready, copy=quant == 16))
     assert taken <= aside.merge.device <= 1.001 * taken
-    # measured: 0.04% to 0.06% over, the index that a checkpoint of one file has not
-    written = size(models[name])  # by `save_pretrained` of a model in bf16
+    # measured: up to 0.004% over
+    written = size(tmp_path / "merged")
     assert written <= aside.merge.disk <= 1.002 * written
 
 
@@ -158,24 +160,6 @@ def check_steps(ready: Assembled, scales: Scales, settings: RunConfig, policy: P
 
 def batch_bytes(batch: Batch) -> int:
     return sum(it.nbytes for it in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids))
-
-
-def merge_all(ready: Assembled, *, copy: bool) -> None:
-    """Merge every adapter's first matrix and drop it, as the merge command will, by plain operations."""
-    for module in ready.model.modules():
-        if isinstance(module, LoraLinear):
-            merge(get_base_weight(module.base_layer), module.lora_A, module.lora_B, module.scaling, copy=copy)
-        elif isinstance(module, LoraStack):
-            A_RI, B_OR = (factors[0] for factors in module.factors())
-            merge(get_base_weight(module.__dict__["stack"], index=0), A_RI, B_OR, module.scaling, copy=copy)
-
-
-def merge(weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, *, copy: bool) -> None:
-    with torch.no_grad():
-        if copy:  # in 16 bits it is the loaded model's own, where a merge has read it from the file
-            weight_OI = weight_OI.clone()
-        whole_OI = weight_OI.float().addmm_(B_OR.float(), A_RI.float(), alpha=scaling)
-        weight_OI.copy_(whole_OI)
 
 
 @pytest.mark.parametrize(

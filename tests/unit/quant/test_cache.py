@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lowmem_ft.quant.cache as cache_module
 import lowmem_ft.quant.loader as loader_module
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.quant import shards
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.ops import QuantSpec
 from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny
@@ -118,7 +119,7 @@ def test_what_is_dequantized_first_is_cached(tmp_path: Path, monkeypatch: pytest
 
 
 def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     folder = save_tiny("llama", tmp_path / "model", **WIDE["llama"])
     first, report = load(folder, cache=tmp_path / "cache")
     assert report.cache is not None
@@ -223,16 +224,16 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, cache = save_tiny("llama", tmp_path / "model"), tmp_path / "cache"
-    pieces, calls = cache_module._pieces, 0
+    pieces, calls = shards.pieces, 0
 
-    def fail_later(tensor: torch.Tensor) -> Any:
+    def fail_later(tensor: torch.Tensor, dtype: torch.dtype) -> Any:
         nonlocal calls
         calls += 1
         if calls == 30:
             raise error
-        return pieces(tensor)
+        return pieces(tensor, dtype)
 
-    monkeypatch.setattr(cache_module, "_pieces", fail_later)
+    monkeypatch.setattr(shards, "pieces", fail_later)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
         load(folder, cache=cache)
     assert [path.name for path in cache.iterdir()] == ["fingerprints.json"]

@@ -1,0 +1,30 @@
+"""What several commands do with their argument: a run folder, or a config file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_ft.core.config import RunConfig
+
+if TYPE_CHECKING:
+    from lowmem_ft.core.plan import Plan
+
+
+def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
+    """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file."""
+    from lowmem_ft.core.plan import Plan
+    from lowmem_ft.planner.solver import make_plan, require_fit
+
+    if target.is_dir():
+        config = RunConfig.load(target / "config.yaml", overrides)
+        plan_file = target / "plan.json"
+        made = Plan.from_dict(json.loads(plan_file.read_text())) if plan_file.exists() else make_plan(config)
+        chosen: bool | Path = target / "adapter"
+    else:
+        config = RunConfig.load(target, overrides)
+        made, chosen = require_fit(make_plan(config)), False
+    if adapter is not None:
+        chosen = False if adapter == "none" else Path(adapter)
+    return config, made, chosen

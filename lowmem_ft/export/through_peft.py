@@ -1,0 +1,157 @@
+"""What adapters that only the peft library knows do to weights: its own merge, on one layer at a time.
+
+The layers' bases are never read: they are memory that nobody has written to, which takes no room, and for a merge a
+plain layer with the weight in question takes the base's place.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_ft.adapters.peft_format import load_adapter
+from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.quant.experts import QuantStack
+from lowmem_ft.quant.linear import QuantLinear
+from lowmem_ft.quant.ops import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftUpdate:
+    """What one layer's adapter does to one of its parameters."""
+
+    layer: nn.Module
+    leaf: str
+
+    def apply(self, weight: Tensor, *, transposed: bool) -> None:
+        """Update `weight` in place: (O, I), `transposed` (I, O), or a vector; merged in fp32 and rounded once."""
+        if isinstance(self.layer, ModulesToSaveWrapper):
+            trained = self.layer.modules_to_save[self.layer.active_adapters[0]]
+            weight.copy_(trained.get_parameter(self.leaf))
+            return
+        layer: Any = self.layer
+        base = layer.base_layer
+        layer.base_layer = _plain(base, self.leaf, weight, transposed=transposed)
+        try:
+            layer.merge(safe_merge=True)
+            merged = getattr(layer.get_base_layer(), self.leaf).detach()
+        except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UnsupportedError(
+                "peft cannot merge an adapter of this kind", given=f"{type(layer).__name__}: {error}",
+                fix="serve it as an adapter",
+            ) from error  # fmt: skip
+        finally:
+            layer.base_layer = base
+            layer.merged_adapters = []
+        turned = transposed and not isinstance(base, Conv1D)
+        weight.copy_(merged.t() if turned else merged)
+
+
+class TrainedThroughPeft:
+    """A saved adapter that peft alone knows, over a model without data; see `trained.TrainedWeights`.
+
+    Args:
+        model: on meta, swapped as it was while training.
+        folder: of the adapter.
+
+    Raises:
+        CheckpointError: as `load_adapter`.
+        UnsupportedError: a trained copy of one of two tied modules.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        model.to_empty(device="cpu")
+        adapted = load_adapter(model, folder)
+        assert isinstance(adapted, PeftModel), "others are native"
+        self.model = model
+        tied = getattr(model, "all_tied_weights_keys", {})
+        copies = [path for path, it in model.named_modules() if isinstance(it, ModulesToSaveWrapper)]
+        apart = [name for name in [*tied, *tied.values()] if name.rpartition(".")[0] in copies]
+        if apart and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            raise UnsupportedError(
+                "the adapter holds a trained copy of one of two tied modules, which merged are no longer tied",
+                given=apart[0],
+                fix="merge it with peft into a model with tie_word_embeddings: false",
+            )
+
+    @property
+    def source(self) -> Checkpoint:
+        """No tensor is taken from the file as it is."""
+        raise AssertionError("no whole tensor is named by `key`")
+
+    def is_quantized(self, name: str) -> bool:
+        """See `TrainedWeights`."""
+        return isinstance(self._stack(name), QuantStack) or (
+            name.endswith(".weight") and isinstance(_base(self._owner(name)), QuantLinear)
+        )
+
+    def spec(self, name: str) -> QuantSpec:
+        """See `TrainedWeights`."""
+        base = self._stack(name) or _base(self._owner(name))
+        assert isinstance(base, QuantLinear | QuantStack)
+        return base.spec
+
+    def key(self, name: str) -> str | None:
+        """Never: what was trained whole is an update, too."""
+        return None
+
+    def is_adapted(self, name: str) -> bool:
+        """See `TrainedWeights`."""
+        return isinstance(self._owner(name), BaseTunerLayer | ModulesToSaveWrapper)
+
+    def update(self, name: str, index: int | None = None) -> PeftUpdate:
+        """See `TrainedWeights`."""
+        return PeftUpdate(layer=self._owner(name), leaf=name.rpartition(".")[2])
+
+    def is_transposed(self, name: str) -> bool:
+        """No method of peft reaches stacked experts here."""
+        return False
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def _owner(self, name: str) -> nn.Module:
+        owner: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
+        return owner
+
+    def _stack(self, name: str) -> nn.Module | None:
+        owner = self._owner(name)
+        return None if isinstance(owner, BaseTunerLayer) else owner._modules.get(name.rpartition(".")[2])
+
+
+def _base(owner: nn.Module) -> nn.Module:
+    base = getattr(owner, "base_layer", owner)
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def _plain(base: nn.Module, leaf: str, value: Tensor, *, transposed: bool) -> nn.Module:
+    """A layer like `base`, unquantized and in fp32, whose parameter `leaf` is a copy of `value` and the other zero."""
+    values = value.detach().to(device="cpu", dtype=torch.float32, copy=True)  # where the adapter lies
+    if not isinstance(base, nn.Linear | Conv1D):  # a norm: small
+        plain = copy.deepcopy(base)
+        setattr(plain, leaf, nn.Parameter(values, requires_grad=False))
+        return plain
+    outputs, inputs = (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    plain = Conv1D(outputs, 0) if isinstance(base, Conv1D) else nn.Linear(0, outputs, bias=base.bias is not None)
+    if isinstance(base, Conv1D):
+        plain.nx = inputs
+        weight = values if leaf == "weight" else torch.zeros(inputs, outputs)
+    else:
+        plain.in_features = inputs
+        matrix = values.t().contiguous() if transposed else values
+        weight = matrix if leaf == "weight" else torch.zeros(outputs, inputs)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if plain.bias is not None:
+        plain.bias = nn.Parameter(values if leaf == "bias" else torch.zeros(outputs), requires_grad=False)
+    return plain

@@ -1,0 +1,108 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.files import is_full
+from lowmem_ft.core.sizes import format_size
+
+COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what an exported model takes over from its base
+_OF_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json", "quantize_config.json")
+
+
+@contextmanager
+def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
+    """A temporary folder beside `out`, renamed to it if the block ends well, else removed.
+
+    What a process that was killed has left of an earlier attempt is removed first.
+
+    Args:
+        nbytes: that will be written.
+
+    Raises:
+        ConfigError: `out` holds something.
+        CheckpointError: no space, or nothing can be written there.
+    """
+    out = out.absolute()
+    refuse_filled(out)
+    with _explained(out, nbytes):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(out)
+        if shutil.disk_usage(out.parent).free < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(out) + f"{os.getpid()}-", dir=out.parent))
+    try:
+        with _explained(out, nbytes):
+            yield folder
+            for file in folder.iterdir():
+                with open(file, "r+b") as stream:
+                    os.fsync(stream.fileno())
+            folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+            folder.rename(out)  # onto an empty folder, too
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_filled(out: Path) -> None:
+    """Raise ConfigError if `out` is a file, or a folder that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            "The output exists already.",
+            given=out,
+            allowed="a new or an empty folder",
+            fix="name another one with --out, or delete this one",
+        )
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and the like of a model folder: all but weights and their configuration."""
+    found = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
+    return sorted(it for it in found if it.name not in _OF_WEIGHTS and not it.name.endswith(".index.json"))
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy `small_files`. Links, as the hub's cache has them, are followed."""
+    for file in small_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def _explained(out: Path, nbytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = is_full(error)
+        raise CheckpointError(
+            "There is no space left for what is exported." if full else "The export cannot be written.",
+            given=f"{out}: {error.strerror or error}",
+            allowed=f"{format_size(nbytes)} of free space" if full else None,
+            fix="free some space, or name a folder on another disk with --out",
+        ) from error
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.writing-"
+
+
+def _remove_orphans(out: Path) -> None:
+    prefix = _prefix(out)
+    for folder in out.parent.glob(f"{prefix}*"):
+        pid = folder.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
