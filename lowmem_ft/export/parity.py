@@ -9,6 +9,7 @@ import gc
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +22,14 @@ from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError, ParityError
 from lowmem_ft.core.host import release_freed_memory
-from lowmem_ft.data.examples import read_examples
+from lowmem_ft.data.reading import read_sources
+from lowmem_ft.data.records import SUFFIXES
 
 TOKENS = 1024  # that are compared, if the vocabulary is not larger than
 LOGITS_BYTES = 128 << 20  # lets it be, in 16 bits: three such pieces exist when two bases are compared
 SEQUENCE = 256
 CLEAR = 0.1
+RECORDS = {*SUFFIXES, ".jsonl"}
 CHUNK = 64  # tokens whose probabilities exist at a time
 
 
@@ -110,7 +113,8 @@ def four_bits(between: Parity | None) -> Bound:
 
 
 def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldOut:
-    """What to compare on: `text` (records in .jsonl, else plain text), else `data.eval`, else text of the package.
+    """What to compare on: `text` (records, where the kind of file has them, else plain text), else `data.eval`, else
+    text of the package.
 
     Without a tokenizer in `folder`, the base model's: random tokens, always the same.
 
@@ -124,15 +128,18 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
         ids = torch.randint(vocabulary, (2, 64), generator=generator).tolist()
         return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")
     most = min(TOKENS, max(2, LOGITS_BYTES // (2 * len(tokenizer))))
-    file = text or (Path(config.data.eval) if config.data.eval else None)
-    if file is not None and file.suffix == ".jsonl":
-        examples, _ = read_examples(file, tokenizer, seq_len=SEQUENCE, format=config.data.format, assistant_only=False)
-        return HeldOut(sequences=_few([example.input_ids for example in examples], most), origin=str(file))
-    if file is not None:
+    sources = config.data.eval if text is None else str(text) if text.suffix.lower() in RECORDS else None
+    if sources:
+        changes = {"seq_len": SEQUENCE, "assistant_only": False, "overlong": "truncate", "cache": None}
+        data = config.data.model_copy(update=changes)
+        examples, _ = read_sources(sources, data, tokenizer, use="eval", task=lambda _: nullcontext(lambda *_: None))
+        few = [examples[at].input_ids for at in range(min(len(examples), most))]
+        return HeldOut(sequences=_few(few, most), origin="data.eval" if text is None else str(text))
+    if text is not None:
         try:
-            content, origin = file.read_text(encoding="utf-8"), str(file)
+            content, origin = text.read_text(encoding="utf-8"), str(text)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError("The text to check on cannot be read.", given=f"{file} ({error})") from error
+            raise DataError("The text to check on cannot be read.", given=f"{text} ({error})") from error
     else:
         lines = (files("lowmem_ft") / "assets" / "whatis-eval.jsonl").read_text(encoding="utf-8").splitlines()
         turns = [turn["content"] for line in lines[:400] for turn in json.loads(line)["messages"]]
