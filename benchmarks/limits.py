@@ -114,9 +114,13 @@ def main() -> None:
                 plan = planned(Path(name) / model, device=CARD, budget=budget * GIB, seq_len=max(options.seq_len))
                 add(f"{model}, {max(options.seq_len)} tokens in {budget} GiB", plan)
         for card, rank in {} if options.no_context else CONTEXT_CARDS.items():
-            longest = {"adapter": {"rank": rank}, "policy": {"objective": "context"}}
-            plan = planned(Path(name) / "Llama-3.1-8B", device=card, budget=None, seq_len=2048, **longest)
-            add(f"Llama-3.1-8B, rank {rank}, the longest on {card}", plan)
+            for packing in (True, False):
+                longest = {"adapter": {"rank": rank}, "policy": {"objective": "context"}}
+                data = {"seq_len": 2048, "packing": packing}
+                plan = planned(
+                    Path(name) / "Llama-3.1-8B", device=card, budget=None, seq_len=2048, data=data, **longest
+                )
+                add(f"Llama-3.1-8B, rank {rank}, the longest on {card}, {'' if packing else 'not '}packed", plan)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},

@@ -92,6 +92,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, m
     assert last[0][1] == last[1][1]
 
 
+def test_a_run_resumes_under_another_plan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a smaller budget, with its blocks streamed and recomputed: to the same bits, as micro-batches are the same."""
+    whole = loop.train(config(data, "whole"), reporter=QUIET)
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    stopped = loop.train(config(data, "stopped"), reporter=QUIET)
+    assert stopped.status == "interrupted"
+    below = {"activations": "recompute", "resident_blocks": 0, "stream_embeddings": "input"}
+    moved = config(data, "stopped", policy=below, budget={"memory": "2GiB"})
+    resumed = loop.train(moved, resume=True, reporter=QUIET)
+    assert (stopped.plan.policy.streamed_blocks, resumed.plan.policy.streamed_blocks) == (0, 8)
+    assert exact(resumed) == exact(whole)
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
