@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(profiles_app, name="profiles")
 app.command("data")(data_preview)
+app.command()(chat)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
