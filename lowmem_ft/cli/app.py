@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
+from lowmem_ft.cli.doctor import doctor
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(profiles_app, name="profiles")
 app.command("data")(data_preview)
 app.command()(chat)
+app.command()(doctor)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
