@@ -16,6 +16,7 @@ from rich.console import Console
 from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.doctor import doctor
+from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -38,6 +39,7 @@ app.add_typer(profiles_app, name="profiles")
 app.command("data")(data_preview)
 app.command()(chat)
 app.command()(doctor)
+app.command()(init)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
