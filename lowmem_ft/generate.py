@@ -156,7 +156,11 @@ class _Told:
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:
     try:
         inputs = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # it would warn of a length that is refused here, in clearer words
         )
     except TemplateError as error:
         raise DataError(

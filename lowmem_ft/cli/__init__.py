@@ -1,4 +1,4 @@
-"""The command line: `lowmem-ft demo | plan | train | eval | generate | data | profiles`."""
+"""The command line: `lowmem-ft demo | plan | train | eval | generate | chat | data | profiles | doctor | init`."""
 
 from __future__ import annotations
 
