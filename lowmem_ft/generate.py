@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    say: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """What `model` says to each prompt.
 
@@ -51,6 +52,7 @@ def generate(
         temperature: 0 takes the likeliest token each time; above, tokens are sampled, from the smallest set that holds
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
         seed: of the sampling; the caller's random numbers are left as they are.
+        say: called with the index of a prompt and each piece of its answer, once that no longer changes.
 
     Returns:
         one text per prompt, special tokens removed.
@@ -62,7 +64,10 @@ def generate(
         raise UnsupportedError("The model folder holds no tokenizer, which generating text needs.")
     sampling = _sampling(temperature, top_p)
     with _sampled(model, seed):
-        return [_answer(model, tokenizer, prompt, max_new_tokens, sampling) for prompt in prompts]
+        return [
+            _answer(model, tokenizer, prompt, max_new_tokens, sampling, None if say is None else partial(say, index))
+            for index, prompt in enumerate(prompts)
+        ]
 
 
 def converse(
@@ -105,8 +110,6 @@ def converse(
             allowed=f"at most {_positions(model) - 1}, so that an answer has a position",
             fix="begin anew (/reset in a chat), or write less",
         )
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    told = _Told(pieces, say)
     stopped = False
 
     def stops(ids_1T: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -121,7 +124,7 @@ def converse(
             ids_1T,
             min(max_new_tokens, room),
             _sampling(temperature, top_p),
-            streamer=told,
+            streamer=_Told(tokenizer, say),
             stopping_criteria=StoppingCriteriaList([stops]),
         )
     text = str(tokenizer.decode(new_N, skip_special_tokens=True)).strip()
@@ -131,9 +134,9 @@ def converse(
 class _Told:
     """A streamer for transformers that hands text on in the thread that generates it."""
 
-    def __init__(self, pieces: TextIteratorStreamer, say: Callable[[str], None]) -> None:
-        self.pieces, self.say, self.begun = pieces, say, False
-        self.pieces.text_queue = SimpleQueue()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+        self.pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.say, self.begun = say, False
 
     def put(self, ids: Tensor) -> None:
         self.pieces.put(ids)
@@ -209,13 +212,19 @@ def _sampled(model: Any, seed: int) -> Iterator[None]:
 
 
 def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, sampling: dict[str, Any]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    say: Callable[[str], None] | None,
 ) -> str:
     if tokenizer.chat_template is not None:
         ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         ids_1T = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling)
+    streamer = None if say is None else _Told(tokenizer, say)
+    new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling, streamer=streamer)
     text: str = tokenizer.decode(new_N, skip_special_tokens=True)
     return text.strip()
 

@@ -159,6 +159,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print answers as they are generated.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers of a run's model to prompts."""
@@ -166,6 +167,15 @@ def generate(
     texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
 
     from lowmem_ft.generate import generate as generate_texts
+
+    if stream and as_json:
+        raise ConfigError("--stream and --json do not go together.", allowed="one of them", fix="leave one out")
+    shown = -1
+
+    def say(index: int, text: str) -> None:
+        nonlocal shown
+        print("\n" * (index - max(shown, 0)) + text, end="", flush=True)
+        shown = index
 
     ready = _assemble(config, made, chosen, Reporter(quiet=as_json))
     answers = generate_texts(
@@ -176,7 +186,11 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        say=say if stream else None,
     )
+    if stream:
+        say(len(texts), "")
+        return
     for prompt, answer in zip(texts, answers, strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 

@@ -100,7 +100,10 @@ def _renamed(said: Answer) -> dict[str, Any]:
 def _lines(ask: bool) -> Iterator[str]:
     """Turns that are not empty, until the input ends."""
     if not ask:
-        yield from filter(None, map(str.strip, sys.stdin))
+        try:
+            yield from filter(None, map(str.strip, sys.stdin))
+        except UnicodeDecodeError as error:
+            raise DataError("The input is no text.", given=str(error), allowed="UTF-8, a turn per line") from None
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and the keys of a line editor

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from lowmem_ft.core.checks import Check
 from lowmem_ft.core.config import RunConfig
@@ -58,6 +59,7 @@ def check_machine(config: RunConfig) -> Iterator[Check]:
     yield check_folder("disk: runs", Path(config.output), "output")
     if config.data.cache is not None:
         yield check_folder("disk: tokenized data", cache_path(config.data.cache), "data.cache")
+    yield check_folder("disk: downloaded models", Path(HF_HUB_CACHE), "HF_HUB_CACHE")
     yield check_streaming(Path(config.cache or config.output))
     yield check_allocator()
     yield check_profile(where.type)
@@ -174,7 +176,7 @@ def check_folder(name: str, folder: Path, key: str) -> Check:
     except OSError as error:
         found = f"{place} cannot be written: {error.strerror}"
         fix = f"let {key} name a folder that you may write"
-        if key == "data.cache":  # without it tokenized data lies in a temporary file
+        if key != "output":  # local models need no downloads, and tokenized data then lies in a temporary file
             return Check(name=name, status="warning", found=found, fix=fix)
         return Check(name=name, status="problem", found=found, fix=fix)
     free = shutil.disk_usage(place).free

@@ -104,6 +104,41 @@ def test_turns_from_a_pipe(
     assert command("chat", config, "--max-new-tokens", "24", "--system", "Be short.")[1] == told[2]["answer"] + "\n"
 
 
+def test_with_the_adapter_of_a_run(
+    command: Command, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    data = MODEL.parent / "whatis-train.jsonl"
+    tuned = (f"data.train={data}", f"output={output}", "train.steps=3", "train.lr=0.05", "train.warmup=0")
+    code, _, err = command("train", config, *tuned)
+    assert code == 0, err
+    said = {}
+    for options in ((), ("--adapter", "none"), ("--adapter", output / "adapter")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is cp?\n"))
+        code, said[options], err = command("chat", output, "--max-new-tokens", "16", *options)
+        assert code == 0, err
+    trained, base, named = said.values()
+    assert trained == named != base
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is cp?\n"))
+    assert json.loads(command("generate", output, "--max-new-tokens", "16", "--json")[1])["answer"] == trained.strip()
+
+
+def test_generate_streams(command: Command, config: Path) -> None:
+    plain = command("generate", config, "What is cp?", "What does ls do?", "--max-new-tokens", "16")
+    streamed = command("generate", config, "What is cp?", "What does ls do?", "--max-new-tokens", "16", "--stream")
+    assert (plain[0], streamed[0]) == (0, 0)
+    assert plain[1].split() == streamed[1].split()
+    assert streamed[1].endswith("\n")
+    code, _, err = command("generate", config, "What is cp?", "--stream", "--json")
+    assert (code, "do not go together" in err) == (2, True)
+
+
+def test_input_that_is_no_text(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    code, _, err = command("chat", config)
+    assert (code, "The input is no text" in err) == (2, True)
+
+
 def test_a_turn_that_is_too_long_ends_a_pipe(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("a " * 2000 + "\n"))
     code, out, err = command("chat", config)
