@@ -176,8 +176,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
 
 
 def _positions(model: Any) -> int:
-    """Positions that the model was made for; without bound where its config names none."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40)
+    """Positions for text that the model was made for; without bound where its config names none."""
+    known = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40)
+    # a prompt that was learnt (peft's prompt, prefix and P-tuning) stands before the text
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return known - int(virtual)
 
 
 def _ended(

@@ -7,6 +7,7 @@ import os
 import signal
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_positions(loaded: tuple[Any, Any]) -> None:
     said = converse(model, tokenizer, nearly, max_new_tokens=5)
     assert said.tokens == 1
     assert said.ended in ("positions", "end")
+
+
+def test_learnt_prompts_take_positions(loaded: tuple[Any, Any]) -> None:
+    model = copy.copy(loaded[0])
+    model.active_peft_config = SimpleNamespace(num_virtual_tokens=1020)
+    with pytest.raises(DataError, match="at most 3,"):
+        converse(model, loaded[1], [QUESTION])
 
 
 def test_without_a_chat_template(loaded: tuple[Any, Any]) -> None:
