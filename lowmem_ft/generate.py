@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.errors import DataError, UnsupportedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a model said in a conversation.
+
+    Attributes:
+        text: without special tokens and outer white space.
+        tokens: generated, special ones included.
+        ended: by the model (`end`), by `max_new_tokens` (`length`), because the model has no further positions
+            (`positions`), or by the caller (`stopped`).
+    """
+
+    text: str
+    tokens: int
+    ended: Literal["end", "length", "positions", "stopped"]
 
 
 def generate(
@@ -20,6 +41,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    say: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """What `model` says to each prompt.
 
@@ -30,6 +52,7 @@ def generate(
         temperature: 0 takes the likeliest token each time; above, tokens are sampled, from the smallest set that holds
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
         seed: of the sampling; the caller's random numbers are left as they are.
+        say: called with the index of a prompt and each piece of its answer, once that no longer changes.
 
     Returns:
         one text per prompt, special tokens removed.
@@ -39,37 +62,193 @@ def generate(
     """
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which generating text needs.")
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling = _sampling(temperature, top_p)
+    with _sampled(model, seed):
+        return [
+            _answer(model, tokenizer, prompt, max_new_tokens, sampling, None if say is None else partial(say, index))
+            for index, prompt in enumerate(prompts)
+        ]
+
+
+def converse(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], bool] = lambda: False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Answer:
+    """The model's next message in a conversation, told as it is generated.
+
+    Args:
+        model, max_new_tokens, temperature, top_p, seed: as for `generate`.
+        messages: `role` and `content` of each so far; the chat template renders all of them.
+        say: called with each piece of text, once it no longer changes.
+        stop: asked after each token whether to end here.
+
+    Raises:
+        UnsupportedError: there is no tokenizer, or it has no chat template.
+        DataError: the template refuses the messages, or the model has no position for an answer to them.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise UnsupportedError(
+            "The model's tokenizer has no chat template, so it cannot hold a conversation.",
+            given=getattr(tokenizer, "name_or_path", None) or "a model folder without tokenizer",
+            allowed="a tokenizer with chat_template.jinja",
+            fix="use `lowmem-ft generate`, which gives prompts to the model as they are",
+        )
+    ids_1T = _rendered(tokenizer, messages).to(model.device)
+    room = _positions(model) - ids_1T.shape[1]
+    if room < 1:
+        raise DataError(
+            "The conversation is longer than the model can see.",
+            given=f"{ids_1T.shape[1]} tokens",
+            allowed=f"at most {_positions(model) - 1}, so that an answer has a position",
+            fix="begin anew (/reset in a chat), or write less",
+        )
+    stopped = False
+
+    def stops(ids_1T: Tensor, scores: Any, **_: Any) -> Tensor:
+        nonlocal stopped
+        stopped = stopped or stop()
+        return torch.full((ids_1T.shape[0],), stopped, dtype=torch.bool, device=ids_1T.device)
+
+    with _sampled(model, seed):
+        new_N = _continued(
+            model,
+            tokenizer,
+            ids_1T,
+            min(max_new_tokens, room),
+            _sampling(temperature, top_p),
+            streamer=_Told(tokenizer, say),
+            stopping_criteria=StoppingCriteriaList([stops]),
+        )
+    text = str(tokenizer.decode(new_N, skip_special_tokens=True)).strip()
+    return Answer(text=text, tokens=len(new_N), ended=_ended(model, tokenizer, new_N, stopped, max_new_tokens, room))
+
+
+class _Told:
+    """A streamer for transformers that hands text on in the thread that generates it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+        self.pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.say, self.begun = say, False
+
+    def put(self, ids: Tensor) -> None:
+        self.pieces.put(ids)
+        self._hand_on()
+
+    def end(self) -> None:
+        self.pieces.end()
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        while not self.pieces.text_queue.empty():
+            text = self.pieces.text_queue.get()
+            if text and not self.begun:  # the end is told as None
+                text = text.lstrip()
+            if text:
+                self.begun = True
+                self.say(text)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    try:
+        inputs = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # it would warn of a length that is refused here, in clearer words
+        )
+    except TemplateError as error:
+        raise DataError(
+            "The chat template refuses the conversation.",
+            given=f"{', '.join(message['role'] for message in messages)} ({error})",
+            fix="some templates take no system message",
+        ) from None
+    ids_1T: Tensor = inputs["input_ids"]
+    return ids_1T
+
+
+def _positions(model: Any) -> int:
+    """Positions for text that the model was made for; without bound where its config names none."""
+    known = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40)
+    # a prompt that was learnt (peft's prompt, prefix and P-tuning) stands before the text
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return known - int(virtual)
+
+
+def _ended(
+    model: Any, tokenizer: PreTrainedTokenizerBase, new_N: Tensor, stopped: bool, asked: int, room: int
+) -> Literal["end", "length", "positions", "stopped"]:
+    known = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    if len(new_N) and int(new_N[-1]) in ends:
+        return "end"
+    if stopped:
+        return "stopped"
+    return "positions" if room < asked and len(new_N) == room else "length"
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return {"do_sample": False}
+
+
+@contextmanager
+def _sampled(model: Any, seed: int) -> Iterator[None]:
+    """Within it the model answers, with random numbers of its own; its mode is put back."""
     training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            return [_answer(model, tokenizer, prompt, max_new_tokens, sampling) for prompt in prompts]
+            yield
     finally:
         model.train(training)
 
 
 def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, sampling: dict[str, Any]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    say: Callable[[str], None] | None,
 ) -> str:
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(model.device)
+        ids_1T = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    streamer = None if say is None else _Told(tokenizer, say)
+    new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling, streamer=streamer)
+    text: str = tokenizer.decode(new_N, skip_special_tokens=True)
+    return text.strip()
+
+
+def _continued(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids_1T: Tensor,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    **options: Any,
+) -> Tensor:
+    """The ids that `model` puts behind `ids_1T`, (N,)."""
     output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        input_ids=ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         use_cache=True,
         **sampling,
+        **options,
     )
-    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    new_N: Tensor = output[0, ids_1T.shape[1] :]
+    return new_N

@@ -1,4 +1,4 @@
-"""The command line: `lowmem-ft demo | plan | train | eval | generate | data | merge | export | push | profiles`."""
+"""The command line: `lowmem-ft COMMAND`; `lowmem-ft --help` lists them."""
 
 from __future__ import annotations
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
+from lowmem_ft.cli.doctor import doctor
 from lowmem_ft.cli.export import export, merge
+from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
-from lowmem_ft.cli.runs import open_run
+from lowmem_ft.cli.runs import assemble_run, open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import write_text
@@ -25,8 +28,7 @@ from lowmem_ft.core.sizes import parse_count
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
-    from lowmem_ft.assemble import Assembled
-    from lowmem_ft.core.plan import Plan
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +40,9 @@ app = typer.Typer(
 app.add_typer(profiles_app, name="profiles")
 app.command()(push)
 app.command("data")(data_preview)
+app.command()(chat)
+app.command()(doctor)
+app.command()(init)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
@@ -143,7 +148,7 @@ def evaluate(
 
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, sources, reporter)
-    ready = _assemble(config, made, chosen, reporter)
+    ready = assemble_run(config, made, chosen, reporter)
     loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
     print(json.dumps({"eval_loss": loss, "examples": len(examples)}) if as_json else f"held-out loss {loss:.6f}")
 
@@ -157,6 +162,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print answers as they are generated.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers of a run's model to prompts."""
@@ -165,7 +171,16 @@ def generate(
 
     from lowmem_ft.generate import generate as generate_texts
 
-    ready = _assemble(config, made, chosen, Reporter(quiet=as_json))
+    if stream and as_json:
+        raise ConfigError("--stream and --json do not go together.", allowed="one of them", fix="leave one out")
+    shown = -1
+
+    def say(index: int, text: str) -> None:
+        nonlocal shown
+        print("\n" * (index - max(shown, 0)) + text, end="", flush=True)
+        shown = index
+
+    ready = assemble_run(config, made, chosen, Reporter(quiet=as_json))
     answers = generate_texts(
         ready.model,
         ready.tokenizer,
@@ -174,21 +189,14 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        say=say if stream else None,
     )
+    if stream:
+        say(len(texts), "")
+        return
     for prompt, answer in zip(texts, answers, strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
 app.command()(merge)
 app.command()(export)
-
-
-def _assemble(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:
-    from lowmem_ft.assemble import assemble
-    from lowmem_ft.planner.device import find_device
-
-    device = find_device(config.budget.device).torch_device
-    with reporter.task("Loading weights", unit="B") as update:
-        ready = assemble(config, made.policy, device, adapter=adapter, optimizer=False, progress=update)
-    ready.model.eval()
-    return ready

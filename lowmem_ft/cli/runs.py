@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lowmem_ft.core.config import RunConfig
 
 if TYPE_CHECKING:
+    from lowmem_ft.assemble import Assembled
     from lowmem_ft.core.plan import Plan
+    from lowmem_ft.report.progress import Reporter
 
 
 def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
@@ -28,3 +30,15 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     if adapter is not None:
         chosen = False if adapter == "none" else Path(adapter)
     return config, made, chosen
+
+
+def assemble_run(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:
+    """The model of a run as `open_run` found it, for evaluation."""
+    from lowmem_ft.assemble import assemble
+    from lowmem_ft.planner.device import find_device
+
+    device = find_device(config.budget.device).torch_device
+    with reporter.task("Loading weights", unit="B") as update:
+        ready = assemble(config, made.policy, device, adapter=adapter, optimizer=False, progress=update)
+    ready.model.eval()
+    return ready

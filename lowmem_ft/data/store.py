@@ -126,8 +126,7 @@ def cache_folder(setting: str | None) -> Path | None:
     """
     if setting is None:
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "lowmem-ft" / "data" if setting == "auto" else Path(setting).expanduser()
+    folder = cache_path(setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -141,6 +140,12 @@ def cache_folder(setting: str | None) -> Path | None:
             allowed="a folder, or null",
         ) from None
     return folder
+
+
+def cache_path(setting: str) -> Path:
+    """The folder that `data.cache` names, which may not be there yet."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lowmem-ft" / "data" if setting == "auto" else Path(setting).expanduser()
 
 
 def content_key(

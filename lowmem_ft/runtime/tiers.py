@@ -114,6 +114,11 @@ class DiskTier:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stream")
         weakref.finalize(self, _close, self._reader, {self._file, self._direct}, name)
 
+    @property
+    def direct(self) -> bool:
+        """Whether it reads past the page cache."""
+        return self._direct is not self._file
+
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         data = memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
         self._written += len(data)

@@ -1,0 +1,171 @@
+"""`lowmem-ft chat`: turns, commands, what ends an answer, and streamed text against generated text."""
+
+import copy
+import io
+import json
+import os
+import signal
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_ft.cli.chat import _ctrl_c_stops, _lines
+from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.generate import converse, generate
+from tests.unit.cli.conftest import Command
+
+MODEL = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
+QUESTION = {"role": "user", "content": "What does ls do?"}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: {MODEL}\ndata: {{seq_len: 64}}\nbudget: {{memory: 4GiB}}\ntrain: {{tokens_per_step: 64}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_text_is_the_generated_text(loaded: tuple[Any, Any], temperature: float) -> None:
+    told: list[str] = []
+    said = converse(*loaded, [QUESTION], say=told.append, max_new_tokens=40, temperature=temperature, seed=3)
+    (whole,) = generate(*loaded, [QUESTION["content"]], max_new_tokens=40, temperature=temperature, seed=3)
+    assert "".join(told).rstrip() == said.text == whole
+    assert len(told) > 3
+
+
+def test_what_ends_an_answer(loaded: tuple[Any, Any]) -> None:
+    assert converse(*loaded, [QUESTION], max_new_tokens=2).ended == "length"
+    whole = converse(*loaded, [QUESTION], max_new_tokens=20)
+    model, tokenizer = copy.copy(loaded[0]), loaded[1]
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = [1, tokenizer(whole.text, add_special_tokens=False)["input_ids"][-1]]
+    ended = converse(model, tokenizer, [QUESTION], max_new_tokens=20)
+    assert (ended.ended, whole.text.startswith(ended.text)) == ("end", True)
+    count = iter(range(100))
+    stopped = converse(*loaded, [QUESTION], stop=lambda: next(count) == 2, max_new_tokens=20)
+    assert (stopped.ended, stopped.tokens) == ("stopped", 3)
+    assert whole.text.startswith(stopped.text)
+
+
+def test_positions(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    word = len(tokenizer(" a" * 100, add_special_tokens=False)["input_ids"]) // 100
+    assert word == 1
+    fixed = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"]
+    full = [{"role": "user", "content": " a" * (1024 - len(fixed))}]
+    with pytest.raises(DataError, match=r"(?s)1024 tokens.*at most 1023"):
+        converse(model, tokenizer, full)
+    nearly = [{"role": "user", "content": " a" * (1024 - len(fixed) - 1)}]
+    said = converse(model, tokenizer, nearly, max_new_tokens=5)
+    assert said.tokens == 1
+    assert said.ended in ("positions", "end")
+
+
+def test_learnt_prompts_take_positions(loaded: tuple[Any, Any]) -> None:
+    model = copy.copy(loaded[0])
+    model.active_peft_config = SimpleNamespace(num_virtual_tokens=1020)
+    with pytest.raises(DataError, match="at most 3,"):
+        converse(model, loaded[1], [QUESTION])
+
+
+def test_without_a_chat_template(loaded: tuple[Any, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = None
+    for given in (tokenizer, None):
+        with pytest.raises(UnsupportedError, match="lowmem-ft generate"):
+            converse(loaded[0], given, [QUESTION])
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(DataError, match=r"(?s)refuses.*no system here"):
+        converse(loaded[0], tokenizer, [QUESTION])
+
+
+def test_turns_from_a_pipe(
+    command: Command, config: Path, monkeypatch: pytest.MonkeyPatch, loaded: tuple[Any, Any]
+) -> None:
+    turns = "What does ls do?\n\n  and cat?\n/system Be short.\nWhat is cp?\n/reset\nWhat is cp?\n/exit\nnever asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    code, out, err = command("chat", config, "--json", "--max-new-tokens", "24")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [it["prompt"] for it in told] == ["What does ls do?", "and cat?", "What is cp?", "What is cp?"]
+    assert all(it["answer"] and it["tokens"] > 1 and it["ended"] in ("end", "length") for it in told)
+    assert told[2] == told[3], "the system message stays, and nothing else does"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("What does ls do?\nand cat?"))
+    code, out, err = command("chat", config, "--max-new-tokens", "24")
+    assert code == 0
+    assert out == f"{told[0]['answer']}\n{told[1]['answer']}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is cp?\n"))
+    assert command("chat", config, "--max-new-tokens", "24", "--system", "Be short.")[1] == told[2]["answer"] + "\n"
+
+
+def test_with_the_adapter_of_a_run(
+    command: Command, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    data = MODEL.parent / "whatis-train.jsonl"
+    tuned = (f"data.train={data}", f"output={output}", "train.steps=3", "train.lr=0.05", "train.warmup=0")
+    code, _, err = command("train", config, *tuned)
+    assert code == 0, err
+    said = {}
+    for options in ((), ("--adapter", "none"), ("--adapter", output / "adapter")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is cp?\n"))
+        code, said[options], err = command("chat", output, "--max-new-tokens", "16", *options)
+        assert code == 0, err
+    trained, base, named = said.values()
+    assert trained == named != base
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is cp?\n"))
+    assert json.loads(command("generate", output, "--max-new-tokens", "16", "--json")[1])["answer"] == trained.strip()
+
+
+def test_generate_streams(command: Command, config: Path) -> None:
+    plain = command("generate", config, "What is cp?", "What does ls do?", "--max-new-tokens", "16")
+    streamed = command("generate", config, "What is cp?", "What does ls do?", "--max-new-tokens", "16", "--stream")
+    assert (plain[0], streamed[0]) == (0, 0)
+    assert plain[1].split() == streamed[1].split()
+    assert streamed[1].endswith("\n")
+    code, _, err = command("generate", config, "What is cp?", "--stream", "--json")
+    assert (code, "do not go together" in err) == (2, True)
+
+
+def test_input_that_is_no_text(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    code, _, err = command("chat", config)
+    assert (code, "The input is no text" in err) == (2, True)
+
+
+def test_a_turn_that_is_too_long_ends_a_pipe(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a " * 2000 + "\n"))
+    code, out, err = command("chat", config)
+    assert (code, out, "longer than the model can see" in err) == (2, "", True)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with _ctrl_c_stops() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+    typed = iter([KeyboardInterrupt(), " hi ", "", EOFError()])
+
+    def read(prompt: str) -> str:
+        it = next(typed)
+        if isinstance(it, BaseException):
+            raise it
+        return it
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(_lines(ask=True)) == ["hi"]
