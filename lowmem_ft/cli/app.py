@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,22 +27,12 @@ from lowmem_ft.core.files import write_text
 from lowmem_ft.core.sizes import parse_count
 from lowmem_ft.report.progress import Reporter
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune large language models inside the memory budget you name.",
 )
-
-app.add_typer(profiles_app, name="profiles")
-app.command()(push)
-app.command("data")(data_preview)
-app.command()(chat)
-app.command()(doctor)
-app.command()(init)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
@@ -198,5 +188,7 @@ def generate(
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
-app.command()(merge)
-app.command()(export)
+for command in (chat, merge, export, push, init, doctor):
+    app.command()(command)
+app.command("data")(data_preview)
+app.add_typer(profiles_app, name="profiles")
