@@ -6,6 +6,7 @@ What pulls in PyTorch is imported when a command needs it, so that help and wron
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -127,12 +128,13 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Records; default: the config's data.eval.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss of a run's adapter, in the micro-batches it was trained with."""
+    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity and bits per byte."""
     config, made, chosen = open_run(target, overrides or [], adapter)
     sources = str(data) if data is not None else config.data.eval
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
 
+    from lowmem_ft.data.examples import bytes_in_loss
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
 
@@ -140,7 +142,16 @@ def evaluate(
     examples = loop.read_split(config, sources, reporter)
     ready = assemble_run(config, made, chosen, reporter)
     loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
-    print(json.dumps({"eval_loss": loss, "examples": len(examples)}) if as_json else f"held-out loss {loss:.6f}")
+    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss)}
+    tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
+    if size:
+        found["bits_per_byte"] = loss * tokens / math.log(2) / size
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}")
+    if size:
+        print(f"bits per byte {found['bits_per_byte']:.4f}, of {size} bytes of text in the loss")
 
 
 @app.command()

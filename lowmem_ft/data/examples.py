@@ -44,6 +44,15 @@ class Example:
         return self if len(self) <= length else Example(self.input_ids[:length], self.labels[:length])
 
 
+def bytes_in_loss(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """UTF-8 bytes of the text whose tokens are in the loss: what bits per byte are counted over, whatever the
+    tokenizer. Special tokens, such as the one that ends an answer, are no text. 0 without a tokenizer."""
+    if tokenizer is None:
+        return 0
+    kept = ([label for label in it.labels[1:] if label != IGNORE_INDEX] for it in examples)
+    return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in kept)
+
+
 def read_examples(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,

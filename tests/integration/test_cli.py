@@ -1,6 +1,7 @@
 """The command line from outside: exit codes, output, interruption, and the demo that the README promises."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,7 +63,11 @@ def test_train_eval_generate(folder: Path) -> None:
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
 
     measured = run("eval", folder / "run", "--json")
-    assert json.loads(measured.stdout) == {"eval_loss": min(held_out[1:]), "examples": 8}
+    best = min(held_out[1:])
+    found = json.loads(measured.stdout)
+    assert (found["eval_loss"], found["examples"]) == (best, 8)
+    assert found["perplexity"] == pytest.approx(math.exp(best))
+    assert 0 < found["bits_per_byte"] < 8
     without = run("eval", folder / "run", "--adapter", "none", "--json")
     assert json.loads(without.stdout)["eval_loss"] == held_out[0]
 

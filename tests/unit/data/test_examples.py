@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.examples import IGNORE_INDEX, read_examples
+from lowmem_ft.data.examples import IGNORE_INDEX, RecordEncoder, bytes_in_loss, read_examples
 
 from .conftest import ASSETS
 
@@ -184,3 +184,12 @@ def test_tokenizers_that_cannot(tokenizer: PreTrainedTokenizerBase, jsonl: Write
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         read_examples(jsonl(CHAT), tokenizer, seq_len=32)
+
+
+def test_bytes_of_the_text_in_the_loss(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Those of the answers, in UTF-8, without the tokens that end them."""
+    encoder = RecordEncoder(tokenizer)
+    answers = [" Zeigt Dateien: ä, ö, ü.", " 42"]
+    examples = [it for text in answers for it in encoder.encode({"prompt": "What?", "completion": text})]
+    assert bytes_in_loss(examples, tokenizer) == sum(len(text.encode()) for text in answers)
+    assert bytes_in_loss(examples, None) == 0
