@@ -101,6 +101,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             )
     for one in found:
         one["config"]["model"] = one["architecture"]  # and not a folder of this machine
+        one["config"].pop("output", None)
     worst = sorted(found, key=lambda one: min(one["train_error"], 0.0) or -one["train_error"])[:10]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

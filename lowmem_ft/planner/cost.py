@@ -95,6 +95,14 @@ class Rates:
             update_call=1 / (found.update_calls or found.calls).value,
         )
 
+    def calls_alone(self) -> Rates:
+        """A second for each call, and nothing for work: what is summed is the number of calls."""
+        return Rates(
+            products=dict.fromkeys(self.products, math.inf), loops=math.inf, attention_forward=math.inf,
+            attention_backward=math.inf, elementwise=math.inf, dequantize=dict.fromkeys(self.dequantize, math.inf),
+            updates=math.inf, draws=math.inf, call=1.0, update_call=0.0,
+        )  # fmt: skip
+
 
 class CostModel:
     """Seconds of operations on tensors without data, on a device with these rates."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import map_large_tensors
+from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import collate
 from lowmem_ft.planner.choices import first_policy
@@ -276,22 +277,19 @@ class _Bench:
     def calls(self, profile: Profile) -> float:
         """Operations per second of a training step with so few tokens that little but calls counts: Python between
         them, autograd and what kernels take at least. The work itself, by the other rates of `profile`, is left out."""
-        kind: Any = self._device.type
         config = RunConfig.from_dict({"model": str(EMBEDDED_MODEL), "data": {"seq_len": 8, "packing": False}})
         policy = first_policy(config, find_device(str(self._device)), 4)
-        price = CostModel(Rates.of(profile), kind=kind).seconds
-        count, work = 0, 0.0
-
-        def cost(*operation: Any) -> float:
-            nonlocal count, work
-            seconds = price(*operation)
-            count, work = count + (seconds > 0), work + seconds
-            return seconds
-
-        stage = Stage(config, policy, kind=kind, cost=cost)
-        count, work = 0, 0.0  # without those of loading
-        stage.step(policy, keep=0)
-        ready = assemble(config, replace(policy, recompute_blocks=len(stage.blocks)), self._device)
+        rates = Rates.of(profile)
+        work, blocks = self._step(config, policy, rates)
+        count, _ = self._step(config, policy, rates.calls_alone())
+        ready = assemble(config, replace(policy, recompute_blocks=blocks), self._device)
         batch = collate([[Example(range(8), range(8))]], pad_id=0)
         taken = self._best(lambda: train_step(ready, [batch], lr=1e-4))
         return count / max(taken - work, taken / 2)
+
+    def _step(self, config: RunConfig, policy: Policy, rates: Rates) -> tuple[float, int]:
+        """What a traced step takes by `rates`, whatever stands for others in it; and the model's blocks."""
+        kind: Any = self._device.type
+        stage = Stage(config, policy, kind=kind, cost=CostModel(rates, kind="cpu").seconds)
+        stage.step(policy, keep=0)
+        return sum(stage.tracer.seconds.values()), len(stage.blocks)
