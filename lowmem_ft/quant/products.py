@@ -10,6 +10,7 @@ Letters in shapes: N rows, K summed over, M columns.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -110,14 +111,14 @@ def _product(
     d: Tensor | None,
     alpha: float,
 ) -> None:
-    if a.device.type != "cpu" or a.dtype == torch.float32:
+    if a.device.type != "cpu" or a.element_size() != 2:
         _multiply(out, a, b, bias, c, by, d, alpha)
     elif not multiplies(a.dtype) or (_sums_rows(a) and a.shape[1] % ROWS):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
     elif _sums_rows(a) or a.shape[0] % ROWS == 0:
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
-        _multiply_in_few_shapes(out, a, b, bias, c, by, d, alpha)
+        _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)
 
 
 def _sums_rows(a: Tensor) -> bool:
@@ -146,34 +147,30 @@ def _multiply(
 
 
 def _multiply_in_few_shapes(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    c: Tensor | None,
-    by: Tensor | None,
-    d: Tensor | None,
-    alpha: float,
+    multiply: Callable[[Tensor, Tensor, Tensor | None], None], out: Tensor, a: Tensor, c: Tensor | None
 ) -> None:
     """The same in pieces of 64, 128, 256 ... rows, the last one filled up.
 
     oneDNN compiles a product for each shape, which takes longer than to multiply a few rows, and keeps it: a tiny
     mixture of experts, each of which has another number of rows in each step, took 660 MB more after 50 steps.
+
+    Args:
+        multiply: from some rows of `a`, and of `c`, to the same rows of `out`.
     """
     start, rows = 0, a.shape[0]
     while rows - start >= ROWS:
         end = start + (1 << (rows - start).bit_length() - 1)
         part = slice(start, end)
-        _multiply(out[part], a[part], b, bias, None if c is None else c[part], by, d, alpha)
+        multiply(out[part], a[part], None if c is None else c[part])
         start = end
     if start == rows:
         return
     last = slice(start, rows)
     out_room, a_room = _rooms.padded("out", out[last]), _rooms.padded("a", a[last])
     c_room = None if c is None else _rooms.padded("c", c[last])
-    _multiply(out_room, a_room, b, bias, c_room, by, d, alpha)
+    multiply(out_room, a_room, c_room)
     out[last] = out_room[: rows - start]
-    if c is not None and c_room is not None and by is not None:
+    if c is not None and c_room is not None:
         c[last] = c_room[: rows - start]
 
 

@@ -94,6 +94,15 @@ def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> N
     assert shapes == {(64, 24), (128, 24), (256, 24), (320, 24), (40, 64), (40, 320)}
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_64_bits_stay_64_bits(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """Only 16-bit floats go in pieces or through fp32."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: native or dtype.itemsize != 2)
+    a, b, out = operands((65, 24, 40), torch.float64, "rows")
+    torch.testing.assert_close(mm(a, b), a @ b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mm(out.t(), a), out.t() @ a, rtol=1e-12, atol=1e-12)
+
+
 def test_it_takes_no_memory_but_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "multiplies", lambda dtype: False)
     a, b, out = operands((300, 500, 200), torch.bfloat16, "rows")
