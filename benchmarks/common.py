@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,18 @@ def on_cpu(threads: int) -> None:
     from lowmem_ft.core.host import prefer_huge_pages
 
     prefer_huge_pages()
+
+
+def stamp(threads: int) -> dict[str, Any]:
+    """When and where a result was measured, and with what."""
+    import torch
+    import transformers
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": threads},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def leave(result: Mapping[str, Any], out: Path | None) -> None:

@@ -13,10 +13,8 @@ alternation, on a few blocks of TinyLlama's shape.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -190,19 +188,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models and runs go; by default a temporary folder")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
-    from common import leave, on_cpu  # beside this file, where scripts are run
+    from common import leave, on_cpu, stamp  # beside this file, where scripts are run
 
     on_cpu(options.threads)
-    import torch
-    import transformers
-
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-fit-") as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         result = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": options.threads},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **stamp(options.threads),
             "settings": {"models": options.models, "steps": options.steps, "timed": TIMED},
             "slowdown": slowdowns(folder, options.tokens),
             "budget": in_budget(folder, options.models, options.steps),

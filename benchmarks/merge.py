@@ -9,10 +9,8 @@ process of its own under `budget.memory`, and its resident set is watched from o
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -92,19 +90,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model goes; by default a temporary folder")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
-    from common import leave, on_cpu
+    from common import leave, on_cpu, stamp
 
     on_cpu(options.threads)
-    import torch
-    import transformers
-
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-merge-") as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         result = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": options.threads},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **stamp(options.threads),
             "settings": {"model": "TinyLlama-1.1B", "budget": options.budget, "rank": RANK},
             "commands": measure(folder, options.budget),
         }

@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
+from tests.assets import ASSETS, write_share
 
-ASSETS = Path(str(files("lowmem_ft") / "assets"))
 EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
 SAVE_EVERY, EVAL_EVERY = 2, 3
 START_SECONDS, STEP_SECONDS = 2.0, 0.2  # of a run, about: within these a kill comes
@@ -158,7 +157,7 @@ def changed(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def exact(folder: Path) -> list[dict[str, Any]]:
+def exact_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics that must not depend on how a run was interrupted."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in EXACT if key in line} for line in lines]
@@ -166,7 +165,7 @@ def exact(folder: Path) -> list[dict[str, Any]]:
 
 def differences(ours: Path, theirs: Path) -> list[str]:
     """What of two finished runs is not equal to the bit."""
-    found = [] if exact(ours) == exact(theirs) else ["metrics"]
+    found = [] if exact_metrics(ours) == exact_metrics(theirs) else ["metrics"]
     both = [state.read_checkpoint(state.checkpoints(run / "checkpoints")[-1]) for run in (ours, theirs)]
     (tensors, meta), (others, other_meta) = both
     found += [] if meta == other_meta else ["checkpoint's header"]
@@ -181,9 +180,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def compare(folder: Path, *, kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
     """Each of RUNS undisturbed and killed, `kills` times in all."""
-    for name, lines in (("train", 60), ("eval", 8)):
-        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(text[:lines]))
+    write_share(folder, train=60, eval=8)
     generator, found = random.Random(seed), []
     for index, (name, (sections, fails)) in enumerate(RUNS.items()):
         disturb = (failing_twice,) if fails else ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import typer
 
 from lowmem_ft.cli.runs import assemble_run, open_run
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def chat(
         reporter.say(HELP)
 
     def answer(messages: list[dict[str, str]], turn: int) -> Answer:
-        with _ctrl_c_stops() as stopped:
+        with first_interrupt() as stopped:
             return converse(
                 ready.model,
                 ready.tokenizer,
@@ -118,19 +118,3 @@ def _lines(ask: bool) -> Iterator[str]:
             continue
         if line:
             yield line
-
-
-@contextlib.contextmanager
-def _ctrl_c_stops() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C is noted in a list, which ends the answer after its token; a second one interrupts."""
-    noted: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)

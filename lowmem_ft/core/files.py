@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
+
+import psutil
 
 from lowmem_ft.core.errors import ConfigError
 
@@ -31,3 +34,11 @@ def write_text(path: Path, text: str) -> None:
         raise ConfigError(
             "The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder"
         ) from None
+
+
+def remove_orphans(parent: Path, prefix: str) -> None:
+    """Remove folders `<prefix><process id>-...` in `parent` that processes which were killed have left half-written."""
+    for folder in parent.glob(f"{prefix}*"):
+        pid = folder.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import is_full
+from lowmem_ft.core.files import is_full, remove_orphans
 from lowmem_ft.core.sizes import format_size
 
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what an exported model takes over from its base
@@ -37,7 +35,7 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
     refuse_filled(out)
     with _explained(out, nbytes):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(out)
+        remove_orphans(out.parent, _prefix(out))
         if shutil.disk_usage(out.parent).free < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         folder = Path(tempfile.mkdtemp(prefix=_prefix(out) + f"{os.getpid()}-", dir=out.parent))
@@ -92,14 +90,6 @@ def _explained(out: Path, nbytes: int) -> Iterator[None]:
 
 def _prefix(out: Path) -> str:
     return f".{out.name}.writing-"
-
-
-def _remove_orphans(out: Path) -> None:
-    prefix = _prefix(out)
-    for folder in out.parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

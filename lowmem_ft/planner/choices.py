@@ -47,12 +47,11 @@ class Choices:
         levels: what of the embeddings may lie below the device, ascending.
     """
 
-    def __init__(
-        self, config: RunConfig, device: Device, start: Policy, scales: Scales, *, host: Callable[[], int]
-    ) -> None:
-        self.config, self.device, self.scales = config, device, scales
+    def __init__(self, device: Device, start: Policy, scales: Scales, *, host: Callable[[], int]) -> None:
+        self.device, self.scales = device, scales
         self._start, self._aside_host = start, host
         self.keep = self._keep_choices()
+        config = self.config
         _refuse_pins(config, device, scales.depth)
         if config.policy.mlp_tile_tokens and not len(scales.stage.ready.mlps):
             warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=5)
@@ -60,6 +59,11 @@ class Choices:
             warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=5)
         self.streams = self._stream_choices()
         self.levels = self._level_choices()
+
+    @property
+    def config(self) -> RunConfig:
+        """What is planned now: a search may go on with another sequence length."""
+        return self.scales.stage.config
 
     def _keep_choices(self) -> Sequence[int]:
         pinned, depth = self.config.policy, self.scales.depth

@@ -24,7 +24,7 @@ from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import collate
 from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.planner.cost import CostModel, Rates
-from lowmem_ft.planner.device import Device, find_device
+from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate, Workspaces
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.workspaces import architecture_of
@@ -116,7 +116,7 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
         workspaces=_workspaces(device),
         measured=measured(),
     )
-    found["calls"] = bench.calls(profile)
+    found["calls"] = bench.calls(profile, device)
     done(len(steps) + 1, len(steps) + 1)
     return profile.model_copy(update={"measured": measured()})
 
@@ -274,11 +274,11 @@ class _Bench:
         x = self._random(self._shapes["stream"] // 4, dtype=self._dtype)
         return x.numel() / self._best(lambda: x.bernoulli_(0.9))  # a dropout of 0.1: even odds take twice as long
 
-    def calls(self, profile: Profile) -> float:
+    def calls(self, profile: Profile, device: Device) -> float:
         """Operations per second of a training step with so few tokens that little but calls counts: Python between
         them, autograd and what kernels take at least. The work itself, by the other rates of `profile`, is left out."""
         config = RunConfig.from_dict({"model": str(EMBEDDED_MODEL), "data": {"seq_len": 8, "packing": False}})
-        policy = first_policy(config, find_device(str(self._device)), 4)
+        policy = first_policy(config, device, 4)
         rates = Rates.of(profile)
         work, blocks = self._step(config, policy, rates)
         count, _ = self._step(config, policy, rates.calls_alone())

@@ -53,7 +53,7 @@ class Search:
             card=Card.of(device),
             links=links_of(device),
         )
-        self.choices = Choices(config, device, self._start, self.scales, host=lambda: self._aside.host)
+        self.choices = Choices(device, self._start, self.scales, host=lambda: self._aside.host)
         self.scales.keep = self.choices.keep
         self._base = base
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
@@ -61,7 +61,7 @@ class Search:
 
     def lengthen(self, config: RunConfig) -> None:
         """Go on with another sequence length, of which the model does not depend."""
-        self.config = self.choices.config = self.scales.stage.config = config
+        self.config = self.scales.stage.config = config
         self._start = replace(self._start, micro_batch_tokens=config.data.seq_len)
         self._size(config)
 

@@ -110,6 +110,7 @@ class Scales:
         longest: positions that the model knows.
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
         scripts: of steps that were replayed, see `reserve.replayed`.
+        kernels: bytes of what a CPU compiles for a step, about; 0 before one was traced.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Scales:
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        self._kernels = 0
+        self.kernels = 0
         # by kind and what `_way` says: of a first backward's time how much a later one takes
         self._shares: dict[tuple[int, Hashable], float] = {}
 
@@ -237,11 +238,6 @@ class Scales:
             self._heaps[key] = round(self._heap_counts * sum(nbytes for nbytes in sizes if nbytes < LARGE))
         return self._heaps[key]
 
-    @property
-    def kernels(self) -> int:
-        """Bytes of the kernels that a CPU compiles for a step, about; 0 before one was traced."""
-        return self._kernels
-
     def base(self, policy: Policy) -> list[Event]:
         """The births of all that is held before a step of `policy`."""
         moved, kept = self.moved(policy), []
@@ -320,7 +316,7 @@ class Scales:
             self._with_whole_loss(it, tokens, in_loss) for it in segments(trace, self.stage.tracer.seconds, self._tier)
         ]
         if self._update is None:
-            self._kernels = self.stage.products.kernel_bytes  # the same for all policies, whatever else is tried
+            self.kernels = self.stage.products.kernel_bytes  # the same for all policies, whatever else is tried
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(own, [*(segment for segment in found if segment.part != "update"), self._update])

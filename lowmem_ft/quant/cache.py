@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 import transformers
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import is_full
+from lowmem_ft.core.files import is_full, remove_orphans
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
     DTYPE_NAMES,
@@ -47,6 +46,7 @@ from lowmem_ft.quant.shards import ShardFiles, pieces, shard_header, split_shard
 
 FORMAT = 1  # raise it when what is written changes: older entries are then never looked at
 MARKER = "lowmem_ft.json"
+_WRITING = ".writing-"  # and the process id: what folders are called until they are complete
 _LISTED_BYTES = 64  # a tensor's file name and checksum, and what JSON puts around them
 _CONFIG_BYTES = 4 << 10  # generation_config.json, what is said of the quantization, the marker's head
 
@@ -203,8 +203,8 @@ class CacheWriter:
         cache = entry.folder.parent
         with self._no_space():
             cache.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(cache)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".writing-{os.getpid()}-", dir=cache))
+            remove_orphans(cache, _WRITING)
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{_WRITING}{os.getpid()}-", dir=cache))
         try:
             with self._no_space():
                 if shutil.disk_usage(cache).free < layout_bytes(self._tensors):
@@ -322,14 +322,6 @@ def skipped_by_transformers(model: PreTrainedModel, unswapped: PreTrainedModel) 
 def _marker(folder: Path) -> dict[str, Any]:
     marker: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     return marker
-
-
-def _remove_orphans(cache: Path) -> None:
-    """Remove what processes that were killed while they wrote have left."""
-    for folder in cache.glob(".writing-*"):
-        pid = folder.name.split("-")[1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checksum(tensor: Tensor) -> int:

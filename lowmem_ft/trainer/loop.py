@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +16,7 @@ from lowmem_ft.assemble import Assembled, assemble, load_tokenizer
 from lowmem_ft.core.config import RunConfig, Sources
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
@@ -195,7 +193,7 @@ class _Loop:
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:
         settings = self.config.train
-        with _stop_on_interrupt() as stop, self.reporter.task("Training", unit="steps") as update:
+        with first_interrupt() as stop, self.reporter.task("Training", unit="steps") as update:
             update(self.step, total)
             while self.step < total:
                 self._train_step(loader, total, update)
@@ -203,7 +201,7 @@ class _Loop:
                 if done or self.step % settings.eval_every == 0:
                     self._evaluate()
                 stopped: Literal["interrupted", "out_of_time"] | None = None
-                if stop.is_set():
+                if stop:
                     stopped = "interrupted"
                 elif settings.max_time is not None and self._seconds() >= settings.max_time:
                     stopped = "out_of_time"
@@ -336,22 +334,3 @@ def planned_against_measured(plan: Plan, measured: int) -> str:
         return words
     direction = "more" if error > 0 else "less"
     return f"{words} Warning: over {PLAN_TOLERANCE:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the step under way ends; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread only
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from lowmem_ft.runtime.loss import chunked_cross_entropy
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.step import train_step
 from lowmem_ft.trainer import loop
+from tests.assets import ASSETS, write_share
 from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-ASSETS = Path(str(files("lowmem_ft") / "assets"))
 SHAPES = [(64, 64), (48, 80), (1, 48), (131, 48), (257, 127), (1024, 1000)]
 
 
@@ -150,9 +149,7 @@ def test_paged_optimizers_equal_plain_ones_and_resume_exactly(bits: Any) -> None
 
 
 def config(tmp_path: Path, output: str, **sections: Any) -> RunConfig:
-    for name, lines in (("train", 60), ("eval", 8)):
-        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.jsonl").write_text("".join(text[:lines]))
+    write_share(tmp_path, train=60, eval=8)
     keys: dict[str, Any] = {
         "model": str(ASSETS / "doclm-7m"),
         "budget": {"device": DEVICE.type},

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import time
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from lowmem_ft.cli import main
+from tests.assets import ASSETS, write_share
 from tests.models import save_tiny
 
-ASSETS = Path(str(files("lowmem_ft") / "assets"))
 COMMAND = [sys.executable, "-m", "lowmem_ft"]
 
 
@@ -42,9 +41,7 @@ def run_here(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config file with a small share of the embedded data."""
     folder = tmp_path_factory.mktemp("cli")
-    for name, lines in (("train", 60), ("eval", 8)):
-        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(text[:lines]))
+    write_share(folder, train=60, eval=8)
     (folder / "config.yaml").write_text(
         f"model: {ASSETS / 'doclm-7m'}\n"
         f"data: {{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}, seq_len: 64}}\n"

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.test_cli import ASSETS, run, run_here
+from tests.assets import ASSETS, write_share
+from tests.integration.test_cli import run, run_here
 
 QUESTION = "What does ls do?"
 
@@ -19,9 +20,7 @@ QUESTION = "What does ls do?"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run: 12 steps of NF4 and rank 8."""
     folder = tmp_path_factory.mktemp("export")
-    for name, lines in (("train", 200), ("eval", 40)):
-        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(text[:lines]))
+    write_share(folder, train=200, eval=40)
     (folder / "config.yaml").write_text(
         f"model: {ASSETS / 'doclm-7m'}\n"
         f"data: {{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}, seq_len: 64}}\n"

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_ft.cli.chat import _ctrl_c_stops, _lines
+from lowmem_ft.cli.chat import _lines
 from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.generate import converse, generate
 from tests.unit.cli.conftest import Command
 
@@ -155,7 +156,7 @@ def test_a_turn_that_is_too_long_ends_a_pipe(command: Command, config: Path, mon
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with _ctrl_c_stops() as noted:
+    with first_interrupt() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         assert noted == [signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is before

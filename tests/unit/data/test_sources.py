@@ -86,21 +86,22 @@ def test_which_split_is_meant(splits: list[str], wanted: str | None, use: Any, f
     assert pick_split(splits, wanted, use) == found
 
 
+def prepared(path: Path) -> dict[str, Any]:
+    """What the process that has datasets says of a source."""
+    request = json.dumps({"source": {"path": str(path)}, "use": "train"})
+    command = [sys.executable, "-m", "lowmem_ft.data.hub"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the hub's cache holds is used; what it does not is a clear error, in this process and without datasets."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    request = {"source": {"path": str(tmp_path / "thing")}, "use": "train"}
-    prepared = subprocess.run(
-        [sys.executable, "-m", "lowmem_ft.data.hub"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (file,) = json.loads(prepared.stdout)["files"]
+    (file,) = prepared(tmp_path / "thing")["files"]
     assert Path(file).suffix == ".arrow"
     cache = tmp_path / "hub" / "datasets"
     (cache / "thing").rename(cache / "someone___thing")  # as if it had come from there
@@ -119,12 +120,4 @@ def test_hub_datasets_of_pictures_are_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
-    request = {"source": {"path": str(tmp_path / "pictures")}, "use": "train"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lowmem_ft.data.hub"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout)["error"]["what"] == "The dataset holds no tables or text."
+    assert prepared(tmp_path / "pictures")["error"]["what"] == "The dataset holds no tables or text."

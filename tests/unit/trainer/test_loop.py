@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,16 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
+from tests.assets import ASSETS, write_share
+from tests.killing import exact_metrics
 
-ASSETS = Path(str(files("lowmem_ft") / "assets"))
 QUIET = Reporter(quiet=True)
-EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A small share of the embedded data."""
-    for name, lines in (("train", 60), ("eval", 8)):
-        text = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.jsonl").write_text("".join(text[:lines]))
+    write_share(tmp_path, train=60, eval=8)
     return tmp_path
 
 
@@ -51,8 +48,7 @@ def config(folder: Path, output: str = "run", **sections: Any) -> RunConfig:
 
 
 def exact(run: Run) -> list[dict[str, Any]]:
-    """The metrics that must not depend on how a run was interrupted."""
-    return [{key: line[key] for key in EXACT if key in line} for line in run.metrics]
+    return exact_metrics(run.folder)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
-
-ASSETS = Path(str(files("lowmem_ft") / "assets"))
+from tests.assets import ASSETS, write_share
 
 
 def config(folder: Path, **train: Any) -> RunConfig:
-    for name in ("train", "eval"):
-        lines = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)[:16]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+    write_share(folder, train=16, eval=16)
     return RunConfig.from_dict(
         {
             "model": str(ASSETS / "doclm-7m"),
