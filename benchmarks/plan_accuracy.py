@@ -6,10 +6,12 @@ and its resident set is held against the planned process peak.
 
     python benchmarks/plan_accuracy.py --count 300 --out benchmarks/results/plan_accuracy.json
 
-On a GPU the same configurations, in larger models, are planned as for a run there and measured in two steps: peaks of
-what is allocated, reserved and taken by the process, and every single event of PyTorch's allocator.
+On a GPU the same configurations, in larger models, are measured in two steps: peaks of what is allocated, reserved and
+taken by the process, and every single event of PyTorch's allocator. Plans for that card are held against it there, or
+later on any machine:
 
-    python benchmarks/plan_accuracy.py --device cuda --count 300 --out benchmarks/results/plan_accuracy_cuda.json
+    python benchmarks/plan_accuracy.py --device cuda --count 300 --jobs 8 --record recorded.jsonl
+    python benchmarks/plan_accuracy.py --judge recorded.jsonl --out benchmarks/results/plan_accuracy_cuda.json
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import gzip
 import json
 import os
 import platform
@@ -56,7 +59,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=24, help="how many of them also in a fresh process")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    parser.add_argument("--jobs", type=int, default=1, help="on a GPU: processes that measure side by side")
+    parser.add_argument("--seconds", type=float, default=1e9, help="on a GPU: no configuration is begun after these")
+    parser.add_argument("--record", type=Path, help="on a GPU: only measure, into this file")
+    parser.add_argument("--judge", type=Path, help="anywhere: hold plans against such a file")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
@@ -67,7 +75,16 @@ def main() -> None:
     if options.child:
         print(json.dumps(train_here(json.loads(options.child.read_text()))))
         return
-    result = benchmark(options) if on_cpu else benchmark_cuda(options)
+    if options.share:
+        record_share(options, options.record)
+        return
+    with tempfile.TemporaryDirectory(prefix="lowmem-ft-accuracy-") as name:
+        recorded = options.judge or options.record or Path(name) / "recorded.jsonl"
+        if not on_cpu:
+            record_cuda(options, recorded)
+        if options.record:
+            return
+        result = benchmark(options) if on_cpu and not options.judge else judge_cuda(recorded, options.threads)
     from common import leave  # beside this file, where scripts are run
 
     leave(result, options.out)
@@ -116,37 +133,103 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def benchmark_cuda(options: argparse.Namespace) -> dict[str, Any]:
-    """What `summary` says of all configurations, on a device that is here."""
-    import torch
+def record_cuda(options: argparse.Namespace, out: Path) -> None:
+    """Write a line of JSON to `out` for each configuration: what was drawn, and what the card took for it.
 
+    Further processes share the configurations, each with models and an allocator of its own.
+    """
+    parts = [out.with_name(f"{out.name}.{job}") for job in range(options.jobs)]
+    command = [sys.executable, __file__, "--device", options.device, "--count", str(options.count)]
+    command += ["--seed", str(options.seed), "--seconds", str(options.seconds), "--threads", str(options.threads)]
+    children = [
+        subprocess.Popen([*command, "--record", str(part), "--share", f"{job}/{options.jobs}"])
+        for job, part in enumerate(parts)
+    ]
+    failed = [child.args for child in children if child.wait() != 0]
+    with out.open("w", encoding="utf-8") as file:
+        for part in parts:
+            if part.exists():
+                file.write(part.read_text(encoding="utf-8"))
+                part.unlink()
+    if failed:
+        raise SystemExit(f"failed: {failed}")
+
+
+def record_share(options: argparse.Namespace, out: Path) -> None:
+    """What `record_cuda` says, of one process's share."""
+    from lowmem_ft.core.errors import LowMemError
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.verify import full_batches
-    from tests.unit.planner.on_cuda import judge, measure, predict
+    from tests.unit.planner.on_cuda import measure, packed
     from tests.unit.planner.sampler import draw, prepared
 
-    device, generator, found = find_device(options.device), random.Random(options.seed), []
-    for index in range(options.count):
-        size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
-        drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS)
-        folder = Path(tempfile.mkdtemp(prefix="lowmem-ft-accuracy-"))
-        try:
-            config, policy = prepared(drawn, folder)
-            batches = full_batches(config, policy, vocabulary=100)
-            predicted = predict(config, policy, device, loss_tokens=batches[0].loss_tokens)
-            one = {"size": size, **drawn, **judge(predicted, *measure(config, policy, device, batches))}
-        except torch.OutOfMemoryError:
-            one = {"size": size, **drawn, "out_of_memory": True}
-        finally:
-            shutil.rmtree(folder)
-        found.append(one)
-        print(f"{index:4} {describe_cuda(one)}", file=sys.stderr, flush=True)
+    begin, (own, jobs) = time.monotonic(), map(int, options.share.split("/"))
+    device, generator = find_device(options.device), random.Random(options.seed)
+    with out.open("w", encoding="utf-8") as file:
+        for index in range(options.count):
+            size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
+            drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS)
+            if index % jobs != own:
+                continue
+            if time.monotonic() - begin > options.seconds:
+                return
+            folder = Path(tempfile.mkdtemp(prefix="lowmem-ft-accuracy-"))
+            one: dict[str, Any] = {"index": index, "size": size, "device": device.to_dict(), **drawn}
+            try:
+                config, policy = prepared(drawn, folder)
+                batches = full_batches(config, policy, vocabulary=100)
+                first, later = measure(config, policy, device, batches)
+                one |= {"loss_tokens": batches[0].loss_tokens, "first": packed(first), "later": packed(later)}
+            except (RuntimeError, LowMemError) as error:  # memory that ran out is a RuntimeError, too
+                one["failed"] = str(error)[:1000]
+            finally:
+                shutil.rmtree(folder)
+            file.write(json.dumps(one) + "\n")
+            file.flush()
+            print(f"{index:4} {time.monotonic() - begin:6.1f} s {size:8} {drawn['architecture']}", file=sys.stderr)
+
+
+def judge_cuda(recorded: Path, threads: int) -> dict[str, Any]:
+    """What `summary` says of all that was recorded. It needs no card: plans are for the one that `recorded` names."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    lines = recorded_lines(recorded)
+    with ProcessPoolExecutor(threads) as pool:
+        found = list(pool.map(judged_cuda, lines))
+    found.sort(key=lambda one: one["index"])
+    device = json.loads(lines[0])["device"]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "torch": torch.__version__, "device": device.to_dict()},
-        "settings": {name: getattr(options, name) for name in ("device", "count", "seed")},
+        "machine": {"system": platform.platform(), "device": device},
         **summary(found),
     }
+
+
+def recorded_lines(file: Path) -> list[str]:
+    """One for each configuration; the file may be compressed (`.gz`)."""
+    content = file.read_bytes()
+    return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8").splitlines()
+
+
+def judged_cuda(line: str) -> dict[str, Any]:
+    """A recorded configuration beside its plan."""
+    from lowmem_ft.core.config import RunConfig
+    from lowmem_ft.planner.device import Device
+    from tests.models import tiny_config
+    from tests.unit.planner.on_cuda import judge, predict, unpacked
+    from tests.unit.planner.sampler import policy_of, settings_of
+
+    one = json.loads(line)
+    device = Device(**one.pop("device"))
+    if "failed" not in one:
+        with tempfile.TemporaryDirectory(prefix="lowmem-ft-accuracy-") as name:
+            tiny_config(one["architecture"], **settings_of(one)).save_pretrained(name)
+            config = RunConfig.from_dict({"model": name, **one["sections"]})
+            policy = policy_of(config, one["shape"][2])
+            predicted = predict(config, policy, device, loss_tokens=one.pop("loss_tokens"))
+            one |= judge(predicted, unpacked(one.pop("first")), unpacked(one.pop("later")))
+    print(f"{one['index']:4} {describe_cuda(one)}", file=sys.stderr, flush=True)
+    return one
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +245,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             name: distribution([one[f"{name}_error"] for one in judged if f"{name}_error" in one])
             for name in ("allocated", "reserved", "process")
         },
-        "out_of_memory": len(found) - len(judged),
+        "failed": len(found) - len(judged),
         "differing_events": [one["events"]["differing"] for one in judged],
         "same_events": [one["events"]["equal"] for one in judged],
         "bytes_by_op": dict(by_op.most_common(20)),

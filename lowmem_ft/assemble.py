@@ -31,6 +31,7 @@ from lowmem_ft.runtime.attention import use_attention
 from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
+from lowmem_ft.runtime.norms import use_norms
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
@@ -118,6 +119,7 @@ def assemble(
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
     use_attention(model)
     use_experts(model)
+    use_norms(model)
     spec = quant_spec(policy)
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own

@@ -8,6 +8,7 @@ import sys
 
 from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.host import prefer_huge_pages
+from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     # of the demo take 14 s with libgomp's spinning, 0.4 s without (0.26 s on idle cores). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     prefer_huge_pages()
+    prefer_expandable_segments()
     # it recommends, at import, a kernel from the network that this package does not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lowmem_ft.cli.app import app

@@ -57,10 +57,11 @@ def check_versions(package: str = PACKAGE) -> Iterator[Check]:
     for text in metadata.requires(package) or ():
         wanted = Requirement(text)
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-            yield _compared(wanted.name, _version(wanted.name), wanted.specifier, package)
+            yield _compared(wanted.name, installed_version(wanted.name), wanted.specifier, package)
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """None where no package of this name is installed, as where its folder alone is on the path."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

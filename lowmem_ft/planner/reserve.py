@@ -13,6 +13,7 @@ from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.replay import Peaks, Script, replay
+from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales, Weighed
 
@@ -43,12 +44,17 @@ def process_estimate(device: Device, allocated: int, heap: int = 0, kernels: int
     kernels that are compiled take `kernels`."""
     if device.kind == "cpu":
         return device.process_bytes + allocated + PROCESS_SLACK + kernels + int(HEAP_SHARE * heap)
-    return device.process_bytes + workspace_bytes(device) + int(allocated * FRAGMENTATION)
+    return device.process_bytes + sum(workspaces(device)) + int(allocated * FRAGMENTATION)
 
 
-def workspace_bytes(device: Device) -> int:
-    """What cuBLAS keeps of the pool."""
-    return device.forward_workspace + device.bias_workspace + device.backward_workspace
+def workspaces(device: Device) -> list[int]:
+    """Pieces of the pool that are kept for the process's life: of cuBLAS, whose products with a bias have one in each
+    thread, and bitsandbytes' code of the second quantization (functional.py, `name2qmap`). And a little for the numbers
+    that some models (GPT-Neo) put on the device, of which no operator tells."""
+    if device.kind == "cpu":
+        return []
+    bias = device.bias_workspace
+    return [it for it in (device.forward_workspace, bias, device.backward_workspace, bias, 4 * 256, 1024) if it]
 
 
 def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int | None = None) -> Peak:
@@ -62,7 +68,15 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
         process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels)
         return Peak(weighed.allocated, weighed.allocated, process)
     peaks = replayed(device, scales.base(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
-    return Peak(peaks.allocated, peaks.reserved, device.process_bytes + peaks.reserved)
+    reserved = peaks.reserved + uncertainty(scales.stage)
+    return Peak(peaks.allocated, reserved, device.process_bytes + reserved)
+
+
+def uncertainty(stage: Stage) -> int:
+    """Bytes that the pool may reserve beyond its replay: a segment, where routing decides which sizes come when, or
+    transformers makes a mask for virtual tokens. 4 and 20 MiB were measured on an H200; of other models none."""
+    mixed = any(name.endswith(".experts") for name, _ in stage.ready.model.named_modules())
+    return 20 << 20 if mixed or stage.config.adapter.prompt_learning else 0
 
 
 def allocator_of(device: Device) -> CachingAllocator:
@@ -82,7 +96,7 @@ def replayed(
     scripts: dict[Hashable, Script] | None = None,
     enough: int | None = None,
 ) -> Peaks:
-    """The peaks of steps with the pieces of `base` held, and with the workspaces of cuBLAS.
+    """The peaks of steps with the pieces of `base` held, and with `workspaces`.
 
     Args:
         scripts: those of steps before by their events, to which these are added: most blocks of a kind take the same.
@@ -90,8 +104,8 @@ def replayed(
     """
     scripts = {} if scripts is None else scripts
     before = [(-event.key, event.nbytes) for event in base if event.tier == "device"]
-    workspaces = [(_KEPT, nbytes) for nbytes in (device.forward_workspace, device.bias_workspace) if nbytes]
-    held, waiting = {key for key, _ in before}, device.backward_workspace
+    kept = [(_KEPT, nbytes) for nbytes in workspaces(device)]
+    held = {key for key, _ in before}
     known: dict[int, _OnDevice] = {}
     own: dict[Hashable, Script] = {}  # found without their events
     played = []
@@ -99,20 +113,16 @@ def replayed(
         if id(turn.events) not in known:
             known[id(turn.events)] = _OnDevice.of(turn)
         events = known[id(turn.events)]
-        gone, backward = events.before & held, events.backward if waiting else None
+        gone = events.before & held
         held -= gone
-        key = id(turn.events), gone, backward
+        key = id(turn.events), gone
         if key not in own:
-            pieces = list(events.pieces)
-            if backward is not None:
-                pieces.insert(backward, (waiting, 0, _KEPT))
-            same = tuple([it for it in pieces if it[2] >= 0 or it[2] in gone])
+            same = tuple([it for it in events.pieces if it[2] >= 0 or it[2] in gone])
             if same not in scripts:
                 scripts[same] = Script.of(same)
             own[key] = scripts[same]
-        waiting = 0 if backward is not None else waiting
         played.append((own[key], turn.firsts))
-    return replay(lambda: allocator_of(device), [*workspaces, *before], played, enough=enough)
+    return replay(lambda: allocator_of(device), [*kept, *before], played, enough=enough)
 
 
 class _OnDevice(NamedTuple):
@@ -121,16 +131,13 @@ class _OnDevice(NamedTuple):
     Attributes:
         pieces: bytes, origin and number of each.
         before: keys of pieces from before the step that it gives back.
-        backward: the index of the first in backward, if there is one.
     """
 
     pieces: Sequence[tuple[int, int, int]]
     before: frozenset[int]
-    backward: int | None
 
     @classmethod
     def of(cls, turn: Turn) -> _OnDevice:
-        both = [(event, it) for (event, _), it in zip(turn.events, turn.pieces, strict=True) if event.tier == "device"]
-        pieces = [(event.nbytes, *it) for event, it in both]
-        backward = next((at for at, (event, _) in enumerate(both) if event.phase == "backward"), None)
-        return cls(pieces, frozenset(ordinal for _, _, ordinal in pieces if ordinal < 0), backward)
+        both = zip(turn.events, turn.pieces, strict=True)
+        pieces = [(event.nbytes, *it) for (event, _), it in both if event.tier == "device"]
+        return cls(pieces, frozenset(ordinal for _, _, ordinal in pieces if ordinal < 0))

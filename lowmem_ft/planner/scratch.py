@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.onednn import Products
-from lowmem_ft.planner.scratch_cuda import Card, copied_factors, scratch_on, whole_on
+from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
@@ -197,6 +197,7 @@ _POINTWISE = ("add", "sub", "mul", "div")
 _ANYWHERE: Mapping[Any, Scratch] = {torch.ops.aten._safe_softmax.default: _safe_softmax}
 _CPU: Mapping[Any, Scratch] = {
     **_ANYWHERE,
+    **norms_in_tiles("cpu"),
     **dict.fromkeys(overloads(*(f"{name}.Tensor" for name in _POINTWISE)), _promoted),
     **dict.fromkeys(overloads(*(f"{name}_.Tensor" for name in _POINTWISE)), _promoted_in_place),
     torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,

@@ -2,10 +2,10 @@
 
 Of memory-efficient attention the headers of 2.11.0 and 2.12.1 say the same.
 
-Nothing here was measured yet. `planner.calibrate` holds it against what a real card records and says what is missing.
-Not listed, because they take nothing: pointwise operators, sums and norms in another dtype (the CPU copies there),
-bitsandbytes' kernels (backends/cuda/ops.py of 0.50.2) and products, whose workspace is kept (`planner.workspaces`); and
-because they take little: sums over more than a block of threads, and sorting by `topk`.
+Held event by event against what an H200 recorded with PyTorch 2.11 (`planner.calibrate`, benchmarks/plan_accuracy.py).
+Not listed, because they take nothing: pointwise operators, copies of what is summed in another dtype (the CPU makes
+them), bitsandbytes' kernels (backends/cuda/ops.py of 0.50.2) and products, whose workspace is kept
+(`planner.workspaces`); and because it takes little: sorting by `topk`.
 Letters in shapes: B rows, H query heads, T positions, E head size.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
-from lowmem_ft.runtime import attention
+from lowmem_ft.runtime import attention, norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,19 @@ class Card:
 
     capability: tuple[int, int] = (8, 0)
     processors: int = 108
+
+    @property
+    def threads(self) -> int:
+        """That a processor holds at most: CUDA C++ programming guide, technical specifications."""
+        if self.capability == (7, 5):
+            return 1024
+        return 1536 if self.capability in ((8, 6), (8, 7), (8, 9)) or self.capability[0] >= 12 else 2048
+
+    @property
+    def large_blocks(self) -> bool:
+        """Whether a block may have more shared memory than the largest backward kernel of attention wants: 163 KiB on
+        A100, 227 KiB on Hopper and on Blackwell for servers, where others have 64 to 99 KiB (the same guide)."""
+        return self.capability == (8, 0) or self.capability[0] in (9, 10)
 
     @classmethod
     def of(cls, device: Device) -> Card:
@@ -55,17 +68,23 @@ class _Tile:
 
 
 # aten/native/transformers/cuda/mem_eff_attention/kernels/cutlassB.h: the largest head size -> kernels for it. The first
-# whose shared memory the card has is taken; which one that is is not known here, so that the larger scratch counts.
+# whose shared memory the card has is taken. Which one that is is known of cards with large blocks (measured on an
+# H200); on others the larger scratch counts. The largest tile is for 16-bit floats.
+_HALF = _Tile(128, 128)
 _EFFICIENT: Mapping[int, tuple[_Tile, ...]] = {
     64: (_Tile(64, 64),),
-    128: (_Tile(128, 128), _Tile(128, 64), _Tile(64, 64)),
+    128: (_HALF, _Tile(128, 64), _Tile(64, 64)),
     1 << 16: (_Tile(128, 64), _Tile(64, 64)),
 }
 
 
+_SUMS = ("sum.dim_IntList", "sum.default", "mean.dim", "mean.default")
+
+
 def scratch_on(card: Card) -> Mapping[Any, Scratch]:
     """Operator -> the pieces that it takes on `card`, in bytes, from its arguments."""
-    aten = torch.ops.aten
+    aten, tiled = torch.ops.aten, norms_in_tiles("cuda")
+    forward, backward = torch.ops.lowmem_ft.rms_norm.default, torch.ops.lowmem_ft.rms_norm_backward.default
     return {
         aten._scaled_dot_product_flash_attention.default: functools.partial(_flash, card),
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -74,6 +93,13 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
         aten.embedding_dense_backward.default: _embedding_backward,
         aten.nonzero_static.default: functools.partial(_nonzero, card),
         **dict.fromkeys(overloads("sort.stable", "sort.default"), _sort),
+        **tiled,
+        forward: functools.partial(_rms_norm, tiled[forward]),
+        backward: functools.partial(_rms_norm_backward, tiled[backward]),
+        **dict.fromkeys(overloads(*_SUMS), functools.partial(_sum, card)),
+        aten.linalg_vector_norm.default: functools.partial(_norm, card),
+        aten.cumsum.default: _cumsum,
+        aten._softmax_backward_data.default: _softmax_backward,
         torch.ops.lowmem_ft.dequantize_int8.default: _dequantize_int8,
         torch.ops.lowmem_ft.product.default: _product,
     }
@@ -154,7 +180,9 @@ def _efficient_backward(card: Card, dout: Tensor, q_BHTE: Tensor, k: Tensor, *_:
     else:
         pieces += [whole, whole, whole, sums, sums] if half else [whole, sums, sums]
     largest = next(limit for limit in _EFFICIENT if size <= limit)
-    pieces.append(max(_gradient_sums(tile, largest, q_BHTE, k.shape[2]) for tile in _EFFICIENT[largest]))
+    tiles = [tile for tile in _EFFICIENT[largest] if half or tile != _HALF]
+    taken = tiles[:1] if card.large_blocks else tiles
+    pieces.append(max(_gradient_sums(tile, largest, q_BHTE, k.shape[2]) for tile in taken))
     return pieces
 
 
@@ -194,6 +222,111 @@ def _sort(x: Tensor, *_: Any, **__: Any) -> list[int]:
     """cub's radix sort passes values and positions to and fro; short lines are sorted where they lie
     (aten/native/cuda/Sort.cpp)."""
     return [] if x.numel() <= 4096 else [x.nbytes + 8 * x.numel(), 8 * x.numel()]
+
+
+def _sum(card: Card, x: Tensor, dims: Sequence[int] | None = None, *_: Any, **__: Any) -> list[int]:
+    """What blocks of threads that share a sum leave for each other, and a counter for each group of them.
+
+    aten/native/cuda/Reduce.cuh: `setReduceConfig`, `global_memory_size` and `semaphore_size`.
+    """
+    reduced = {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
+    inner, *outer = _merged(x, reduced) or [(1, 1, True)]
+    outputs = math.prod(size for dim, size in enumerate(x.shape) if dim not in reduced)
+    inputs = x.numel() // max(1, outputs)
+    if not inputs or not outputs:
+        return []
+    vector, width, height = 1, outputs, inputs
+    if inner[2]:
+        width, height = inputs, outputs
+        if inner[1] == 1 and width > 128 and not any(is_summed for *_, is_summed in outer):
+            width //= 4
+    elif inner[1] == 1:
+        lines = [inner[0], *(stride for _, stride, _ in outer)]
+        vector = next(count for count in (4, 2, 1) if all(line % count == 0 for line in lines))
+        width //= vector
+    most = 512 // vector
+    width, height = (min(most, 1 << max(0, size.bit_length() - 1)) for size in (width, height))
+    block = min(width, 32)
+    rows = min(height, most // block)
+    block = min(width, most // rows)
+    each = -(-inputs // block) if inner[2] else inputs
+    if each < 16 * rows and each < 256:
+        return []
+    each = -(-each // rows)
+    groups = -(-outputs // vector // block) if not inner[2] else outputs
+    places = card.processors * (card.threads // (block * rows))
+    if each < 256 or groups > places:
+        return []
+    parts = max(min(-(-places // groups), -(-each // 16)), -(-each // 256))
+    if parts == 1:
+        return []
+    sums = max(4, x.element_size()) * outputs * parts * (1 if inner[2] else block * vector)
+    return [sums, 4 * groups]
+
+
+def _merged(x: Tensor, reduced: set[int]) -> list[tuple[int, int, bool]]:
+    """(size, stride, whether it is summed) of the dimensions of `x`, the innermost first, neighbours as one."""
+    found: list[tuple[int, int, bool]] = []
+    for stride, size, dim in sorted((x.stride(dim), x.shape[dim], dim) for dim in range(x.ndim) if x.shape[dim] > 1):
+        is_summed = dim in reduced
+        if found and found[-1][2] == is_summed and found[-1][0] * found[-1][1] == stride:
+            found[-1] = (found[-1][0] * size, found[-1][1], is_summed)
+        else:
+            found.append((size, stride, is_summed))
+    return found
+
+
+def _norm(card: Card, x: Tensor, order: float = 2, dims: Sequence[int] | None = None, *_: Any, **__: Any) -> list[int]:
+    return _sum(card, x, dims)
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> list[int]:
+    """The values as the integers that they are summed as, and, of a single line, what cub keeps for each of its tiles
+    (aten/native/cuda/ScanUtils.cuh)."""
+    wanted = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    converted = [] if wanted == x.dtype else [wanted.itemsize * x.numel()]
+    tiles = -(-x.numel() // 1024) + 32
+    line = x.numel() == x.shape[dim] if x.ndim else False
+    return [*converted, *([sum(_round_up(size * tiles, 256) for size in (4, 8, 8))] if line else [])]
+
+
+def _softmax_backward(dout: Tensor, *_: Any) -> list[int]:
+    """dout * out: aten/native/cuda/SoftMax.cu."""
+    return [dout.nbytes]
+
+
+def _rms_norm(tiled: Scratch, x: Tensor, weight: Tensor, eps: float, offset: bool) -> list[int]:
+    """The kernel takes nothing but a copy of what is not contiguous."""
+    if not norms.fused(x, weight, offset):
+        return tiled(x)
+    return [] if x.is_contiguous() else [x.nbytes]
+
+
+def _rms_norm_backward(tiled: Scratch, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> list[int]:
+    """dy * w, and the same."""
+    if not norms.fused(x, weight, offset):
+        return tiled(dy, x)
+    return [dy.nbytes, *(it.nbytes for it in (dy, x) if not it.is_contiguous())]
+
+
+def norms_in_tiles(kind: str) -> Mapping[Any, Scratch]:
+    """Of `runtime.norms` on a device of this kind, where no kernel does all."""
+
+    def tiles(count: int, *tensors: Tensor) -> list[int]:
+        """So many in fp32, and copies of the tensors of which tiles are no views."""
+        x, flat = tensors[0], [it.flatten(0, -2) for it in tensors]
+        pairs = zip(tensors, flat, strict=True)
+        copies = [it.nbytes for it, view in pairs if view.untyped_storage()._cdata != it.untyped_storage()._cdata]
+        return [*copies, *[4 * norms.tile_rows(x, kind) * x.shape[-1]] * count, 8 * x.shape[-1]]
+
+    return {
+        # the values and their squares, or the quotient and what is rounded of it
+        torch.ops.lowmem_ft.rms_norm.default: lambda x, *_: tiles(2, x),
+        # the scaled gradient, the quotient and their product
+        torch.ops.lowmem_ft.rms_norm_backward.default: lambda dy, x, *_: tiles(3, x, dy),
+        # the quotient, what is rounded of it, and the gradient in fp32
+        torch.ops.lowmem_ft.rms_norm_weight_backward.default: lambda dy, x, *_: tiles(3, x, dy),
+    }
 
 
 def copied_factors(*factors: Tensor | None) -> list[int]:

@@ -91,8 +91,9 @@ def _on_cuda(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """FlashAttention and the memory-efficient kernel hold what our operator holds; None where neither serves."""
-    if dropout_p > 0 or query.ndim != 4 or query.shape[-1] != value.shape[-1]:
+    """FlashAttention and the memory-efficient kernel hold what our operator holds, with a dropout too, of which they
+    keep a seed; None where neither serves."""
+    if query.ndim != 4 or query.shape[-1] != value.shape[-1]:
         return None
     mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask == 0
     if key.shape[2] == query.shape[2]:

@@ -131,6 +131,8 @@ class Stage:
         with self.tracer:
             self.ready = assemble(config, policy, torch.device("meta"))
         self.ready.activations.remove()  # each step decides anew
+        if self.ready.optimizer is not None:
+            self.ready.optimizer.guarded = kind == "cpu"
         if config.data.packing and not config.adapter.prompt_learning:
             self._try_mask(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not

@@ -7,6 +7,7 @@ before it returns, is not seen this way: `planner.scratch` knows it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -35,6 +36,22 @@ Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, float], f
 _ASK = torch.ops.aten._local_scalar_dense.default
 # PyTorch's derivative formulas work in place, unless a dispatch mode such as the Tracer watches them
 _IN_PLACE: Mapping[Any, Any] = {torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src}
+
+
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+_ALONE = 4, 2  # references to a tensor, and to its storage, that only the call itself and its caller hold
+_references: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda _: 0)  # not in every version
+
+
+def _summed_in_place(total: Tensor, more: Any) -> bool:
+    """Whether autograd sums two gradients of a tensor, of which nobody else holds the first.
+
+    It adds to that then (torch/csrc/autograd/input_buffer.cpp, `accumulate`), unless a dispatch mode watches.
+    """
+    if sys._getframe(2).f_code.co_name != "_engine_run_backward" or total.shape != more.shape:
+        return False
+    held = _references(total), torch._C._storage_Use_Count(total.untyped_storage()._cdata)
+    return held == _ALONE
 
 
 def overloads(*names: str) -> frozenset[Any]:
@@ -338,6 +355,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _ASK and args[0].is_meta:
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
             return {torch.bool: True}.get(args[0].dtype, 1)
+        if func is _ADD and args[0].is_meta and _summed_in_place(args[0], args[1]):
+            func = _ADD_IN_PLACE
+            op = self._ops.get(func) or self._know(func)
         if func in _IN_PLACE and self.phase == "backward":
             func = _IN_PLACE[func]
             op = self._ops.get(func) or self._know(func)

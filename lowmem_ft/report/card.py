@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.tables import memory_rows
 
@@ -28,9 +28,10 @@ def model_card(run: Run) -> str:
         ],
     }
     train = [line for line in run.metrics if "loss" in line]
+    tool = [PACKAGE, *filter(None, [installed_version(PACKAGE)])]
     lines = [
         f"# {run.folder.name}",
-        f"An adapter for `{model}`, trained with lowmem-ft {version('lowmem-ft')} in {run.step} steps.",
+        f"An adapter for `{model}`, trained with {' '.join(tool)} in {run.step} steps.",
         "## Results",
         _table(("", ""), _results(run, train)),
         "## Data",

@@ -246,6 +246,8 @@ def attention_cuda(
     capability: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """On a card of this compute capability; by default that which holds the tensors."""
+    size = q.shape[3]
+    q, k, v = padded(q), padded(k), padded(v)
     if _flash(q, mask, capability):
         result = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, False, scale=scale)
     else:
@@ -253,7 +255,7 @@ def attention_cuda(
         result = torch.ops.aten._scaled_dot_product_efficient_attention.default(
             q, k, v, additive(q, mask), True, 0.0, mask is None, scale=scale
         )
-    return result[0].transpose(1, 2).contiguous(), result[1]
+    return result[0][..., :size].transpose(1, 2).contiguous(), result[1]
 
 
 def attention_backward_cuda(
@@ -268,31 +270,39 @@ def attention_backward_cuda(
     *,
     capability: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    size, groups = q.shape[3], k.shape[1]
+    q, k, v = padded(q), padded(k), padded(v)
+    dout, out = padded(dout).transpose(1, 2), padded(out).transpose(1, 2)  # the kernel reads heads behind positions
     length, none = q.shape[2], torch.zeros(2, dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
     if _flash(q, mask, capability):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
         dq, dk, dv = flash(
             *(dout, q, k, v, out, lse, None, None, length, length, 0.0, True, none, none[0]), scale=scale
         )
-        return dq, dk, dv
+        return dq[..., :size], dk[..., :size], dv[..., :size]
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
     dq, dk, dv, _ = efficient(
         *(dout, q, repeated(q, k), repeated(q, v), additive(q, mask), out, lse, none[0], none[1], 0.0),
         *([True, True, True, False], mask is None),
         scale=scale,
     )
-    groups = k.shape[1]
-    return dq, *(t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
+    dk, dv = (t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
+    return dq[..., :size], dk[..., :size], dv[..., :size]
 
 
 torch.library.impl("lowmem_ft::attention", "CUDA", attention_cuda)
 torch.library.impl("lowmem_ft::attention_backward", "CUDA", attention_backward_cuda)
 
 
+def padded(heads: Tensor) -> Tensor:
+    """Heads (last axis) of a size that the kernels load, a multiple of 8, zeros behind; the same where it is one."""
+    missing = -heads.shape[-1] % 8
+    return nn.functional.pad(heads, (0, missing)) if missing else heads
+
+
 def _flash(q: Tensor, mask: Tensor | None, capability: tuple[int, int] | None) -> bool:
-    """Whether FlashAttention takes it: no mask, 16-bit floats, Ampere or newer, head sizes it is built for."""
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether FlashAttention takes it: no mask, 16-bit floats, Ampere or newer, heads that are not too large."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     return mask is None and fits and (capability or torch.cuda.get_device_capability(q.device)) >= (8, 0)
 
 

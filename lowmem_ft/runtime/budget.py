@@ -35,9 +35,10 @@ def capped_allocator(device: torch.device, budget: int, *, beside: int) -> Itera
     if device.type != "cuda":
         yield
         return
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     total = torch.cuda.get_device_properties(device).total_memory
     free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
-    taken = cuda_process_bytes(device.index or 0)
+    taken = cuda_process_bytes(device.index)
     share = allowed_share(total, budget, beside=max(beside, (taken or 0) - reserved), free=free + reserved)
     torch.cuda.set_per_process_memory_fraction(share, device)
     try:

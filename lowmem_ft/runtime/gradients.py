@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -33,8 +34,15 @@ class GradientAccumulator:
             for parameter, start in zip(self._parameters, starts, strict=True)
         }
         self._arrived: set[nn.Parameter] = set()
+        own = weakref.WeakMethod(self._add)  # parameters keep their hooks where no collector of garbage looks
+
+        def arrived(parameter: Tensor) -> None:
+            add = own()
+            if add is not None:
+                add(parameter)
+
         self._hooks: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
             for p in self._parameters
         ]
 

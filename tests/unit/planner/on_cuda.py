@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import gc
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.packing import Batch
-from lowmem_ft.planner.calibrate import Recording, compare, record
+from lowmem_ft.planner.calibrate import Recording, Taken, compare, record
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.reserve import replayed
+from lowmem_ft.planner.reserve import replayed, uncertainty
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event
@@ -46,10 +49,11 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     taken = [event for event in step(settled=False) if event.phase != "load"]
     keys = [-event.key if event.key in before else event.key for event in taken]
     peaks = replayed(device, held, [Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])])
+    reserved = peaks.reserved + uncertainty(stage)
     return Predicted(
         allocated=peaks.allocated,
-        reserved=peaks.reserved,
-        process=device.process_bytes + peaks.reserved,
+        reserved=reserved,
+        process=device.process_bytes + reserved,
         later=step(settled=True),
     )
 
@@ -62,6 +66,25 @@ def measure(config: RunConfig, policy: Policy, device: Device, batches: Sequence
     steps = (batches, batches[:1])
     first, later = (record(lambda it=it: train_step(ready, it, lr=1e-4), device.torch_device) for it in steps)
     return first, later
+
+
+def packed(recording: Recording) -> dict[str, Any]:
+    """As JSON: the events' sizes in units of 512 bytes, which all of them have, and their lines of Python by number."""
+    lines = sorted({event.where for event in recording.events})
+    at = {line: index for index, line in enumerate(lines)}
+    numbers = np.array([(event.nbytes // 512, at[event.where]) for event in recording.events], dtype=np.int64)
+    return {
+        **{name: getattr(recording, name) for name in ("allocated", "reserved", "process")},
+        "events": base64.b85encode(zlib.compress(numbers.reshape(-1, 2).T.tobytes(), 9)).decode("ascii"),
+        "lines": lines,
+    }
+
+
+def unpacked(data: dict[str, Any]) -> Recording:
+    """Inverse of `packed`."""
+    numbers = np.frombuffer(zlib.decompress(base64.b85decode(data["events"])), dtype=np.int64).reshape(2, -1)
+    events = [Taken(512 * nbytes, data["lines"][line]) for nbytes, line in numbers.T.tolist()]
+    return Recording(**{name: data[name] for name in ("allocated", "reserved", "process")}, events=events)
 
 
 def judge(predicted: Predicted, first: Recording, later: Recording) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.trace import Event
 from tests.models import tiny_config
-from tests.unit.planner.on_cuda import Predicted, judge, predict
+from tests.unit.planner.on_cuda import Predicted, judge, packed, predict, unpacked
 from tests.unit.planner.sampler import DENSE, MIXTURES, draw, policy_of, settings_of
 from tests.unit.planner.test_calibrate import snapshot_of
 
@@ -64,6 +64,7 @@ def recording(predicted: Predicted, events: Sequence[Event], **changes: int | No
 
 def test_a_card_that_does_as_simulated(predicted: Predicted) -> None:
     truth = recording(predicted, predicted.later)
+    assert unpacked(json.loads(json.dumps(packed(truth)))) == truth
     judged = judge(predicted, truth, truth)
     assert {judged[f"{name}_error"] for name in ("allocated", "reserved", "process")} == {0.0}
     assert judged["events"]["differing"] == 0
@@ -88,10 +89,10 @@ def test_a_card_that_takes_more(predicted: Predicted) -> None:
     assert judged["events"]["differing"] == 2 * len(left_out) == 8
     assert judged["by_op"] == {flash: (4 * expanded, 0)}
     assert judged["scratch"] == [[flash, [expanded, expanded], 2]]
-    table = summary([{**judged, "size": "tiny", "architecture": "llama"}, {"out_of_memory": True}])
+    table = summary([{**judged, "size": "tiny", "architecture": "llama"}, {"failed": "out of memory"}])
     assert table["reserved"]["under"] == 1
     assert table["process"] == {"count": 0}
-    assert table["out_of_memory"] == 1
+    assert table["failed"] == 1
     assert table["scratch"] == {f"{flash} {[expanded, expanded]}": 2}
     assert json.loads(json.dumps(table))["bytes_by_op"] == {flash: 4 * expanded}
     assert "-20.00%" in describe_cuda({**judged, "size": "tiny", "architecture": "llama"})

@@ -12,7 +12,7 @@ from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.compose import Step, Turn
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.replay import Op, Peaks, Run, Script, replay
-from lowmem_ft.planner.reserve import REPEATS, replayed
+from lowmem_ft.planner.reserve import REPEATS, replayed, workspaces
 from lowmem_ft.planner.trace import Event
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_compose import DEPTH
@@ -188,20 +188,16 @@ def test_a_composed_step(
 
 
 def every_event(card: Any, base: list[Event], turns: list[Turn], expandable: bool) -> Peaks:
-    """As a run: with cuBLAS' workspaces, of which the last comes with the first product of backward."""
+    """As a run, with what libraries keep."""
     space = card.memory_bytes + card.memory_bytes // 8
     allocator = CachingAllocator(expandable_segments=expandable, address_space=space)
-    allocator.allocate(card.forward_workspace)
-    allocator.allocate(card.bias_workspace)
+    for nbytes in workspaces(card):
+        allocator.allocate(nbytes)
     handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
-    waiting = card.backward_workspace
     for turn in turns * REPEATS:
         for (event, _), (origin, ordinal) in zip(turn.events, turn.pieces, strict=True):
             if event.tier != "device":
                 continue
-            if event.phase == "backward":
-                allocator.allocate(waiting)
-                waiting = 0
             key = turn.firsts[origin] + ordinal
             if event.nbytes > 0:
                 handles[key] = allocator.allocate(event.nbytes)

@@ -73,9 +73,15 @@ def test_efficient_attention_has_sums_of_dq_for_each_tile(card: Card) -> None:
         (backward, 4 * 2 * 8 * 512),
         (backward, tiles * (16 + 4 * 64 * 64)),
     ]
-    # at 128 a tile of 64 x 64 holds the sums of dk and dv outside of the registers, for 8 splits of the keys
+    # at 128 a tile of 64 x 64 holds the sums of dk and dv outside of the registers, for 8 splits of the keys. Cards
+    # with large blocks take tiles of 128 x 128, as an H200 did
     of_queries, of_keys = 8 * 2 * (16 + 4 * 64 * 64), 2 * 4 * 8 * 64 * 128
-    assert inside(card, heads(2, 8, 512, 128), 8, mask)[1] == (backward, 2 * 8 * (of_queries + of_keys))
+    large, full = 4 * (16 + 4 * 128 * 128), 4 * 2 * (16 + 4 * 128 * 64)
+    taken = 2 * 8 * (large if card is AMPERE else of_queries + of_keys)
+    assert inside(card, heads(2, 8, 512, 128), 8, mask)[1] == (backward, taken)
+    if card is AMPERE:
+        q = heads(2, 8, 512, 128, torch.float32)
+        assert inside(card, q, 8, mask)[-1] == (backward, 2 * 8 * full)
 
 
 def test_architectures_take_different_kernels() -> None:
@@ -111,6 +117,26 @@ def test_keys_of_a_prefix_go_to_the_efficient_kernel() -> None:
     sums = 2 * 6 * 2 * (16 + 4 * 64 * 64)
     assert births[0].nbytes == 2 * 6 * 100 * 32 * 2
     assert births[-1].nbytes == sums
+
+
+def test_blocks_that_share_a_sum_leave_parts_of_it() -> None:
+    """As an H200 recorded them: sums of biases of a GPT-NeoX in fp32, and the norm of an adapter's gradients."""
+    scratch, aten = scratch_of("cuda", Card(capability=(9, 0), processors=132)), torch.ops.aten
+    summed = scratch[aten.sum.dim_IntList]
+    full = torch.float32
+    assert summed(meta(4096, 512, dtype=full), [0]) == [16777216, 16]
+    assert summed(meta(4, 1024, 1536, dtype=full), [0, 1]) == [50331648, 48]
+    assert summed(meta(4096, 512), [-1]) == []
+    assert summed(meta(2, 0, 3), [1]) == []
+    assert scratch[aten.linalg_vector_norm.default](meta(7_000_000, dtype=full)) == [4 * 132 * 4, 4]
+
+
+def test_scans_and_softmax_take_copies() -> None:
+    scratch, aten = scratch_of("cuda", AMPERE), torch.ops.aten
+    assert scratch[aten.cumsum.default](meta(3, 1000, dtype=torch.bool), -1) == [24000]
+    assert scratch[aten.cumsum.default](meta(1, 512, dtype=torch.bool), -1) == [4096, 1280]
+    dout = meta(3, 4, 100, 100)
+    assert scratch[aten._softmax_backward_data.default](dout, dout, -1, dout.dtype) == [dout.nbytes]
 
 
 def test_other_operators() -> None:

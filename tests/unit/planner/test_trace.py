@@ -97,3 +97,26 @@ def test_pieces_of_memory_are_new_each_time() -> None:
             x = x * 2.0
     sizes = [event.nbytes for event in tracer.trace.events]
     assert sizes == [64, 64, -64, 64, -64, 64, -64]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_summed_where_autograd_sums_them(shared: bool) -> None:
+    """In the memory of the first of two, unless someone else holds that: as the profiler sees it on real tensors."""
+    times = 1 << 16
+
+    def step(x: Tensor) -> None:
+        y = x * 2.0
+        other = y + 1.0 if shared else y.cos()  # the gradient of a sum is handed on as it is
+        ((y.sin() if shared else y.exp()) * other).sum().backward()
+
+    tracer = Tracer({}, {})
+    with tracer:
+        x = torch.ones(times, device="meta", requires_grad=True)
+        tracer.begin()
+        step(x)
+    real = torch.ones(times, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(real)
+    taken = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    births = sum(event.nbytes() == 4 * times for event in taken)
+    assert sum(event.nbytes == 4 * times for event in tracer.trace.events) - 1 == births, "x is there before"

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.core.errors import ConfigError
-from lowmem_ft.planner.alloc_conf import expandable_segments
+from lowmem_ft.planner.alloc_conf import expandable_segments, prefer_expandable_segments
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device, load_kernels
 from lowmem_ft.planner.profile import Workspaces, load_profile, write_profile
@@ -55,7 +55,7 @@ def test_a_profile_that_measured_them_is_planned_with(tmp_path: Path) -> None:
 
 
 def test_measuring_takes_the_difference_that_each_first_product_makes(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = iter([100, 108, 108, 109, 109, 117])
+    counted = iter([100, 108, 108, 109, 109, 117, 117, 118])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(counted))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     assert measured_workspaces(torch.device("cpu")) == {"forward": 8, "bias": 1, "backward": 8}
@@ -87,20 +87,28 @@ def test_a_cpu_has_none(tmp_path: Path) -> None:
         load_profile(tmp_path / "wrong.yaml")
 
 
-def test_the_replay_takes_them_when_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_replay_has_them_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     card = find_device("h100-80gb")
     held = Event(1, 40 * MIB, "device", "", "load", None)
 
-    def step(phase: str) -> list[Turn]:
-        events = [Event(2, sign * 30 * MIB, "device", "", phase, None) for sign in (1, -1)]
-        return [Turn([(event, None) for event in events], [(0, 2)] * 2, [0])]
+    events = [Event(2, sign * 30 * MIB, "device", "", "forward", None) for sign in (1, -1)]
+    step = [Turn([(event, None) for event in events], [(0, 2)] * 2, [0])]
+    # of a Hopper with PyTorch 2.13; and 256 numbers of bitsandbytes, and 1 KiB
+    bias = [nbytes for nbytes in (card.bias_workspace,) * 2 if nbytes]
+    assert replayed(card, [held], step).allocated == (32 + 32 + 40 + 30) * MIB + sum(bias) + 2 * 1024
 
-    forward = replayed(card, [held], step("forward"))
-    assert forward.allocated == (32 + 40 + 30) * MIB
-    backward = replayed(card, [held], step("backward"))
-    assert backward.allocated == (32 + 40 + 32 + 30) * MIB
+
+def test_the_command_line_prefers_segments_that_grow() -> None:
+    def preferred(environ: dict[str, str], platform: str = "linux") -> bool:
+        prefer_expandable_segments(environ, platform)
+        return expandable_segments(environ, platform)
+
+    assert preferred({}), "without a driver plans are for a card elsewhere"
+    assert not preferred({"PYTORCH_ALLOC_CONF": "expandable_segments:False"})
+    assert not preferred({"PYTORCH_CUDA_ALLOC_CONF": ""})
+    assert not preferred({}, "win32")
 
 
 def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,5 +130,6 @@ def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(old, raising=False)
     growing = replayed(card, events, []).reserved
     monkeypatch.setenv(new, "expandable_segments:False")
-    # two pieces and no third go into a segment of 20 MiB; one that grows has room left at its end alone
-    assert (growing, replayed(card, events, []).reserved) == (80 * MIB, 100 * MIB)
+    # two pieces and no third go into a segment of 20 MiB; one that grows has room left at its end alone. What is small
+    # has 2 MiB of its own
+    assert (growing, replayed(card, events, []).reserved) == (82 * MIB, 102 * MIB)

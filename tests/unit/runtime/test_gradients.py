@@ -1,5 +1,8 @@
 """Accumulation of gradients in fp32."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +74,14 @@ def test_reset_forgets_and_remove_detaches() -> None:
     used(torch.ones(1, 5)).sum().backward()
     assert used.weight.grad is not None
     assert not accumulator.buffer(used.weight).any()
+
+
+def test_nothing_holds_it_and_its_parameters() -> None:
+    """PyTorch keeps a parameter's hooks where no collector of garbage looks: what a run trained would stay for good."""
+    parameter = nn.Parameter(torch.ones(3))
+    accumulator = GradientAccumulator([parameter])
+    parameter.sum().backward()
+    seen = [weakref.ref(it) for it in (parameter, accumulator)]
+    del parameter, accumulator
+    gc.collect()
+    assert [it() for it in seen] == [None, None]

@@ -1,0 +1,43 @@
+"""Attention on a card against the same in fp32 on the CPU: every kernel, head sizes that none of them loads too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_ft.runtime.attention import attention
+
+pytestmark = pytest.mark.gpu
+LENGTH, CLOSE = 96, {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def documents(rows: int) -> Tensor:
+    """Of two documents in each row: true where a position sees another, (rows, 1, LENGTH, LENGTH)."""
+    at = torch.arange(LENGTH)
+    same = torch.stack([(at < 30 + row)[:, None] == (at < 30 + row)[None] for row in range(rows)])
+    return (same & (at[:, None] >= at[None]))[:, None]
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("size", [12, 20, 64, 80, 128, 256])
+def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def heads(count: int) -> Tensor:  # as projections leave them
+        return torch.randn(2, LENGTH, count, size, generator=generator).transpose(1, 2)
+
+    q, k, v = heads(4), heads(groups), heads(groups)
+    dout = torch.randn(2, LENGTH, 4, size, generator=generator)
+    mask = documents(2) if masked else None
+
+    def found(device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
+        out = attention(*given, None if mask is None else mask.to(device), size**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
+
+    for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):
+        assert ours.shape == expected.shape
+        assert (ours.float().cpu() - expected).norm() <= CLOSE[dtype] * expected.norm()
