@@ -32,6 +32,7 @@ from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
 from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.runtime.preference import Objective, objective_of
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
@@ -66,6 +67,7 @@ class Assembled:
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
+    objective: Objective | None = None  # of preferences
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -118,6 +120,9 @@ def assemble(
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
     use_attention(model)
     use_experts(model)
+    objective = objective_of(config)
+    if objective is not None:
+        _drop_nothing(model)  # or a model would differ from its own reference
     spec = quant_spec(policy)
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
@@ -187,6 +192,7 @@ def assemble(
         stream=stream,
         streamable=pieces,
         matrices=matrices,
+        objective=objective,
     )
     ready.mlps.work_in(policy.mlp_tile_tokens)
     if optimizer:
@@ -195,6 +201,16 @@ def assemble(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for a moment would count as reserved while training
     return ready
+
+
+def _drop_nothing(model: PreTrainedModel) -> None:
+    """Turn the model's own dropout off, whichever way it says that."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def _streaming(

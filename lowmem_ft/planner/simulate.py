@@ -320,7 +320,7 @@ def _batch(config: RunConfig, policy: Policy, kind: str, loss_tokens: int | None
     count = shape[0] * shape[1]
     device = "meta" if kind == "cpu" else "cpu"
     names: dict[str, Any] = {"input_ids": torch.int64, "labels": torch.int64, "position_ids": torch.int64}
-    tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in names.items()}
+    tensors: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in names.items()}
     return Batch(
         **tensors,
         segment_ids=torch.zeros(shape, dtype=torch.int32, device=device),

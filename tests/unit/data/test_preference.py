@@ -75,9 +75,25 @@ def test_pairs_are_cut_and_dropped_as_a_whole(tokenizer: PreTrainedTokenizerBase
     assert len(pair.rejected) == 16
     assert len(read(jsonl(long, short), tokenizer, tmp_path, seq_len=16, overlong="drop")) == 1
     asked = {"prompt": "a" * 200, "chosen": " b", "rejected": " c"}
-    assert len(read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16)) == 1  # no answer is left
+    with pytest.raises(DataError, match=":1: the prompt leaves no room for the answer"):
+        read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16)
+    assert len(read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16, invalid="skip")) == 1
+    alike = {"prompt": "a", "chosen": " b" * 40, "rejected": " b" * 40 + " c"}
+    with pytest.raises(DataError, match=":1: 'chosen' and 'rejected' are the same in their first 16 tokens"):
+        read(jsonl(alike, short), tokenizer, tmp_path, seq_len=16)
     with pytest.raises(DataError, match=":1: the example is too long"):
         read(jsonl(long), tokenizer, tmp_path, seq_len=16, overlong="error")
+
+
+def test_pairs_alone_and_verdicts_alone(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    data = DataConfig.model_validate({"seq_len": 64, "cache": str(tmp_path)})
+    path = str(jsonl(*PAIRS, *VERDICTS))
+    with pytest.raises(DataError, match="one answer with a verdict") as error:
+        read_preferences(path, data, tokenizer, use="train", task=silent, wanted="pairs")
+    assert error.value.fix == "set train.objective: kto"
+    found, _ = read_preferences(path, data, tokenizer, use="train", task=silent, wanted="verdicts")
+    assert [it.label for it in found] == [True, False] * 3 + [True, False]
+    assert found.sources[0].stored.report.examples == 8  # type: ignore[attr-defined]
 
 
 def test_what_is_no_preference_is_refused(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Micro-batches of preferences: a row of better answers, and beside it the row of the worse ones to the same prompts.
+
+So both answers of a pair lie in the same micro-batch, at the same place of two rows, and each may be as long as a row.
+Of answers with verdicts (KTO) each is a document by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem_ft.data.examples import IGNORE_INDEX, Example
+from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.packing import Answers, Batch, collate
+from lowmem_ft.data.preference import PreferenceExample, StoredPreferences
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preferences:
+    """How preferences become micro-batches.
+
+    Attributes:
+        lanes: 2 for pairs, 1 for answers with a verdict.
+        seq_len: tokens that no document exceeds.
+        whole: the likelihood of prompts is learned, too, where better answers are made likelier.
+    """
+
+    lanes: int
+    seq_len: int
+    whole: bool = False
+
+    def lengths(self, examples: Sequence[PreferenceExample]) -> NDArray[np.int32]:
+        """(N,) positions of a row that each takes: the longer of its answers."""
+        if isinstance(examples, Mixture):
+            return np.concatenate([self.lengths(source) for source in examples.sources])
+        if isinstance(examples, StoredPreferences):
+            return np.maximum.reduceat(examples.stored.lengths, examples.firsts).astype(np.int32)
+        return np.fromiter((max(map(len, _documents(it))) for it in examples), np.int32, len(examples))
+
+    def collate(self, rows: Sequence[Sequence[PreferenceExample]], *, pad_id: int, length: int | None) -> Batch:
+        """Tensors of `rows`, each of which becomes `lanes` rows; see `packing.collate`."""
+        if self.lanes == 1:
+            lined = [[(_documents(it)[0], it.chosen is not None) for it in row] for row in rows]
+        else:
+            lined = [[(_documents(it)[side], side == 0) for it in row] for row in rows for side in range(2)]
+        batch = collate([[self._learned(*it) for it in row] for row in lined], pad_id=pad_id, length=length)
+        return replace(batch, answers=_answers(lined, batch))
+
+    def _learned(self, document: Example, good: bool) -> Example:
+        return Example(document.input_ids, document.input_ids) if self.whole and good else document
+
+    def mismatched(self, examples: Sequence[PreferenceExample]) -> list[PreferenceExample]:
+        """Each prompt with the answer of the example before, the first with that of the last: what KTO tells from how
+        far the model has gone from its reference. Verdicts are those of the prompts, and mean nothing."""
+        documents = [_documents(it)[0] for it in examples]
+        found = []
+        for at, (example, document) in enumerate(zip(examples, documents, strict=True)):
+            other = documents[at - 1]
+            begin, answer = _begin(document), _begin(other)
+            ids = [*document.input_ids[:begin], *other.input_ids[answer:]]
+            labels = [*document.labels[:begin], *other.labels[answer:]]
+            mixed = Example(ids, labels).cut(self.seq_len)
+            found.append(
+                PreferenceExample(mixed, None) if example.chosen is not None else PreferenceExample(None, mixed)
+            )
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which examples make up a step, beside what decides it of supervised examples."""
+        return {"preferences": "pairs" if self.lanes == 2 else "verdicts"}
+
+
+def _documents(example: PreferenceExample) -> list[Example]:
+    return [it for it in (example.chosen, example.rejected) if it is not None]
+
+
+def _begin(document: Example) -> int:
+    """Where the answer begins: its first token in the loss."""
+    return next(at for at, label in enumerate(document.labels) if label != IGNORE_INDEX and at > 0)
+
+
+def _answers(rows: Sequence[Sequence[tuple[Example, bool]]], batch: Batch) -> Answers:
+    width = batch.input_ids.shape[1]
+    found: list[tuple[bool, tuple[int, int], tuple[int, int], int]] = []
+    likely = 0
+    for number, row in enumerate(rows):
+        start = number * width
+        for document, good in row:
+            end = start + len(document) - 1  # the last position predicts nothing
+            span = start + _begin(document) - 1, end
+            found.append((good, span, (start, end), document.loss_tokens))
+            likely += int((batch.labels.view(-1)[start:end] != IGNORE_INDEX).sum()) if good else 0
+            start = end + 1
+    found.sort(key=lambda it: not it[0])  # stable: pairs keep their order
+    return Answers(
+        spans=tuple(it[1] for it in found),
+        whole=tuple(it[2] for it in found),
+        tokens=tuple(it[3] for it in found),
+        good=sum(it[0] for it in found),
+        likely=likely,
+    )
