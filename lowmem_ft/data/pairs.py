@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.packing import Answers, Batch, collate
@@ -72,6 +74,14 @@ class Preferences:
     def identity(self) -> dict[str, Any]:
         """What decides which examples make up a step, beside what decides it of supervised examples."""
         return {"preferences": "pairs" if self.lanes == 2 else "verdicts"}
+
+
+def preferences_of(config: RunConfig) -> Preferences | None:
+    """How the examples of a run become micro-batches; None where they are answers to learn."""
+    if not learns_preferences(config):
+        return None
+    whole = config.train.objective == "orpo" and not config.data.assistant_only
+    return Preferences(lanes=lanes(config), seq_len=config.data.seq_len, whole=whole)
 
 
 def _documents(example: PreferenceExample) -> list[Example]:
