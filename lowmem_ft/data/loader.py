@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.mixture import Mixture, lengths_of
 from lowmem_ft.data.packing import Batch, Rows, collate, pack, permutation, round_up
-from lowmem_ft.data.pairs import Preferences
+from lowmem_ft.data.pairs import Mismatched, Preferences
 
 Order = Literal["shuffled", "longest_first"]
 
@@ -78,8 +78,8 @@ class MicroBatches(Sequence[Batch]):
         whose does not depend on their size. Of all else nothing."""
         if self.preferences is None or self.preferences.lanes > 1:
             return ()
-        mixed = self.preferences.mismatched([self.examples[it] for row in self.rows for it in row])
-        lengths = self.preferences.lengths(mixed)
+        mixed = Mismatched(self.examples, self.rows.documents, self.preferences.seq_len)
+        lengths = mixed.lengths
         capacity = max(self.width or 0, int(lengths.max()))
         rows = Rows.single(np.arange(len(mixed))) if self.width is None else pack(lengths, capacity=capacity, seed=0)
         return MicroBatches(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class Preferences:
 
     def lengths(self, examples: Sequence[PreferenceExample]) -> NDArray[np.int32]:
         """(N,) positions of a row that each takes: the longer of its answers."""
+        if isinstance(examples, Mismatched):
+            return examples.lengths
         if isinstance(examples, Mixture):
             return np.concatenate([self.lengths(source) for source in examples.sources])
         if isinstance(examples, StoredPreferences):
@@ -50,30 +52,56 @@ class Preferences:
         else:
             lined = [[(_documents(it)[side], side == 0) for it in row] for row in rows for side in range(2)]
         batch = collate([[self._learned(*it) for it in row] for row in lined], pad_id=pad_id, length=length)
-        return replace(batch, answers=_answers(lined, batch))
+        return replace(batch, answers=_answers(lined, batch.input_ids.shape[1], whole=self.whole))
 
     def _learned(self, document: Example, good: bool) -> Example:
         return Example(document.input_ids, document.input_ids) if self.whole and good else document
 
-    def mismatched(self, examples: Sequence[PreferenceExample]) -> list[PreferenceExample]:
-        """Each prompt with the answer of the example before, the first with that of the last: what KTO tells from how
-        far the model has gone from its reference. Verdicts are those of the prompts, and mean nothing."""
-        documents = [_documents(it)[0] for it in examples]
-        found = []
-        for at, (example, document) in enumerate(zip(examples, documents, strict=True)):
-            other = documents[at - 1]
-            begin, answer = _begin(document), _begin(other)
-            ids = [*document.input_ids[:begin], *other.input_ids[answer:]]
-            labels = [*document.labels[:begin], *other.labels[answer:]]
-            mixed = Example(ids, labels).cut(self.seq_len)
-            found.append(
-                PreferenceExample(mixed, None) if example.chosen is not None else PreferenceExample(None, mixed)
-            )
-        return found
-
     def identity(self) -> dict[str, Any]:
         """What decides which examples make up a step, beside what decides it of supervised examples."""
         return {"preferences": "pairs" if self.lanes == 2 else "verdicts"}
+
+
+class Mismatched(Sequence[PreferenceExample]):
+    """Prompts, each with the answer of the example before, the first with that of the last: what KTO tells from how far
+    the model has gone from its reference. Verdicts are those of the prompts, and mean nothing.
+
+    Args:
+        examples: with verdicts.
+        order: (N,) indices of those that are used.
+        seq_len: tokens that nothing exceeds.
+
+    Attributes:
+        lengths: (N,) int32.
+    """
+
+    def __init__(self, examples: Sequence[PreferenceExample], order: NDArray[np.int32], seq_len: int) -> None:
+        self._examples, self._order, self._seq_len = examples, order, seq_len
+        sizes = np.asarray([(_begin(it), len(it)) for it in (self._document(at) for at in range(len(order)))])
+        prompts, answers = sizes[:, 0], sizes[:, 1] - sizes[:, 0]
+        self.lengths: NDArray[np.int32] = np.minimum(prompts + np.roll(answers, 1), seq_len).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> PreferenceExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
+    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        own, other = self._document(at), self._document(at - 1)
+        begin, answer = _begin(own), _begin(other)
+        ids = [*own.input_ids[:begin], *other.input_ids[answer:]]
+        labels = [*own.labels[:begin], *other.labels[answer:]]
+        mixed = Example(ids, labels).cut(self._seq_len)
+        good = self._examples[int(self._order[at])].chosen is not None
+        return PreferenceExample(mixed if good else None, None if good else mixed)
+
+    def _document(self, at: int) -> Example:
+        return _documents(self._examples[int(self._order[at])])[0]
 
 
 def preferences_of(config: RunConfig) -> Preferences | None:
@@ -93,8 +121,7 @@ def _begin(document: Example) -> int:
     return next(at for at, label in enumerate(document.labels) if label != IGNORE_INDEX and at > 0)
 
 
-def _answers(rows: Sequence[Sequence[tuple[Example, bool]]], batch: Batch) -> Answers:
-    width = batch.input_ids.shape[1]
+def _answers(rows: Sequence[Sequence[tuple[Example, bool]]], width: int, *, whole: bool) -> Answers:
     found: list[tuple[bool, tuple[int, int], tuple[int, int], int]] = []
     likely = 0
     for number, row in enumerate(rows):
@@ -103,7 +130,7 @@ def _answers(rows: Sequence[Sequence[tuple[Example, bool]]], batch: Batch) -> An
             end = start + len(document) - 1  # the last position predicts nothing
             span = start + _begin(document) - 1, end
             found.append((good, span, (start, end), document.loss_tokens))
-            likely += int((batch.labels.view(-1)[start:end] != IGNORE_INDEX).sum()) if good else 0
+            likely += 0 if not good else end - start if whole else document.loss_tokens
             start = end + 1
     found.sort(key=lambda it: not it[0])  # stable: pairs keep their order
     return Answers(

@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
     "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "bf16": False,
     "gradient_checkpointing": False, "per_device_train_batch_size": 2 * PAIRS, "remove_unused_columns": False,
 }  # fmt: skip
-# objective -> settings of ours, and of TRL's, and its trainer's loss
+# objective -> settings of ours, and of TRL's
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dpo": ({"beta": 0.3}, {"beta": 0.3}),
     "ipo": ({"beta": 0.4}, {"beta": 0.4, "loss_type": "ipo"}),
@@ -186,6 +186,21 @@ def padded(found: list[PreferenceExample]) -> dict[str, Tensor]:
         ):
             batch[f"{side}_{name}"] = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
     return batch
+
+
+def test_smoothed_labels_are_trls(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL has them in a loss that sorts its batch, which one pair is not changed by."""
+    smoothed = {
+        "dpo": ({"beta": 0.3, "label_smoothing": 0.2}, {"beta": 0.3, "label_smoothing": 0.2, "loss_type": "aot"})
+    }
+    (one, *_) = pairs()
+    monkeypatch.setattr(f"{__name__}.OBJECTIVES", smoothed)
+    monkeypatch.setattr(f"{__name__}.pairs", lambda: [one])
+    loss, named, _ = theirs("dpo", saved, tmp_path)
+    ready = ready_for("dpo")
+    assert sum_gradients(ready, batches_of("dpo", 1)).loss == pytest.approx(loss, rel=1e-5)
+    for key, gradient in gradients(ready).items():
+        assert (gradient - named[key]).norm() < 1e-4 * named[key].norm(), key
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
