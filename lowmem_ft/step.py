@@ -232,6 +232,7 @@ def _backward_preferences(
         totals,
         divergence,
     )
+    del reference_A, inputs  # how many answers there are shall not show in what backward holds
     _differentiate(ready, accumulator, batch, hidden_ND, batch.loss_tokens, 1.0, weights_N)
 
 
