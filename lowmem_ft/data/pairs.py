@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.preference import lanes, learns_preferences
+from lowmem_ft.core.preference import lanes, learns_preferences, settings_of
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.packing import Answers, Batch, collate
 from lowmem_ft.data.preference import PreferenceExample, StoredPreferences
+from lowmem_ft.data.store import BAD, GOOD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +103,28 @@ class Mismatched(Sequence[PreferenceExample]):
 
     def _document(self, at: int) -> Example:
         return _documents(self._examples[int(self._order[at])])[0]
+
+
+def balance_note(config: RunConfig, examples: Mixture[PreferenceExample]) -> str | None:
+    """What to say where KTO has far more answers of one sort than its authors advise (their equation 8: the weights
+    times the numbers of good and bad answers shall be between 1 : 1 and 4 : 3)."""
+    if config.train.objective != "kto":
+        return None
+    good = bad = 0.0
+    for source, weight in zip(examples.sources, examples.weights, strict=True):
+        assert isinstance(source, StoredPreferences)
+        good += weight * float(np.count_nonzero(source.stored.parts == GOOD))
+        bad += weight * float(np.count_nonzero(source.stored.parts == BAD))
+    settings = settings_of(config)
+    desirable, undesirable = good * settings["desirable_weight"], bad * settings["undesirable_weight"]
+    if undesirable <= desirable <= 4 / 3 * undesirable:
+        return None
+    counts = f"{good:.0f} answers are good and {bad:.0f} are bad"
+    if not (good and bad):
+        return f"Warning: {counts}; kto learns from both."
+    advised = settings["undesirable_weight"] * bad / good
+    between = f"between {advised:.3g} and {4 / 3 * advised:.3g}"
+    return f"{counts}: for kto preference.desirable_weight is advised to be {between}."
 
 
 def preferences_of(config: RunConfig) -> Preferences | None:

@@ -169,26 +169,34 @@ class _Cut(NamedTuple):
 
 def _cut(encoder: RecordEncoder, tally: Tally, record: Mapping[str, Any]) -> tuple[str, _Cut]:
     kind, whole = encode_preference(encoder, record)
-    answers = [it for it in (whole.chosen, whole.rejected) if it is not None]
-    lengths = [len(it) for it in answers]
+    lengths = [len(it) for it in (whole.chosen, whole.rejected) if it is not None]
     if max(lengths) > tally.seq_len and tally.overlong != "truncate":
         return kind, _Cut(whole, lengths)  # what becomes of it is not asked here
-    cut = [it.cut(tally.seq_len) for it in answers]
+    return kind, _Cut(cut_preference(whole, tally.seq_len), lengths)
+
+
+def cut_preference(whole: PreferenceExample, seq_len: int) -> PreferenceExample:
+    """The first `seq_len` tokens of each answer's document.
+
+    Raises:
+        DataError: nothing is left of an answer, or both are the same then.
+    """
+    answers = [it for it in (whole.chosen, whole.rejected) if it is not None]
+    longest, cut = max(len(it) for it in answers), [it.cut(seq_len) for it in answers]
     if not all(it.loss_tokens for it in answers):
         raise DataError("an answer has no tokens.", allowed="answers with text")
     if not all(it.loss_tokens for it in cut):
         raise DataError(
             "the prompt leaves no room for the answer.",
-            given=f"{max(lengths)} tokens with the answer",
-            allowed=f"{tally.seq_len} (data.seq_len)",
+            given=f"{longest} tokens with the answer",
+            allowed=f"{seq_len} (data.seq_len)",
             fix="raise data.seq_len, or leave such records out with data.overlong: drop or data.invalid: skip",
         )
     if len(cut) == 2 and list(cut[0].input_ids) == list(cut[1].input_ids):
+        where = f"in their first {seq_len}" if longest > seq_len else "as"
         raise DataError(
-            "'chosen' and 'rejected' are the same"
-            + (f" in their first {tally.seq_len} tokens." if max(lengths) > tally.seq_len else " as tokens."),
+            f"'chosen' and 'rejected' are the same {where} tokens.",
             allowed="two answers that differ",
             fix="raise data.seq_len, or leave such records out with data.invalid: skip",
         )
-    chosen = None if whole.chosen is None else cut[0]
-    return kind, _Cut(PreferenceExample(chosen, None if whole.rejected is None else cut[-1]), lengths)
+    return PreferenceExample(None if whole.chosen is None else cut[0], None if whole.rejected is None else cut[-1])

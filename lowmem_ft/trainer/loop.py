@@ -22,7 +22,7 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.data.mixture import Mixture
-from lowmem_ft.data.pairs import preferences_of
+from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
 from lowmem_ft.planner.device import Device
@@ -111,6 +111,8 @@ def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: 
     else:
         wanted: Wanted = "pairs" if preferences.lanes == 2 else "verdicts"
         examples, notes = read_preferences(sources, config.data, tokenizer, wanted=wanted, **common)
+        balance = balance_note(config, examples) if use == "train" else None
+        notes += [balance] if balance else []
     for note in notes:
         reporter.say(note)
     return examples
