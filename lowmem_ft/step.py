@@ -95,8 +95,8 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
     done again from its beginning, also after one that an error has ended."""
     accumulator, objective = ready.accumulator, ready.objective
     assert accumulator is not None, "assembled without training"
-    counts = [batch.loss_tokens for batch in batches]
-    loss_tokens = sum(counts)
+    facts = [(batch.loss_tokens, batch.tokens, batch.answers) for batch in batches]
+    loss_tokens = sum(count for count, _, _ in facts)
     if loss_tokens == 0:
         raise DataError("No token of this step is in the loss.", fix="check data.assistant_only and the chat template")
     if not ready.model.training:
@@ -106,10 +106,10 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
     totals, divergence = Totals(ready.device), torch.zeros((), dtype=torch.float32, device=ready.device)
     share = Share(examples=loss_tokens, likely=0, scale=scale)
     if objective is not None:
-        share = Share.of(objective, [_answers(batch) for batch in batches], scale=scale)
+        share = Share.of(objective, [it for _, _, it in facts if it is not None], scale=scale)
         if objective.method == "kto":
             divergence = _divergence(ready, mismatched)
-    for batch, count in zip(batches, counts, strict=True):
+    for batch, (count, _, _) in zip(batches, facts, strict=True):
         if objective is not None:
             _backward_preferences(ready, objective, accumulator, batch.to(ready.device), share, totals, divergence)
         elif count > 0:
@@ -127,7 +127,7 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
         )
     return StepResult(
         loss=loss,
-        tokens=sum(batch.tokens for batch in batches),
+        tokens=sum(tokens for _, tokens, _ in facts),
         loss_tokens=loss_tokens,
         grad_norm=grad_norm,
         skipped=not finite,
@@ -186,15 +186,8 @@ def evaluate_preferences(
         if objective.method == "kto":
             divergence = _divergence(ready, mismatched)
         seen: list[Answers] = []
-        one = Share(examples=1, likely=1)
         for done, batch in enumerate(batches, start=1):
-            moved = batch.to(ready.device)
-            inputs = decoder_inputs(ready.model, moved, dtype=ready.compute_dtype)
-            reference_A = _reference(ready, moved, inputs) if objective.has_reference else None
-            losses_N = _losses(ready, hidden_states(ready.model, moved, inputs), moved)
-            token_weights(
-                objective, losses_N, reference_A, _answers(batch), one, totals, divergence, differentiate=False
-            )
+            _judge(ready, objective, batch.to(ready.device), totals, divergence)
             seen.append(_answers(batch))
             progress(done, len(batches))
     finally:
@@ -202,6 +195,15 @@ def evaluate_preferences(
     share = Share.of(objective, seen)
     loss, divergent, *sums = _values(totals.loss(share), divergence, *totals.sums)
     return {"loss": loss, **totals.metrics(objective, share, sums, divergent)}
+
+
+def _judge(ready: Ready, objective: Objective, batch: Batch, totals: Totals, divergence: Tensor) -> None:
+    """Add what the answers of one micro-batch are worth to `totals`."""
+    inputs = decoder_inputs(ready.model, batch, dtype=ready.compute_dtype)
+    reference_A = _reference(ready, batch, inputs) if objective.has_reference else None
+    losses_N = _losses(ready, hidden_states(ready.model, batch, inputs), batch)
+    share = Share(examples=1, likely=1)  # sums, for now
+    token_weights(objective, losses_N, reference_A, _answers(batch), share, totals, divergence, differentiate=False)
 
 
 def _backward(ready: Ready, accumulator: GradientAccumulator, batch: Batch, count: int, grad_scale: float) -> Tensor:
@@ -299,15 +301,22 @@ def _divergence(ready: Ready, mismatched: Sequence[Batch]) -> Tensor:
     ready.model.eval()
     try:
         for batch in mismatched:
-            moved = batch.to(ready.device)
-            inputs = decoder_inputs(ready.model, moved, dtype=ready.compute_dtype)
-            losses_N = _losses(ready, hidden_states(ready.model, moved, inputs), moved)
-            total += (log_probabilities(losses_N, _answers(moved)) - _reference(ready, moved, inputs)).sum()
-            count += len(_answers(moved))
+            total += _ratios(ready, batch.to(ready.device)).sum()
+            count += len(_answers(batch))
     finally:
         ready.model.train(training)
     assert count > 0, "KTO asks for mismatched answers"
     return (total / count).clamp_(min=0)
+
+
+def _ratios(ready: Ready, batch: Batch) -> Tensor:
+    """How much likelier the model finds each answer than the reference does, (A,) fp32."""
+    inputs = decoder_inputs(ready.model, batch, dtype=ready.compute_dtype)
+    reference_A = _reference(ready, batch, inputs)
+    return (
+        log_probabilities(_losses(ready, hidden_states(ready.model, batch, inputs), batch), _answers(batch))
+        - reference_A
+    )
 
 
 def _answers(batch: Batch) -> Answers:
