@@ -102,12 +102,13 @@ def test_passes_of_the_reference_take_their_time(models: Path) -> None:
     pins = {"activations": "recompute", "micro_batch_tokens": 256, "loss_chunk_tokens": 128}
 
     def seconds(objective: str) -> float:
-        plan: Plan = make_plan(config_of(models / "llama", objective, policy=pins))
+        card = {"device": "rtx-3060-12gb", "host": "16GiB"}  # whose rates do not depend on what else runs here
+        plan: Plan = make_plan(config_of(models / "llama", objective, policy=pins, budget=card))
         return plan.predicted.step_seconds
 
-    # two head's sweeps more than in supervised training come on top
-    assert 1.2 < seconds("dpo") / seconds("simpo") < 1.5
-    assert 1.6 < seconds("kto") / seconds("simpo") < 2.4
+    # 1.19 and 1.59 for this model, whose update takes a part of the step; 1.33 and 1.99 for Llama-3.1-8B
+    assert 1.15 < seconds("dpo") / seconds("simpo") < 1.35
+    assert 1.5 < seconds("kto") / seconds("simpo") < 2.1
     assert seconds("simpo") > seconds("sft")
 
 
