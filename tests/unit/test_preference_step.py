@@ -340,3 +340,29 @@ def test_a_step_goes_on_where_it_was_saved() -> None:
     assert [row for batch in both[0] for row in batch] == [row for batch in both[1] for row in batch]
     assert first.state_dict()["data"]["preferences"] == "pairs"
     assert replace(first.preferences, lanes=1).identity() == {"preferences": "verdicts"}  # type: ignore[type-var]
+
+
+def test_smaller_micro_batches_give_the_same_step_when_memory_runs_out(models: dict[str, Path]) -> None:
+    """Memory runs out twice, so that the policy with half of the rows takes over: a pair is never parted."""
+    config = config_of("dpo", models["llama"])
+    batches = step_of(config, 4 * LENGTH)
+    made = policy(rows=4, seq_len=LENGTH, depth=DEPTH, loss_chunk_tokens=16, optimizer="adamw")
+
+    def stepped(fails: Any) -> tuple[Recovery, list[Any]]:
+        ready = equipped(config)
+        said: list[str] = []
+        recovery = Recovery(ready, made, say=said.append)
+        results = []
+        for failing in (lambda at: False, fails):
+            with Failing(failing):
+                results.append(recovery.step(batches, lr=1e-2))
+        return recovery, results
+
+    whole, expected = stepped(lambda at: False)
+    smaller, found = stepped(lambda at: at in (50, 100))
+    assert smaller.repeated == 2
+    assert smaller.policy.micro_batch_tokens == 2 * LENGTH == whole.policy.micro_batch_tokens // 2
+    assert found[0] == expected[0]
+    assert found[1].loss == pytest.approx(expected[1].loss, rel=1e-5)
+    assert found[1].grad_norm == pytest.approx(expected[1].grad_norm, rel=1e-3)  # bf16: measured 6e-5
+    assert found[1].metrics == pytest.approx(expected[1].metrics, rel=1e-3, abs=1e-4)
