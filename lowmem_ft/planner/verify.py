@@ -36,7 +36,7 @@ def verified(plan: Plan) -> Plan:
     device = Device(**plan.device)
     where, config = device.torch_device, plan.run_config
     batches = full_batches(config, plan.policy, vocabulary=SMALLEST_VOCABULARY)
-    mismatched = _mismatched(config, batches)
+    mismatched = mismatched_of(config, batches)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         ready = assemble(config, plan.policy, where)
@@ -93,7 +93,8 @@ def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[Prefe
             for at, row in enumerate(rows)]  # fmt: skip
 
 
-def _mismatched(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
+def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """What KTO looks at beside `batches`: micro-batches that are as large."""
     return batches if config.train.objective == "kto" else ()
 
 
@@ -102,7 +103,7 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
 
     What other tensors exist in the process is left out.
     """
-    mismatched = _mismatched(config, batches)
+    mismatched = mismatched_of(config, batches)
     return _measured_peak(
         config, policy, batches, lambda ready: train_step(ready, batches, lr=1e-4, mismatched=mismatched)
     )[1]
@@ -114,7 +115,7 @@ def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
     def evaluate(ready: Assembled) -> object:
         if ready.objective is None:
             return eval_step(ready, batch)
-        return evaluate_preferences(ready, [batch], _mismatched(config, [batch]))
+        return evaluate_preferences(ready, [batch], mismatched_of(config, [batch]))
 
     return _measured_peak(config, policy, [batch], evaluate)[1]
 
