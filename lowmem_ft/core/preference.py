@@ -77,12 +77,12 @@ def _given(config: RunConfig) -> dict[str, float]:
 
 
 def _check_reference(config: RunConfig) -> None:
-    """What is trained in place would change the reference, too."""
-    objective, adapter = config.train.objective, config.adapter
-    biases = {"bias": adapter.bias, "peft.bias": (adapter.peft or {}).get("bias", "none")}
+    """What is trained in place would change the reference, too; so would a copy of the head, which stays in use."""
+    objective, adapter, peft = config.train.objective, config.adapter, config.adapter.peft or {}
+    biases = {"bias": adapter.bias, "peft.bias": peft.get("bias", "none")}
     trained: dict[str, Any] = {key: value for key, value in biases.items() if value != "none"}
-    if adapter.train_modules:
-        trained["train_modules"] = adapter.train_modules
+    modules = {"train_modules": adapter.train_modules, "peft.modules_to_save": peft.get("modules_to_save")}
+    trained |= {key: value for key, value in modules.items() if value}
     for key, value in trained.items():
         raise ConfigError(
             f"The reference of {objective} is the base with its adapters off; adapter.{key} would train a part of it.",

@@ -44,6 +44,11 @@ def test_objectives_and_their_keys() -> None:
         ("kto", {"adapter": {"bias": "all"}}, r"adapter\.bias would train a part of it"),
         ("ipo", {"adapter": {"train_modules": ["lm_head"]}}, r"adapter\.train_modules: \['lm_head'\]"),
         ("dpo", {"adapter": {"method": "peft", "peft": {"peft_type": "LORA", "bias": "all"}}}, r"adapter\.peft\.bias"),
+        (
+            "dpo",
+            {"adapter": {"method": "peft", "peft": {"peft_type": "LORA", "modules_to_save": ["lm_head"]}}},
+            r"adapter\.peft\.modules_to_save",
+        ),
         ("ppo", {}, r"sft \| dpo \| ipo \| orpo \| simpo \| kto"),
     ],
 )

@@ -96,6 +96,7 @@ def preferring(drawn: dict[str, Any], generator: random.Random) -> dict[str, Any
     sections = {name: dict(section) for name, section in drawn["sections"].items()}
     adapter = sections["adapter"]
     in_place = "train_modules" in adapter or adapter.get("bias", "none") != "none"
+    in_place |= "modules_to_save" in adapter.get("peft", {})
     objective = generator.choice(["orpo", "simpo", *(() if in_place else ("dpo", "ipo", "kto"))])
     if objective != "kto":
         sections["train"]["tokens_per_step"] *= 2
