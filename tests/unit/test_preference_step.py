@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.adapters.inject import adapters_disabled, inject_lora, trainable_parameters
+from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.preference import KEYS
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, MicroBatches
@@ -366,3 +368,16 @@ def test_smaller_micro_batches_give_the_same_step_when_memory_runs_out(models: d
     assert found[1].loss == pytest.approx(expected[1].loss, rel=1e-5)
     assert found[1].grad_norm == pytest.approx(expected[1].grad_norm, rel=1e-3)  # bf16: measured 6e-5
     assert found[1].metrics == pytest.approx(expected[1].metrics, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("own", [{"bias": "all"}, {"train_modules": ["lm_head"]}], ids=str)
+def test_a_saved_adapter_that_trains_the_base_is_refused(tmp_path: Path, own: dict[str, Any]) -> None:
+    model = save_tiny("phi" if "bias" in own else "llama", tmp_path / "model")
+    saved = assemble(config_of("sft", model, adapter={"rank": 4, **own}), policy(seq_len=LENGTH), torch.device("cpu"))
+    save_adapter(saved.model, tmp_path / "adapter", base_model=str(model))
+    init = {"init": str(tmp_path / "adapter")}
+    with pytest.warns(UserWarning, match="without the adapter that adapter.init names"):
+        config = config_of("dpo", model, adapter=init)
+    with pytest.raises(ConfigError, match="trains parts of the base in place"):
+        assemble(config, policy(seq_len=LENGTH), torch.device("cpu"))
+    assemble(config_of("simpo", model, adapter=init), policy(seq_len=LENGTH), torch.device("cpu"))
