@@ -6,6 +6,8 @@ and its resident set is held against the planned process peak.
 
     python benchmarks/plan_accuracy.py --count 300 --out benchmarks/results/plan_accuracy.json
 
+With `--preferences` each of them learns from preferences, under an objective that is drawn, too.
+
 On a GPU the same configurations, in larger models, are measured in two steps: peaks of what is allocated, reserved and
 taken by the process, and every single event of PyTorch's allocator. Plans for that card are held against it there, or
 later on any machine:
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="configurations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=24, help="how many of them also in a fresh process")
+    parser.add_argument("--preferences", action="store_true", help="objectives that learn from preferences (on a CPU)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     parser.add_argument("--jobs", type=int, default=1, help="on a GPU: processes that measure side by side")
@@ -67,6 +70,8 @@ def main() -> None:
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
+    if options.preferences and not on_cpu:
+        parser.error("--preferences is for a CPU")
     os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
     os.environ.update({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -93,7 +98,7 @@ def main() -> None:
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from tests.unit.planner.sampler import compare, draw
+    from tests.unit.planner.sampler import compare, draw, preferring
 
     generator, found, processes = random.Random(options.seed), [], []
     every = max(1, options.count // max(1, options.processes))
@@ -101,6 +106,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         for index in range(options.count):
             size = generator.choices(list(SHARES), list(SHARES.values()))[0]
             drawn = draw(generator, SHAPES[size])
+            drawn = preferring(drawn, generator) if options.preferences else drawn
             gc.collect()
             gc.freeze()  # imports are never garbage, and each measurement begins with a collection
             start = time.perf_counter()
@@ -123,7 +129,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "threads": options.threads, "torch": torch.__version__},
-        "settings": {name: getattr(options, name) for name in ("count", "seed", "processes")},
+        "settings": {name: getattr(options, name) for name in ("count", "seed", "processes", "preferences")},
         "train": distribution([one["train_error"] for one in found]),
         "eval": distribution([one["eval_error"] for one in found]),
         "process": distribution([one["error"] for one in processes]),
@@ -301,7 +307,7 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     from lowmem_ft.assemble import assemble
     from lowmem_ft.core.config import RunConfig
     from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import full_batches, mismatched_of
     from lowmem_ft.runtime.memory import process_peak_bytes
     from lowmem_ft.step import train_step
 
@@ -310,7 +316,7 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     ready = assemble(config, plan.policy, torch.device("cpu"))
     batches = full_batches(config, plan.policy, vocabulary=100)
     for _ in range(2):
-        train_step(ready, batches, lr=1e-4)
+        train_step(ready, batches, lr=1e-4, mismatched=mismatched_of(config, batches))
     planned, measured = plan.predicted.process_peak_bytes, process_peak_bytes()
     base = plan.device["process_bytes"]
     return {

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_ft.adapters.inject import inject_lora, parameter_groups, trainable_parameters
+from lowmem_ft.adapters.inject import (
+    inject_lora,
+    injection_of,
+    is_injected,
+    parameter_groups,
+    trainable_parameters,
+)
 from lowmem_ft.adapters.lora import Init
 from lowmem_ft.adapters.peft_format import load_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft
 from lowmem_ft.core.config import AdapterConfig, RunConfig
-from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
@@ -33,6 +39,7 @@ from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
 from lowmem_ft.runtime.norms import use_norms
 from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.runtime.preference import Objective, objective_of
 from lowmem_ft.runtime.scaler import LossScaler
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
@@ -67,6 +74,7 @@ class Assembled:
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
+    objective: Objective | None = None  # of preferences
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -120,6 +128,9 @@ def assemble(
     use_attention(model)
     use_experts(model)
     use_norms(model)
+    objective = objective_of(config)
+    if objective is not None:
+        _drop_nothing(model)  # or a model would differ from its own reference
     spec = quant_spec(policy)
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
@@ -156,6 +167,8 @@ def assemble(
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
     attention = model.config._attn_implementation
     equipped = _equip(model, config.adapter, adapter, dtype)
+    if objective is not None and objective.has_reference:
+        _refuse_trained_reference(equipped)
     if streaming is not None:
         streaming.attach_to_adapters()
     refuse_trained(equipped, vocabulary.matrices)
@@ -189,6 +202,7 @@ def assemble(
         stream=stream,
         streamable=pieces,
         matrices=matrices,
+        objective=objective,
     )
     ready.mlps.work_in(policy.mlp_tile_tokens)
     if optimizer:
@@ -197,6 +211,29 @@ def assemble(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for a moment would count as reserved while training
     return ready
+
+
+def _refuse_trained_reference(model: Any) -> None:
+    """Of a saved adapter that is gone on from; the config says the same of a fresh one."""
+    saved: Any = injection_of(model) if is_injected(model) else getattr(model, "active_peft_config", None)
+    trained = getattr(saved, "trained_modules", None) or getattr(saved, "modules_to_save", None)
+    bias = getattr(saved, "bias", "none")
+    if trained or bias != "none":
+        raise ConfigError(
+            "The adapter to go on from trains parts of the base in place, and with them the reference.",
+            given=f"modules {', '.join(trained)}" if trained else f"bias {bias}",
+            fix="set train.objective to simpo or orpo, which have no reference; or merge the adapter, and start anew",
+        )
+
+
+def _drop_nothing(model: PreTrainedModel) -> None:
+    """Turn the model's own dropout off, whichever way it says that."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def _streaming(

@@ -5,23 +5,23 @@ Letters in names: B rows, T positions of a row, N = B * T, D hidden size.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_ft.adapters.inject import adapters_disabled
 from lowmem_ft.core.errors import DataError, LowMemError
-from lowmem_ft.data.isolation import attention_inputs
-from lowmem_ft.data.packing import Batch
-from lowmem_ft.runtime.blocks import causal_model, find_decoder
+from lowmem_ft.data.packing import Answers, Batch
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head
+from lowmem_ft.runtime.hidden import decoder_inputs, hidden_states
 from lowmem_ft.runtime.loss import cross_entropy_and_gradients
 from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.runtime.preference import Objective, Share, Totals, log_probabilities, token_weights
 from lowmem_ft.runtime.scaler import LossScaler
 
 
@@ -46,6 +46,8 @@ class Ready(Protocol):
     def accumulator(self) -> GradientAccumulator | None: ...
     @property
     def scaler(self) -> LossScaler | None: ...
+    @property
+    def objective(self) -> Objective | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +55,12 @@ class StepResult:
     """What a training step reports.
 
     Attributes:
-        loss: mean over the step's loss tokens, in nats, before the update.
+        loss: mean over the step's loss tokens, in nats, before the update; of preferences, over pairs or answers.
         tokens: positions that are not padding.
         loss_tokens: positions in the loss.
         grad_norm: global L2 norm before clipping.
         skipped: the update was left out, because gradients overflowed in fp16.
+        metrics: of preferences, means of rewards and log-probabilities before the update.
     """
 
     loss: float
@@ -65,42 +68,54 @@ class StepResult:
     loss_tokens: int
     grad_norm: float
     skipped: bool
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float) -> StepResult:
+def train_step(ready: Ready, batches: Sequence[Batch], *, lr: float, mismatched: Sequence[Batch] = ()) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
 
-    The loss is the sum over all loss tokens of the step divided by their number, however they are split.
+    The loss is the sum over all loss tokens of the step divided by their number, however they are split. Of
+    preferences it is the mean over all pairs (of KTO, answers) of the step.
+
+    Args:
+        mismatched: of KTO, the step's prompts with other answers, see `data.loader.MicroBatches.mismatched`.
 
     Raises:
         DataError: no position of the step is in the loss.
         LowMemError: loss or gradients are not finite, and there is no loss scale to lower. Nothing was updated.
     """
-    result = sum_gradients(ready, batches)
+    result = sum_gradients(ready, batches, mismatched)
     if not result.skipped:
         update(ready, lr=lr)
     return result
 
 
-def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> StepResult:
+def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[Batch] = ()) -> StepResult:
     """The first part of `train_step`: gradients lie in the accumulator then, and no weight has changed yet. It can be
     done again from its beginning, also after one that an error has ended."""
-    head, accumulator = ready.head, ready.accumulator
+    accumulator, objective = ready.accumulator, ready.objective
     assert accumulator is not None, "assembled without training"
-    counts = [batch.loss_tokens for batch in batches]
-    loss_tokens = sum(counts)
+    facts = [(batch.loss_tokens, batch.tokens, batch.answers) for batch in batches]
+    loss_tokens = sum(count for count, _, _ in facts)
     if loss_tokens == 0:
         raise DataError("No token of this step is in the loss.", fix="check data.assistant_only and the chat template")
     if not ready.model.training:
         ready.model.train()
     accumulator.reset()  # also of what a step that was aborted left behind
     scale = ready.scaler.scale if ready.scaler is not None else 1.0
-    loss_sum = torch.zeros((), dtype=torch.float32, device=ready.device)
-    for batch, count in zip(batches, counts, strict=True):
-        if count > 0:
-            loss_sum += _backward(ready, head, accumulator, batch.to(ready.device), count, scale / loss_tokens)
+    totals, divergence = Totals(ready.device), torch.zeros((), dtype=torch.float32, device=ready.device)
+    share = Share(examples=loss_tokens, likely=0, scale=scale)
+    if objective is not None:
+        share = Share.of(objective, [it for _, _, it in facts if it is not None], scale=scale)
+        if objective.method == "kto":
+            divergence = _divergence(ready, mismatched)
+    for batch, (count, _, _) in zip(batches, facts, strict=True):
+        if objective is not None:
+            _backward_preferences(ready, objective, accumulator, batch.to(ready.device), share, totals, divergence)
+        elif count > 0:
+            totals.sums[0] += _backward(ready, accumulator, batch.to(ready.device), count, scale / loss_tokens)
     norm = accumulator.clip(ready.grad_clip, scale=scale)
-    loss, grad_norm = _values(loss_sum / loss_tokens, norm)
+    loss, grad_norm, divergent, *sums = _values(totals.loss(share), norm, divergence, *totals.sums)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if ready.scaler is not None:
         ready.scaler.update(finite=finite)
@@ -110,8 +125,14 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch]) -> StepResult:
             given=f"loss {loss}, gradient norm {grad_norm}",
             fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
         )
-    tokens = sum(batch.tokens for batch in batches)
-    return StepResult(loss=loss, tokens=tokens, loss_tokens=loss_tokens, grad_norm=grad_norm, skipped=not finite)
+    return StepResult(
+        loss=loss,
+        tokens=sum(tokens for _, tokens, _ in facts),
+        loss_tokens=loss_tokens,
+        grad_norm=grad_norm,
+        skipped=not finite,
+        metrics={} if objective is None else totals.metrics(objective, share, sums, divergent),
+    )
 
 
 def update(ready: Ready, *, lr: float, resume: bool = False) -> None:
@@ -148,25 +169,159 @@ def eval_step(ready: Ready, batch: Batch) -> tuple[float, int]:
     return _values(loss)[0], count
 
 
-def _backward(
-    ready: Ready, head: Head, accumulator: GradientAccumulator, batch: Batch, count: int, grad_scale: float
-) -> Tensor:
+@torch.no_grad()
+def evaluate_preferences(
+    ready: Ready,
+    batches: Sequence[Batch],
+    mismatched: Sequence[Batch] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """`loss`, and what a training step says of rewards, over all of `batches` as if they were one step, with the model
+    in evaluation mode."""
+    objective, training = ready.objective, ready.model.training
+    assert objective is not None, "assembled for answers"
+    ready.model.eval()
+    try:
+        totals, divergence = Totals(ready.device), torch.zeros((), dtype=torch.float32, device=ready.device)
+        if objective.method == "kto":
+            divergence = _divergence(ready, mismatched)
+        seen: list[Answers] = []
+        for done, batch in enumerate(batches, start=1):
+            _judge(ready, objective, batch.to(ready.device), totals, divergence)
+            seen.append(_answers(batch))
+            progress(done, len(batches))
+    finally:
+        ready.model.train(training)
+    share = Share.of(objective, seen)
+    loss, divergent, *sums = _values(totals.loss(share), divergence, *totals.sums)
+    return {"loss": loss, **totals.metrics(objective, share, sums, divergent)}
+
+
+def _judge(ready: Ready, objective: Objective, batch: Batch, totals: Totals, divergence: Tensor) -> None:
+    """Add what the answers of one micro-batch are worth to `totals`."""
+    inputs = decoder_inputs(ready.model, batch, dtype=ready.compute_dtype)
+    reference_A = _reference(ready, batch, inputs) if objective.has_reference else None
+    losses_N = _losses(ready, hidden_states(ready.model, batch, inputs), batch)
+    share = Share(examples=1, likely=1)  # sums, for now
+    token_weights(objective, losses_N, reference_A, _answers(batch), share, totals, divergence, differentiate=False)
+
+
+def _backward(ready: Ready, accumulator: GradientAccumulator, batch: Batch, count: int, grad_scale: float) -> Tensor:
     """Summed loss of one micro-batch; its gradients, times `grad_scale`, go to the accumulator."""
     hidden_ND = _hidden_states(ready, batch)
+    return _differentiate(ready, accumulator, batch, hidden_ND, count, grad_scale, None)
+
+
+def _backward_preferences(
+    ready: Ready,
+    objective: Objective,
+    accumulator: GradientAccumulator,
+    batch: Batch,
+    share: Share,
+    totals: Totals,
+    divergence: Tensor,
+) -> None:
+    """The same of preferences: one sweep of the head for what answers are worth, and one for the gradients."""
+    inputs = decoder_inputs(ready.model, batch, dtype=ready.compute_dtype)
+    reference_A = _reference(ready, batch, inputs) if objective.has_reference else None
+    hidden_ND = hidden_states(ready.model, batch, inputs)
+    weights_N = token_weights(
+        objective,
+        _losses(ready, hidden_ND.detach(), batch),
+        reference_A,
+        _answers(batch),
+        share,
+        totals,
+        divergence,
+    )
+    del reference_A, inputs  # how many answers there are shall not show in what backward holds
+    _differentiate(ready, accumulator, batch, hidden_ND, batch.loss_tokens, 1.0, weights_N)
+
+
+def _differentiate(
+    ready: Ready,
+    accumulator: GradientAccumulator,
+    batch: Batch,
+    hidden_ND: Tensor,
+    count: int,
+    grad_scale: float,
+    weights_N: Tensor | None,
+) -> Tensor:
     loss, grad_ND = cross_entropy_and_gradients(
         hidden_ND.detach(),
         batch.labels.flatten(),
-        head,
+        ready.head,
         chunk_tokens=ready.loss_chunk_tokens,
         grad_scale=grad_scale,
         kept=count,
         hidden_grad=hidden_ND.requires_grad,
-        weight_grad=_buffer(accumulator, head.weight),
-        bias_grad=_buffer(accumulator, head.bias),
+        weight_grad=_buffer(accumulator, ready.head.weight),
+        bias_grad=_buffer(accumulator, ready.head.bias),
+        weights_N=weights_N,
     )
     if grad_ND is not None:
         torch.autograd.backward(hidden_ND, grad_ND)
     return loss
+
+
+def _losses(ready: Ready, hidden_ND: Tensor, batch: Batch) -> Tensor:
+    """The cross-entropy of each position in the loss, and 0 elsewhere, (N,) fp32."""
+    losses_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+    cross_entropy_and_gradients(
+        hidden_ND,
+        batch.labels.flatten(),
+        ready.head,
+        chunk_tokens=ready.loss_chunk_tokens,
+        kept=batch.loss_tokens,
+        hidden_grad=False,
+        losses_N=losses_N,
+    )
+    return losses_N
+
+
+@torch.no_grad()
+def _reference(ready: Ready, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the answers under the base, whose adapters are off, (A,) fp32."""
+    training = ready.model.training
+    ready.model.eval()
+    try:
+        with adapters_disabled(ready.model):
+            losses_N = _losses(ready, hidden_states(ready.model, batch, inputs), batch)
+        return log_probabilities(losses_N, _answers(batch))
+    finally:
+        ready.model.train(training)
+
+
+@torch.no_grad()
+def _divergence(ready: Ready, mismatched: Sequence[Batch]) -> Tensor:
+    """How much likelier the model finds other answers to its prompts than the reference does, on average; at least 0.
+    An fp32 scalar."""
+    total = torch.zeros((), dtype=torch.float32, device=ready.device)
+    count, training = 0, ready.model.training
+    ready.model.eval()
+    try:
+        for batch in mismatched:
+            total += _ratios(ready, batch.to(ready.device)).sum()
+            count += len(_answers(batch))
+    finally:
+        ready.model.train(training)
+    assert count > 0, "KTO asks for mismatched answers"
+    return (total / count).clamp_(min=0)
+
+
+def _ratios(ready: Ready, batch: Batch) -> Tensor:
+    """How much likelier the model finds each answer than the reference does, (A,) fp32."""
+    inputs = decoder_inputs(ready.model, batch, dtype=ready.compute_dtype)
+    reference_A = _reference(ready, batch, inputs)
+    return (
+        log_probabilities(_losses(ready, hidden_states(ready.model, batch, inputs), batch), _answers(batch))
+        - reference_A
+    )
+
+
+def _answers(batch: Batch) -> Answers:
+    assert batch.answers is not None, "preferences are learned from"
+    return batch.answers
 
 
 def _buffer(accumulator: GradientAccumulator, parameter: Tensor | None) -> Tensor | None:
@@ -177,36 +332,7 @@ def _buffer(accumulator: GradientAccumulator, parameter: Tensor | None) -> Tenso
 
 
 def _hidden_states(ready: Ready, batch: Batch) -> Tensor:
-    """What the head reads, (N, D): the decoder runs alone, the model's own head never does."""
-    causal, decoder = causal_model(ready.model), find_decoder(ready.model)
-    adapter = getattr(ready.model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        hidden_BTD = _prompted_hidden_states(ready.model, causal, decoder, batch)
-    else:
-        inputs = attention_inputs(causal, batch, dtype=ready.compute_dtype)
-        hidden_BTD = decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
-    return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-
-
-def _prompted_hidden_states(model: Any, causal: Any, decoder: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states of the real positions under peft's prompt, prefix or P-tuning, (B, T, D).
-
-    Such an adapter lives in the forward of peft's wrapper, which puts virtual tokens in front. So the whole model
-    runs, its head on one position, and the decoder's output is caught.
-    """
-    caught: list[Tensor] = []
-    hook = decoder.register_forward_hook(lambda module, args, output: caught.append(output.last_hidden_state))
-    takes_keep = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
-    try:
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=(batch.segment_ids != 0).long(),
-            use_cache=False,
-            **({"logits_to_keep": 1} if takes_keep else {}),
-        )
-    finally:
-        hook.remove()
-    return caught[0][:, -batch.input_ids.shape[1] :]
+    return hidden_states(ready.model, batch, decoder_inputs(ready.model, batch, dtype=ready.compute_dtype))
 
 
 def _values(*scalars: Tensor) -> list[float]:

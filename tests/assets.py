@@ -14,3 +14,11 @@ def write_share(folder: Path, *, train: int, eval: int) -> Path:
         lines = (ASSETS / f"whatis-{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     return folder
+
+
+def write_pairs(folder: Path, *, train: int, eval: int) -> Path:
+    """The first embedded preferences, as pairs-train.jsonl and pairs-eval.jsonl in `folder`."""
+    for name, count in (("train", train), ("eval", eval)):
+        lines = (ASSETS / f"whatis-pairs-{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"pairs-{name}.jsonl").write_text("".join(lines[:count]))
+    return folder

@@ -28,9 +28,9 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
-from tests.assets import ASSETS, write_share
+from tests.assets import ASSETS, write_pairs, write_share
 
-EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
+EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "rewards/margins", "eval_rewards/margins")
 SAVE_EVERY, EVAL_EVERY = 2, 3
 START_SECONDS, STEP_SECONDS = 2.0, 0.2  # of a run, about: within these a kill comes
 FAILING_STEP = 3  # of the runs that run out of memory
@@ -40,6 +40,7 @@ RUNS: dict[str, tuple[dict[str, Any], bool]] = {
     "32-bit AdamW, not packed": ({"train": {"optimizer": "adamw"}, "data": {"packing": False}}, False),
     "paged 8-bit AdamW, no evaluation": ({"train": {"optimizer": "paged_adamw8bit"}, "data": {"eval": None}}, False),
     "8-bit AdamW, out of memory twice": ({}, True),
+    "DPO": ({"train": {"objective": "dpo"}, "data": {"train": "pairs-train.jsonl", "eval": "pairs-eval.jsonl"}}, False),
 }
 Disturb = Callable[[], None]
 
@@ -47,7 +48,7 @@ Disturb = Callable[[], None]
 def settings(folder: Path, output: str, steps: int, sections: dict[str, Any]) -> RunConfig:
     keys: dict[str, Any] = {
         "model": str(ASSETS / "doclm-7m"),
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 64},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "seq_len": 64},
         "train": {
             "tokens_per_step": 256, "steps": steps, "lr": 1e-3, "eval_every": EVAL_EVERY, "save_every": SAVE_EVERY,
         },
@@ -57,6 +58,7 @@ def settings(folder: Path, output: str, steps: int, sections: dict[str, Any]) ->
     }  # fmt: skip
     for name, section in sections.items():
         keys[name] = {**keys[name], **section}
+    keys["data"] |= {use: str(folder / file) for use in ("train", "eval") if (file := keys["data"][use])}
     return RunConfig.from_dict(keys)
 
 
@@ -181,6 +183,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def compare(folder: Path, *, kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
     """Each of RUNS undisturbed and killed, `kills` times in all."""
     write_share(folder, train=60, eval=8)
+    write_pairs(folder, train=60, eval=8)
     generator, found = random.Random(seed), []
     for index, (name, (sections, fails)) in enumerate(RUNS.items()):
         disturb = (failing_twice,) if fails else ()

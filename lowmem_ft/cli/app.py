@@ -134,6 +134,7 @@ def evaluate(
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
 
+    from lowmem_ft.core.preference import learns_preferences
     from lowmem_ft.data.examples import bytes_in_loss
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
@@ -141,7 +142,11 @@ def evaluate(
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, sources, reporter)
     ready = assemble_run(config, made, chosen, reporter)
-    loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
+    loss, metrics = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
+    if learns_preferences(config):
+        found = {"eval_loss": loss, "examples": len(examples), **metrics}
+        print(json.dumps(found) if as_json else "\n".join(f"{name} {value:.6g}" for name, value in found.items()))
+        return
     found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss)}
     tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
     if size:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.preference import check_objective
 from lowmem_ft.core.sizes import parse_duration, parse_size
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -180,8 +181,12 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimization. `warmup` is a share of the steps below 1, a number of steps from 1 on."""
+    """The optimization. `warmup` is a share of the steps below 1, a number of steps from 1 on.
 
+    `objective`: what is learned from; sft learns answers, the others learn from preferences (see `PreferenceConfig`).
+    """
+
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
     tokens_per_step: Positive = 16384
     epochs: Annotated[float, Field(gt=0)] = 1
     steps: Positive | None = None
@@ -197,6 +202,21 @@ class TrainConfig(Section):
     keep_best: bool = True
     max_time: Seconds | None = None
     track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+
+
+class PreferenceConfig(Section):
+    """How `train.objective` learns from preferences. None: what `core.preference.KEYS` says.
+
+    `beta`: how closely the model is kept to the reference (dpo, ipo, kto), the scale of rewards (simpo), or the weight
+    of the odds ratio (orpo). `label_smoothing`: the share of pairs that are taken to be the wrong way round. `gamma`:
+    the margin of the rewards. `desirable_weight`, `undesirable_weight`: of good and bad answers in the loss.
+    """
+
+    beta: Annotated[float, Field(gt=0)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    desirable_weight: Annotated[float, Field(gt=0)] | None = None
+    undesirable_weight: Annotated[float, Field(gt=0)] | None = None
 
 
 class PolicyConfig(Section):
@@ -232,6 +252,7 @@ class RunConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     policy: PolicyConfig = PolicyConfig()
     output: str = "runs/default"
     trust_remote_code: bool = False
@@ -255,6 +276,7 @@ class RunConfig(Section):
                     allowed="keep",
                     fix="remove policy.activations",
                 )
+        check_objective(self)
         if self.train.warmup >= 1 and self.train.warmup != int(self.train.warmup):
             raise ConfigError(
                 "train.warmup is neither a share nor a number of steps.",

@@ -118,7 +118,7 @@ class Sample(NamedTuple):
     """Allocated device bytes at one moment of a training step; `block` is the decoder layer at work."""
 
     nbytes: int
-    phase: str  # load, forward, loss, backward, update
+    phase: str  # load, reference, forward, loss, backward, update
     block: int | None
 
 

@@ -220,10 +220,12 @@ def _in_spans(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
 
 def _no_preferences(kind: str) -> WrongDataError:
     keys = "chosen and rejected answers" if kind == "preference" else "answers with a label, good or bad"
-    fix = "set data.format: chosen to train on the chosen answers" if kind == "preference" else None
+    chosen = "set train.objective: dpo to learn from both, or data.format: chosen to train on the chosen answers"
     return WrongDataError(
         "the record is a preference, of which supervised fine-tuning would learn the bad answers too.",
         given=keys,
         allowed="conversations, prompts with completions, texts",
-        fix=fix or "set data.format: prompt_completion to train on every answer",
+        fix=chosen
+        if kind == "preference"
+        else "set train.objective: kto to learn from both, or data.format: prompt_completion to train on every answer",
     )

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.examples import Example
 from lowmem_ft.data.mixture import Mixture, lengths_of
 from lowmem_ft.data.packing import Batch, Rows, collate, pack, permutation, round_up
+from lowmem_ft.data.pairs import Mismatched, Preferences
 
 Order = Literal["shuffled", "longest_first"]
 
@@ -28,28 +28,31 @@ class MicroBatches(Sequence[Batch]):
         micro_batch_tokens: positions, padding included, that a micro-batch holds at most; it always has one row.
         pad_id: token id that fills up rows.
         width: length of every row; None pads each micro-batch to its longest row, a multiple of 8.
+        preferences: what the examples are, if they are no `Example`s.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         rows: Rows,
         lengths: NDArray[np.int32],
         *,
         micro_batch_tokens: int,
         pad_id: int,
         width: int | None,
+        preferences: Preferences | None = None,
     ) -> None:
-        self.examples, self.lengths = examples, lengths
+        self.examples, self.lengths, self.preferences = examples, lengths, preferences
         self.pad_id, self.width, self.micro_batch_tokens = pad_id, width, micro_batch_tokens
         tokens = rows.tokens(lengths)
         largest_first = np.argsort(-tokens, kind="stable")  # what fits then fits later
         self.rows = rows.reordered(largest_first)
-        self.widest = width or round_up(int(tokens.max()))  # the least that a micro-batch may hold, in positions
+        lanes = 1 if preferences is None else preferences.lanes
+        self.widest = lanes * (width or round_up(int(tokens.max())))  # the least that a micro-batch may hold
         self.starts: list[int] = []  # first row of each micro-batch
         widest = 0
         for row, filled in enumerate(tokens[largest_first].tolist()):
-            if not self.starts or (row - self.starts[-1] + 1) * widest > micro_batch_tokens:
+            if not self.starts or (row - self.starts[-1] + 1) * lanes * widest > micro_batch_tokens:
                 self.starts.append(row)
                 widest = width or round_up(filled)
 
@@ -66,7 +69,28 @@ class MicroBatches(Sequence[Batch]):
         at = range(len(self))[index]
         rows = self.rows[slice(*[*self.starts, len(self.rows)][at : at + 2])]
         documents = [[self.examples[document] for document in row] for row in rows]
-        return collate(documents, pad_id=self.pad_id, length=self.width)
+        make = collate if self.preferences is None else self.preferences.collate
+        return make(documents, pad_id=self.pad_id, length=self.width)
+
+    @property
+    def mismatched(self) -> Sequence[Batch]:
+        """Of answers with verdicts each prompt with another's answer, in micro-batches of as many positions; which has
+        whose does not depend on their size. Of all else nothing."""
+        if self.preferences is None or self.preferences.lanes > 1:
+            return ()
+        mixed = Mismatched(self.examples, self.rows.documents, self.preferences.seq_len)
+        lengths = mixed.lengths
+        capacity = max(self.width or 0, int(lengths.max()))
+        rows = Rows.single(np.arange(len(mixed))) if self.width is None else pack(lengths, capacity=capacity, seed=0)
+        return MicroBatches(
+            mixed,
+            rows,
+            lengths,
+            micro_batch_tokens=self.micro_batch_tokens,
+            pad_id=self.pad_id,
+            width=None,
+            preferences=self.preferences,
+        )
 
     def within(self, micro_batch_tokens: int) -> MicroBatches:
         """The same rows in micro-batches of at most so many positions, if that is less than these have."""
@@ -79,6 +103,7 @@ class MicroBatches(Sequence[Batch]):
             micro_batch_tokens=micro_batch_tokens,
             pad_id=self.pad_id,
             width=self.width,
+            preferences=self.preferences,
         )
 
 
@@ -98,6 +123,7 @@ class BatchLoader(Iterator[MicroBatches]):
         pad_id: token id that fills up rows.
         order: of the rows of each epoch. `longest_first` goes from the longest to the shortest, so that the first step
             takes the most memory of all; learning from a sorted order may end elsewhere.
+        preferences: what the examples are, if they are no `Example`s. Two rows that hold pairs count as two.
 
     Attributes:
         steps: handed out since the start.
@@ -109,7 +135,7 @@ class BatchLoader(Iterator[MicroBatches]):
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         *,
         seq_len: int,
         packing: bool,
@@ -118,16 +144,18 @@ class BatchLoader(Iterator[MicroBatches]):
         seed: int,
         pad_id: int,
         order: Order = "shuffled",
+        preferences: Preferences | None = None,
     ) -> None:
-        self.examples, self.lengths = examples, lengths_of(examples)
+        self.examples, self.lengths, self.preferences = examples, _lengths(examples, preferences), preferences
         self.seq_len, self.packing, self.seed, self.pad_id, self.order = seq_len, packing, seed, pad_id, order
         self.micro_batch_tokens, self.tokens_per_step = micro_batch_tokens, tokens_per_step
         _check(self.lengths, seq_len)
         self.steps = 0
         self._varies = isinstance(examples, Mixture) and examples.varies
         first = self._deal(0)
-        mean = seq_len if packing else int(first.tokens(self.lengths).sum()) / len(first)
-        self.rows_per_step = max(1, tokens_per_step // seq_len if packing else round(tokens_per_step / mean))
+        lanes = 1 if preferences is None else preferences.lanes
+        mean = lanes * (seq_len if packing else int(first.tokens(self.lengths).sum()) / len(first))
+        self.rows_per_step = max(1, int(tokens_per_step // mean) if packing else round(tokens_per_step / mean))
         self._dealt = 0, first
         self.steps_per_epoch = self._steps_for(first)
         self._starts = [0, self.steps_per_epoch]  # first step of each epoch, as far as they are known
@@ -157,6 +185,7 @@ class BatchLoader(Iterator[MicroBatches]):
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
             width=self.width,
+            preferences=self.preferences,
         )
 
     def _rows(self, epoch: int) -> Rows:
@@ -213,25 +242,42 @@ class BatchLoader(Iterator[MicroBatches]):
             identity["order"] = self.order
         if isinstance(self.examples, Mixture) and any(weight != 1 for weight in self.examples.weights):
             identity["weights"] = list(self.examples.weights)
-        return identity
+        return identity | (self.preferences.identity() if self.preferences is not None else {})
 
 
 def eval_batches(
-    examples: Sequence[Example], *, seq_len: int, packing: bool, micro_batch_tokens: int, pad_id: int
+    examples: Sequence[Any],
+    *,
+    seq_len: int,
+    packing: bool,
+    micro_batch_tokens: int,
+    pad_id: int,
+    preferences: Preferences | None = None,
 ) -> MicroBatches:
     """Each of `examples` once, always in the same order. Arguments are those of `BatchLoader`.
 
     Raises:
         DataError: no examples, or one longer than `seq_len`.
     """
-    lengths = lengths_of(examples)
+    lengths = _lengths(examples, preferences)
     _check(lengths, seq_len)
     rows = _deal(examples, lengths, seq_len, 0, packing)
-    width = _packed_width(rows, lengths, seq_len) if packing else None
-    return MicroBatches(examples, rows, lengths, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id, width=width)
+    return MicroBatches(
+        examples,
+        rows,
+        lengths,
+        micro_batch_tokens=micro_batch_tokens,
+        pad_id=pad_id,
+        width=_packed_width(rows, lengths, seq_len) if packing else None,
+        preferences=preferences,
+    )
 
 
-def _deal(examples: Sequence[Example], lengths: NDArray[np.int32], seq_len: int, seed: int, packing: bool) -> Rows:
+def _lengths(examples: Sequence[Any], preferences: Preferences | None) -> NDArray[np.int32]:
+    return lengths_of(examples) if preferences is None else preferences.lengths(examples)
+
+
+def _deal(examples: Sequence[Any], lengths: NDArray[np.int32], seq_len: int, seed: int, packing: bool) -> Rows:
     """The rows of an epoch, shuffled by `seed`."""
     used = examples.of_epoch(seed) if isinstance(examples, Mixture) else np.arange(len(lengths))
     if not len(used):

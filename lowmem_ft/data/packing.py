@@ -22,6 +22,29 @@ from lowmem_ft.data.examples import IGNORE_INDEX, Example
 ROW_MULTIPLE = 8  # matrix units want row lengths of a multiple of 8
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Where the answers of a micro-batch of preferences lie among its flattened positions.
+
+    Attributes:
+        spans: (first position that predicts a token of the answer, behind the last one) of each, the better or good
+            answers first. Of pairs the worse ones follow in the same order.
+        whole: the same from the beginning of the answer's document on.
+        tokens: of each answer, in the loss.
+        good: how many are better or good ones.
+        likely: positions of these documents in the loss.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    whole: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    good: int
+    likely: int
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One micro-batch, ready for the model.
@@ -36,6 +59,7 @@ class Batch:
         loss_tokens: positions whose prediction is in the loss.
         packed: whether a row may hold several documents. Like both counts it is known here without looking at tensors,
             which may lie on a device or be fake.
+        answers: of preferences.
     """
 
     input_ids: Tensor
@@ -45,6 +69,7 @@ class Batch:
     tokens: int
     loss_tokens: int
     packed: bool = True
+    answers: Answers | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,22 +120,83 @@ def preference_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally
     """What `store.write_stored` takes: of a pair the chosen answer and then the rejected one. `tally` counts pairs.
 
     Raises:
-        DataError: as `examples.read_examples` raises it.
+        DataError: as `examples.read_examples` raises it; a prompt that leaves no room for an answer, and answers that
+            are the same once they are cut.
     """
     for row in rows:
-        found = tally.attempt(row, lambda record: encode_preference(encoder, record))
-        if found is None:
+        found = tally.attempt(row, partial(_cut, encoder, tally))
+        if found is None or not tally.fits(row, max(found.lengths)):
             continue
-        pair = found.label is None
-        answers = [(example, CHOSEN if pair else GOOD) for example in (found.chosen,) if example is not None]
-        answers += [(example, REJECTED if pair else BAD) for example in (found.rejected,) if example is not None]
-        if not tally.fits(row, max(len(example) for example, _ in answers)):
-            continue
-        answers = [(example.cut(tally.seq_len), part) for example, part in answers]
-        if not all(example.loss_tokens for example, _ in answers):
-            tally.masked_lines.append(row.number)
-            continue
+        pair = found.example.label is None
+        answers = [(it, CHOSEN if pair else GOOD) for it in (found.example.chosen,) if it is not None]
+        answers += [(it, REJECTED if pair else BAD) for it in (found.example.rejected,) if it is not None]
         tally.counts["examples"] += 1
         for example, part in answers:
             tally.counts.update(tokens=len(example), loss_tokens=example.loss_tokens)
             yield example, part
+
+
+def pair_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
+    """The same of pairs alone.
+
+    Raises:
+        DataError: likewise, and for answers with a verdict.
+    """
+    for example, part in preference_entries(rows, encoder, tally):
+        if part in (GOOD, BAD):
+            raise WrongDataError(
+                f"{tally.path}: a record has one answer with a verdict, and pairs are learned from.",
+                given="prompt, completion, label",
+                allowed="chosen and rejected (with prompt, or beginning alike)",
+                fix="set train.objective: kto",
+            )
+        yield example, part
+
+
+def verdict_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
+    """The same, each answer of a pair by itself: the better one is good, the other one bad."""
+    for example, part in preference_entries(rows, encoder, tally):
+        tally.counts["examples"] += part == REJECTED
+        yield example, {CHOSEN: GOOD, REJECTED: BAD}.get(part, part)
+
+
+class _Cut(NamedTuple):
+    """A preference whose answers are cut to a row, and their tokens before."""
+
+    example: PreferenceExample
+    lengths: Sequence[int]
+
+
+def _cut(encoder: RecordEncoder, tally: Tally, record: Mapping[str, Any]) -> tuple[str, _Cut]:
+    kind, whole = encode_preference(encoder, record)
+    lengths = [len(it) for it in (whole.chosen, whole.rejected) if it is not None]
+    if max(lengths) > tally.seq_len and tally.overlong != "truncate":
+        return kind, _Cut(whole, lengths)  # what becomes of it is not asked here
+    return kind, _Cut(cut_preference(whole, tally.seq_len), lengths)
+
+
+def cut_preference(whole: PreferenceExample, seq_len: int) -> PreferenceExample:
+    """The first `seq_len` tokens of each answer's document.
+
+    Raises:
+        DataError: nothing is left of an answer, or both are the same then.
+    """
+    answers = [it for it in (whole.chosen, whole.rejected) if it is not None]
+    longest, cut = max(len(it) for it in answers), [it.cut(seq_len) for it in answers]
+    if not all(it.loss_tokens for it in answers):
+        raise DataError("an answer has no tokens.", allowed="answers with text")
+    if not all(it.loss_tokens for it in cut):
+        raise DataError(
+            "the prompt leaves no room for the answer.",
+            given=f"{longest} tokens with the answer",
+            allowed=f"{seq_len} (data.seq_len)",
+            fix="raise data.seq_len, or leave such records out with data.overlong: drop or data.invalid: skip",
+        )
+    if len(cut) == 2 and list(cut[0].input_ids) == list(cut[1].input_ids):
+        where = f"in their first {seq_len}" if longest > seq_len else "as"
+        raise DataError(
+            f"'chosen' and 'rejected' are the same {where} tokens.",
+            allowed="two answers that differ",
+            fix="raise data.seq_len, or leave such records out with data.invalid: skip",
+        )
+    return PreferenceExample(None if whole.chosen is None else cut[0], None if whole.rejected is None else cut[-1])

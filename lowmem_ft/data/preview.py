@@ -17,7 +17,7 @@ from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder
 from lowmem_ft.data.formats import PREFERENCES
 from lowmem_ft.data.packing import pack
-from lowmem_ft.data.preference import encode_preference
+from lowmem_ft.data.preference import cut_preference, encode_preference
 from lowmem_ft.data.records import Progress, Row, at
 from lowmem_ft.data.sources import find_source
 from lowmem_ft.data.tally import Overlong
@@ -174,6 +174,9 @@ def _encoded(row: Row, encoder: RecordEncoder, found: Preview) -> Iterator[tuple
     kind = encoder.reader.read(row.record).kind
     if kind in PREFERENCES and encoder.format != "chosen":
         kind, pair = encode_preference(encoder, row.record)
+        longest = max(len(it) for it in (pair.chosen, pair.rejected) if it is not None)
+        if found.overlong == "truncate" or longest <= found.seq_len:
+            cut_preference(pair, found.seq_len)  # which training would refuse
         named = [("chosen", pair.chosen), ("rejected", pair.rejected)]
         examples = [(what, example) for what, example in named if example is not None]
     else:

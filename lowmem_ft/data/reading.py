@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,12 +13,19 @@ from lowmem_ft.core.config import DataConfig, DataSource, Sources
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
 from lowmem_ft.data.mixture import Mixture
-from lowmem_ft.data.preference import PreferenceExample, StoredPreferences, preference_entries
+from lowmem_ft.data.preference import (
+    PreferenceExample,
+    StoredPreferences,
+    pair_entries,
+    preference_entries,
+    verdict_entries,
+)
 from lowmem_ft.data.records import Progress, Row
 from lowmem_ft.data.sources import FileSet, Use, find_source, list_sources
 from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
 from lowmem_ft.data.tally import DataReport, Tally
 
+Wanted = Literal["any", "pairs", "verdicts"]
 Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is told of the bytes done
 
 
@@ -39,18 +47,27 @@ def read_sources(
 
 
 def read_preferences(
-    sources: Sources, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, use: Use, task: Task
+    sources: Sources,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    use: Use,
+    task: Task,
+    wanted: Wanted = "any",
 ) -> tuple[Mixture[PreferenceExample], list[str]]:
     """The preferences of `sources`, likewise. Only answers are in the loss, whatever `data.assistant_only` says.
 
     A pair is cut, dropped or left out as a whole, by the longer of its answers.
 
+    Args:
+        wanted: pairs, of which no answer with a verdict may be one; or verdicts, of which a pair gives two.
+
     Raises:
-        DataError: as `read_sources`, and for records that are no preferences.
+        DataError: as `read_sources`, and for records that are no preferences, or not those that are wanted.
         ConfigError: the folder of `data.cache` cannot be written.
     """
     data = data.model_copy(update={"assistant_only": True})
-    stored, weights, notes = _stored(sources, data, tokenizer, use, task, preference_entries)
+    stored, weights, notes = _stored(sources, data, tokenizer, use, task, ENTRIES[wanted])
     return Mixture(tuple(StoredPreferences.of(part) for part in stored), weights), notes
 
 
@@ -59,6 +76,7 @@ def _examples(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iter
 
 
 Encode = Callable[[Iterable[Row], RecordEncoder, Tally], Iterator[tuple[Example, int]]]
+ENTRIES: Mapping[Wanted, Encode] = {"any": preference_entries, "pairs": pair_entries, "verdicts": verdict_entries}
 
 
 def _stored(

@@ -22,7 +22,8 @@ from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError, ParityError
 from lowmem_ft.core.host import release_freed_memory
-from lowmem_ft.data.reading import read_sources
+from lowmem_ft.core.preference import learns_preferences
+from lowmem_ft.data.reading import read_preferences, read_sources
 from lowmem_ft.data.records import SUFFIXES
 
 TOKENS = 1024  # that are compared, if the vocabulary is not larger than
@@ -132,8 +133,15 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
     if sources:
         changes = {"seq_len": SEQUENCE, "assistant_only": False, "overlong": "truncate", "cache": None}
         data = config.data.model_copy(update=changes)
-        examples, _ = read_sources(sources, data, tokenizer, use="eval", task=lambda _: nullcontext(lambda *_: None))
-        few = [examples[at].input_ids for at in range(min(len(examples), most))]
+        common: dict[str, Any] = {"use": "eval", "task": lambda _: nullcontext(lambda *_: None)}
+        if text is None and learns_preferences(config):
+            data = config.data.model_copy(update={"cache": None})  # a shorter row may not hold an answer
+            answers, _ = read_preferences(sources, data, tokenizer, wanted="verdicts", **common)
+            some = (answers[at] for at in range(min(len(answers), most)))
+            few = [it.input_ids[:SEQUENCE] for pair in some for it in (pair.chosen, pair.rejected) if it is not None]
+        else:
+            examples, _ = read_sources(sources, data, tokenizer, **common)
+            few = [examples[at].input_ids for at in range(min(len(examples), most))]
         return HeldOut(sequences=_few(few, most), origin="data.eval" if text is None else str(text))
     if text is not None:
         try:

@@ -16,6 +16,7 @@ from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
@@ -183,14 +184,14 @@ class Choices:
 
 
 def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:
-    """What all policies of one precision have in common, with one row per micro-batch."""
+    """What all policies of one precision have in common, with as few rows in a micro-batch as there can be."""
     names: dict[int, Literal["nf4", "fp4", "int8", "none"]] = {4: config.quant.type, 8: "int8", 16: "none"}
     return Policy(
         bits=bits,
         quant=names[bits],
         double_quant=config.quant.double_quant and bits == 4,
         compute_dtype=config.policy.compute_dtype or device.compute_dtype,
-        micro_batch_tokens=config.data.seq_len,
+        micro_batch_tokens=lanes(config) * config.data.seq_len,
         accumulation=1,
         resident_blocks=0,
         streamed_blocks=0,

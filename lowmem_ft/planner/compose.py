@@ -19,10 +19,10 @@ from lowmem_ft.core.host import LARGE
 from lowmem_ft.planner.trace import Event, Tier, Trace
 
 Window: TypeAlias = tuple[Hashable, Hashable, Hashable]  # classes of a block's neighbours and its own; None: no block
-Part: TypeAlias = Literal["load", "start", "forward", "loss", "backward", "end", "update"]
+Part: TypeAlias = Literal["load", "start", "reference", "forward", "loss", "backward", "end", "update"]
 _OUTSIDE: tuple[Part, ...] = ("start", "loss", "end", "update")
-_OF_A_STEP = frozenset({"forward", "loss", "backward", "update"})
-_WITHOUT_BLOCK = frozenset({"loss", "update"})
+_OF_A_STEP = frozenset({"reference", "forward", "loss", "backward", "update"})
+_WITHOUT_BLOCK = frozenset({"reference", "loss", "update"})  # a pass without gradients leaves nothing in its blocks
 
 
 def windows(classes: Sequence[Hashable]) -> list[Window]:
@@ -108,7 +108,8 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
     to the update, so that an update fits every backward pass.
 
     Args:
-        seconds: by phase and block, as the Tracer sums them.
+        seconds: by phase and block, as the Tracer sums them. Of the reference's pass those outside of its blocks
+            count: its blocks take as long as they do forward.
         tier: whose bytes are counted; None for both together (a CPU, where they are the same memory).
     """
     births: dict[int, tuple[Part, int | None, int]] = {}  # by key
@@ -144,7 +145,9 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
         there, at, number = births[key]
         origin = block if block is not None else last if part == "loss" else lowest
         birth = Birth(there, None if at is None else at - origin, number)
-        early = (part == "backward" and there == "start") or (part == "update" and there not in ("load", "update"))
+        early = (part == "backward" and there in ("start", "reference")) or (
+            part == "update" and there not in ("load", "update")
+        )
         (end if early else steps).append((event, birth))
     groups.insert(len(groups) - (groups[-1][0] == "update"), ("end", None, end))
     phases = {"start": "forward"}
@@ -190,7 +193,16 @@ class Pieces:
         blocks = [Place(self._nearest("forward", window), i) for i, window in enumerate(at)]
         back = [Place(self._nearest("backward", window), i) for i, window in enumerate(at)]
         start, loss, end, update = (Place(self.outside[part], None) for part in _OUTSIDE)
-        return [start, *blocks, loss, *reversed(back), end, update]
+        reference = self.outside.get("reference")
+        return [
+            start,
+            *([] if reference is None else [Place(reference, None)]),
+            *blocks,
+            loss,
+            *reversed(back),
+            end,
+            update,
+        ]
 
     def know(self, classes: Sequence[Hashable]) -> bool:
         """Whether a block of each class was traced."""
@@ -220,10 +232,10 @@ class Pieces:
             made.by_window[part, window] = replace(segment, seconds=share * segment.seconds)
         return made
 
-    def with_loss(self, loss: Segment) -> Pieces:
-        """The same pieces with the loss of another chunk size."""
+    def with_heads(self, heads: Mapping[Part, Segment]) -> Pieces:
+        """The same pieces with loss and reference of another chunk size."""
         made = Pieces()
-        made.outside, made.by_window = {**self.outside, "loss": loss}, self.by_window
+        made.outside, made.by_window = {**self.outside, **heads}, self.by_window
         return made
 
     def between(self, other: Pieces, share: float) -> Pieces:

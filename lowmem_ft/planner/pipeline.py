@@ -57,7 +57,7 @@ def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float], input
         begin = gone = coming = now  # when an input is down, and the next one up
         for place in places:
             at = place.at
-            if at is not None and at in inputs.blocks:
+            if at is not None and at in inputs.blocks and place.segment.part != "reference":
                 if place.segment.part == "forward":
                     now = max(now, gone)
                     if at != inputs.blocks[-1]:

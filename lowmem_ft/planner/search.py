@@ -12,6 +12,7 @@ from typing import Literal
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.preference import lanes
 from lowmem_ft.planner.answer import Answer, Option
 from lowmem_ft.planner.choices import MLP_TILES, WORTH_TILES, Choices, Place, first_policy, replace_rows
 from lowmem_ft.planner.device import Device, cost_of, links_of
@@ -62,16 +63,18 @@ class Search:
     def lengthen(self, config: RunConfig) -> None:
         """Go on with another sequence length, of which the model does not depend."""
         self.config = self.scales.stage.config = config
-        self._start = replace(self._start, micro_batch_tokens=config.data.seq_len)
+        self._start = replace(self._start, micro_batch_tokens=lanes(config) * config.data.seq_len)
         self._size(config)
 
     def _size(self, config: RunConfig) -> None:
         seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
-        rows = max(1, config.train.tokens_per_step // seq_len)
-        self.tokens = rows * seq_len
+        together = lanes(config)
+        groups = max(1, config.train.tokens_per_step // (together * seq_len))
+        self.tokens = groups * together * seq_len
         self._estimated: dict[Policy, Option] = {}
-        choices = {math.ceil(rows / times) for times in range(1, rows + 1)}
-        self._rows = sorted(choices) if pinned is None else [max(1, pinned // seq_len)]
+        choices = {math.ceil(groups / times) for times in range(1, groups + 1)}
+        taken = sorted(choices) if pinned is None else [max(1, pinned // (together * seq_len))]
+        self._rows = [together * group for group in taken]
         self._attentions = self.choices.attentions()
 
     def best(self, budget: int) -> Answer:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
-from lowmem_ft.data.packing import Batch
+from lowmem_ft.data.packing import Answers, Batch
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
@@ -31,7 +32,7 @@ from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.tiers import NoTier
 from lowmem_ft.runtime.vocabulary import chosen
-from lowmem_ft.step import eval_step, train_step
+from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
 # and what PyTorch's own code takes for a moment.
@@ -191,7 +192,9 @@ class Stage:
                 tracer.phase, tracer.block = "forward", None
                 ready: Any = self._with_loss(policy)
                 ready.optimizer = _Update(self, run=update)
-                train_step(ready, [_batch(self.config, policy, self.kind, loss_tokens)], lr=1e-4)
+                batch = _batch(self.config, policy, self.kind, loss_tokens)
+                train_step(ready, [batch], lr=1e-4, mismatched=self._mismatched(batch))
+                del batch
             self._unread.update((block, unread.layers) for block, unread in recomputing)
             activations.remove()
         return tracer.trace
@@ -211,8 +214,18 @@ class Stage:
         ready.mlps.work_in(policy.mlp_tile_tokens)
         with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
             tracer.phase, tracer.block = "eval", None
-            eval_step(ready, _batch(self.config, policy, self.kind, loss_tokens))
+            batch = _batch(self.config, policy, self.kind, loss_tokens)
+            if ready.objective is None:
+                eval_step(ready, batch)
+            else:
+                evaluate_preferences(ready, [batch], self._mismatched(batch))
+            del batch
         return tracer.trace
+
+    def _mismatched(self, batch: Batch) -> list[Batch]:
+        """What KTO looks at beside it, which is as large."""
+        objective = self.ready.objective
+        return [batch] if objective is not None and objective.method == "kto" else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,19 +330,27 @@ def _one_each(value: object, count: int) -> bool:
 
 def _batch(config: RunConfig, policy: Policy, kind: str, loss_tokens: int | None) -> Batch:
     """A full micro-batch; where the device is the CPU it lies there already."""
-    length = config.data.seq_len
-    shape = (max(1, policy.micro_batch_tokens // length), length)
+    length, together = config.data.seq_len, lanes(config)
+    shape = (max(together, policy.micro_batch_tokens // length), length)
     count = shape[0] * shape[1]
     device = "meta" if kind == "cpu" else "cpu"
     names: dict[str, Any] = {"input_ids": torch.int64, "labels": torch.int64, "position_ids": torch.int64}
-    tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in names.items()}
+    tensors: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in names.items()}
     return Batch(
         **tensors,
         segment_ids=torch.zeros(shape, dtype=torch.int32, device=device),
         tokens=count,
         loss_tokens=count if loss_tokens is None else loss_tokens,
         packed=config.data.packing,
+        answers=_answers(*shape) if learns_preferences(config) else None,
     )
+
+
+def _answers(rows: int, length: int) -> Answers:
+    """One in each row, half of them good."""
+    spans = tuple((row * length, (row + 1) * length - 1) for row in range(rows))
+    good = (rows + 1) // 2
+    return Answers(spans=spans, whole=spans, tokens=(length - 1,) * rows, good=good, likely=good * (length - 1))
 
 
 @contextmanager
@@ -357,7 +378,11 @@ def _marked(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    handles = [block.register_forward_pre_hook(enter(index)) for index, block in enumerate(blocks)]
+    def begins(*_: Any) -> None:
+        tracer.phase = "forward" if torch.is_grad_enabled() else "reference"
+
+    handles = [find_decoder(model).register_forward_pre_hook(begins)]
+    handles += [block.register_forward_pre_hook(enter(index)) for index, block in enumerate(blocks)]
     handles += [block.register_forward_hook(leave(index)) for index, block in enumerate(blocks)]
     try:
         yield

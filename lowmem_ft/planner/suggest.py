@@ -60,6 +60,7 @@ def suggest_data(
             "Fine-tuning would learn these records' bad answers, too.",
             given=f"{path}: {', '.join(kinds)}",
             allowed="answers to learn, or preference records alone, of which the chosen ones are learnt",
+            fix="to learn from preferences, write a config with train.objective: kto, or dpo for pairs",
         )
     longest = max(found.lengths)
     seq_len = -(-longest // STEP) * STEP

@@ -158,7 +158,8 @@ class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixt
     Attributes:
         key: the same for both events of a piece.
         op: the operator at work, such as `aten.mm.default`.
-        phase: load, forward, loss (all that follows the last block), backward, update, or eval.
+        phase: load, reference (a pass without gradients), forward, loss (all that follows the last block), backward,
+            update, or eval.
         block: the decoder layer at work, or None outside of them.
         inside: the op gives it back before it returns.
     """

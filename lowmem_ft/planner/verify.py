@@ -14,11 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
+from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.data.pairs import preferences_of
+from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.planner.device import Device
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
-from lowmem_ft.step import eval_step, train_step
+from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 
 SMALLEST_VOCABULARY = 64  # the tokens of a real step are drawn from ids that every model has
 
@@ -33,10 +36,11 @@ def verified(plan: Plan) -> Plan:
     device = Device(**plan.device)
     where, config = device.torch_device, plan.run_config
     batches = full_batches(config, plan.policy, vocabulary=SMALLEST_VOCABULARY)
+    mismatched = mismatched_of(config, batches)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         ready = assemble(config, plan.policy, where)
-        train_step(ready, batches, lr=1e-4)
+        train_step(ready, batches, lr=1e-4, mismatched=mismatched)
         measured: dict[str, float] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(where),
             "reserved_peak_bytes": torch.cuda.max_memory_reserved(where),
@@ -46,11 +50,11 @@ def verified(plan: Plan) -> Plan:
             measured["process_peak_bytes"] = total
     else:
         ready, allocated = _measured_peak(
-            config, plan.policy, batches[:1], lambda it: train_step(it, batches[:1], lr=1e-4)
+            config, plan.policy, batches[:1], lambda it: train_step(it, batches[:1], lr=1e-4, mismatched=mismatched[:1])
         )
         measured = {"allocated_peak_bytes": allocated}
     start = time.perf_counter()
-    train_step(ready, batches, lr=1e-4)
+    train_step(ready, batches, lr=1e-4, mismatched=mismatched)
     measured["step_seconds"] = time.perf_counter() - start
     measured["tokens_per_second"] = sum(batch.tokens for batch in batches) / measured["step_seconds"]
     if where.type == "cpu":
@@ -59,17 +63,39 @@ def verified(plan: Plan) -> Plan:
 
 
 def full_batches(config: RunConfig, policy: Policy, *, vocabulary: int) -> list[Batch]:
-    """A step's micro-batches of random tokens without padding; rows of two documents where they are packed."""
-    length = config.data.seq_len
-    shape = (max(1, policy.micro_batch_tokens // length), length)
+    """A step's micro-batches of random tokens without padding; rows of two documents where they are packed.
+
+    Of preferences documents are answers alone.
+    """
+    length, preferences = config.data.seq_len, preferences_of(config)
+    shape = (max(lanes(config), policy.micro_batch_tokens // length), length)
     half = length // 2
     found = []
     for index in range(policy.accumulation):
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(3, vocabulary, shape, generator=generator).tolist()
         parts = [[row[:half], row[half:]] if config.data.packing else [row] for row in ids]
-        found.append(collate([[Example(part, part) for part in row] for row in parts], pad_id=0))
+        rows = [[Example(part, part) for part in row] for row in parts]
+        if preferences is None:
+            found.append(collate(rows, pad_id=0))
+        else:
+            found.append(preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=None))
     return found
+
+
+def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[PreferenceExample]]:
+    """Pairs of the documents of each two rows, or the documents with a verdict, half of them good."""
+    if together == 2:
+        both = zip(rows[::2], rows[1::2], strict=True)
+        return [[PreferenceExample(*pair) for pair in zip(*them, strict=True)] for them in both]
+    good = (len(rows) + 1) // 2
+    return [[PreferenceExample(it if at < good else None, None if at < good else it) for it in row]
+            for at, row in enumerate(rows)]  # fmt: skip
+
+
+def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """What KTO looks at beside `batches`: micro-batches that are as large."""
+    return batches if config.train.objective == "kto" else ()
 
 
 def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> int:
@@ -77,12 +103,21 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
 
     What other tensors exist in the process is left out.
     """
-    return _measured_peak(config, policy, batches, lambda ready: train_step(ready, batches, lr=1e-4))[1]
+    mismatched = mismatched_of(config, batches)
+    return _measured_peak(
+        config, policy, batches, lambda ready: train_step(ready, batches, lr=1e-4, mismatched=mismatched)
+    )[1]
 
 
 def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
     """The same during one evaluation step, with the optimizer in memory as it is during training."""
-    return _measured_peak(config, policy, [batch], lambda ready: eval_step(ready, batch))[1]
+
+    def evaluate(ready: Assembled) -> object:
+        if ready.objective is None:
+            return eval_step(ready, batch)
+        return evaluate_preferences(ready, [batch], mismatched_of(config, [batch]))
+
+    return _measured_peak(config, policy, [batch], evaluate)[1]
 
 
 def _measured_peak(

@@ -18,6 +18,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import LARGE
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.compose import (
+    Part,
     Pieces,
     Place,
     Segment,
@@ -51,6 +52,7 @@ Class: TypeAlias = tuple[int, Treatment, int | None]
 FP32_HEAP = 1.8
 LONGEST = 1 << 17  # positions of models whose config names none
 _NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all further ones are like the first
+HEADS = ("loss", "reference")  # parts in which the output head works
 _LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
 
 
@@ -141,7 +143,9 @@ class Scales:
         self.keep: Sequence[int] = range(self.depth + 1)
         self.scripts: dict[Hashable, Script] = {}
         self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
-        self._losses: dict[Hashable, Segment] = {}  # by these, the tokens of a loss chunk and whether the head comes up
+        self._heads: dict[
+            Hashable, dict[Part, Segment]
+        ] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
@@ -262,13 +266,13 @@ class Scales:
                 classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
                     pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
-            self._losses.setdefault(key, pieces.outside["loss"])
-        if key not in self._losses:
+            self._heads.setdefault(key, _heads(pieces))
+        if key not in self._heads:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
             one = self._traced(sized, classes, range(len(classes)))
-            self._losses[key] = one.outside["loss"]
-        return pieces.with_loss(self._losses[key])
+            self._heads[key] = _heads(one)
+        return pieces.with_heads(self._heads[key])
 
     def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
         """Segments with the sizes of a first micro-batch and the times of the later ones."""
@@ -324,7 +328,7 @@ class Scales:
 
     def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:
         """The loss of all `tokens` from that of fewer: the list of their positions is longer."""
-        if segment.part != "loss":
+        if segment.part not in HEADS:
             return segment
         factor = tokens / in_loss
         listed = {event.key for event, _ in segment.events if event.op == _LISTING}
@@ -332,7 +336,7 @@ class Scales:
             (event._replace(nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
             for event, birth in segment.events
         ]
-        return segment_of("loss", None, steps, segment.seconds * factor, self._tier)
+        return segment_of(segment.part, None, steps, segment.seconds * factor, self._tier)
 
     def _weighed(self, policy: Policy, places: Sequence[Place], *, gone: int = 0) -> Weighed:
         """`gone`: bytes of each offloaded input, if `places` have them still on the device."""
@@ -360,7 +364,12 @@ class Scales:
         inputs = Inputs(self._offloading(policy), size / links.down, size / links.up)
         chunks = -(-tokens // policy.loss_chunk_tokens)
         head = chunks * sum(sum(matrix.copies) for matrix in moved.matrices) / rate
-        one = streamed_seconds([_at_least(place, head) for place in places[:-1]], copies, inputs)
+        objective = self.stage.ready.objective
+        passes = 0 if objective is None else objective.forwards
+        # without gradients, as in the first sweep over preferences, the head passes once instead of twice
+        heads = {"loss": head if objective is None else 1.5 * head, "reference": passes * head / 2}
+        work = [_at_least(place, heads.get(place.segment.part, 0.0)) for place in places[:-1]]
+        one = streamed_seconds([*_forward_again(work, passes), *work], copies, inputs)
         for matrix in moved.matrices:
             if matrix.embedding is not None:
                 one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
@@ -368,9 +377,20 @@ class Scales:
         return one * whole / tokens + places[-1].segment.seconds
 
 
-def _at_least(place: Place, head: float) -> Place:
-    """`place`, and if it is the loss so long that the head's tiles can come meanwhile."""
+def _heads(pieces: Pieces) -> dict[Part, Segment]:
+    """The segments in which the output head works."""
+    return {part: segment for part, segment in pieces.outside.items() if part in HEADS}
+
+
+def _at_least(place: Place, seconds: float) -> Place:
+    """`place`, and so long that the head's tiles can come meanwhile."""
     segment = place.segment
-    if segment.part != "loss" or segment.seconds >= head:
+    if segment.seconds >= seconds:
         return place
-    return replace(place, segment=replace(segment, seconds=head))
+    return replace(place, segment=replace(segment, seconds=seconds))
+
+
+def _forward_again(places: Sequence[Place], passes: int) -> list[Place]:
+    """So many passes without gradients through the blocks of a step, which put no inputs down."""
+    blocks = [it for it in places if it.segment.part == "forward"]
+    return passes * [replace(it, segment=replace(it.segment, part="reference")) for it in blocks]

@@ -11,7 +11,7 @@ from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.tables import memory_rows
 
-SHOWN = {"quant", "adapter", "train", "policy"}  # sections that name no place of this machine
+SHOWN = {"quant", "adapter", "train", "preference", "policy"}  # sections that name no place of this machine
 
 
 def model_card(run: Run) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.tables import memory_rows
 
@@ -27,12 +28,17 @@ def run_page(run: Run) -> str:
         _table((), rows),
         "<h2>Planned against measured</h2>",
         _table(("memory", "planned", "measured", "of plan"), memory_rows(run)),
-        "<h2>Loss</h2><p>nats per token; blue: training, orange: held-out</p>",
+        f"<h2>Loss</h2><p>{_unit(run)}; blue: training, orange: held-out</p>",
         _plot((train, "#1f6feb"), (held_out, "#d9730d")),
     ]
     title = html.escape(run.folder.name)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _unit(run: Run) -> str:
+    config = run.plan.run_config
+    return f"{config.train.objective}, mean of a step" if learns_preferences(config) else "nats per token"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

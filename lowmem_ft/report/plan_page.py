@@ -18,7 +18,7 @@ COLOURS = {
     "activations": "#fd7e14", "loss": "#e64980", "workspace": "#be4bdb", "overhead": "#868e96",
 }  # fmt: skip
 TIERS = {"device_bytes": "#4c6ef5", "pinned_bytes": "#be4bdb", "host_bytes": "#12b886", "disk_bytes": "#868e96"}
-PHASES = {"forward": "#4c6ef5", "loss": "#e64980", "backward": "#fd7e14", "update": "#12b886"}
+PHASES = {"reference": "#868e96", "forward": "#4c6ef5", "loss": "#e64980", "backward": "#fd7e14", "update": "#12b886"}
 
 _STYLE = """
 :root{--ink:#1a1b1e;--paper:#fff;--soft:#5c5f66;--line:#ced4da;--card:#f8f9fa;--good:#2b8a3e;--bad:#c92a2a}

@@ -145,6 +145,8 @@ def cross_entropy_and_gradients(
     hidden_grad: bool = True,
     weight_grad: Tensor | None = None,
     bias_grad: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    losses_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunked_cross_entropy` without autograd: loss and gradients in one go.
 
@@ -153,9 +155,12 @@ def cross_entropy_and_gradients(
         weight_grad: fp32 (V, D), to which the gradient of the head's weight is *added*: given the buffer in which a
             step accumulates, a trained head needs no gradient tensor beside it.
         bias_grad: fp32 (V,), likewise.
+        weights_N: fp32, what the gradient of each row's cross-entropy is multiplied by, beside `grad_scale`; rows that
+            are not in the loss are not read.
+        losses_N: fp32, to which the cross-entropy of each row in the loss is written.
 
     Returns:
-        The loss, an fp32 scalar, and the gradient (N, D) in the dtype of `hidden_ND` or None.
+        The loss, without `weights_N`, an fp32 scalar, and the gradient (N, D) in the dtype of `hidden_ND` or None.
     """
     assert weight_grad is None or head.table is None, "a head that is trained lies on the device"
     in_loss_N = labels_N != ignore_index
@@ -171,11 +176,14 @@ def cross_entropy_and_gradients(
         rows_C = rows_K[start : start + chunk]
         work.take(hidden_ND.index_select(0, rows_C), labels_N.index_select(0, rows_C))
         loss += _once(work, f"loss {differentiate}", lambda: work.loss(returns=differentiate))
+        if losses_N is not None:
+            losses_N.index_copy_(0, rows_C, work.losses().squeeze(1))
         if not differentiate:
             continue
+        work.weights_C1 = None if weights_N is None else weights_N.index_select(0, rows_C).unsqueeze(1)
         grad_CD = _once(
             work,
-            f"gradient {hidden_grad} {bias_grad is None}",
+            f"gradient {hidden_grad} {bias_grad is None} {weights_N is None}",
             lambda: work.differentiate(grad_scale, hidden_grad=hidden_grad, bias_grad=bias_grad),
         )
         if grad_ND is not None and grad_CD is not None:
@@ -196,6 +204,7 @@ class _Chunk:
         labels_C1, count: of the rows in use.
         largest_C1, sum_C1, target_C1: fp32, of the softmax: the largest logit, the sum of exp(logit - largest), and the
             logit of the label.
+        weights_C1: fp32, of the rows in use: a factor on their gradients, or None.
     """
 
     head: Head
@@ -208,6 +217,7 @@ class _Chunk:
     largest_C1: Tensor
     sum_C1: Tensor
     target_C1: Tensor
+    weights_C1: Tensor | None = None
 
     @classmethod
     def empty(cls, chunk: int, head: Head) -> _Chunk:
@@ -251,8 +261,12 @@ class _Chunk:
                 torch.maximum(before_R1, z_RT.amax(1, keepdim=True), out=largest_R1)
                 more_R1 = z_RT.sub_(largest_R1).exp_().sum(1, keepdim=True)
                 sum_R1.mul_(before_R1.sub_(largest_R1).exp_()).add_(more_R1)
+        return self.losses().sum()
+
+    def losses(self) -> Tensor:
+        """The cross-entropy of each row in use, (C, 1) fp32, once `loss` was there."""
         used = slice(self.count)
-        return (self.sum_C1[used].log() + self.largest_C1[used] - self.target_C1[used]).sum()
+        return self.sum_C1[used].log() + self.largest_C1[used] - self.target_C1[used]
 
     def differentiate(self, grad_scale: float, *, hidden_grad: bool, bias_grad: Tensor | None) -> Tensor | None:
         """The logits become d(loss)/d(logits) * grad_scale, where they are kept.
@@ -330,8 +344,9 @@ class _Chunk:
         """A few rows of a tile's logits become d(loss)/d(logits) * factor / scale."""
         z_RT, slope_RT = self._scaled(at, rows)
         inside_R1, label_R1 = self._labels(at, rows)
-        z_RT.sub_(self.largest_C1[rows]).exp_().mul_(factor / self.sum_C1[rows])
-        z_RT.scatter_add_(1, label_R1, inside_R1.to(torch.float32).mul_(-factor))
+        own: Any = factor if self.weights_C1 is None else self.weights_C1[rows] * factor
+        z_RT.sub_(self.largest_C1[rows]).exp_().mul_(own / self.sum_C1[rows])
+        z_RT.scatter_add_(1, label_R1, inside_R1.to(torch.float32).mul_(-own))
         if slope_RT is not None:
             z_RT.mul_(slope_RT)
         self._logits(at)[rows].copy_(z_RT)

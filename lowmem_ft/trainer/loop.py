@@ -20,10 +20,10 @@ from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.data.mixture import Mixture
-from lowmem_ft.data.reading import read_sources
+from lowmem_ft.data.pairs import balance_note, preferences_of
+from lowmem_ft.data.reading import Wanted, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
@@ -83,8 +83,8 @@ def train(
             return loop.run(resume=resume)
 
 
-def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Training and held-out examples of a run; the second is empty without `data.eval`.
+def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Training and held-out examples, or preferences, of a run; the second is empty without `data.eval`.
 
     Raises:
         ConfigError: `data.train` is missing.
@@ -98,27 +98,38 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Examp
     )
 
 
-def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Example]:
-    """The examples of `sources`, tokenized as `config.data` says, on disk."""
+def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Any]:
+    """The examples of `sources`, tokenized as `config.data` says, on disk; preferences where the run learns these."""
     tokenizer = load_tokenizer(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).folder)
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=config.model)
-    examples, notes = read_sources(
-        sources, config.data, tokenizer, use=use, task=lambda name: reporter.task(name, unit="B")
-    )
+    preferences = preferences_of(config)
+    examples: Mixture[Any]
+    common: dict[str, Any] = {"use": use, "task": lambda name: reporter.task(name, unit="B")}
+    if preferences is None:
+        examples, notes = read_sources(sources, config.data, tokenizer, **common)
+    else:
+        wanted: Wanted = "pairs" if preferences.lanes == 2 else "verdicts"
+        examples, notes = read_preferences(sources, config.data, tokenizer, wanted=wanted, **common)
+        balance = balance_note(config, examples) if use == "train" else None
+        notes += [balance] if balance else []
     for note in notes:
         reporter.say(note)
     return examples
 
 
-def evaluate(recovery: Recovery, config: RunConfig, examples: Sequence[Example], reporter: Reporter) -> float:
-    """Mean loss in nats per loss token over `examples`, in the micro-batches of the policy in force."""
+def evaluate(
+    recovery: Recovery, config: RunConfig, examples: Sequence[Any], reporter: Reporter
+) -> tuple[float, dict[str, float]]:
+    """Mean loss over `examples`, in nats per loss token or, of preferences, per pair or answer, in the micro-batches of
+    the policy in force; and of preferences means of rewards and log-probabilities."""
     batches = eval_batches(
         examples,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
         micro_batch_tokens=recovery.policy.micro_batch_tokens,
         pad_id=_pad_id(recovery.ready),
+        preferences=preferences_of(config),
     )
     with reporter.task("Evaluating", unit="batches") as progress:
         return recovery.evaluate(batches, progress)
@@ -142,8 +153,8 @@ class _Loop:
     ready: Assembled
     folder: RunFolder
     trackers: Trackers
-    train_examples: Sequence[Example]
-    eval_examples: Sequence[Example]
+    train_examples: Sequence[Any]
+    eval_examples: Sequence[Any]
     reporter: Reporter
     step: int = 0
     eval_loss: float | None = None  # of the newest evaluation
@@ -175,6 +186,7 @@ class _Loop:
             seed=settings.seed,
             pad_id=_pad_id(self.ready),
             order=self.config.data.order,
+            preferences=preferences_of(self.config),
         )
         total = settings.steps or max(1, math.ceil(loader.steps_per_epoch * settings.epochs))
         newest = state.checkpoints(self.folder.checkpoints)[-1:] if resume else []
@@ -240,6 +252,7 @@ class _Loop:
                 "tokens_per_second": result.tokens / seconds,
                 "device_peak_bytes": device_peak_bytes(self.ready.device),
                 "host_peak_bytes": process_peak_bytes(),
+                **result.metrics,
                 **({"skipped": True} if result.skipped else {}),
                 **({"repeated": times} if (times := self.recovery.repeated - repeated) else {}),
             }
@@ -256,8 +269,9 @@ class _Loop:
     def _evaluate(self) -> None:
         if not self.eval_examples:
             return
-        self.eval_loss = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
-        self._log({"step": self.step, "eval_loss": self.eval_loss})
+        self.eval_loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self._log({"step": self.step, "eval_loss": self.eval_loss, **named})
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
             self.best_loss = self.eval_loss

@@ -26,7 +26,7 @@ from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.runtime.vocabulary import Which
-from lowmem_ft.step import StepResult, eval_step, sum_gradients, update
+from lowmem_ft.step import StepResult, eval_step, evaluate_preferences, sum_gradients, update
 
 T = TypeVar("T")
 
@@ -97,7 +97,8 @@ class Recovery:
 
         def gradients() -> StepResult:
             state.restore_random(random)
-            return sum_gradients(self.ready, batches.within(self.policy.micro_batch_tokens))
+            now = batches.within(self.policy.micro_batch_tokens)
+            return sum_gradients(self.ready, now, now.mismatched)
 
         try:
             result = self._insist(gradients, lambda: self._safer(batches.widest))
@@ -126,20 +127,24 @@ class Recovery:
                 fix="close what else takes memory, and go on from the last checkpoint with --resume",
             ) from error
 
-    def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> float:
-        """Mean loss in nats per loss token over `batches`.
+    def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:
+        """Mean loss over `batches`, in nats per loss token or, of preferences, per pair or answer; and of preferences
+        what `evaluate_preferences` says beside.
 
         Raises:
             NoSaferPolicyError: nothing helps.
         """
 
-        def whole() -> float:
+        def whole() -> tuple[float, dict[str, float]]:
             total, tokens, now = 0.0, 0, batches.within(self.policy.micro_batch_tokens)
+            if self.ready.objective is not None:
+                found = evaluate_preferences(self.ready, now, now.mismatched, progress)
+                return found.pop("loss"), found
             for done, batch in enumerate(now, start=1):
                 loss, count = eval_step(self.ready, batch)
                 total, tokens = total + loss, tokens + count
                 progress(done, len(now))
-            return total / tokens
+            return total / tokens, {}
 
         return self._insist(whole, lambda: self._smaller(batches.widest))
 

@@ -46,6 +46,7 @@ def make_ready(model: nn.Module, *, lr: float = 1e-3, bits: Any = 32, **override
         "scaler": None,
         "grad_clip": None,
         "loss_chunk_tokens": 16,
+        "objective": None,
     }
     return SimpleNamespace(**{**fields, **overrides})
 

@@ -141,3 +141,7 @@ def test_preferences(run: Run, write: Callable[..., Path]) -> None:
     assert [it["what"].split()[-1] for it in found["samples"]] == ["chosen", "rejected", "rejected"]
     found = json.loads(run(write({"prompt": "a", "chosen": " b", "rejected": " c"}), "data.format=chosen", "--json")[1])
     assert [len(it["parts"]) for it in found["samples"]] == [2]
+    asked = {"prompt": "a" * 200, "chosen": " b", "rejected": " c"}
+    found = json.loads(run(write(asked), "--seq-len", "16", "--json")[1])
+    assert (found["unusable"], found["used"]) == (1, 0)
+    assert "the prompt leaves no room for the answer" in found["wrong"][0], "as training says it"

@@ -1,5 +1,6 @@
 """Preferences as tokens: the prompt is the same in both answers, and only answers are in the loss."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig
+from lowmem_ft.core.config import DataConfig, RunConfig
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.pairs import balance_note
 from lowmem_ft.data.preference import PreferenceExample, StoredPreferences
 from lowmem_ft.data.reading import read_preferences
 
@@ -75,9 +77,50 @@ def test_pairs_are_cut_and_dropped_as_a_whole(tokenizer: PreTrainedTokenizerBase
     assert len(pair.rejected) == 16
     assert len(read(jsonl(long, short), tokenizer, tmp_path, seq_len=16, overlong="drop")) == 1
     asked = {"prompt": "a" * 200, "chosen": " b", "rejected": " c"}
-    assert len(read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16)) == 1  # no answer is left
+    with pytest.raises(DataError, match=":1: the prompt leaves no room for the answer"):
+        read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16)
+    assert len(read(jsonl(asked, short), tokenizer, tmp_path, seq_len=16, invalid="skip")) == 1
+    alike = {"prompt": "a", "chosen": " b" * 40, "rejected": " b" * 40 + " c"}
+    with pytest.raises(DataError, match=":1: 'chosen' and 'rejected' are the same in their first 16 tokens"):
+        read(jsonl(alike, short), tokenizer, tmp_path, seq_len=16)
     with pytest.raises(DataError, match=":1: the example is too long"):
         read(jsonl(long), tokenizer, tmp_path, seq_len=16, overlong="error")
+
+
+def test_pairs_alone_and_verdicts_alone(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    data = DataConfig.model_validate({"seq_len": 64, "cache": str(tmp_path)})
+    path = str(jsonl(*PAIRS, *VERDICTS))
+    with pytest.raises(DataError, match="one answer with a verdict") as error:
+        read_preferences(path, data, tokenizer, use="train", task=silent, wanted="pairs")
+    assert error.value.fix == "set train.objective: kto"
+    found, _ = read_preferences(path, data, tokenizer, use="train", task=silent, wanted="verdicts")
+    assert [it.label for it in found] == [True, False] * 3 + [True, False]
+    assert found.sources[0].stored.report.examples == 8  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights", "said"),
+    [
+        ([True, False], {}, None),
+        ([True] * 4 + [False] * 3, {}, None),
+        ([True] * 4 + [False], {}, "4 answers are good and 1 are bad: .* between 0.25 and 0.333"),
+        ([True] * 4 + [False], {"undesirable_weight": 4}, None),
+        ([False] * 3, {}, "Warning: 0 answers are good and 3 are bad; kto learns from both"),
+    ],
+)
+def test_what_kto_lacks_is_said(
+    labels: list[bool],
+    weights: dict[str, float],
+    said: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    jsonl: Write,
+    tmp_path: Path,
+) -> None:
+    records = [{"prompt": f"a{at}", "completion": " b", "label": label} for at, label in enumerate(labels)]
+    keys: dict[str, Any] = {"model": "m", "train": {"objective": "kto"}, "preference": weights}
+    config = RunConfig.from_dict(keys)
+    note = balance_note(config, read(jsonl(*records), tokenizer, tmp_path))
+    assert note is None if said is None else re.search(said, note or "")
 
 
 def test_what_is_no_preference_is_refused(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ def draw(
     }
 
 
+def preferring(drawn: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """What was drawn, with an objective that learns from preferences; a pair takes two rows."""
+    sections = {name: dict(section) for name, section in drawn["sections"].items()}
+    adapter = sections["adapter"]
+    in_place = "train_modules" in adapter or adapter.get("bias", "none") != "none"
+    in_place |= "modules_to_save" in adapter.get("peft", {})
+    objective = generator.choice(["orpo", "simpo", *(() if in_place else ("dpo", "ipo", "kto"))])
+    if objective != "kto":
+        sections["train"]["tokens_per_step"] *= 2
+        sections["policy"]["micro_batch_tokens"] *= 2
+    if objective == "orpo":
+        sections["data"]["assistant_only"] = generator.choice([True, False])
+    sections["train"]["objective"] = objective
+    return {**drawn, "sections": sections}
+
+
 def _adapter(generator: random.Random, name: str, blocks: int) -> dict[str, Any]:
     """LoRA with one of its options, or a method of the peft library where it finds the names that it needs."""
     if name in PROJECTED and generator.random() < 0.3:

@@ -182,7 +182,7 @@ def test_blocks_go_below_the_device_in_the_middle_of_a_run(
     for fails in (lambda at: False, lambda at: at in (5, 10)):
         trained = Trained(model, of)
         steps = [trained.step(fails)[0], trained.recovery.step(trained.batches, lr=1e-2)]
-        said.append((steps, trained.recovery.evaluate(trained.batches, lambda done, total: None), trained.state()))
+        said.append((steps, trained.recovery.evaluate(trained.batches, lambda done, total: None)[0], trained.state()))
     assert trained.recovery.policy.streamed_blocks == 3
     assert said[0][:2] == said[1][:2]
     assert same(said[0][2], said[1][2])
@@ -235,17 +235,17 @@ def test_evaluation_is_done_again_too(model: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(recovery, "release_freed_memory", lambda: None)
     trained = Trained(model, planned())
-    loss = trained.recovery.evaluate(trained.batches, lambda done, total: None)
+    loss = trained.recovery.evaluate(trained.batches, lambda done, total: None)[0]
     with Failing() as failing:
-        trained.recovery.evaluate(trained.batches, lambda done, total: None)
+        trained.recovery.evaluate(trained.batches, lambda done, total: None)[0]
     for number in range(1, failing.count + 1, 11):
         with Failing(lambda at, number=number: at == number):
-            assert trained.recovery.evaluate(trained.batches, lambda done, total: None) == loss
+            assert trained.recovery.evaluate(trained.batches, lambda done, total: None)[0] == loss
     with Failing(lambda at: at in (5, 10)):
-        assert trained.recovery.evaluate(trained.batches, lambda done, total: None) == pytest.approx(loss, rel=1e-5)
+        assert trained.recovery.evaluate(trained.batches, lambda done, total: None)[0] == pytest.approx(loss, rel=1e-5)
     assert trained.recovery.policy.micro_batch_tokens == LENGTH
     with pytest.raises(NoSaferPolicyError), Failing(lambda at: at % 5 == 0):
-        trained.recovery.evaluate(trained.batches, lambda done, total: None)
+        trained.recovery.evaluate(trained.batches, lambda done, total: None)[0]
 
 
 def test_the_policy_in_force_is_saved_and_taken_up_again(model: Path) -> None:
