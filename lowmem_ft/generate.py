@@ -70,6 +70,27 @@ def generate(
         ]
 
 
+def complete(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> list[str]:
+    """What `model` puts behind token ids, the likeliest token each time, one prompt after the other.
+
+    Args:
+        model: as for `generate`; its mode and the caller's random numbers are left as they are.
+        prompts: used as they are.
+
+    Returns:
+        one text per prompt, special tokens removed.
+    """
+    with _sampled(model, 0):
+        answers = []
+        for ids in prompts:
+            ids_1T = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
+            new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, _sampling(0.0, 1.0))
+            answers.append(str(tokenizer.decode(new_N, skip_special_tokens=True)).strip())
+        return answers
+
+
 def converse(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -207,7 +228,7 @@ def _sampled(model: Any, seed: int) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng(), torch.no_grad():  # what a later step may use, too
             torch.manual_seed(seed)
             yield
     finally:

@@ -128,7 +128,8 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Records; default: the config's data.eval.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity and bits per byte."""
+    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity, bits per byte and the
+    share of tokens that the model takes for the likeliest."""
     config, made, chosen = open_run(target, overrides or [], adapter)
     sources = str(data) if data is not None else config.data.eval
     if sources is None:
@@ -137,21 +138,27 @@ def evaluate(
     from lowmem_ft.data.examples import bytes_in_loss
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
+    from lowmem_ft.trainer.samples import samples
 
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, sources, reporter)
     ready = assemble_run(config, made, chosen, reporter)
-    loss = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
-    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss)}
+    recovery = Recovery(ready, made.policy, say=reporter.say)
+    measured = loop.evaluate(recovery, config, examples, reporter)
+    answers = samples(recovery, config, examples)
+    loss, accuracy = measured.mean_loss, measured.accuracy
+    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss), "eval_accuracy": accuracy}
     tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
     if size:
         found["bits_per_byte"] = loss * tokens / math.log(2) / size
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**found, **({"samples": answers} if answers else {})}))
         return
-    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}")
+    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}, token accuracy {accuracy:.2%}")
     if size:
         print(f"bits per byte {found['bits_per_byte']:.4f}, of {size} bytes of text in the loss")
+    for answer in answers:
+        print(f"\nprompt:    {answer['prompt']}\nanswer:    {answer['answer']}\nreference: {answer['reference']}")
 
 
 @app.command()

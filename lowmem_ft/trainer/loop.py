@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,10 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
+from lowmem_ft.step import Evaluated
 from lowmem_ft.trainer.folder import RunFolder
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
+from lowmem_ft.trainer.samples import in_one_line, samples
 from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, tracking
 
@@ -66,6 +69,8 @@ def train(
         result = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
         return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
+    if config.eval.samples and not config.data.eval:
+        warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
     plan = require_fit(plan or make_plan(config))
     if config.policy.objective == "context":  # then the plan decides how long sequences are
         planned = plan.run_config
@@ -111,8 +116,8 @@ def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: 
     return examples
 
 
-def evaluate(recovery: Recovery, config: RunConfig, examples: Sequence[Example], reporter: Reporter) -> float:
-    """Mean loss in nats per loss token over `examples`, in the micro-batches of the policy in force."""
+def evaluate(recovery: Recovery, config: RunConfig, examples: Sequence[Example], reporter: Reporter) -> Evaluated:
+    """Loss and accuracy over `examples`, in the micro-batches of the policy in force."""
     batches = eval_batches(
         examples,
         seq_len=config.data.seq_len,
@@ -256,9 +261,16 @@ class _Loop:
     def _evaluate(self) -> None:
         if not self.eval_examples:
             return
-        self.eval_loss = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
-        self._log({"step": self.step, "eval_loss": self.eval_loss})
-        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
+        found = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
+        self.eval_loss = found.mean_loss
+        self._log({"step": self.step, "eval_loss": self.eval_loss, "eval_accuracy": found.accuracy})
+        told = f"held-out loss {self.eval_loss:.4f}, token accuracy {found.accuracy:.1%}"
+        self.reporter.say(f"step {self.step}: {told}")
+        answers = samples(self.recovery, self.config, self.eval_examples)
+        for answer in answers:
+            self.reporter.say(f"  {in_one_line(answer)}")
+        if answers:
+            self.folder.log_samples([{"step": self.step, **answer} for answer in answers])
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
             self.best_loss = self.eval_loss
             weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}

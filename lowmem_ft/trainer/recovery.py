@@ -26,7 +26,7 @@ from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.runtime.vocabulary import Which
-from lowmem_ft.step import StepResult, eval_step, sum_gradients, update
+from lowmem_ft.step import Evaluated, StepResult, eval_step, sum_gradients, update
 
 T = TypeVar("T")
 
@@ -126,22 +126,29 @@ class Recovery:
                 fix="close what else takes memory, and go on from the last checkpoint with --resume",
             ) from error
 
-    def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> float:
-        """Mean loss in nats per loss token over `batches`.
+    def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> Evaluated:
+        """Loss and accuracy over `batches`.
 
         Raises:
             NoSaferPolicyError: nothing helps.
         """
 
-        def whole() -> float:
-            total, tokens, now = 0.0, 0, batches.within(self.policy.micro_batch_tokens)
+        def whole() -> Evaluated:
+            found, now = Evaluated(), batches.within(self.policy.micro_batch_tokens)
             for done, batch in enumerate(now, start=1):
-                loss, count = eval_step(self.ready, batch)
-                total, tokens = total + loss, tokens + count
+                found = found.and_also(eval_step(self.ready, batch))
                 progress(done, len(now))
-            return total / tokens
+            return found
 
         return self._insist(whole, lambda: self._smaller(batches.widest))
+
+    def optional(self, work: Callable[[], T], what: str) -> T | None:
+        """The result of `work`, which is done again once where memory runs out; then it is left out, and that told."""
+        try:
+            return self._insist(work, lambda: False)
+        except NoSaferPolicyError as error:
+            self._say(f"Memory does not suffice for {what}, which are left out: {error.given}")
+            return None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The policy in force, as JSON can hold it; None while it is the plan's."""
