@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import DataError, LowMemError
+from lowmem_ft.data.examples import IGNORE_INDEX
 from lowmem_ft.data.isolation import attention_inputs
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime.blocks import causal_model, find_decoder
@@ -162,12 +163,14 @@ def eval_step(ready: Ready, batch: Batch) -> Evaluated:
     return Evaluated(summed, batch.loss_tokens, int(correct))
 
 
-def score_step(ready: Ready, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same of each position, on the CPU: (B, T) fp32 losses in nats, and (B, T) whether the label is the likeliest
-    token. Positions out of the loss have zero and False."""
-    _, scores = _scored(ready, batch)
+def eval_rows(ready: Ready, batch: Batch) -> list[Evaluated]:
+    """The same of each row of `batch`."""
     shape = batch.labels.shape
-    return scores.loss_N.cpu().view(shape), scores.correct_N.cpu().view(shape)
+    counts = (batch.labels != IGNORE_INDEX).sum(1).tolist()
+    _, scores = _scored(ready, batch)
+    losses = scores.loss_N.cpu().view(shape).sum(1, dtype=torch.float64).tolist()
+    correct = scores.correct_N.cpu().view(shape).sum(1).tolist()
+    return [Evaluated(*row) for row in zip(losses, counts, correct, strict=True)]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.doctor import doctor
 from lowmem_ft.cli.export import export, merge
+from lowmem_ft.cli.harness import run_harness
 from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
@@ -126,11 +127,30 @@ def evaluate(
     overrides: Overrides = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter folder, or `none`.")] = None,
     data: Annotated[Path | None, typer.Option(help="Records; default: the config's data.eval.")] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of the lm-evaluation-harness instead; repeatable.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="With --harness: a folder of further tasks.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="With --harness: examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: questions of each task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="With --harness: questions go through the chat template.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity, bits per byte and the
     share of tokens that the model takes for the likeliest."""
     config, made, chosen = open_run(target, overrides or [], adapter)
+    if harness:
+        run_harness(
+            config, made, chosen, harness,
+            include=include, fewshot=fewshot, limit=limit, chat=chat_template, as_json=as_json,
+        )  # fmt: skip
+        return
+    if include is not None or fewshot is not None or limit is not None or chat_template:
+        raise ConfigError(
+            "--include, --fewshot, --limit and --chat go with --harness.", fix="name a task: --harness TASK"
+        )
     sources = str(data) if data is not None else config.data.eval
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")

@@ -61,7 +61,7 @@ def samples(recovery: Recovery, config: RunConfig, examples: Sequence[Example]) 
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     return [
-        {"prompt": text(it.prompt), "answer": answer, "reference": text(it.answer)}
+        {"prompt": text(it.prompt), "answer": answer.strip(), "reference": text(it.answer)}
         for it, answer in zip(asked, answers or (), strict=answers is not None)
     ]
 
