@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
+from lowmem_ft.cli.docs import docs
 from lowmem_ft.cli.doctor import doctor
 from lowmem_ft.cli.export import export, merge
 from lowmem_ft.cli.harness import run_harness
@@ -226,7 +227,7 @@ def generate(
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
-for command in (chat, merge, export, push, init, doctor):
+for command in (chat, merge, export, push, init, doctor, docs):
     app.command()(command)
 app.command("data")(data_preview)
 app.add_typer(profiles_app, name="profiles")
