@@ -33,9 +33,13 @@ def run_harness(
     from lowmem_ft.trainer.recovery import Recovery
 
     reporter = Reporter(quiet=as_json)
+    manager, names = harness.find_tasks(tasks, include)  # before a model is loaded for them
     ready = assemble_run(config, made, adapter, reporter)
-    recovery = Recovery(ready, made.policy, say=reporter.say)
-    found = harness.run_tasks(
-        recovery, config, tasks, include=include, fewshot=fewshot, limit=limit, chat=chat, reporter=reporter
-    )
+    model = harness.HarnessModel(Recovery(ready, made.policy, say=reporter.say), config.data.seq_len, reporter)
+    found = harness.run_tasks(model, manager, names, fewshot=fewshot, limit=limit, chat=chat)
+    if model.shortened:
+        reporter.say(
+            f"Warning: {model.shortened} requests are longer than data.seq_len, {model.length}: their beginning was "
+            "left out."
+        )
     print(json.dumps(harness.summary(found), default=str) if as_json else harness.table(found))

@@ -17,7 +17,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.loader import MicroBatches
@@ -39,12 +38,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         reporter: told how far it is.
 
     Attributes:
+        length: as given.
         shortened: requests whose beginning was left out.
     """
 
     def __init__(self, recovery: Recovery, length: int, reporter: Reporter) -> None:
         super().__init__()
-        self._recovery, self._length, self._reporter = recovery, length, reporter
+        self._recovery, self.length, self._reporter = recovery, length, reporter
         self.tokenizer: Any = recovery.ready.tokenizer
         if self.tokenizer is None:
             raise UnsupportedError("The model folder holds no tokenizer, which the harness needs.")
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ends = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self._length - 1, 1)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.length - 1, 1)
             windows += map(make_disjoint_window, rolling)
             ends.append(len(windows))
         scores = [score for score, _ in self._score(windows)]
@@ -118,21 +118,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 given=", ".join(unknown),
                 allowed=", ".join(sorted({"until", "max_gen_toks", *SAMPLED})),
             )
-        if new >= self._length:
+        if new >= self.length:
             raise ConfigError(
                 "The task's answers are longer than the run's sequences.",
                 given=f"max_gen_toks {new}",
-                allowed=f"less than data.seq_len, which is {self._length}",
+                allowed=f"less than data.seq_len, which is {self.length}",
                 fix=f"set data.seq_len above {new}, and more for the questions",
             )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        self.shortened += len(tokens) > self._length - new
+        self.shortened += len(tokens) > self.length - new
         samples = options.get("do_sample", False)
         return self._recovery.once_more(
             lambda: complete(
                 self._recovery.ready.model,
                 self.tokenizer,
-                [tokens[-(self._length - new) :]],
+                [tokens[-(self.length - new) :]],
                 max_new_tokens=new,
                 temperature=float(options.get("temperature", 1.0)) if samples else 0.0,
                 top_p=float(options.get("top_p", 1.0)),
@@ -146,8 +146,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for context, continuation in pairs:
             ids = [*context, *continuation]
             labels = [IGNORE_INDEX] * len(context) + continuation
-            self.shortened += len(ids) > self._length
-            examples.append(Example(ids[-self._length :], labels[-self._length :]))
+            self.shortened += len(ids) > self.length
+            examples.append(Example(ids[-self.length :], labels[-self.length :]))
         if not examples:
             return []
         pad = self.tokenizer.pad_token_id
@@ -166,45 +166,53 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [(-it.loss, it.correct == it.loss_tokens) for it in in_order]
 
 
-def run_tasks(
-    recovery: Recovery,
-    config: RunConfig,
-    tasks: Sequence[str],
-    *,
-    include: Path | None,
-    fewshot: int | None,
-    limit: int | None,
-    chat: bool,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """What the harness says of `tasks`.
+def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[TaskManager, list[str]]:
+    """Who loads tasks, and the names of those that are meant.
 
     Args:
         tasks: names of tasks, groups or tags, with wildcards.
         include: a folder of further tasks (YAML). Tasks may run Python code of that folder.
-        fewshot: examples before each question; None leaves it to the task.
-        limit: the first so many questions of each task.
-        chat: whether questions go through the chat template.
 
     Raises:
-        ConfigError: no such task or folder; questions through a template that does not exist.
-        LowMemError: the task cannot be loaded or run.
+        ConfigError: no such task or folder.
     """
     if include is not None and not include.is_dir():
         raise ConfigError("The folder of tasks is not there.", given=str(include), allowed="a folder with YAML files")
-    model = HarnessModel(recovery, config.data.seq_len, reporter)
-    if chat and not model.tokenizer.chat_template:
-        raise ConfigError("The model's tokenizer has no chat template.", given="--chat", fix="leave --chat out")
     manager = TaskManager(include_path=None if include is None else str(include))
     for task in tasks:
         if not manager.match_tasks([task]):
             close = nearest(task, manager.all_tasks)
             fix = f"did you mean {close}?" if close else "`lm-eval ls tasks` lists them; --include adds a folder"
             raise ConfigError("There is no such task.", given=task, fix=fix)
+    return manager, list(manager.match_tasks([*tasks]))
+
+
+def run_tasks(
+    model: HarnessModel,
+    manager: TaskManager,
+    tasks: Sequence[str],
+    *,
+    fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+) -> dict[str, Any]:
+    """What the harness says of `model` in tasks that `find_tasks` found.
+
+    Args:
+        fewshot: examples before each question; None leaves it to the task.
+        limit: the first so many questions of each task.
+        chat: whether questions go through the chat template.
+
+    Raises:
+        ConfigError: questions through a template that does not exist.
+        LowMemError: a task cannot be loaded or run.
+    """
+    if chat and not model.tokenizer.chat_template:
+        raise ConfigError("The model's tokenizer has no chat template.", given="--chat", fix="leave --chat out")
     try:
         results: dict[str, Any] = simple_evaluate(
             model,
-            tasks=manager.match_tasks([*tasks]),
+            tasks=[*tasks],
             num_fewshot=fewshot,
             limit=limit,
             apply_chat_template=chat,
@@ -215,12 +223,6 @@ def run_tasks(
         if isinstance(error, LowMemError):
             raise
         raise LowMemError("The harness could not run the task.", given=f"{type(error).__name__}: {error}") from error
-    if model.shortened:
-        length = config.data.seq_len
-        reporter.say(
-            f"Warning: of {model.shortened} requests the beginning was left out, as they are longer than "
-            f"data.seq_len: {length}."
-        )
     return results
 
 
