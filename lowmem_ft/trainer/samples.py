@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.generate import complete
 from lowmem_ft.trainer.recovery import Recovery
@@ -56,6 +58,11 @@ def samples(recovery: Recovery, config: RunConfig, examples: Sequence[Example]) 
         lambda: complete(ready.model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens),
         "samples (eval.samples)",
     )
+    # the pieces in which a cache grew are of sizes that a step has no use for
+    if ready.device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        release_freed_memory()
 
     def text(ids: Any) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
