@@ -142,7 +142,7 @@ def train(scheme: str, *, bits: Any, lr: float, steps: int, tokenizer: Any) -> d
     weights = [p.detach().float() for p in parameters]
     updates = [b @ a for a, b in zip(weights[::2], weights[1::2], strict=True)]
     return {
-        "loss": sum(loss for loss, _ in sums) / sum(count for _, count in sums),
+        "loss": sum(it.loss for it in sums) / sum(it.loss_tokens for it in sums),
         "seconds_per_step": seconds / steps,
         "updates": updates,
     }

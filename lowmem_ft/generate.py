@@ -70,6 +70,56 @@ def generate(
         ]
 
 
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    until: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """What `model` puts behind token ids, one prompt after the other.
+
+    Args:
+        model, max_new_tokens, temperature, top_p, seed: as for `generate`.
+        prompts: used as they are.
+        until: generation ends with the first of these texts; it and what is behind it is left out.
+        progress: called with (prompts done, prompts in all).
+
+    Returns:
+        one text per prompt, special tokens removed.
+    """
+    answers = []
+    with _sampled(model, seed):
+        for ids in prompts:
+            ids_1T = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
+            stops = StoppingCriteriaList([_Until(tokenizer, len(ids), until)] if until else [])
+            sampling = _sampling(temperature, top_p)
+            new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, sampling, stopping_criteria=stops)
+            text = str(tokenizer.decode(new_N, skip_special_tokens=True))
+            answers.append(text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))])
+            progress(len(answers), len(prompts))
+    return answers
+
+
+class _Until:
+    """Whether what was generated behind `begin` tokens holds one of the texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: int, until: Sequence[str]) -> None:
+        self.tokenizer, self.begin, self.until = tokenizer, begin, until
+        # a token is at least a byte; four more, as a character may begin in a token that is cut off
+        self.reach = max(len(stop.encode()) for stop in until) + 4
+
+    def __call__(self, ids_1T: Tensor, scores: Any, **_: Any) -> Tensor:
+        tail = self.tokenizer.decode(ids_1T[0, max(self.begin, ids_1T.shape[1] - self.reach) :])
+        found = any(stop in tail for stop in self.until)
+        return torch.full((1,), found, dtype=torch.bool, device=ids_1T.device)
+
+
 def converse(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -207,7 +257,7 @@ def _sampled(model: Any, seed: int) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng(), torch.no_grad():  # what a later step may use, too
             torch.manual_seed(seed)
             yield
     finally:

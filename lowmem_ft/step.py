@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import adapters_disabled
 from lowmem_ft.core.errors import DataError, LowMemError
+from lowmem_ft.data.examples import IGNORE_INDEX
 from lowmem_ft.data.packing import Answers, Batch
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head
 from lowmem_ft.runtime.hidden import decoder_inputs, hidden_states
-from lowmem_ft.runtime.loss import cross_entropy_and_gradients
+from lowmem_ft.runtime.loss import Scores, cross_entropy_and_gradients
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.preference import Objective, Share, Totals, log_probabilities, token_weights
 from lowmem_ft.runtime.scaler import LossScaler
@@ -148,25 +149,72 @@ def update(ready: Ready, *, lr: float, resume: bool = False) -> None:
     (optimizer.resume if resume else optimizer.step)(gradient=accumulator.gradient)
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation reports, of one batch or of several.
+
+    Attributes:
+        loss: summed, in nats.
+        loss_tokens: positions in the loss.
+        correct: of these whose label is the likeliest token.
+    """
+
+    loss: float = 0.0
+    loss_tokens: int = 0
+    correct: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per loss token."""
+        return self.loss / self.loss_tokens
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the loss tokens that the model takes for the likeliest."""
+        return self.correct / self.loss_tokens
+
+    def and_also(self, other: Evaluated) -> Evaluated:
+        """Both together."""
+        return Evaluated(self.loss + other.loss, self.loss_tokens + other.loss_tokens, self.correct + other.correct)
+
+
+def eval_step(ready: Ready, batch: Batch) -> Evaluated:
+    """Loss and accuracy of `batch`, with the model in evaluation mode."""
+    loss, scores = _scored(ready, batch)
+    summed, correct = _values(loss, scores.correct_N.sum().float())
+    return Evaluated(summed, batch.loss_tokens, int(correct))
+
+
+def eval_rows(ready: Ready, batch: Batch) -> list[Evaluated]:
+    """The same of each row of `batch`."""
+    shape = batch.labels.shape
+    counts = (batch.labels != IGNORE_INDEX).sum(1).tolist()
+    _, scores = _scored(ready, batch)
+    losses = scores.loss_N.cpu().view(shape).sum(1, dtype=torch.float64).tolist()
+    correct = scores.correct_N.cpu().view(shape).sum(1).tolist()
+    return [Evaluated(*row) for row in zip(losses, counts, correct, strict=True)]
+
+
 @torch.no_grad()
-def eval_step(ready: Ready, batch: Batch) -> tuple[float, int]:
-    """(summed loss in nats, number of loss tokens) of `batch`, with the model in evaluation mode."""
-    count, training = batch.loss_tokens, ready.model.training
+def _scored(ready: Ready, batch: Batch) -> tuple[Tensor, Scores]:
+    """Summed loss, fp32, and what each position adds to it."""
+    training = ready.model.training
     ready.model.eval()
     try:
         batch = batch.to(ready.device)
         hidden_ND = _hidden_states(ready, batch)
+        scores = Scores.zeros(len(hidden_ND), ready.device)
         loss, _ = cross_entropy_and_gradients(
             hidden_ND,
             batch.labels.flatten(),
             ready.head,
             chunk_tokens=ready.loss_chunk_tokens,
-            kept=count,
+            kept=batch.loss_tokens,
             hidden_grad=False,
+            scores=scores,
         )
     finally:
         ready.model.train(training)
-    return _values(loss)[0], count
+    return loss, scores
 
 
 @torch.no_grad()

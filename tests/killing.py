@@ -30,7 +30,8 @@ from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
 from tests.assets import ASSETS, write_pairs, write_share
 
-EXACT = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "rewards/margins", "eval_rewards/margins")
+EXACT = ("step", "loss", "eval_loss", "eval_accuracy", "lr", "grad_norm", "tokens")
+EXACT += ("rewards/margins", "eval_rewards/margins")
 SAVE_EVERY, EVAL_EVERY = 2, 3
 START_SECONDS, STEP_SECONDS = 2.0, 0.2  # of a run, about: within these a kill comes
 FAILING_STEP = 3  # of the runs that run out of memory

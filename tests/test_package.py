@@ -13,3 +13,4 @@ def test_the_package_is_small_and_brings_what_the_demo_needs() -> None:
     assert sum(path.stat().st_size for path in held) < WHEEL_BYTES
     names = {str(path.relative_to(package)) for path in held}
     assert {"assets/doclm-7m/model.safetensors", "assets/whatis-train.jsonl", "assets/whatis-eval.jsonl"} <= names
+    assert {"docs/install.md", "docs/train.md"} <= names

@@ -16,8 +16,10 @@ from rich.console import Console
 
 from lowmem_ft.cli.chat import chat
 from lowmem_ft.cli.data import data_preview
+from lowmem_ft.cli.docs import docs
 from lowmem_ft.cli.doctor import doctor
 from lowmem_ft.cli.export import export, merge
+from lowmem_ft.cli.harness import run_harness
 from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
@@ -126,10 +128,30 @@ def evaluate(
     overrides: Overrides = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter folder, or `none`.")] = None,
     data: Annotated[Path | None, typer.Option(help="Records; default: the config's data.eval.")] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of the lm-evaluation-harness instead; repeatable.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="With --harness: a folder of further tasks.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="With --harness: examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: questions of each task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="With --harness: questions go through the chat template.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity and bits per byte."""
+    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity, bits per byte and the
+    share of tokens that the model takes for the likeliest."""
     config, made, chosen = open_run(target, overrides or [], adapter)
+    if harness:
+        run_harness(
+            config, made, chosen, harness,
+            include=include, fewshot=fewshot, limit=limit, chat=chat_template, as_json=as_json,
+        )  # fmt: skip
+        return
+    if include is not None or fewshot is not None or limit is not None or chat_template:
+        raise ConfigError(
+            "--include, --fewshot, --limit and --chat go with --harness.", fix="name a task: --harness TASK"
+        )
     sources = str(data) if data is not None else config.data.eval
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
@@ -138,25 +160,31 @@ def evaluate(
     from lowmem_ft.data.examples import bytes_in_loss
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
+    from lowmem_ft.trainer.samples import samples
 
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, sources, reporter)
     ready = assemble_run(config, made, chosen, reporter)
-    loss, metrics = loop.evaluate(Recovery(ready, made.policy, say=reporter.say), config, examples, reporter)
+    recovery = Recovery(ready, made.policy, say=reporter.say)
+    loss, metrics = loop.evaluate(recovery, config, examples, reporter)
     if learns_preferences(config):
         found = {"eval_loss": loss, "examples": len(examples), **metrics}
         print(json.dumps(found) if as_json else "\n".join(f"{name} {value:.6g}" for name, value in found.items()))
         return
-    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss)}
+    answers = samples(recovery, config, examples)
+    accuracy = metrics["accuracy"]
+    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss), "eval_accuracy": accuracy}
     tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
     if size:
         found["bits_per_byte"] = loss * tokens / math.log(2) / size
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**found, **({"samples": answers} if answers else {})}))
         return
-    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}")
+    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}, token accuracy {accuracy:.2%}")
     if size:
         print(f"bits per byte {found['bits_per_byte']:.4f}, of {size} bytes of text in the loss")
+    for answer in answers:
+        print(f"\nprompt:    {answer['prompt']}\nanswer:    {answer['answer']}\nreference: {answer['reference']}")
 
 
 @app.command()
@@ -204,7 +232,7 @@ def generate(
         print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
 
 
-for command in (chat, merge, export, push, init, doctor):
+for command in (chat, merge, export, push, init, doctor, docs):
     app.command()(command)
 app.command("data")(data_preview)
 app.add_typer(profiles_app, name="profiles")

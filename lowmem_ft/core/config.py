@@ -219,6 +219,14 @@ class PreferenceConfig(Section):
     undesirable_weight: Annotated[float, Field(gt=0)] | None = None
 
 
+class EvalConfig(Section):
+    """What an evaluation does beside the held-out loss: answers to `samples` prompts of the held-out data, of at most
+    `max_new_tokens` each."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Positive = 64
+
+
 class PolicyConfig(Section):
     """What the planner goes for, and decisions pinned by the user; None leaves them to the planner.
 
@@ -253,6 +261,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    eval: EvalConfig = EvalConfig()
     policy: PolicyConfig = PolicyConfig()
     output: str = "runs/default"
     trust_remote_code: bool = False
@@ -277,6 +286,12 @@ class RunConfig(Section):
                     fix="remove policy.activations",
                 )
         check_objective(self)
+        if self.eval.samples and self.eval.max_new_tokens >= self.data.seq_len:
+            raise ConfigError(
+                "eval.max_new_tokens leaves no room for a prompt.",
+                given=self.eval.max_new_tokens,
+                allowed=f"less than data.seq_len, which is {self.data.seq_len}",
+            )
         if self.train.warmup >= 1 and self.train.warmup != int(self.train.warmup):
             raise ConfigError(
                 "train.warmup is neither a share nor a number of steps.",

@@ -37,5 +37,15 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: training lines carry `loss`, evaluation lines `eval_loss`."""
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return _lines(self.folder / "metrics.jsonl")
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl (step, prompt, answer, reference), which `eval.samples` asks for."""
+        file = self.folder / "samples.jsonl"
+        return _lines(file) if file.exists() else []
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    # only at line feeds: text may hold other characters that end a line for `splitlines`
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

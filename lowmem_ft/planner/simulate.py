@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -227,6 +228,38 @@ class Stage:
         objective = self.ready.objective
         return [batch] if objective is not None and objective.method == "kto" else []
 
+    def sample(self, policy: Policy, *, only: Sequence[int] | None = None) -> Trace:
+        """The trace of what a sample (`eval.samples`) takes at most, after the births of all that is held; what is left
+        at its end is the cache of the blocks that ran, and the logits of one token.
+
+        That is all its tokens at once, as if they were the prompt: blocks then hold more for the tokens they work on
+        than a later token's turn takes for the cache.
+        """
+        tracer, model = self.tracer, self.ready.model
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        causal, length = causal_model(model), self.config.data.seq_len + virtual
+        keeps = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
+        self.ready.mlps.work_in(policy.mlp_tile_tokens)
+        training = causal.training
+        causal.eval()
+        tracer.begin()
+        with (
+            _numbered(list(self.blocks), only),
+            only_blocks(model, only),
+            planned_attention(find_blocks(model)[1], self.kind),
+            tracer,
+            torch.no_grad(),
+        ):
+            tracer.phase, tracer.block = "eval", None
+            ids_1T = torch.zeros((1, length), dtype=torch.int64, device="meta")
+            beside = [torch.zeros_like(ids_1T) for _ in range(2)]  # a mask and positions, which generating makes
+            said = causal(input_ids=ids_1T, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
+            said.logits = said.logits[:, -1].to(copy=True, dtype=torch.float32)
+            said.logits.argmax(-1)
+            del beside
+        causal.train(training)
+        return Trace(tracer.trace.events[:])
+
 
 @dataclass(frozen=True, slots=True)
 class _Update:
@@ -282,6 +315,25 @@ def only_blocks(model: nn.Module, only: Sequence[int] | None) -> Iterator[None]:
         text.num_hidden_layers = count
         for key, value in per_layer.items():
             setattr(text, key, value)
+
+
+@contextmanager
+def _numbered(blocks: Sequence[nn.Module], only: Sequence[int] | None) -> Iterator[None]:
+    """Within it these of the blocks have the numbers from 0 on, by which they find their place in a cache."""
+    changed = [
+        (vars(module), name, before, after)
+        for after, before in enumerate(only or ())
+        for module in blocks[before].modules()
+        for name in ("layer_idx", "layer_id")
+        if vars(module).get(name) == before
+    ]
+    try:
+        for attributes, name, _, after in changed:
+            attributes[name] = after
+        yield
+    finally:
+        for attributes, name, before, _ in changed:
+            attributes[name] = before
 
 
 def block_kinds(model: nn.Module) -> list[int]:

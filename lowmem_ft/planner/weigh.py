@@ -148,6 +148,7 @@ class Scales:
         ] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
+        self._samples: dict[Hashable, int] = {}  # by length and tiles: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
         self.kernels = 0
@@ -179,7 +180,7 @@ class Scales:
         return self._weighed(policy, self._latest[key])
 
     def evaluation_peak(self, policy: Policy) -> int:
-        """Bytes in tensors of the device during an evaluation step in micro-batches of the same size."""
+        """Bytes in tensors of the device during an evaluation in micro-batches of the same size, and its samples."""
         tokens, key = policy.micro_batch_tokens, self._loss_key(policy)
         if key not in self._evaluations:
             self.stage.tracer.begin()
@@ -190,7 +191,29 @@ class Scales:
             longer = tokens / in_loss
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
-        return self._evaluations[key] - self.held + self.held_by(policy) + unseen_bytes(policy)
+        most = max(self._evaluations[key], self._sample_peak(policy) if self.stage.config.eval.samples else 0)
+        return most - self.held + self.held_by(policy) + unseen_bytes(policy)
+
+    def _sample_peak(self, policy: Policy) -> int:
+        """The same during a sample, with every block resident.
+
+        Of a few blocks it is traced; each other one adds its cache, whichever block is at work when most is held.
+        """
+        key = self.stage.config.data.seq_len, policy.mlp_tile_tokens
+        if key not in self._samples:
+            few = list(range(self.depth)) if self._whole else shorten(self._kinds)
+            curve = self._sampled(policy, few)
+            most = max(curve)
+            for kind in set(self._kinds):
+                others = [at for at, other in enumerate(self._kinds) if other == kind and at not in few]
+                if others:
+                    most += len(others) * (self._sampled(policy, sorted([*few, others[0]]))[-1] - curve[-1])
+            self._samples[key] = most
+        return self._samples[key]
+
+    def _sampled(self, policy: Policy, blocks: Sequence[int]) -> list[int]:
+        """Bytes that are held, from event to event of a sample through these blocks."""
+        return list(self.stage.sample(policy, only=None if self._whole else blocks).curve(self._tier))
 
     def _loss_key(self, policy: Policy) -> Hashable:
         streams = self.stage.streams_head(policy)

@@ -54,6 +54,9 @@ def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
         rows.append(("held-out loss before", f"{held_out[0]:.4f}"))
     if run.eval_loss is not None:
         rows.append(("held-out loss of this adapter", f"{run.eval_loss:.4f}"))
+        accuracy = next((it.get("eval_accuracy") for it in run.metrics if it.get("eval_loss") == run.eval_loss), None)
+        if accuracy is not None:
+            rows.append(("share of held-out tokens that it takes for the likeliest", f"{accuracy:.1%}"))
     return rows
 
 

@@ -31,6 +31,8 @@ def run_page(run: Run) -> str:
         f"<h2>Loss</h2><p>{_unit(run)}; blue: training, orange: held-out</p>",
         _plot((train, "#1f6feb"), (held_out, "#d9730d")),
     ]
+    if answered := [(it["prompt"], it["answer"], it["reference"]) for it in run.samples if it["step"] == run.step]:
+        parts += ["<h2>Answers to held-out prompts</h2>", _table(("prompt", "answer", "reference"), answered)]
     title = html.escape(run.folder.name)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"

@@ -147,6 +147,7 @@ def cross_entropy_and_gradients(
     bias_grad: Tensor | None = None,
     weights_N: Tensor | None = None,
     losses_N: Tensor | None = None,
+    scores: Scores | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunked_cross_entropy` without autograd: loss and gradients in one go.
 
@@ -158,6 +159,7 @@ def cross_entropy_and_gradients(
         weights_N: fp32, what the gradient of each row's cross-entropy is multiplied by, beside `grad_scale`; rows that
             are not in the loss are not read.
         losses_N: fp32, to which the cross-entropy of each row in the loss is written.
+        scores: filled in where a row is in the loss, if they are wanted.
 
     Returns:
         The loss, without `weights_N`, an fp32 scalar, and the gradient (N, D) in the dtype of `hidden_ND` or None.
@@ -171,13 +173,17 @@ def cross_entropy_and_gradients(
     differentiate = hidden_grad or weight_grad is not None or bias_grad is not None
     rows_K = torch.nonzero_static(in_loss_N, size=kept).squeeze(1)
     chunk = min(chunk_tokens, -(-kept // _ROWS) * _ROWS)
-    work = _Chunk.empty(chunk, head)
+    work = _Chunk.empty(chunk, head, ranks=scores is not None)
     for start in range(0, kept, max(chunk, 1)):
         rows_C = rows_K[start : start + chunk]
         work.take(hidden_ND.index_select(0, rows_C), labels_N.index_select(0, rows_C))
-        loss += _once(work, f"loss {differentiate}", lambda: work.loss(returns=differentiate))
+        loss_C = _once(work, f"loss {differentiate} {scores is None}", lambda: work.loss(returns=differentiate))
+        loss += loss_C.sum()
         if losses_N is not None:
-            losses_N.index_copy_(0, rows_C, work.losses().squeeze(1))
+            losses_N.index_copy_(0, rows_C, loss_C)
+        if scores is not None:
+            scores.loss_N.index_copy_(0, rows_C, loss_C)
+            scores.correct_N.index_copy_(0, rows_C, work.correct())
         if not differentiate:
             continue
         work.weights_C1 = None if weights_N is None else weights_N.index_select(0, rows_C).unsqueeze(1)
@@ -193,6 +199,24 @@ def cross_entropy_and_gradients(
     return loss, grad_ND
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation says of each row; rows out of the loss have zero and False.
+
+    Attributes:
+        loss_N: fp32, the cross-entropy in nats.
+        correct_N: bool, whether the label is the likeliest token; of equally likely ones the first.
+    """
+
+    loss_N: Tensor
+    correct_N: Tensor
+
+    @classmethod
+    def zeros(cls, count: int, device: torch.device) -> Scores:
+        """Of `count` rows."""
+        return cls(torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device))
+
+
 @dataclass(slots=True)
 class _Chunk:
     """The work on one chunk after another, in the same memory.
@@ -204,6 +228,7 @@ class _Chunk:
         labels_C1, count: of the rows in use.
         largest_C1, sum_C1, target_C1: fp32, of the softmax: the largest logit, the sum of exp(logit - largest), and the
             logit of the label.
+        best_C1: int64, the token with the largest logit, if that is wanted.
         weights_C1: fp32, of the rows in use: a factor on their gradients, or None.
     """
 
@@ -217,15 +242,16 @@ class _Chunk:
     largest_C1: Tensor
     sum_C1: Tensor
     target_C1: Tensor
+    best_C1: Tensor | None
     weights_C1: Tensor | None = None
 
     @classmethod
-    def empty(cls, chunk: int, head: Head) -> _Chunk:
+    def empty(cls, chunk: int, head: Head, *, ranks: bool) -> _Chunk:
         vocabulary, hidden = head.weight.shape
         width = head.tiles[0].stop
         rows = min(chunk, max(1, _SLAB // width))
         slab = head.weight.new_empty(rows * width, dtype=torch.float32)
-        of_row = [head.weight.new_empty(chunk, 1, dtype=torch.float32) for _ in range(3)]
+        largest, summed, target = (head.weight.new_empty(chunk, 1, dtype=torch.float32) for _ in range(3))
         return cls(
             head,
             head.weight.new_empty(chunk * (vocabulary if head.keeps else width)),
@@ -233,8 +259,11 @@ class _Chunk:
             slab,
             None if head.softcap is None else torch.empty_like(slab),
             0,
-            of_row[0],  # until there are labels
-            *of_row,
+            largest,  # until there are labels
+            largest,
+            summed,
+            target,
+            head.weight.new_zeros(chunk, 1, dtype=torch.int64) if ranks else None,
         )
 
     def take(self, hidden_CD: Tensor, labels_C: Tensor) -> None:
@@ -248,7 +277,7 @@ class _Chunk:
         self.target_C1.zero_()
 
     def loss(self, *, returns: bool) -> Tensor:
-        """Summed over the rows, fp32. The logits of the last tile are there then, or of all."""
+        """Of each row in use, fp32. The logits of the last tile are there then, or of all."""
         for at in range(len(self.head.tiles)):
             self._multiply(at, self.head.tile(at, returns=returns))
             for rows in self._slabs(at):
@@ -258,15 +287,25 @@ class _Chunk:
                 target_R1 = z_RT.gather(1, label_R1)
                 self.target_C1[rows] = torch.where(inside_R1, target_R1, self.target_C1[rows])
                 before_R1 = largest_R1.clone()
-                torch.maximum(before_R1, z_RT.amax(1, keepdim=True), out=largest_R1)
+                torch.maximum(before_R1, self._highest(at, rows, z_RT), out=largest_R1)
                 more_R1 = z_RT.sub_(largest_R1).exp_().sum(1, keepdim=True)
                 sum_R1.mul_(before_R1.sub_(largest_R1).exp_()).add_(more_R1)
-        return self.losses().sum()
-
-    def losses(self) -> Tensor:
-        """The cross-entropy of each row in use, (C, 1) fp32, once `loss` was there."""
         used = slice(self.count)
-        return self.sum_C1[used].log() + self.largest_C1[used] - self.target_C1[used]
+        return (self.sum_C1[used].log() + self.largest_C1[used] - self.target_C1[used]).squeeze(1)
+
+    def correct(self) -> Tensor:
+        """(C,) whether the label of each row in use is its likeliest token."""
+        assert self.best_C1 is not None
+        return (self.best_C1[: self.count] == self.labels_C1).squeeze(1)
+
+    def _highest(self, at: int, rows: slice, z_RT: Tensor) -> Tensor:
+        """(R, 1) the largest logit of each row in a tile; where it is larger than those before, it is the best."""
+        if self.best_C1 is None:
+            return z_RT.amax(1, keepdim=True)
+        high_R1, place_R1 = z_RT.max(1, keepdim=True)
+        better_R1 = high_R1 > self.largest_C1[rows]
+        self.best_C1[rows] = torch.where(better_R1, place_R1.add_(self.head.tiles[at].start), self.best_C1[rows])
+        return high_R1
 
     def differentiate(self, grad_scale: float, *, hidden_grad: bool, bias_grad: Tensor | None) -> Tensor | None:
         """The logits become d(loss)/d(logits) * grad_scale, where they are kept.

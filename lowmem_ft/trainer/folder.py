@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model said at evaluations, a line for each answer."""
+        return self.path / "samples.jsonl"
+
+    @property
     def finished(self) -> Path:
         """Written last: its presence says that the run is complete."""
         return self.path / "result.json"
@@ -81,23 +86,25 @@ class RunFolder:
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
+        self._append(self.metrics, [line])
+
+    def log_samples(self, lines: list[dict[str, Any]]) -> None:
+        """Append lines to samples.jsonl. Raises as `log`."""
+        self._append(self.samples, lines)
+
+    def _append(self, file: Path, lines: list[dict[str, Any]]) -> None:
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         except OSError as error:
             fix = "free disk space, and go on from the newest checkpoint with --resume"
-            raise CheckpointError("A file could not be written.", given=f"{self.metrics} ({error})", fix=fix) from error
+            raise CheckpointError("A file could not be written.", given=f"{file} ({error})", fix=fix) from error
 
     def forget_after(self, step: int) -> None:
         """Drop what was logged after `step`: the steps that a resumed run does again."""
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # the line that a killed run was writing
-        self.write("metrics.jsonl", "".join(kept))
+        self.write("metrics.jsonl", _until(self.metrics, step))
+        if self.samples.exists():
+            self.write("samples.jsonl", _until(self.samples, step))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
@@ -107,3 +114,15 @@ class RunFolder:
         """What a finished run wrote of itself."""
         result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
         return result
+
+
+def _until(file: Path, step: int) -> str:
+    """The lines of a file of a run up to those of `step`."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():  # not at what text may hold
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # the end, or the line that a killed run was writing
+    return "".join(kept)

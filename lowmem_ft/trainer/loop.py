@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
 from lowmem_ft.trainer.folder import RunFolder
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
+from lowmem_ft.trainer.samples import in_one_line, samples
 from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, tracking
 
@@ -66,6 +68,8 @@ def train(
         result = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
         return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
+    if config.eval.samples and not config.data.eval:
+        warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
     plan = require_fit(plan or make_plan(config))
     if config.policy.objective == "context":  # then the plan decides how long sequences are
         planned = plan.run_config
@@ -122,7 +126,7 @@ def evaluate(
     recovery: Recovery, config: RunConfig, examples: Sequence[Any], reporter: Reporter
 ) -> tuple[float, dict[str, float]]:
     """Mean loss over `examples`, in nats per loss token or, of preferences, per pair or answer, in the micro-batches of
-    the policy in force; and of preferences means of rewards and log-probabilities."""
+    the policy in force; and `accuracy` of tokens or, of preferences, means of rewards and log-probabilities."""
     batches = eval_batches(
         examples,
         seq_len=config.data.seq_len,
@@ -272,7 +276,13 @@ class _Loop:
         self.eval_loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
         named = {f"eval_{name}": value for name, value in metrics.items()}
         self._log({"step": self.step, "eval_loss": self.eval_loss, **named})
-        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
+        accuracy = f", token accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{accuracy}")
+        answers = samples(self.recovery, self.config, self.eval_examples)
+        for answer in answers:
+            self.reporter.say(f"  {in_one_line(answer)}")
+        if answers:
+            self.folder.log_samples([{"step": self.step, **answer} for answer in answers])
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
             self.best_loss = self.eval_loss
             weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}

@@ -10,6 +10,7 @@ which shows in the last digits of losses and gradients; a dropout draws other ma
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,19 @@ from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
+from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.runtime.vocabulary import Which
-from lowmem_ft.step import StepResult, eval_step, evaluate_preferences, sum_gradients, update
+from lowmem_ft.step import (
+    Evaluated,
+    StepResult,
+    eval_rows,
+    eval_step,
+    evaluate_preferences,
+    sum_gradients,
+    update,
+)
 
 T = TypeVar("T")
 
@@ -128,25 +138,62 @@ class Recovery:
             ) from error
 
     def evaluate(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:
-        """Mean loss over `batches`, in nats per loss token or, of preferences, per pair or answer; and of preferences
-        what `evaluate_preferences` says beside.
+        """Mean loss over `batches`, in nats per loss token, and the `accuracy` of tokens; or, of preferences, per pair
+        or answer, and what `evaluate_preferences` says beside.
 
         Raises:
             NoSaferPolicyError: nothing helps.
         """
 
-        def whole() -> tuple[float, dict[str, float]]:
-            total, tokens, now = 0.0, 0, batches.within(self.policy.micro_batch_tokens)
-            if self.ready.objective is not None:
-                found = evaluate_preferences(self.ready, now, now.mismatched, progress)
-                return found.pop("loss"), found
+        if self.ready.objective is not None:
+
+            def judged() -> dict[str, float]:
+                now = batches.within(self.policy.micro_batch_tokens)
+                return evaluate_preferences(self.ready, now, now.mismatched, progress)
+
+            said = self._insist(judged, lambda: self._smaller(batches.widest))
+            return said.pop("loss"), said
+
+        def each(batch: Batch) -> list[Evaluated]:
+            return [eval_step(self.ready, batch)]
+
+        found = functools.reduce(Evaluated.and_also, self._over(batches, each, progress))
+        return found.mean_loss, {"accuracy": found.accuracy}
+
+    def evaluate_rows(self, batches: MicroBatches, progress: Callable[[int, int], None]) -> list[Evaluated]:
+        """Loss and accuracy of each row, in the order of `batches.rows`. Raises as `evaluate`."""
+        return self._over(batches, lambda batch: eval_rows(self.ready, batch), progress)
+
+    def _over(
+        self, batches: MicroBatches, work: Callable[[Batch], list[T]], progress: Callable[[int, int], None]
+    ) -> list[T]:
+        """What `work` finds in each micro-batch, one after the other."""
+
+        def whole() -> list[T]:
+            found: list[T] = []
+            now = batches.within(self.policy.micro_batch_tokens)
             for done, batch in enumerate(now, start=1):
-                loss, count = eval_step(self.ready, batch)
-                total, tokens = total + loss, tokens + count
+                found += work(batch)
                 progress(done, len(now))
-            return total / tokens, {}
+            return found
 
         return self._insist(whole, lambda: self._smaller(batches.widest))
+
+    def once_more(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is done again once where memory runs out.
+
+        Raises:
+            NoSaferPolicyError: it runs out again.
+        """
+        return self._insist(work, lambda: False)
+
+    def optional(self, work: Callable[[], T], what: str) -> T | None:
+        """The result of `work`, which is done again once where memory runs out; then it is left out, and that told."""
+        try:
+            return self.once_more(work)
+        except NoSaferPolicyError as error:
+            self._say(f"Memory does not suffice for {what}, which are left out: {error.given}")
+            return None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The policy in force, as JSON can hold it; None while it is the plan's."""

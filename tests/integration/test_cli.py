@@ -65,8 +65,12 @@ def test_train_eval_generate(folder: Path) -> None:
     assert (found["eval_loss"], found["examples"]) == (best, 8)
     assert found["perplexity"] == pytest.approx(math.exp(best))
     assert 0 < found["bits_per_byte"] < 8
-    without = run("eval", folder / "run", "--adapter", "none", "--json")
-    assert json.loads(without.stdout)["eval_loss"] == held_out[0]
+    accuracies = {line["eval_accuracy"] for line in lines if line.get("eval_loss") == best}
+    assert {found["eval_accuracy"]} == accuracies
+    without = run("eval", folder / "run", "--adapter", "none", "eval.samples=2", "eval.max_new_tokens=4", "--json")
+    told = json.loads(without.stdout)
+    assert told["eval_loss"] == held_out[0]
+    assert [set(sample) for sample in told["samples"]] == [{"prompt", "answer", "reference"}] * 2
 
     said = run(
         "generate", folder / "run", "--max-new-tokens", "4", "--json", stdin="What does ls do?\n\nWhat is cat?\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -21,6 +22,11 @@ from tests.unit.core.test_plan import PLAN
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
+def notebook(stem: str) -> Path:
+    (path,) = (path for path in NOTEBOOKS if path.stem == stem)
+    return path
+
+
 def read(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -28,18 +34,22 @@ def read(path: Path) -> Any:
 
 
 def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The outputs of the notebook's cells by the cells' ids, run in `folder` by the Python that runs this test."""
+    """The outputs of the notebook's cells by the cells' ids, run in `folder` by the Python that runs this test, on the
+    model that comes with the package."""
     settings = {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",  # as the workers of the test run, which share the cores
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where Jupyter's widgets are not installed
         "HF_HOME": str(folder / "hub"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # for `lowmem-ft`
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     notebook = read(path)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("DEMO = False", "DEMO = True")
     # without folders to look in, `python3` is the kernel of this environment, not one that the user has registered
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     assert manager.kernel_spec is not None
@@ -59,7 +69,7 @@ def text_of(outputs: list[Any]) -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["dry_run"]
+    assert [path.stem for path in NOTEBOOKS] == ["dry_run", "finetune_7b_colab_t4", "merge_and_export"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,10 +84,19 @@ def test_committed_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_command_lines_are_ones(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The commands in the prose pass the command line and the config; their plan is made in the cells."""
+def test_installs_only_where_it_is_missing(path: Path) -> None:
+    """What is written for Colab begins with it; the dry run is read where the package is."""
+    first = next(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert ("%pip install" in first) == (path.stem != "dry_run")
+    assert ("DEMO = False" in first) == (path.stem != "dry_run")
+
+
+def test_command_lines_are_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands in the prose of the dry run pass the command line and the config; their plan is made in the cells.
+    Others have theirs in cells."""
     monkeypatch.setattr("lowmem_ft.planner.solver.make_plan", lambda config: PLAN)
     monkeypatch.chdir(tmp_path)
+    path = notebook("dry_run")
     prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     commands = re.findall(r"^lowmem-ft (.*)$", prose, re.MULTILINE)
     assert len(commands) >= 2
@@ -87,8 +106,7 @@ def test_command_lines_are_ones(path: Path, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = (path for path in NOTEBOOKS if path.stem == "dry_run")
-    outputs = execute(path, tmp_path, monkeypatch)
+    outputs = execute(notebook("dry_run"), tmp_path, monkeypatch)
     html = outputs["table"][0].data["text/html"]
     rows = [[cell.strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in html.split("<tr>")[2:]]
     answers = {(row[0], row[1][:8]): row[2] for row in rows}
@@ -117,3 +135,25 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, *_ in hours] == ["Qwen3-0.6B"] * 2 + ["Mistral-7B"] * 2 + ["Llama-3.1-8B"] * 2
     assert all(float(cost) > 0 for *_, cost in hours)
     assert "What fills the memory" in outputs["page"][0].data["text/html"]
+
+
+def test_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = execute(notebook("finetune_7b_colab_t4"), tmp_path, monkeypatch)
+    assert text_of(outputs["plan"]).startswith("float16 fits")
+    assert "colab-t4-16gb" in text_of(outputs["plan"])
+    lines = re.findall(r"step (\d+): held-out loss ([\d.]+), token accuracy ([\d.]+)%", text_of(outputs["results"]))
+    assert [step for step, *_ in lines] == ["0", "2", "4"]
+    assert float(lines[-1][1]) < float(lines[0][1])
+    assert "Answers to held-out prompts" in text_of(outputs["results"])
+    assert text_of(outputs["ask"]).strip()
+    assert text_of(outputs["resume"]).strip().endswith("finished 4 runs/t4/adapter")
+    assert '"compute_dtype": "float16"' in (tmp_path / "runs" / "t4" / "plan.json").read_text()
+
+
+def test_merge_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = execute(notebook("merge_and_export"), tmp_path, monkeypatch)
+    for name in ("merge", "gguf", "vllm"):
+        assert "KL" in text_of(outputs[name]), name
+    assert text_of(outputs["use"]).strip()
+    for name in ("merged", "model.safetensors", "tokenizer.json", "Modelfile", "adapter_config.json"):
+        assert name in text_of(outputs["files"])

@@ -195,12 +195,12 @@ def test_eval_step_is_the_models_own_loss_without_dropout() -> None:
     ready, examples = make_ready(model), documents()
     sums = [eval_step(ready, batch) for batch in micro_batches(examples, 3)]
     assert model.training
-    loss = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+    loss = sum(it.loss for it in sums) / sum(it.loss_tokens for it in sums)
     with torch.no_grad():
         assert loss == pytest.approx(reference(model.eval(), examples).item(), rel=1e-5)
     assert ready.accumulator.gradient(next(p for p in model.parameters() if p.requires_grad)) is None
     masked = collate([[Example([5, 6, 7], [-100, -100, -100])]], pad_id=0)
-    assert eval_step(ready, masked) == (0.0, 0)
+    assert eval_step(ready, masked) == (0.0, 0, 0)
 
 
 def test_micro_batches_out_of_the_loss_are_passed_over() -> None:
@@ -317,7 +317,7 @@ def test_the_same_code_runs_without_data(name: str) -> None:
         ids = torch.zeros(2, 16, dtype=torch.int64)
         batch = Batch(ids, ids, ids, torch.ones(2, 16, dtype=torch.int32), tokens=32, loss_tokens=9)
         result = train_step(ready, [batch, batch], lr=1e-3)
-        assert eval_step(ready, batch) == (0.0, 9)
+        assert eval_step(ready, batch) == (0.0, 9, 0)
     assert (result.tokens, result.loss_tokens, result.skipped) == (64, 18, False)
 
 
@@ -369,7 +369,7 @@ def test_bf16_adapters_track_fp32_adapters_on_the_embedded_model(bits: Any) -> N
 
     def evaluate(ready: SimpleNamespace) -> float:
         sums = [eval_step(ready, batch) for batch in held_out]
-        return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+        return sum(it.loss for it in sums) / sum(it.loss_tokens for it in sums)
 
     before = evaluate(ready_ours)
     for batch in train:

@@ -1,5 +1,6 @@
 """Chunked head and cross-entropy against plain PyTorch, and heads against the models' own logits."""
 
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.runtime import loss as module
+from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.blocks import find_decoder
 from lowmem_ft.runtime.head import Head, head_of
-from lowmem_ft.runtime.loss import chunked_cross_entropy, cross_entropy_and_gradients, scratch_bytes
+from lowmem_ft.runtime.loss import Scores, chunked_cross_entropy, cross_entropy_and_gradients, scratch_bytes
 from tests.models import ARCHITECTURES, tiny_config, tiny_model
 from tests.unit.runtime.memory import peak_bytes
 
@@ -105,6 +107,37 @@ def test_rows_out_of_the_loss_are_not_computed() -> None:
     assert torch.equal(loss, expected)
     assert not hidden.grad[labels == -100].any()
     assert hidden.grad[labels != -100].all(dim=1).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tile", [1, 1 << 26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_whole_logits(
+    variant: str, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "TILE_BYTES", tile)
+    generator = torch.Generator().manual_seed(2)
+    size, tokens = 1000, 300
+    # of whole numbers, so that sums are exact in any order and many tokens are equally likely: the first one counts
+    weight = torch.randint(-2, 3, (size, D), generator=generator).to(dtype)
+    weight[500:700] = weight[:200]
+    bias = torch.zeros(size, dtype=dtype) if VARIANTS[variant].get("bias") else None
+    hidden = torch.randint(-2, 3, (tokens, D), generator=generator).to(dtype)
+    head = Head(weight=weight, **{**VARIANTS[variant], "bias": bias})
+    logits = logits_of(hidden.float(), replace(head, weight=weight.float(), bias=None))
+    best = logits.argmax(1)
+    labels = torch.where(torch.rand(tokens, generator=generator) < 0.5, best, best.roll(1))
+    labels[:100] = torch.where(best[:100] < 200, best[:100] + 500, 0)
+    labels[::7] = -100
+    scores = Scores.zeros(tokens, torch.device("cpu"))
+    loss, _ = cross_entropy_and_gradients(hidden, labels, head, chunk_tokens=64, hidden_grad=False, scores=scores)
+    assert len(head.tiles) == (1 if tile > 1 else 8 if dtype == torch.float32 else 4)
+    assert torch.equal(scores.correct_N, labels == best)
+    assert 0 < int(scores.correct_N.sum()) < tokens
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(scores.loss_N, expected, rtol=1e-5, atol=1e-5)
+    without, _ = cross_entropy_and_gradients(hidden, labels, head, chunk_tokens=64, hidden_grad=False)
+    assert torch.equal(loss, without)
 
 
 def test_nothing_in_the_loss() -> None:

@@ -97,7 +97,7 @@ def trained(
     ready = equipped(config, streamed=streamed, activations=activations, **changes)
     batches = full_batches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
-    said = [result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
+    said = [result.loss, result.grad_norm, *eval_step(ready, batches[0])]
     return said, {name: parameter.detach().clone() for name, parameter in ready.trainable.items()}
 
 

@@ -61,9 +61,9 @@ def trained(ready: Assembled, config: RunConfig) -> tuple[list[float], dict[str,
     """What a step and evaluations around it report, and the weights that the step leaves."""
     batches = full_batches(config, a_policy("none"), vocabulary=VOCABULARY)
     torch.manual_seed(1)  # of dropout
-    before = eval_step(ready, batches[0])[0]
+    before = eval_step(ready, batches[0])
     result = train_step(ready, batches, lr=1e-2)
-    said = [before, result.loss, result.grad_norm, eval_step(ready, batches[0])[0]]
+    said = [*before, result.loss, result.grad_norm, *eval_step(ready, batches[0])]
     return said, {name: parameter.detach().clone() for name, parameter in ready.trainable.items()}
 
 
