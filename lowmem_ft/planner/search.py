@@ -123,7 +123,7 @@ class Search:
     def _smallest(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
         """The policy with the smallest peak of the process, added to `options` if it is not there."""
         found: Answer | None = None
-        for weighed in sorted(self._few(place, timed=True), key=lambda it: it.allocated):
+        for weighed in sorted(self.few(place, timed=True), key=lambda it: it.allocated):
             # at least what is in use is reserved, so that on a card a look at it may save a replay
             if found is None or self.device.kind == "cpu" or weighed.allocated < found.reserved:
                 answer = self.answer(weighed, (), budget, most=None if found is None else found.process)
@@ -154,12 +154,12 @@ class Search:
 
     def smallest(self) -> Weighed:
         """The policy with the smallest peak of bytes in tensors; its time is that of a first micro-batch."""
-        return min(self._few(self.choices.optimizers[-1], timed=False), key=lambda it: it.allocated)
+        return min(self.few(self.choices.optimizers[-1], timed=False), key=lambda it: it.allocated)
 
-    def _few(self, place: Place, *, timed: bool) -> list[Weighed]:
+    def few(self, place: Place, *, timed: bool) -> Iterator[Weighed]:
         """Policies of which one is the smallest, with the optimizer in `place`. Where the loss takes little, the last
         block may as well keep: its backward is the first thing that follows."""
-        return [self.scales.weigh(self._least(keep, place), timed=timed) for keep in self.choices.keep[:2]]
+        return (self.scales.weigh(self._least(keep, place), timed=timed) for keep in self.choices.keep[:2])
 
     def smallest_process(self) -> int:
         """What the process takes under that policy, about."""

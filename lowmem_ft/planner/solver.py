@@ -107,11 +107,13 @@ def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None
         search.lengthen(config)
         if search.process_estimate(search.least, 0, 0) > NEAR * budget:
             return None  # without a trace
-        step = search.scales.weigh(search.least, timed=False)
-        if search.process_estimate(step.policy, step.allocated, step.heap) > NEAR * budget:
-            return None
-        answer = search.answer(step, (), budget, most=budget)
-        return answer if answer.fits else None
+        for step in search.few(search.choices.optimizers[-1], timed=False):
+            if search.process_estimate(step.policy, step.allocated, step.heap) > NEAR * budget:
+                return None
+            answer = search.answer(step, (), budget, most=budget)
+            if answer.fits:
+                return answer
+        return None
 
     return of
 

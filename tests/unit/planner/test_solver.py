@@ -155,19 +155,20 @@ def test_objectives(models: dict[str, Path]) -> None:
     assert plans["speed"].predicted.step_seconds == min(plan.predicted.step_seconds for plan in plans.values())
 
 
-def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path]) -> None:
-    """Here the last block keeps, with which more bytes are in tensors and fewer are reserved."""
-    sections = {"data": {"seq_len": 1536}, "policy": {**WITH_EMBEDDINGS, "optimizer_on": "device"}}
+@pytest.mark.parametrize("seq_len", [1024, 1536])
+def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path], seq_len: int) -> None:
+    """On a card the allocator decides, of which estimates know nothing."""
+    sections = {"data": {"seq_len": seq_len}, "policy": {**WITH_EMBEDDINGS, "optimizer_on": "device"}}
     search = Search(config(models["wide"], **sections), CARD, 4)
-    least, other = search._few("device", timed=False)
-    exact = process_peak(CARD, search.scales, other).process
-    assert least.allocated < other.allocated
-    assert exact < process_peak(CARD, search.scales, least).process
+    exact, policy = min(
+        (process_peak(CARD, search.scales, it).process, it.policy.keep_blocks)
+        for it in search.few("device", timed=False)
+    )
     sections["policy"]["objective"] = "memory"
     for memory in (1, exact):
         plan = make_plan(config(models["wide"], **sections, budget={"memory": memory}), device=CARD)
         assert (plan.fits, plan.predicted.process_peak_bytes) == (memory == exact, exact)
-        assert plan.policy == other.policy
+        assert plan.policy.keep_blocks == policy
 
 
 def test_the_longest_sequence_that_fits(models: dict[str, Path]) -> None:
@@ -398,7 +399,7 @@ def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device_facts, "load_kernels", lambda *_: None)
     monkeypatch.setattr(device_facts, "measured_workspaces", lambda _: {"forward": 3, "bias": 0, "backward": 4})
     cpu, card = find_device("cpu"), find_device("cuda:0")  # in this order, as the first gives unused memory back
-    assert (card.free_bytes, card.process_bytes) == (10, 5)
+    assert (card.free_bytes, card.process_bytes) == (10, 5 + device_facts.LATER_BYTES)
     assert (card.compute_capability, card.sm_count) == ("8.6", 28)
     assert (card.forward_workspace, card.bias_workspace, card.backward_workspace) == (3, 0, 4)
     assert card.host_process_bytes == pytest.approx(cpu.process_bytes, rel=0.1)
