@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -193,7 +193,9 @@ def assemble(
         device=device,
         compute_dtype=dtype,
         attn_implementation=attention,
-        head=head_of(equipped),  # after the adapter, which may have put a trained copy in its place
+        head=replace(
+            head_of(equipped), on_card=device.type == "cuda"
+        ),  # after the adapter, which may have put a trained copy in its place
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
         activations=activate(policy),

@@ -135,9 +135,11 @@ class CostModel:
             torch.ops.aten.baddbmm.default: self._addmm,
         }
 
-    def seconds(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0) -> float:
-        """What the Tracer adds up, where the operation stands for so many `tiles` with the same rows in all: each of
-        them is a call, and dequantizes its own weights."""
+    def seconds(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0
+    ) -> complex:
+        """What the Tracer adds up, see `trace.Cost`, where the operation stands for so many `tiles` with the same rows
+        in all: each of them is a call, and dequantizes its own weights."""
         if func not in self._rules:
             self._rules[func] = None if _takes_no_time(func) else self._elementwise
         rule = self._rules[func]
@@ -147,7 +149,7 @@ class CostModel:
         if rule in (self._dequantize_4bit, self._dequantize_8bit):
             work *= tiles
         calls = tiles * self._rates.call
-        return max(calls, work) if self._ahead else calls + work
+        return complex(work, calls) if self._ahead else calls + work
 
     def _elementwise(self, out: Any, *args: Any) -> float:
         moved = 0

@@ -133,6 +133,7 @@ class Stage:
         with self.tracer:
             self.ready = assemble(config, policy, torch.device("meta"))
         self.ready.activations.remove()  # each step decides anew
+        self.ready.head = replace(self.ready.head, on_card=kind == "cuda")
         if self.ready.optimizer is not None:
             self.ready.optimizer.guarded = kind == "cpu"
         if config.data.packing and not config.adapter.prompt_learning:

@@ -30,7 +30,8 @@ Tier: TypeAlias = Literal["device", "host"]
 Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
 # An operator's own Python implementation, and how many times longer it takes than what is traced of it
 Whole: TypeAlias = tuple[Callable[..., Any], Callable[..., float]]
-Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, float], float]
+# Seconds of work and, as the imaginary part, of the host's calls where these go on while the device works
+Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, float], complex]
 
 
 _ASK = torch.ops.aten._local_scalar_dense.default
@@ -264,7 +265,7 @@ class _Learned(NamedTuple):
     """
 
     events: Sequence[Event]
-    costs: Sequence[float]
+    costs: Sequence[complex]
     op: str
     key: int
     result: Callable[[], Tensor]
@@ -281,8 +282,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         scratch: op -> what it takes inside.
         whole: ops that run as their own Python implementation here, so that what happens inside is seen too.
-        cost: (op, args, kwargs, result, tiles) -> predicted seconds, summed in `seconds` by phase and block, of so many
-            tiles with the same rows in all.
+        cost: (op, args, kwargs, result, tiles) -> predicted seconds, which `seconds` tells by phase and block, of so
+            many tiles with the same rows in all.
 
     Where `STANDS_FOR` said that operations stand for others too, the trace and the seconds are those of all of them.
     """
@@ -295,7 +296,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
-        self.seconds: dict[tuple[str, int | None], float] = defaultdict(float)
+        self._spent: dict[tuple[str, int | None], complex] = defaultdict(complex)
         self.phase, self.block = "load", None  # type: tuple[str, int | None]
         self._scratch, self._whole, self._cost = scratch, whole, cost
         self._alive: dict[int, tuple[weakref.ref[Any], Event]] = {}  # by the storage's address
@@ -304,7 +305,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._op = ""
         self._keys = count(1)
         self._learned: dict[Hashable, _Learned] = {}  # by what the work is called, phase and block
-        self._costs: list[float] = []  # of all operations
+        self._costs: list[complex] = []  # of all operations
         self._began = 0, 0  # events and costs, when work began that may be learned
         self._repeats = Repeats(self._keys)
         self._times, self._from = 1, 0  # for how many operations each stands, since which event
@@ -315,7 +316,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Start a new trace, whose first events are the births of what is alive, and a new sum of seconds."""
         self.trace = Trace(self.alive())
         self._repeats = Repeats(self._keys)
-        self.seconds = defaultdict(float)
+        self._spent = defaultdict(complex)
+
+    @property
+    def seconds(self) -> dict[tuple[str, int | None], float]:
+        """By phase and block: of the device's work or of the host's calls, whichever takes longer."""
+        return {place: max(spent.real, spent.imag) for place, spent in self._spent.items()}
 
     def alive(self) -> list[Event]:
         """The births of all that is held now."""
@@ -347,11 +353,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         if op.whole is not None:
             implementation, times = op.whole
-            before = self.seconds[self.phase, self.block]
+            before = self._spent[self.phase, self.block]
             with self:
                 out = implementation(*args, **kwargs)
-            traced = self.seconds[self.phase, self.block] - before
-            self.seconds[self.phase, self.block] = before + times(*args, **kwargs) * traced
+            traced = self._spent[self.phase, self.block] - before
+            self._spent[self.phase, self.block] = before + times(*args, **kwargs) * traced
             return out
         if func is _ASK and args[0].is_meta:
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
@@ -381,7 +387,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._cost is not None:
             tiles = self._tiles if self._tiles != 1.0 and self._tiled == (self.phase, self.block) else 1.0
             seconds = self._times * self._cost(func, args, kwargs, out, tiles)
-            self.seconds[self.phase, self.block] += seconds
+            self._spent[self.phase, self.block] += seconds
             self._costs.append(seconds)
         return out
 
@@ -410,7 +416,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.events.append(again)
             births[event.key] = again
         for seconds in known.costs:
-            self.seconds[self.phase, self.block] += seconds
+            self._spent[self.phase, self.block] += seconds
         self._op, result = known.op, known.result()
         self._hold(result.untyped_storage(), births[known.key])
         return [result]

@@ -28,6 +28,7 @@ class Head:
         scale: factor on the logits before the cap; where a model scales the hidden states instead, that factor.
         table: where the rows of `weight` lie, if that is below the device.
         keeps: whether a chunk's logits are kept until their gradients are made of them, or computed again.
+        on_card: whether it lies on one, or will in the run that is planned.
     """
 
     weight: Tensor
@@ -36,10 +37,13 @@ class Head:
     scale: float = 1.0
     table: Table | None = None
     keeps: bool = True
+    on_card: bool = False
 
     @property
     def tiles(self) -> list[slice]:
-        """The rows that are multiplied at a time."""
+        """The rows that are multiplied at a time: all of them on a card, where each tile costs fifteen calls."""
+        if self.on_card and self.keeps:
+            return [slice(0, self.weight.shape[0])]
         return row_tiles(self.weight.shape[0], self.weight.shape[1] * self.weight.element_size())
 
     def tile(self, at: int, *, returns: bool) -> Tensor:

@@ -23,8 +23,9 @@ from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.head import Head
 
 # fp32 logits are made for this many elements at a time (8 MiB). On the CPU that stays in the cache: measured on one
-# Zen 4 core at V = 32000, 25% faster than a chunk at once; on a GPU a kernel over it takes longer than its launch.
-_SLAB = 1 << 21
+# Zen 4 core at V = 32000, 25% faster than a chunk at once. On a card, where a call takes 20 to 30 us and so much passes
+# in 5 (H200), in a quarter of a chunk, that is half of what its 16-bit logits take, or so many elements.
+_SLAB, _SLAB_ON_CARD = 1 << 21, 1 << 24
 # Rows of a chunk are filled up to this multiple, so that steps with other numbers of loss tokens multiply matrices of
 # the same few sizes: oneDNN compiles a kernel for each new one and keeps it (1 MB more after each step otherwise).
 _ROWS = 128
@@ -53,10 +54,16 @@ def scratch_bytes(head: Head, chunk_tokens: int) -> int:
     vocabulary, hidden = head.weight.shape
     tiles, size = head.tiles, head.weight.element_size()
     width: int = tiles[0].stop
-    slab = 4 * min(max(_SLAB, width), chunk_tokens * width)
+    slab = 4 * min(max(_slab(head, chunk_tokens), width), chunk_tokens * width)
     summed = 4 * hidden if len(tiles) > 1 else 0
     per_token: int = ((vocabulary if head.keeps else width) + 2 * hidden) * size + summed
     return chunk_tokens * per_token + slab * (1 if head.softcap is None else 2)
+
+
+def _slab(head: Head, chunk: int) -> int:
+    """Elements of fp32 logits at a time."""
+    wanted = min(_SLAB_ON_CARD, chunk * head.tiles[0].stop // 4) if head.on_card else 0
+    return max(_SLAB, wanted)
 
 
 def chunked_cross_entropy(
@@ -249,7 +256,7 @@ class _Chunk:
     def empty(cls, chunk: int, head: Head, *, ranks: bool) -> _Chunk:
         vocabulary, hidden = head.weight.shape
         width = head.tiles[0].stop
-        rows = min(chunk, max(1, _SLAB // width))
+        rows = min(chunk, max(1, _slab(head, chunk) // width))
         slab = head.weight.new_empty(rows * width, dtype=torch.float32)
         largest, summed, target = (head.weight.new_empty(chunk, 1, dtype=torch.float32) for _ in range(3))
         return cls(

@@ -13,6 +13,7 @@ from lowmem_ft.planner import cost
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.simulate import Stage
+from lowmem_ft.planner.trace import Tracer
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 
@@ -24,7 +25,7 @@ FREE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def seconds(func: Any, *args: Any, kind: str = "cuda", **rates: Any) -> float:
+def seconds(func: Any, *args: Any, kind: str = "cuda", **rates: Any) -> complex:
     """Of one operation, when all takes no time but what `rates` names."""
     out = func(*args)
     return CostModel(Rates(**{**FREE, **rates}), kind=kind).seconds(func, args, {}, out)
@@ -67,8 +68,7 @@ def test_bytes_calls_and_views() -> None:
     assert seconds(aten.add_.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
     assert seconds(aten.add.Tensor, meta(10), meta(10), call=0.5, kind="cpu") == 0.5
     assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0, kind="cpu") == 3 * 20 + 7
-    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0) == 3 * 20, "called meanwhile"
-    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=70.0) == 70
+    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0) == 3 * 20 + 7j, "called meanwhile"
     for func, args in (
         (aten.view.default, (meta(4, 4), [16])),
         (aten.transpose.int, (meta(4, 4), 0, 1)),
@@ -81,7 +81,7 @@ def test_bytes_calls_and_views() -> None:
 def test_updates_of_small_tensors() -> None:
     update = torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default
     rates = {"updates": 4.0, "update_call": 7.0, "call": 2.0}
-    for kind, expected in (("cpu", 7 + 10 / 4), ("cuda", 10 / 4)):
+    for kind, expected in (("cpu", 7 + 10 / 4), ("cuda", 10 / 4 + 2j)):
         model = CostModel(Rates(**{**FREE, **rates}), kind=kind)
         assert model.seconds(update, ("adam", meta(10)), {}, None) == expected
 
@@ -92,7 +92,7 @@ def test_products_that_a_processor_does_in_fp32_tiles(monkeypatch: pytest.Monkey
     n, k, m, r = 2048, 512, 3072, 4
     operands = (meta(n, m), meta(n, k), meta(k, m), None, meta(n, r), meta(k, r), meta(r, m), 1.0)
 
-    def of(**rates: Any) -> float:
+    def of(**rates: Any) -> complex:
         model = CostModel(Rates(**{**FREE, **rates}), kind="cpu")
         return model.seconds(torch.ops.lowmem_ft.product.default, operands, {}, None)
 
@@ -119,6 +119,18 @@ def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:
     # below the first adapter no gradient is needed: the first block's q, k and v have no backward
     saved = 2 * tokens * (2 * hidden * hidden)
     assert expected - saved <= sum(stage.tracer.seconds.values()) <= expected + low_rank
+
+
+def test_a_host_that_calls_ahead_shows_where_it_takes_longer_than_the_work() -> None:
+    """Of all operations of a phase of a block together, not of each: a queue lies between host and card."""
+    model = CostModel(Rates(**{**FREE, "elementwise": 1.0, "call": 100.0}), kind="cuda")
+    tracer = Tracer({}, {}, model.seconds)
+    with tracer:
+        for size in (10, 30):  # of 60 and of 180 seconds
+            meta(size).mul_(meta(size))
+        tracer.phase = "backward"
+        meta(100).mul_(meta(100))
+    assert tracer.seconds == {("load", None): 60 + 180, ("backward", None): 600}
 
 
 @pytest.mark.parametrize("tokens", [64, 128, 1024])
