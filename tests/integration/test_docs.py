@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from lowmem_ft.cli.docs import PAGES, page_text
-from tests.assets import ASSETS, write_share
+from tests.assets import ASSETS, write_pairs, write_share
 from tests.unit.cli.conftest import command  # noqa: F401 - a fixture
 
 Command = Callable[..., tuple[int, str, str]]
@@ -84,6 +84,7 @@ def test_every_command_of_the_pages(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("lowmem_ft.cli.demo.STEPS", 2)
     write_share(tmp_path, train=60, eval=8)
+    write_pairs(tmp_path, train=24, eval=8)
     model = tmp_path / MODEL  # a folder of that name comes before the hub
     shutil.copytree(ASSETS / "doclm-7m", model)
     config = json.loads((model / "config.json").read_text())

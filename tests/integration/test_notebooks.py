@@ -69,7 +69,9 @@ def text_of(outputs: list[Any]) -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["dry_run", "finetune_7b_colab_t4", "merge_and_export"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "dry_run", "finetune_7b_colab_t4", "merge_and_export", "preference_tuning",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -157,3 +159,26 @@ def test_merge_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert text_of(outputs["use"]).strip()
     for name in ("merged", "model.safetensors", "tokenizer.json", "Modelfile", "adapter_config.json"):
         assert name in text_of(outputs["files"])
+
+
+def test_preference_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = execute(notebook("preference_tuning"), tmp_path, monkeypatch)
+    preview = text_of(outputs["preview"])
+    assert re.search(r"format +preference \(400\)", preview)
+    assert all(f":1 {answer} (what is not in the loss" in preview for answer in ("chosen", "rejected"))
+    assert text_of(outputs["plan"]).startswith("float16 fits")
+    assert "colab-t4-16gb" in text_of(outputs["plan"])
+    form = r"step (\d+): held-out loss ([\d.]+), accuracy ([\d.]+)%, rewards (\S+) and (\S+), margin (\S+)"
+    lines = re.findall(form, text_of(outputs["rewards"]))
+    assert [step for step, *_ in lines] == ["0", "4", "8"]
+    assert lines[0][1:] == ("0.693", "0.0", "+0.000", "+0.000", "+0.000"), "as the prose has it"
+    assert float(lines[-1][1]) < 0.69
+    assert float(lines[-1][-1]) > 0
+    evaluated = re.search(r"^eval_loss ([\d.]+)", text_of(outputs["evaluate"]), re.MULTILINE)
+    assert evaluated
+    assert float(evaluated[1]) == pytest.approx(min(float(loss) for _, loss, *_ in lines), abs=0.001)
+    answers = re.search(r"^before: (.*)^after: (.*)", text_of(outputs["ask"]), re.MULTILINE | re.DOTALL)
+    assert answers
+    assert answers[1].strip() != answers[2].strip()
+    others = re.findall(r"(\w+): held-out loss [\d.]+, margin [+-][\d.]+", text_of(outputs["others"]))
+    assert others == ["orpo", "kto"]
