@@ -49,7 +49,7 @@ def _summed_in_place(total: Tensor, more: Any) -> bool:
 
     It adds to that then (torch/csrc/autograd/input_buffer.cpp, `accumulate`), unless a dispatch mode watches.
     """
-    if sys._getframe(2).f_code.co_name != "_engine_run_backward" or total.shape != more.shape:
+    if sys._getframe(2).f_code.co_name != "_engine_run_backward" or total.shape != getattr(more, "shape", None):
         return False
     held = _references(total), torch._C._storage_Use_Count(total.untyped_storage()._cdata)
     return held == _ALONE
