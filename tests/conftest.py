@@ -12,6 +12,8 @@ import torch
 def pytest_configure(config: pytest.Config) -> None:
     # nothing of a test stays in the user's cache, also of those that start commands
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lowmem-ft-tests-")
+    # what the command line sets for itself would change the plans of tests that follow in the same process
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     # xdist workers share the cores: one thread each is faster than two that wait for each other
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
