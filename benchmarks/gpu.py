@@ -26,12 +26,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-SHAPES: dict[str, dict[str, Any]] = {
-    "Llama-3.1-8B": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    },
-}  # fmt: skip
 MODEL = "Llama-3.1-8B"
 QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 TIMED_BLOCKS = 8  # of the slowdown by streaming
@@ -50,11 +44,13 @@ def write_model(folder: Path, device: str, **changes: Any) -> Path:
         return folder
     import torch
     from fit import ASSETS, TOKENIZER
+    from limits import SHAPES
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(**{**SHAPES[MODEL], **changes}, tie_word_embeddings=False, dtype="bfloat16")
+    shape = {**SHAPES[MODEL], **changes}
+    config = AutoConfig.for_model(**shape, tie_word_embeddings=False, dtype="bfloat16")
     with torch.device("meta"):
         shapes = {name: it.shape for name, it in LlamaForCausalLM(config).state_dict().items()}
     config.architectures = ["LlamaForCausalLM"]
@@ -142,6 +138,11 @@ def our_step(ready: Any, batches: Any) -> Callable[[], float]:
     return lambda: train_step(ready, batches, lr=LR).loss
 
 
+def peaks_of(predicted: Any) -> dict[str, int]:
+    """What is planned beside what `watched` measures, in bytes."""
+    return {name: getattr(predicted, f"{name}_peak_bytes") for name in ("allocated", "reserved", "process", "host")}
+
+
 def planned_run(config: Any, device: Any, *, steps: int, vocabulary: int) -> dict[str, Any]:
     """Plan, assemble and step as `lowmem-ft train` does, the allocator capped alike."""
     import torch
@@ -155,18 +156,14 @@ def planned_run(config: Any, device: Any, *, steps: int, vocabulary: int) -> dic
     start = time.perf_counter()
     plan = make_plan(config)
     planning = time.perf_counter() - start
-    said = {
+    said: dict[str, Any] = {
         "planning_seconds": planning,
         "fits": plan.fits,
         "policy": plan.policy.describe(),
         "budget_bytes": plan.budget["device_bytes"],
+        "planned": peaks_of(plan.predicted),
+        "planned_seconds": plan.predicted.step_seconds,
     }
-    said |= {
-        "planned": {
-            name: getattr(plan.predicted, f"{name}_peak_bytes") for name in ("allocated", "reserved", "process", "host")
-        }
-    }
-    said |= {"planned_seconds": plan.predicted.step_seconds}
     if not plan.fits:
         return said
     try:
@@ -244,7 +241,7 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace) -> list[di
 
 
 def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Where a step's time goes, as PyTorch's profiler tells it, beside the largest product's rate."""
+    """Where a step's time goes, as PyTorch's profiler tells it."""
     from torch.profiler import ProfilerActivity, profile
 
     from lowmem_ft.assemble import assemble
@@ -252,8 +249,8 @@ def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[s
     from lowmem_ft.planner.verify import full_batches
 
     model, found = write_model(folder / MODEL, device.type), []
-    for rows, length, packing in ((1, 2048, False), (1, 8192, False)):
-        config = configured(model, rows, length, device=str(device), packing=packing)
+    for length in (2048, 8192):
+        config = configured(model, 1, length, device=str(device))
         plan = make_plan(config)
         ready = assemble(config, plan.policy, device)
         step = our_step(ready, full_batches(config, plan.policy, vocabulary=options.vocabulary))
@@ -266,7 +263,7 @@ def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[s
         calls = [it for it in averages if not str(it.device_type).endswith("CUDA")]
         found.append(
             {
-                "rows": rows, "length": length, "packing": packing, "policy": plan.policy.describe(), **times,
+                "rows": 1, "length": length, "policy": plan.policy.describe(), **times,
                 "kernel_seconds": sum(it.self_device_time_total for it in kernels) / 1e6,
                 "kernels": sum(it.count for it in kernels),
                 "largest_kernels": [
@@ -349,16 +346,8 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
                 ready = assemble(config, plan.policy, device)
                 batches = full_batches(config, plan.policy, vocabulary=options.vocabulary)
                 one = timed(our_step(ready, batches), device, steps=4)
-            predicted = plan.predicted
-            one |= {
-                "policy": plan.policy.describe(),
-                "planned": {
-                    "allocated": predicted.allocated_peak_bytes,
-                    "reserved": predicted.reserved_peak_bytes,
-                    "process": predicted.process_peak_bytes,
-                    "seconds": predicted.step_seconds,
-                },
-            }
+            planned = {**peaks_of(plan.predicted), "seconds": plan.predicted.step_seconds}
+            one |= {"policy": plan.policy.describe(), "planned": planned}
             found.append({"rows": rows, "length": length, "packing": packing, "peaks": peaks, **one})
             del ready
     else:
@@ -431,12 +420,13 @@ def main() -> None:
     from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
     prefer_expandable_segments()  # as the command line does
+    import limits  # beside this file, where scripts are run
     import torch
-    from common import leave, stamp  # beside this file, where scripts are run
+    from common import leave, stamp
 
     device = torch.device(options.device)
     if options.quick:
-        SHAPES[MODEL] |= QUICK
+        limits.SHAPES[MODEL] |= QUICK
     if options.child:
         peer_child(options.child, options.folder, device, options)
         return

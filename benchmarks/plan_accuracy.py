@@ -306,8 +306,9 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
 
     from lowmem_ft.assemble import assemble
     from lowmem_ft.core.config import RunConfig
+    from lowmem_ft.planner.simulate import mismatched_of
     from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches, mismatched_of
+    from lowmem_ft.planner.verify import full_batches
     from lowmem_ft.runtime.memory import process_peak_bytes
     from lowmem_ft.step import train_step
 

@@ -130,7 +130,7 @@ def assemble(
     use_norms(model)
     objective = objective_of(config)
     if objective is not None:
-        _drop_nothing(model)  # or a model would differ from its own reference
+        drop_nothing(model)  # or a model would differ from its own reference
     spec = quant_spec(policy)
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
@@ -193,9 +193,8 @@ def assemble(
         device=device,
         compute_dtype=dtype,
         attn_implementation=attention,
-        head=replace(
-            head_of(equipped), on_card=device.type == "cuda"
-        ),  # after the adapter, which may have put a trained copy in its place
+        # after the adapter, which may have put a trained copy in its place
+        head=replace(head_of(equipped), on_card=device.type == "cuda"),
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
@@ -228,7 +227,7 @@ def _refuse_trained_reference(model: Any) -> None:
         )
 
 
-def _drop_nothing(model: PreTrainedModel) -> None:
+def drop_nothing(model: PreTrainedModel) -> None:
     """Turn the model's own dropout off, whichever way it says that."""
     for module in model.modules():
         for key, value in vars(module).items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.core.mode import evaluating
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,14 +255,9 @@ def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
 @contextmanager
 def _sampled(model: Any, seed: int) -> Iterator[None]:
     """Within it the model answers, with random numbers of its own; its mode is put back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():  # what a later step may use, too
-            torch.manual_seed(seed)
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), torch.random.fork_rng(), torch.no_grad():  # what a later step may use, too
+        torch.manual_seed(seed)
+        yield
 
 
 def _answer(

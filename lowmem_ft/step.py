@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import adapters_disabled
 from lowmem_ft.core.errors import DataError, LowMemError
+from lowmem_ft.core.mode import evaluating
 from lowmem_ft.data.examples import IGNORE_INDEX
 from lowmem_ft.data.packing import Answers, Batch
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head
 from lowmem_ft.runtime.hidden import decoder_inputs, hidden_states
-from lowmem_ft.runtime.loss import Scores, cross_entropy_and_gradients
+from lowmem_ft.runtime.loss import cross_entropy_and_gradients
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.preference import Objective, Share, Totals, log_probabilities, token_weights
 from lowmem_ft.runtime.scaler import LossScaler
@@ -179,8 +180,8 @@ class Evaluated(NamedTuple):
 
 def eval_step(ready: Ready, batch: Batch) -> Evaluated:
     """Loss and accuracy of `batch`, with the model in evaluation mode."""
-    loss, scores = _scored(ready, batch)
-    summed, correct = _values(loss, scores.correct_N.sum().float())
+    loss, _, correct_N = _scored(ready, batch)
+    summed, correct = _values(loss, correct_N.sum().float())
     return Evaluated(summed, batch.loss_tokens, int(correct))
 
 
@@ -188,33 +189,20 @@ def eval_rows(ready: Ready, batch: Batch) -> list[Evaluated]:
     """The same of each row of `batch`."""
     shape = batch.labels.shape
     counts = (batch.labels != IGNORE_INDEX).sum(1).tolist()
-    _, scores = _scored(ready, batch)
-    losses = scores.loss_N.cpu().view(shape).sum(1, dtype=torch.float64).tolist()
-    correct = scores.correct_N.cpu().view(shape).sum(1).tolist()
+    _, losses_N, correct_N = _scored(ready, batch)
+    losses = losses_N.cpu().view(shape).sum(1, dtype=torch.float64).tolist()
+    correct = correct_N.cpu().view(shape).sum(1).tolist()
     return [Evaluated(*row) for row in zip(losses, counts, correct, strict=True)]
 
 
 @torch.no_grad()
-def _scored(ready: Ready, batch: Batch) -> tuple[Tensor, Scores]:
-    """Summed loss, fp32, and what each position adds to it."""
-    training = ready.model.training
-    ready.model.eval()
-    try:
+def _scored(ready: Ready, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, fp32; the loss of each position, (N,) fp32; and whether its label is the likeliest token, (N,)."""
+    with evaluating(ready.model):
         batch = batch.to(ready.device)
         hidden_ND = _hidden_states(ready, batch)
-        scores = Scores.zeros(len(hidden_ND), ready.device)
-        loss, _ = cross_entropy_and_gradients(
-            hidden_ND,
-            batch.labels.flatten(),
-            ready.head,
-            chunk_tokens=ready.loss_chunk_tokens,
-            kept=batch.loss_tokens,
-            hidden_grad=False,
-            scores=scores,
-        )
-    finally:
-        ready.model.train(training)
-    return loss, scores
+        correct_N = torch.zeros(len(hidden_ND), dtype=torch.bool, device=ready.device)
+        return *_cross_entropy(ready, hidden_ND, batch, correct_N), correct_N
 
 
 @torch.no_grad()
@@ -226,10 +214,9 @@ def evaluate_preferences(
 ) -> dict[str, float]:
     """`loss`, and what a training step says of rewards, over all of `batches` as if they were one step, with the model
     in evaluation mode."""
-    objective, training = ready.objective, ready.model.training
+    objective = ready.objective
     assert objective is not None, "assembled for answers"
-    ready.model.eval()
-    try:
+    with evaluating(ready.model):
         totals, divergence = Totals(ready.device), torch.zeros((), dtype=torch.float32, device=ready.device)
         if objective.method == "kto":
             divergence = _divergence(ready, mismatched)
@@ -238,8 +225,6 @@ def evaluate_preferences(
             _judge(ready, objective, batch.to(ready.device), totals, divergence)
             seen.append(_answers(batch))
             progress(done, len(batches))
-    finally:
-        ready.model.train(training)
     share = Share.of(objective, seen)
     loss, divergent, *sums = _values(totals.loss(share), divergence, *totals.sums)
     return {"loss": loss, **totals.metrics(objective, share, sums, divergent)}
@@ -314,8 +299,15 @@ def _differentiate(
 
 def _losses(ready: Ready, hidden_ND: Tensor, batch: Batch) -> Tensor:
     """The cross-entropy of each position in the loss, and 0 elsewhere, (N,) fp32."""
+    return _cross_entropy(ready, hidden_ND, batch)[1]
+
+
+def _cross_entropy(
+    ready: Ready, hidden_ND: Tensor, batch: Batch, correct_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Its sum and `_losses`, without gradients; whether labels are the likeliest tokens goes to `correct_N`."""
     losses_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-    cross_entropy_and_gradients(
+    loss, _ = cross_entropy_and_gradients(
         hidden_ND,
         batch.labels.flatten(),
         ready.head,
@@ -323,21 +315,17 @@ def _losses(ready: Ready, hidden_ND: Tensor, batch: Batch) -> Tensor:
         kept=batch.loss_tokens,
         hidden_grad=False,
         losses_N=losses_N,
+        correct_N=correct_N,
     )
-    return losses_N
+    return loss, losses_N
 
 
 @torch.no_grad()
 def _reference(ready: Ready, batch: Batch, inputs: dict[str, Any]) -> Tensor:
     """Log-probabilities of the answers under the base, whose adapters are off, (A,) fp32."""
-    training = ready.model.training
-    ready.model.eval()
-    try:
-        with adapters_disabled(ready.model):
-            losses_N = _losses(ready, hidden_states(ready.model, batch, inputs), batch)
-        return log_probabilities(losses_N, _answers(batch))
-    finally:
-        ready.model.train(training)
+    with evaluating(ready.model), adapters_disabled(ready.model):
+        losses_N = _losses(ready, hidden_states(ready.model, batch, inputs), batch)
+    return log_probabilities(losses_N, _answers(batch))
 
 
 @torch.no_grad()
@@ -345,14 +333,11 @@ def _divergence(ready: Ready, mismatched: Sequence[Batch]) -> Tensor:
     """How much likelier the model finds other answers to its prompts than the reference does, on average; at least 0.
     An fp32 scalar."""
     total = torch.zeros((), dtype=torch.float32, device=ready.device)
-    count, training = 0, ready.model.training
-    ready.model.eval()
-    try:
+    count = 0
+    with evaluating(ready.model):
         for batch in mismatched:
             total += _ratios(ready, batch.to(ready.device)).sum()
             count += len(_answers(batch))
-    finally:
-        ready.model.train(training)
     assert count > 0, "KTO asks for mismatched answers"
     return (total / count).clamp_(min=0)
 

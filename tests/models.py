@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lowmem_ft.assemble import drop_nothing
+
 SMALL: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 48,
@@ -127,10 +129,5 @@ def save_tiny(name: str, folder: Path, *, max_shard_size: str = "5GB", seed: int
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, in which training mode drops nothing."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(module, key, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    drop_nothing(model)
     return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.core.mode import evaluating
 from lowmem_ft.data.packing import Batch
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
@@ -174,7 +175,7 @@ def isolation_fault(model: PreTrainedModel, batch: Batch, inputs: dict[str, Any]
     gradient of row 0 comes from its second document, that of row 1 from its first: one backward shows both ways.
     """
     first, second = slice(0, PROBE_TOKENS), slice(PROBE_TOKENS, 2 * PROBE_TOKENS)
-    with torch.enable_grad(), _evaluating(model), _embeddings_as_leaf(model) as leaves:
+    with torch.enable_grad(), evaluating(model), _embeddings_as_leaf(model) as leaves:
         output = model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs)
         hidden_BTD = output[0]
         loss = hidden_BTD[0, second].float().square().sum() + hidden_BTD[1, first].float().square().sum()
@@ -188,18 +189,6 @@ def isolation_fault(model: PreTrainedModel, batch: Batch, inputs: dict[str, Any]
     if not difference <= PROBE_TOLERANCE:
         return f"positions do not restart in each document (hidden states differ by {difference:.3f})"
     return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, each put back as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

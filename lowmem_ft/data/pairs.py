@@ -44,14 +44,14 @@ class Preferences:
             return np.concatenate([self.lengths(source) for source in examples.sources])
         if isinstance(examples, StoredPreferences):
             return np.maximum.reduceat(examples.stored.lengths, examples.firsts).astype(np.int32)
-        return np.fromiter((max(map(len, _documents(it))) for it in examples), np.int32, len(examples))
+        return np.fromiter((max(map(len, it.documents)) for it in examples), np.int32, len(examples))
 
     def collate(self, rows: Sequence[Sequence[PreferenceExample]], *, pad_id: int, length: int | None) -> Batch:
         """Tensors of `rows`, each of which becomes `lanes` rows; see `packing.collate`."""
         if self.lanes == 1:
-            lined = [[(_documents(it)[0], it.chosen is not None) for it in row] for row in rows]
+            lined = [[(it.documents[0], it.chosen is not None) for it in row] for row in rows]
         else:
-            lined = [[(_documents(it)[side], side == 0) for it in row] for row in rows for side in range(2)]
+            lined = [[(it.documents[side], side == 0) for it in row] for row in rows for side in range(2)]
         batch = collate([[self._learned(*it) for it in row] for row in lined], pad_id=pad_id, length=length)
         return replace(batch, answers=_answers(lined, batch.input_ids.shape[1], whole=self.whole))
 
@@ -102,7 +102,7 @@ class Mismatched(Sequence[PreferenceExample]):
         return PreferenceExample(mixed if good else None, None if good else mixed)
 
     def _document(self, at: int) -> Example:
-        return _documents(self._examples[int(self._order[at])])[0]
+        return self._examples[int(self._order[at])].documents[0]
 
 
 def balance_note(config: RunConfig, examples: Mixture[PreferenceExample]) -> str | None:
@@ -133,10 +133,6 @@ def preferences_of(config: RunConfig) -> Preferences | None:
         return None
     whole = config.train.objective == "orpo" and not config.data.assistant_only
     return Preferences(lanes=lanes(config), seq_len=config.data.seq_len, whole=whole)
-
-
-def _documents(example: PreferenceExample) -> list[Example]:
-    return [it for it in (example.chosen, example.rejected) if it is not None]
 
 
 def _begin(document: Example) -> int:

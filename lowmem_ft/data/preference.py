@@ -36,10 +36,14 @@ class PreferenceExample:
         return self.chosen is not None if self.chosen is None or self.rejected is None else None
 
     @property
+    def documents(self) -> list[Example]:
+        """Those that are there, of a pair the better answer's first."""
+        return [it for it in (self.chosen, self.rejected) if it is not None]
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens at the beginning that are in no loss, and the same in both."""
-        answers = [example for example in (self.chosen, self.rejected) if example is not None]
-        columns = zip(*(zip(example.input_ids, example.labels, strict=True) for example in answers), strict=False)
+        columns = zip(*(zip(it.input_ids, it.labels, strict=True) for it in self.documents), strict=False)
         count = 0
         for count, column in enumerate(columns):
             if any(label != IGNORE_INDEX for _, label in column) or len({token for token, _ in column}) > 1:
@@ -127,11 +131,10 @@ def preference_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally
         found = tally.attempt(row, partial(_cut, encoder, tally))
         if found is None or not tally.fits(row, max(found.lengths)):
             continue
-        pair = found.example.label is None
-        answers = [(it, CHOSEN if pair else GOOD) for it in (found.example.chosen,) if it is not None]
-        answers += [(it, REJECTED if pair else BAD) for it in (found.example.rejected,) if it is not None]
+        label = found.example.label
+        parts = (CHOSEN, REJECTED) if label is None else (GOOD if label else BAD,)
         tally.counts["examples"] += 1
-        for example, part in answers:
+        for example, part in zip(found.example.documents, parts, strict=True):
             tally.counts.update(tokens=len(example), loss_tokens=example.loss_tokens)
             yield example, part
 
@@ -169,7 +172,7 @@ class _Cut(NamedTuple):
 
 def _cut(encoder: RecordEncoder, tally: Tally, record: Mapping[str, Any]) -> tuple[str, _Cut]:
     kind, whole = encode_preference(encoder, record)
-    lengths = [len(it) for it in (whole.chosen, whole.rejected) if it is not None]
+    lengths = [len(it) for it in whole.documents]
     if max(lengths) > tally.seq_len and tally.overlong != "truncate":
         return kind, _Cut(whole, lengths)  # what becomes of it is not asked here
     return kind, _Cut(cut_preference(whole, tally.seq_len), lengths)
@@ -181,7 +184,7 @@ def cut_preference(whole: PreferenceExample, seq_len: int) -> PreferenceExample:
     Raises:
         DataError: nothing is left of an answer, or both are the same then.
     """
-    answers = [it for it in (whole.chosen, whole.rejected) if it is not None]
+    answers = whole.documents
     longest, cut = max(len(it) for it in answers), [it.cut(seq_len) for it in answers]
     if not all(it.loss_tokens for it in answers):
         raise DataError("an answer has no tokens.", allowed="answers with text")

@@ -174,7 +174,7 @@ def _encoded(row: Row, encoder: RecordEncoder, found: Preview) -> Iterator[tuple
     kind = encoder.reader.read(row.record).kind
     if kind in PREFERENCES and encoder.format != "chosen":
         kind, pair = encode_preference(encoder, row.record)
-        longest = max(len(it) for it in (pair.chosen, pair.rejected) if it is not None)
+        longest = max(map(len, pair.documents))
         if found.overlong == "truncate" or longest <= found.seq_len:
             cut_preference(pair, found.seq_len)  # which training would refuse
         named = [("chosen", pair.chosen), ("rejected", pair.rejected)]

@@ -138,7 +138,7 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
             data = config.data.model_copy(update={"cache": None})  # a shorter row may not hold an answer
             answers, _ = read_preferences(sources, data, tokenizer, wanted="verdicts", **common)
             some = (answers[at] for at in range(min(len(answers), most)))
-            few = [it.input_ids[:SEQUENCE] for pair in some for it in (pair.chosen, pair.rejected) if it is not None]
+            few = [it.input_ids[:SEQUENCE] for pair in some for it in pair.documents]
         else:
             examples, _ = read_sources(sources, data, tokenizer, **common)
             few = [examples[at].input_ids for at in range(min(len(examples), most))]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
@@ -39,6 +40,19 @@ from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 # and what PyTorch's own code takes for a moment.
 UNSEEN_BYTES = 4 << 10
 BATCH_BYTES_PER_TOKEN = 28  # of a micro-batch: three int64 and an int32
+
+
+def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """What KTO looks at beside `batches`: micro-batches that are as large."""
+    return batches if config.train.objective == "kto" else ()
+
+
+def evaluate(ready: Assembled, config: RunConfig, batch: Batch) -> None:
+    """One evaluation step, for what it allocates."""
+    if ready.objective is None:
+        eval_step(ready, batch)
+    else:
+        evaluate_preferences(ready, [batch], mismatched_of(config, [batch]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +209,7 @@ class Stage:
                 ready: Any = self._with_loss(policy)
                 ready.optimizer = _Update(self, run=update)
                 batch = _batch(self.config, policy, self.kind, loss_tokens)
-                train_step(ready, [batch], lr=1e-4, mismatched=self._mismatched(batch))
+                train_step(ready, [batch], lr=1e-4, mismatched=mismatched_of(self.config, [batch]))
                 del batch
             self._unread.update((block, unread.layers) for block, unread in recomputing)
             activations.remove()
@@ -217,17 +231,9 @@ class Stage:
         with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
             tracer.phase, tracer.block = "eval", None
             batch = _batch(self.config, policy, self.kind, loss_tokens)
-            if ready.objective is None:
-                eval_step(ready, batch)
-            else:
-                evaluate_preferences(ready, [batch], self._mismatched(batch))
+            evaluate(ready, self.config, batch)
             del batch
         return tracer.trace
-
-    def _mismatched(self, batch: Batch) -> list[Batch]:
-        """What KTO looks at beside it, which is as large."""
-        objective = self.ready.objective
-        return [batch] if objective is not None and objective.method == "kto" else []
 
     def sample(self, policy: Policy, *, only: Sequence[int] | None = None) -> Trace:
         """The trace of what a sample (`eval.samples`) takes at most, after the births of all that is held; what is left
@@ -241,10 +247,9 @@ class Stage:
         causal, length = causal_model(model), self.config.data.seq_len + virtual
         keeps = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
         self.ready.mlps.work_in(policy.mlp_tile_tokens)
-        training = causal.training
-        causal.eval()
         tracer.begin()
         with (
+            evaluating(causal),
             _numbered(list(self.blocks), only),
             only_blocks(model, only),
             planned_attention(find_blocks(model)[1], self.kind),
@@ -258,7 +263,6 @@ class Stage:
             said.logits = said.logits[:, -1].to(copy=True, dtype=torch.float32)
             said.logits.argmax(-1)
             del beside
-        causal.train(training)
         return Trace(tracer.trace.events[:])
 
 

@@ -35,11 +35,10 @@ Cost: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, float], c
 
 
 _ASK = torch.ops.aten._local_scalar_dense.default
-# PyTorch's derivative formulas work in place, unless a dispatch mode such as the Tracer watches them
-_IN_PLACE: Mapping[Any, Any] = {torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src}
-
-
-_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+_SCATTER, _ADD = torch.ops.aten.scatter.src, torch.ops.aten.add.Tensor
+# PyTorch's derivative formulas, and its sums of gradients, work in place, unless a dispatch mode such as the Tracer
+# watches them
+_IN_PLACE: Mapping[Any, Any] = {_SCATTER: torch.ops.aten.scatter_.src, _ADD: torch.ops.aten.add_.Tensor}
 _ALONE = 4, 2  # references to a tensor, and to its storage, that only the call itself and its caller hold
 _references: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda _: 0)  # not in every version
 
@@ -362,10 +361,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _ASK and args[0].is_meta:
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
             return {torch.bool: True}.get(args[0].dtype, 1)
-        if func is _ADD and args[0].is_meta and _summed_in_place(args[0], args[1]):
-            func = _ADD_IN_PLACE
-            op = self._ops.get(func) or self._know(func)
-        if func in _IN_PLACE and self.phase == "backward":
+        if (func is _SCATTER and self.phase == "backward") or (
+            func is _ADD and args[0].is_meta and _summed_in_place(args[0], args[1])
+        ):
             func = _IN_PLACE[func]
             op = self._ops.get(func) or self._know(func)
         try:

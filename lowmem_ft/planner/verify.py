@@ -20,8 +20,9 @@ from lowmem_ft.data.packing import Batch, collate
 from lowmem_ft.data.pairs import preferences_of
 from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.simulate import evaluate, mismatched_of
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
-from lowmem_ft.step import eval_step, evaluate_preferences, train_step
+from lowmem_ft.step import train_step
 
 SMALLEST_VOCABULARY = 64  # the tokens of a real step are drawn from ids that every model has
 
@@ -93,11 +94,6 @@ def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[Prefe
             for at, row in enumerate(rows)]  # fmt: skip
 
 
-def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
-    """What KTO looks at beside `batches`: micro-batches that are as large."""
-    return batches if config.train.objective == "kto" else ()
-
-
 def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> int:
     """The most bytes in tensors during one real training step on the CPU, weights and batches included.
 
@@ -111,13 +107,7 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
 
 def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
     """The same during one evaluation step, with the optimizer in memory as it is during training."""
-
-    def evaluate(ready: Assembled) -> object:
-        if ready.objective is None:
-            return eval_step(ready, batch)
-        return evaluate_preferences(ready, [batch], mismatched_of(config, [batch]))
-
-    return _measured_peak(config, policy, [batch], evaluate)[1]
+    return _measured_peak(config, policy, [batch], lambda ready: evaluate(ready, config, batch))[1]
 
 
 def _measured_peak(

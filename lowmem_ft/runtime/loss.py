@@ -154,7 +154,7 @@ def cross_entropy_and_gradients(
     bias_grad: Tensor | None = None,
     weights_N: Tensor | None = None,
     losses_N: Tensor | None = None,
-    scores: Scores | None = None,
+    correct_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunked_cross_entropy` without autograd: loss and gradients in one go.
 
@@ -166,7 +166,8 @@ def cross_entropy_and_gradients(
         weights_N: fp32, what the gradient of each row's cross-entropy is multiplied by, beside `grad_scale`; rows that
             are not in the loss are not read.
         losses_N: fp32, to which the cross-entropy of each row in the loss is written.
-        scores: filled in where a row is in the loss, if they are wanted.
+        correct_N: bool, to which is written whether the label of each such row is its likeliest token; of equally
+            likely ones the first.
 
     Returns:
         The loss, without `weights_N`, an fp32 scalar, and the gradient (N, D) in the dtype of `hidden_ND` or None.
@@ -180,17 +181,16 @@ def cross_entropy_and_gradients(
     differentiate = hidden_grad or weight_grad is not None or bias_grad is not None
     rows_K = torch.nonzero_static(in_loss_N, size=kept).squeeze(1)
     chunk = min(chunk_tokens, -(-kept // _ROWS) * _ROWS)
-    work = _Chunk.empty(chunk, head, ranks=scores is not None)
+    work = _Chunk.empty(chunk, head, ranks=correct_N is not None)
     for start in range(0, kept, max(chunk, 1)):
         rows_C = rows_K[start : start + chunk]
         work.take(hidden_ND.index_select(0, rows_C), labels_N.index_select(0, rows_C))
-        loss_C = _once(work, f"loss {differentiate} {scores is None}", lambda: work.loss(returns=differentiate))
+        loss_C = _once(work, f"loss {differentiate} {correct_N is None}", lambda: work.loss(returns=differentiate))
         loss += loss_C.sum()
         if losses_N is not None:
             losses_N.index_copy_(0, rows_C, loss_C)
-        if scores is not None:
-            scores.loss_N.index_copy_(0, rows_C, loss_C)
-            scores.correct_N.index_copy_(0, rows_C, work.correct())
+        if correct_N is not None:
+            correct_N.index_copy_(0, rows_C, work.correct())
         if not differentiate:
             continue
         work.weights_C1 = None if weights_N is None else weights_N.index_select(0, rows_C).unsqueeze(1)
@@ -204,24 +204,6 @@ def cross_entropy_and_gradients(
         if weight_grad is not None:
             work.add_weight_grad(weight_grad)
     return loss, grad_ND
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What an evaluation says of each row; rows out of the loss have zero and False.
-
-    Attributes:
-        loss_N: fp32, the cross-entropy in nats.
-        correct_N: bool, whether the label is the likeliest token; of equally likely ones the first.
-    """
-
-    loss_N: Tensor
-    correct_N: Tensor
-
-    @classmethod
-    def zeros(cls, count: int, device: torch.device) -> Scores:
-        """Of `count` rows."""
-        return cls(torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device))
 
 
 @dataclass(slots=True)

@@ -67,11 +67,11 @@ def _told(code: Any) -> tuple[Any, ...]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+        y: Tensor
         y, rstd = torch.ops.lowmem_ft.rms_norm.default(x, weight, eps, offset)
         ctx.offset = offset
         ctx.save_for_backward(x, weight, rstd)
-        y_: Tensor = y
-        return y_
+        return y
 
     @staticmethod
     @once_differentiable

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.preference import learns_preferences, settings_of
+from lowmem_ft.core.preference import WITH_REFERENCE, learns_preferences, settings_of
 from lowmem_ft.data.packing import Answers
 
 Method = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
@@ -42,7 +42,7 @@ class Objective:
     @property
     def has_reference(self) -> bool:
         """Whether answers are held against what the base says of them, its adapters off."""
-        return self.method in ("dpo", "ipo", "kto")
+        return self.method in WITH_REFERENCE
 
     @property
     def forwards(self) -> int:

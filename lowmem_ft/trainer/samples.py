@@ -55,7 +55,7 @@ def samples(recovery: Recovery, config: RunConfig, examples: Sequence[Any]) -> l
     tokenizer: PreTrainedTokenizerBase = ready.tokenizer
     given: Iterable[Example] = examples
     if learns_preferences(config):
-        given = (it.rejected if it.chosen is None else it.chosen for it in examples)
+        given = (it.documents[0] for it in examples)
     asked = prompts_of(given, settings.samples, length=config.data.seq_len - settings.max_new_tokens)
     prompts = [it.prompt for it in asked]
     answers = recovery.optional(

@@ -55,7 +55,8 @@ def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     assert manager.kernel_spec is not None
     assert manager.kernel_spec.argv[0] == sys.executable
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, km=manager, timeout=600, resources=resources).execute()
+    # what a busy machine is late to send would be left out
+    NotebookClient(notebook, km=manager, timeout=600, iopub_timeout=600, resources=resources).execute()
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     for name, shown in outputs.items():
         assert not [out for out in shown if out.output_type == "error" or out.get("name") == "stderr"], name
@@ -64,8 +65,9 @@ def execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 def text_of(outputs: list[Any]) -> str:
     """What a reader sees of a cell's outputs: streams, and the text inside HTML, a space between any two tags."""
-    shown = [out.get("text") or out.data.get("text/html") or out.data["text/plain"] for out in outputs]
-    return re.sub(r"\s*(<[^>]*>\s*)+", " ", "\n".join(shown))
+    # a kernel sends what was printed whenever it comes to it, also in the middle of a line
+    shown = [out.get("text") or "\n" + (out.data.get("text/html") or out.data["text/plain"]) + "\n" for out in outputs]
+    return re.sub(r"\s*(<[^>]*>\s*)+", " ", "".join(shown))
 
 
 def test_there_are_notebooks() -> None:

@@ -230,9 +230,10 @@ def test_no_space(tmp_path: Path) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from lowmem_ft.export.write import new_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this
 with new_folder(Path(sys.argv[1]), nbytes=0) as folder:
     (folder / "half").write_text("x")
     print("ready", flush=True)

@@ -143,8 +143,9 @@ def test_tiles_of_mlps_are_weighed_as_simulated(name: str, keep: int, tile: int,
     whole, weighed = simulate(config, asked, kind="cpu"), made.weigh(asked, timed=False)
     assert weighed.allocated == whole.train_peak
     assert made.evaluation_peak(asked) == whole.eval_peak
+    saved = made.weigh(replace(asked, mlp_tile_tokens=0), timed=False).allocated - weighed.allocated
     # of llama's that recompute the loss takes the most, with tiles and without
-    assert weighed.allocated <= made.weigh(replace(asked, mlp_tile_tokens=0), timed=False).allocated
+    assert saved == 0 if (name, keep) == ("llama", 0) else saved > 0
     assert made.weigh(asked).seconds > made.weigh(replace(asked, mlp_tile_tokens=0)).seconds
     # measured on these: -0.2% to +1.4% of the bytes, -4% to +1.3% of the time
     estimate = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN)

@@ -15,7 +15,7 @@ from lowmem_ft.runtime import loss as module
 from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.blocks import find_decoder
 from lowmem_ft.runtime.head import Head, head_of
-from lowmem_ft.runtime.loss import Scores, chunked_cross_entropy, cross_entropy_and_gradients, scratch_bytes
+from lowmem_ft.runtime.loss import chunked_cross_entropy, cross_entropy_and_gradients, scratch_bytes
 from tests.models import ARCHITECTURES, tiny_config, tiny_model
 from tests.unit.runtime.memory import peak_bytes
 
@@ -130,13 +130,15 @@ def test_scores_are_those_of_whole_logits(
     labels = torch.where(torch.rand(tokens, generator=generator) < 0.5, best, best.roll(1))
     labels[:100] = torch.where(best[:100] < 200, best[:100] + 500, 0)
     labels[::7] = -100
-    scores = Scores.zeros(tokens, torch.device("cpu"))
-    loss, _ = cross_entropy_and_gradients(hidden, labels, head, chunk_tokens=64, hidden_grad=False, scores=scores)
+    losses, correct = torch.zeros(tokens), torch.zeros(tokens, dtype=torch.bool)
+    loss, _ = cross_entropy_and_gradients(
+        hidden, labels, head, chunk_tokens=64, hidden_grad=False, losses_N=losses, correct_N=correct
+    )
     assert len(head.tiles) == (1 if tile > 1 else 8 if dtype == torch.float32 else 4)
-    assert torch.equal(scores.correct_N, labels == best)
-    assert 0 < int(scores.correct_N.sum()) < tokens
+    assert torch.equal(correct, labels == best)
+    assert 0 < int(correct.sum()) < tokens
     expected = F.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(scores.loss_N, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     without, _ = cross_entropy_and_gradients(hidden, labels, head, chunk_tokens=64, hidden_grad=False)
     assert torch.equal(loss, without)
 
