@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeAlias, cast
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from lowmem_ft.core.host import LARGE
 from lowmem_ft.planner.trace import Event, Tier, Trace
@@ -23,6 +25,12 @@ Part: TypeAlias = Literal["load", "start", "reference", "forward", "loss", "back
 _OUTSIDE: tuple[Part, ...] = ("start", "loss", "end", "update")
 _OF_A_STEP = frozenset({"reference", "forward", "loss", "backward", "update"})
 _WITHOUT_BLOCK = frozenset({"reference", "loss", "update"})  # a pass without gradients leaves nothing in its blocks
+# What is born in these and given back in backward or in the update goes at the end of the backward pass, see `segments`
+_AT_END: Mapping[Part, Collection[Part]] = {
+    "backward": ("start", "reference"),
+    "update": ("reference", "forward", "loss", "backward"),  # what came first of all, such as token ids, stays
+}
+_WORKER = itemgetter(Event._fields.index("phase"), Event._fields.index("block"))
 
 
 def windows(classes: Sequence[Hashable]) -> list[Window]:
@@ -34,10 +42,12 @@ def windows(classes: Sequence[Hashable]) -> list[Window]:
 def shorten(classes: Sequence[Hashable], wanted: Collection[Window] | None = None) -> list[int]:
     """Indices of a few blocks that, one after the other, have every window that all of them have.
 
-    Of windows that are `wanted` alone, these: then blocks at either end may go, which gives their neighbours others.
+    Of windows that are `wanted` alone, these: then other blocks may go, too, while only those at the ends get
+    neighbours that no block has.
     """
     kept = list(range(len(classes)))
-    needed = set(windows(classes) if wanted is None else wanted)
+    every = set(windows(classes))
+    needed = every if wanted is None else set(wanted)
     while True:
         now = windows([classes[i] for i in kept])
         cuts = ((i, j) for i in range(len(kept)) for j in range(len(kept) - 1, i, -1) if now[i] == now[j])
@@ -48,9 +58,19 @@ def shorten(classes: Sequence[Hashable], wanted: Collection[Window] | None = Non
                 break
         else:
             break
-    for ends in (slice(1, None), slice(None, -1)) if wanted is not None else ():
-        while needed <= set(windows([classes[i] for i in kept[ends]])) and len(kept) > 1:
+    if wanted is None:
+        return kept
+
+    def serve(few: list[int]) -> bool:
+        now = windows([classes[i] for i in few])
+        return needed <= set(now) and every.issuperset(now[1:-1])
+
+    for ends in (slice(1, None), slice(None, -1)):
+        while len(kept) > 1 and serve(kept[ends]):
             kept = kept[ends]
+    for at in kept[1:-1]:
+        rest = [other for other in kept if other != at]
+        kept = rest if serve(rest) else kept
     return kept
 
 
@@ -67,6 +87,7 @@ class Birth(NamedTuple):
     ordinal: int
 
 
+_birth: Callable[[tuple[Any, ...]], Birth] = partial(tuple.__new__, Birth)  # see `trace._event`
 Step: TypeAlias = tuple[Event, Birth | None]
 
 
@@ -115,20 +136,21 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
     births: dict[int, tuple[Part, int | None, int]] = {}  # by key
     groups: list[tuple[Part, int | None, list[Step]]] = [("start", None, [])]
     end: list[Step] = []
-    worked = {(event.phase, event.block) for event in trace.events if event.block is not None}
+    worked = set(map(_WORKER, trace.events))
     last = max((at for _, at in worked if at is not None), default=0)
     lowest = min((at for phase, at in worked if phase == "backward" and at is not None), default=0)
-    ordinal = 0
+    ordinal, origin = 0, lowest
     part, block, steps = groups[0]
-    before: tuple[str, int | None] = "forward", None  # phase and block of the event before
+    early: Collection[Part] = ()
+    before, worked_before = "forward", None  # phase and block of the event before
     for event in trace.events:
         key, nbytes, _, _, phase, worker, _ = event
         if phase not in _OF_A_STEP:
             if nbytes > 0:
                 births[key] = "load", None, key
             continue
-        if (phase, worker) != before:
-            before = phase, worker
+        if phase != before or worker != worked_before:
+            before, worked_before = phase, worker
             now: tuple[Part, int | None] = part, block
             if phase in _WITHOUT_BLOCK:
                 now = cast(Part, phase), None
@@ -137,18 +159,16 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
             if now != (part, block):
                 (part, block), steps, ordinal = now, [], 0
                 groups.append((part, block, steps))
+                early = _AT_END.get(part, ())
+                origin = block if block is not None else last if part == "loss" else lowest
         if nbytes > 0:
             births[key] = part, block, ordinal
             ordinal += 1
             steps.append((event, None))
             continue
         there, at, number = births[key]
-        origin = block if block is not None else last if part == "loss" else lowest
-        birth = Birth(there, None if at is None else at - origin, number)
-        early = (part == "backward" and there in ("start", "reference")) or (
-            part == "update" and there not in ("load", "update")
-        )
-        (end if early else steps).append((event, birth))
+        birth = _birth((there, None if at is None else at - origin, number))
+        (end if there in early else steps).append((event, birth))
     groups.insert(len(groups) - (groups[-1][0] == "update"), ("end", None, end))
     phases = {"start": "forward"}
     return [
@@ -159,8 +179,9 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
 
 def segment_of(part: Part, block: int | None, steps: Sequence[Step], seconds: float, tier: Tier | None) -> Segment:
     """A segment of these events, with its sizes in `tier`."""
-    levels = [0, *accumulate(event.nbytes for event, _ in steps if tier is None or event.tier == tier)]
-    heap = [0, *accumulate(event.nbytes for event, _ in steps if tier is None and abs(event.nbytes) < LARGE)]
+    sizes = [event.nbytes for event, _ in steps if tier is None or event.tier == tier]
+    small = [nbytes for nbytes in sizes if abs(nbytes) < LARGE] if tier is None else ()
+    levels, heap = [0, *accumulate(sizes)], [0, *accumulate(small)]
     return Segment(part, block, tuple(steps), levels[-1], max(levels), seconds, heap[-1], max(heap))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -273,14 +273,18 @@ def _merge_work(stage: Stage, spec: QuantSpec) -> int:
     matrices = [it for it in model.modules() if isinstance(it, (QuantLinear, QuantStack))]
     matrices += [base for it in adapters.values() if not isinstance(base := _base(it), (QuantLinear, QuantStack))]
     most = 0
+    dequantizing: dict[Hashable, int] = {}  # the same for equal matrices
     for base in matrices:
         held, work = wide * _elements(base), 0
         if isinstance(base, (QuantLinear, QuantStack)):
+            alike = type(base), tuple(base.shape), base.spec, base.dtype
+            if alike not in dequantizing:
+                dequantizing[alike] = _dequantizing(stage, base)
             shape = base.shape[-2:]
             stored = layout_bytes(layout(shape, spec))
             dtype = torch.bfloat16 if wide == 2 else torch.float32
             scratch = quantize_scratch(shape, spec, dtype, transposed=turned)
-            work = max(scratch, _dequantizing(stage, base)) + stored
+            work = max(scratch, dequantizing[alike]) + stored
             if isinstance(it := adapters.get(id(base)), LoraStack):
                 work += 4 * it.lora_B.numel()  # kept for all slices
         if id(base) in adapters:

@@ -51,6 +51,7 @@ def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float], input
     if not copies and not inputs.blocks:
         return sum(place.segment.seconds for place in places)
     order = sorted(copies)
+    index_of = {block: index for index, block in enumerate(order)}
     ring, ready = Ring(len(order)), [0.0] * SLOTS
     now = free = 0.0  # of the work, of the link
     for _ in range(2):  # the second begins with what the first has left on the device
@@ -68,7 +69,7 @@ def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float], input
                         coming = free = max(now, free) + inputs.up
                     now = max(now, came)
             if at is not None and at in copies:
-                index = order.index(at)
+                index = index_of[at]
                 if index != ring.current:
                     for slot, block in ring.ask(index, returns=True):
                         ready[slot] = free = max(now, free) + copies[order[block]]

@@ -176,6 +176,8 @@ def replay(
         large.peak = max(large.peak, level + script.high)
         level += script.delta
     small.peak = large.peak  # which it cannot reach alone
+    if enough is not None and large.peak > enough:
+        return Peaks(large.peak, large.peak)  # what is in use is held, too
     for script, firsts in step:
         large.peak = max(large.peak, large.allocator.allocated + beside + script.lead)
         large.play(script.large, firsts, beside)

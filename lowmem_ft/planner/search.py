@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
@@ -29,6 +29,21 @@ WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what a
 # the large pieces of a long sequence took 11% to 20% of 24 GB
 MARGINS = (1.0, 1.01, 1.03, 1.1, 1.15, 1.2)
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
+
+
+class _Start(NamedTuple):
+    """A policy of which more blocks will be streamed.
+
+    Attributes:
+        offload: blocks that offload in it.
+        known: the same with other embeddings, and nothing that offloads.
+        least: bytes that the process takes at least.
+    """
+
+    policy: Policy
+    offload: int
+    known: Option
+    least: int
 
 
 class Search:
@@ -201,19 +216,21 @@ class Search:
     def _below(self, resident: Sequence[Option], budget: int) -> Iterator[Option]:
         """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
         every = self.config.policy.objective != "speed"
-        for margin in MARGINS[:1] if every else MARGINS:
+        margins = MARGINS[:1] if every else MARGINS
+        large = (it for it in resident if it.process > budget / margins[-1])
+        starts = [start for it in sorted(large, key=lambda it: it.seconds) for start in self._starts(it)]
+        for margin in margins:
             best: dict[tuple[str, bool, bool], float] = {}  # seconds of the fastest, by what of it is stored where
-            for option in sorted(resident, key=lambda it: it.seconds):
-                if option.process <= budget / margin:
+            for start in starts:
+                policy, seconds = start.policy, start.known.seconds
+                if start.known.process <= budget / margin or start.least > int(budget / margin):
                     continue
-                for policy in self._with_embeddings(option.policy):
-                    for offload in self.choices.offloads(policy, policy.keep_blocks):
-                        sort = policy.stream_embeddings, offload > 0, policy.keep_attention
-                        if every or option.seconds < best.get(sort, math.inf):  # none of it makes any faster
-                            found = self._fewest_streamed(policy, offload, int(budget / margin), option)
-                            if found is not None:
-                                best[sort] = min(best.get(sort, math.inf), found.seconds)
-                                yield found
+                sort = policy.stream_embeddings, start.offload > 0, policy.keep_attention
+                if every or seconds < best.get(sort, math.inf):  # none of it makes any faster
+                    found = self._fewest_streamed(start, int(budget / margin))
+                    if found is not None:
+                        best[sort] = min(best.get(sort, math.inf), found.seconds)
+                        yield found
         small = [it.policy for it in resident if it.policy.keep_blocks == self.choices.keep[0]]
         least = {policy.micro_batch_tokens: policy for policy in reversed(small)}  # of each size the smallest chunk
         shown = {self.choices.streams[-1] * part // SHOWN for part in range(SHOWN + 1)} & set(self.choices.streams)
@@ -246,23 +263,28 @@ class Search:
             self._estimated[policy] = Option(policy, weighed.allocated, weighed.heap, process, weighed.seconds)
         return self._estimated[policy]
 
-    def _fewest_streamed(self, start: Policy, offload: int, budget: int, known: Option) -> Option | None:
-        """`start` with so many offloading blocks and as few streamed ones as let it fit, by the estimate.
+    def _starts(self, known: Option) -> Iterator[_Start]:
+        """Policies with as many blocks that keep as in the known one, and more below the device."""
+        scales = self.scales
+        held, heads = scales.held_by(known.policy), scales.stage.streams_head(known.policy)
+        for policy in self._with_embeddings(known.policy):
+            for offload in self.choices.offloads(policy, policy.keep_blocks):
+                most = self.choices.blocks(
+                    policy, policy.keep_blocks, streamed=self.choices.most_saved, offload=offload
+                )
+                more = held - scales.held_by(most) + scales.inputs_stored(most)
+                if scales.stage.streams_head(policy) != heads:  # the loss may take nothing
+                    more += scratch_bytes(scales.stage.ready.head, known.policy.loss_chunk_tokens)
+                yield _Start(policy, offload, known, self.process_estimate(most, known.allocated - more, 0))
 
-        Args:
-            known: with other embeddings and as many blocks that keep.
-        """
+    def _fewest_streamed(self, start: _Start, budget: int) -> Option | None:
+        """`start` with as few streamed blocks as let it fit, by the estimate."""
 
         def other(streamed: int) -> Policy:
-            return self.choices.blocks(start, start.keep_blocks, streamed=streamed, offload=offload)
+            keep = start.policy.keep_blocks
+            return self.choices.blocks(start.policy, keep, streamed=streamed, offload=start.offload)
 
-        scales, most = self.scales, other(self.choices.most_saved)
-        more = scales.held_by(known.policy) - scales.held_by(most) + scales.inputs_stored(most)
-        if scales.stage.streams_head(start) != scales.stage.streams_head(known.policy):
-            more += scratch_bytes(scales.stage.ready.head, known.policy.loss_chunk_tokens)  # the loss may take nothing
-        if self.process_estimate(most, known.allocated - more, 0) > budget:
-            return None  # which says in a moment what holds for most
-        few = self._option(other(self.choices.streams[0]))
+        scales, few = self.scales, self._option(other(self.choices.streams[0]))
         held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
 
         def fits(streamed: int) -> bool:

@@ -14,15 +14,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.planner.results import Results
 from lowmem_ft.runtime.experts import EACH_IS, GO_ALIKE, STANDS_FOR
 from lowmem_ft.runtime.loss import KNOWN, LEARN
 
@@ -65,7 +65,8 @@ class _Op(NamedTuple):
     Attributes:
         name: asking an operator for it each time takes as long as all the rest.
         views: all that it returns lies in one storage, mostly that of an argument.
-        told: what it returns is told from shapes, strides and types: new tensors, its first argument, or nothing.
+        told: what it returns is told from shapes, strides and types: new tensors, the argument that it writes (its
+            first one, or `out`), or nothing.
     """
 
     name: str
@@ -79,77 +80,14 @@ class _Op(NamedTuple):
         infos = [returned.alias_info for returned in func._schema.returns]
         views = len(infos) == 1 and infos[0] is not None
         new = all(info is None for info in infos)
-        own = len(infos) == 1 and infos[0] is not None and infos[0].is_write and _writes_first(func._schema)
+        own = len(infos) == 1 and infos[0] is not None and infos[0].is_write and _returns_written(func._schema)
         return cls(str(func), views, (new or own) and func is not _ASK, scratch.get(func), whole.get(func))
 
 
-def _writes_first(schema: Any) -> bool:
-    """Whether what an operator in place returns is its first argument."""
-    info = schema.arguments[0].alias_info if schema.arguments else None
-    return info is not None and info.before_set == schema.returns[0].alias_info.before_set
-
-
-class _Results:
-    """What operators return for tensors on meta, each asked once for arguments of equal shapes, strides and types.
-
-    PyTorch tells most of it in Python, for every case there is, which took half of all the time that planning takes.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Callable[[Any], Any] | None] = {}  # None: not to be told from the arguments
-
-    def of(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The same as `func(*args, **kwargs)`."""
-        key = name, _told(args), _told(kwargs) if kwargs else None, torch.get_default_dtype()
-        try:
-            again = self._known.get(key, self)
-        except TypeError:  # an argument that has no hash, or that lies on the host
-            return func(*args, **kwargs)
-        if again is self:
-            out = func(*args, **kwargs)
-            self._known[key] = None if key[1] != _told(args) else _repeated(out, args, kwargs)
-            return out
-        return func(*args, **kwargs) if again is None else again(args)  # type: ignore[operator]
-
-
-_UNTOLD: Any = []  # has no hash
-
-
-def _told(value: Any) -> Hashable:
-    """What of an argument decides about results."""
-    if isinstance(value, Tensor):
-        # a number in a tensor on the host may stand for a Python number, which promotes otherwise
-        return (value.shape, value.stride(), value.dtype) if value.is_meta else _UNTOLD
-    if isinstance(value, (list, tuple)):
-        return tuple([_told(item) for item in value])
-    if isinstance(value, dict):
-        return tuple([(name, _told(item)) for name, item in value.items()])
-    return type(value), value
-
-
-def _repeated(out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], Any] | None:
-    """How to make `out` once more from equal arguments, if it is one of those that `_Op.told` names."""
-    if out is None:
-        return lambda _: None
-    if args and out is args[0]:
-        return itemgetter(0)
-    leaves, spec = tree_flatten(out)
-    given = {it.untyped_storage()._cdata for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)}
-    shapes = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_meta or leaf.untyped_storage()._cdata in given:
-            return None
-        like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-        if like.untyped_storage().nbytes() != leaf.untyped_storage().nbytes():
-            return None
-        shapes.append((leaf.shape, leaf.stride(), leaf.dtype))
-    if len({leaf.untyped_storage()._cdata for leaf in leaves}) < len(leaves):
-        return None
-
-    if isinstance(out, Tensor):
-        ((size, stride, dtype),) = shapes
-        return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
-    return lambda _: tree_unflatten([torch.empty_strided(*it[:2], dtype=it[2], device="meta") for it in shapes], spec)
+def _returns_written(schema: Any) -> bool:
+    """Whether what an operator that writes returns is its first argument, or `out`."""
+    infos = [it.alias_info for at, it in enumerate(schema.arguments) if at == 0 or it.name == "out"]
+    return any(it is not None and it.before_set == schema.returns[0].alias_info.before_set for it in infos)
 
 
 class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixture of experts
@@ -171,6 +109,10 @@ class Event(NamedTuple):  # of which there are 400,000 in a step of a large mixt
     phase: str
     block: int | None
     inside: bool = False
+
+
+# The same from a tuple of all its values: a NamedTuple's own constructor takes a tenth of the time of a trace
+_event: Callable[[tuple[Any, ...]], Event] = partial(tuple.__new__, Event)
 
 
 @dataclass(slots=True)
@@ -219,7 +161,9 @@ class Repeats:
 
     def __init__(self, keys: Iterator[int]) -> None:
         self._keys = keys
-        self._held: dict[int, list[int]] = {}  # key in what was traced -> keys of all that it stands for, as they came
+        self._held: dict[int, list[int]] = defaultdict(
+            list
+        )  # key in what was traced -> keys of all that it stands for, as they came
         self._led: set[int] = set()  # keys that another one stands for
 
     def go_alike(self, keys: Sequence[int]) -> None:
@@ -229,19 +173,20 @@ class Repeats:
 
     def repeat(self, work: Sequence[Event], times: int) -> list[Event]:
         """The events of all pieces of work."""
-        found = []
+        found, held = [], self._held
         for turn in range(times):
             for event in work:
-                if event.nbytes > 0:
-                    key = next(self._keys) if turn else event.key
-                    self._held.setdefault(event.key, []).append(key)
-                elif self._held.get(event.key):
-                    key = self._held[event.key].pop()
+                traced, nbytes, tier, op, phase, block, inside = event
+                if nbytes > 0:
+                    key = next(self._keys) if turn else traced
+                    held[traced].append(key)
+                elif held.get(traced):
+                    key = held[traced].pop()
                 elif turn == times - 1:
-                    key = event.key  # of what was there before
+                    key = traced  # of what was there before
                 else:
                     continue
-                found.append(with_key(event, key, event.block))
+                found.append(_event((key, nbytes, tier, op, phase, block, inside)))
         return found
 
     def free(self, death: Event) -> list[Event]:
@@ -272,7 +217,7 @@ class _Learned(NamedTuple):
 
 def with_key(event: Event, key: int, block: int | None) -> Event:
     """The same event under another key and in another block."""
-    return Event(key, event.nbytes, event.tier, event.op, event.phase, block, event.inside)
+    return _event((key, event.nbytes, event.tier, event.op, event.phase, block, event.inside))
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -300,7 +245,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scratch, self._whole, self._cost = scratch, whole, cost
         self._alive: dict[int, tuple[weakref.ref[Any], Event]] = {}  # by the storage's address
         self._ops: dict[Any, _Op] = {}
-        self._results = _Results()
+        self._results = Results()
         self._op = ""
         self._keys = count(1)
         self._learned: dict[Hashable, _Learned] = {}  # by what the work is called, phase and block
@@ -459,12 +404,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._free(birth)
 
     def _record(self, nbytes: int, tier: Tier, *, inside: bool = False) -> Event:
-        birth = Event(next(self._keys), nbytes, tier, self._op, self.phase, self.block, inside)
+        birth = _event((next(self._keys), nbytes, tier, self._op, self.phase, self.block, inside))
         self.trace.events.append(birth)
         return birth
 
     def _free(self, birth: Event) -> None:
-        death = Event(birth.key, -birth.nbytes, birth.tier, self._op, self.phase, self.block, birth.inside)
+        death = _event((birth.key, -birth.nbytes, birth.tier, self._op, self.phase, self.block, birth.inside))
         if self._times > 1:
             self.trace.events.append(death)
         else:

@@ -184,7 +184,7 @@ class Scales:
         tokens, key = policy.micro_batch_tokens, self._loss_key(policy)
         if key not in self._evaluations:
             self.stage.tracer.begin()
-            in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
+            in_loss = _in_loss(policy)
             only = None if self._whole else shorten(self._kinds)
             trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
             listed = {event.key for event in trace.events if event.op == _LISTING}
@@ -288,7 +288,10 @@ class Scales:
             for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
                 classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
-                    pieces.take(self._steady(sized, classes, pieces.lack(classes)), classes)
+                    # blocks that keep all keep attention, too, whichever way those that recompute go
+                    other = replace(sized, keep_attention=not sized.keep_attention)
+                    alike = self._sized.get((tokens, _way(other))) if keep == self.depth else None
+                    pieces.take(alike or self._steady(sized, classes, pieces.lack(classes)), classes)
             self._heads.setdefault(key, _heads(pieces))
         if key not in self._heads:
             classes = classes_of(self._kinds, self.keep[0])
@@ -308,12 +311,13 @@ class Scales:
             own = [classes[at] for at in taken]
             found = [(window, one) for window, one in zip(windows(own), own, strict=True) if one[1] != "keep"]
             last = {one[0]: window for window, one in found if one[0] in unknown}
-            few = [taken[at] for at in shorten([classes[at] for at in taken], last.values())]
-            later = self._traced(policy, classes, taken if self._whole else few, settled=True)
+            few = taken if self._whole else [taken[at] for at in shorten(own, last.values())]
+            self._step(policy, classes, few, settled=True)
+            later = dict(zip(windows([classes[at] for at in few]), range(len(few)), strict=True))
             for kind, window in last.items():
                 segment = pieces.by_window.get(("backward", window))
                 if segment is not None:
-                    again = later.by_window["backward", window].seconds
+                    again = self.stage.tracer.seconds.get(("backward", later[window]), 0.0)
                     self._shares[kind, way] = again / segment.seconds if segment.seconds else 1.0
         recomputing = [it for it in classes if it[1] != "keep"]
         shares: dict[Hashable, float] = {it: self._shares.get((it[0], way), 1.0) for it in recomputing}
@@ -322,23 +326,24 @@ class Scales:
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
         return list(range(len(classes))) if self._whole else shorten(classes, wanted)
 
-    def _traced(
-        self, policy: Policy, classes: Sequence[Class], taken: Sequence[int], *, settled: bool = False
-    ) -> Pieces:
-        """The segments of a step through those of the last blocks, which are of `classes`, that are `taken`."""
+    def _step(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int], *, settled: bool = False) -> Trace:
+        """A step through those of the last blocks, which are of `classes`, that are `taken`."""
         first = self.depth - len(classes)
-        own = [classes[at] for at in taken]
-        tokens = policy.micro_batch_tokens
-        in_loss = min(tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
-        trace = self.stage.step(
+        treatments = [classes[at][1] for at in taken]
+        return self.stage.step(
             policy,
-            keep=sum(treatment == "keep" for _, treatment, _ in own),
-            offload=sum(treatment == "offload" for _, treatment, _ in own),
+            keep=treatments.count("keep"),
+            offload=treatments.count("offload"),
             only=None if self._whole else [first + at for at in taken],
             update=self._update is None,
             settled=settled,
-            loss_tokens=in_loss,
+            loss_tokens=_in_loss(policy),
         )
+
+    def _traced(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
+        """The segments of such a step."""
+        trace = self._step(policy, classes, taken)
+        tokens, in_loss = policy.micro_batch_tokens, _in_loss(policy)
         found = [
             self._with_whole_loss(it, tokens, in_loss) for it in segments(trace, self.stage.tracer.seconds, self._tier)
         ]
@@ -346,7 +351,9 @@ class Scales:
             self.kernels = self.stage.products.kernel_bytes  # the same for all policies, whatever else is tried
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
-        pieces.add(own, [*(segment for segment in found if segment.part != "update"), self._update])
+        pieces.add(
+            [classes[at] for at in taken], [*(segment for segment in found if segment.part != "update"), self._update]
+        )
         return pieces
 
     def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:
@@ -386,7 +393,7 @@ class Scales:
         size, tokens = self.input_bytes(policy), policy.micro_batch_tokens
         inputs = Inputs(self._offloading(policy), size / links.down, size / links.up)
         chunks = -(-tokens // policy.loss_chunk_tokens)
-        head = chunks * sum(sum(matrix.copies) for matrix in moved.matrices) / rate
+        head = chunks * moved.copied / rate
         objective = self.stage.ready.objective
         passes = 0 if objective is None else objective.forwards
         # without gradients, as in the first sweep over preferences, the head passes once instead of twice
@@ -398,6 +405,11 @@ class Scales:
                 one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
         whole = max(self.stage.config.train.tokens_per_step, tokens)
         return one * whole / tokens + places[-1].segment.seconds
+
+
+def _in_loss(policy: Policy) -> int:
+    """Tokens of a micro-batch for which the loss is traced."""
+    return min(policy.micro_batch_tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
 
 
 def _heads(pieces: Pieces) -> dict[Part, Segment]:
@@ -415,5 +427,5 @@ def _at_least(place: Place, seconds: float) -> Place:
 
 def _forward_again(places: Sequence[Place], passes: int) -> list[Place]:
     """So many passes without gradients through the blocks of a step, which put no inputs down."""
-    blocks = [it for it in places if it.segment.part == "forward"]
+    blocks = [it for it in places if it.segment.part == "forward"] if passes else []
     return passes * [replace(it, segment=replace(it.segment, part="reference")) for it in blocks]

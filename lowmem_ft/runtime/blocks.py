@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -40,18 +41,24 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     decoder = find_decoder(model)
     count: int = causal_model(model).config.get_text_config().num_hidden_layers
-    candidates = [
-        (path.count("."), -sum(p.numel() for p in module.parameters()), path, module)
+    lists = [
+        (path, module)
         for path, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not candidates:
+    if not lists:
         raise UnsupportedError(
             "The decoder layers of this architecture were not found.",
             given=type(decoder).__name__,
             allowed=f"models that hold a ModuleList of their {count} layers",
         )
     # the outermost list, and of several (gemma3n also lists projections) the one with the most weights
-    blocks = min(candidates, key=lambda candidate: candidate[:3])[3]
+    outermost = min(path.count(".") for path, _ in lists)
+    candidates = [module for path, module in sorted(lists, key=itemgetter(0)) if path.count(".") == outermost]
+    blocks = candidates[0] if len(candidates) == 1 else max(candidates, key=_weights)
     path = next(path for path, module in model.named_modules() if module is blocks)
     return path, blocks
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

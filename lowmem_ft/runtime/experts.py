@@ -232,7 +232,9 @@ def _touch_factors(experts: Any, out_TD: Tensor, times: Sequence[int]) -> Tensor
     every = [range(1, 1 + max(times)), range(len(times), experts.num_experts)] if max(times) > 1 else []
     alike = [range(first + it.start, first + it.stop) for first in firsts for it in every if len(it) > 1]
     factors = [factor for split in splits for factor in split]
-    touched: Tensor = _Touched.apply(out_TD, alike, *factors)  # type: ignore[no-untyped-call]
+    kinds = [(split[0].shape, split[0].dtype) for split in splits]  # each factor's own would take long to ask for
+    shapes = [kind for kind, split in zip(kinds, splits, strict=True) for _ in split]
+    touched: Tensor = _Touched.apply(out_TD, alike, shapes, *factors)  # type: ignore[no-untyped-call]
     return touched
 
 
@@ -243,8 +245,8 @@ class _Touched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alike: list[range], *others: Tensor) -> Tensor:
-        ctx.shapes, ctx.alike = [(other.shape, other.dtype) for other in others], alike
+    def forward(ctx: Any, x: Tensor, alike: list[range], shapes: list[Any], *others: Tensor) -> Tensor:
+        ctx.shapes, ctx.alike = shapes, alike
         return x.view_as(x)
 
     @staticmethod
@@ -263,4 +265,4 @@ class _Touched(torch.autograd.Function):
             STANDS_FOR(dx, 1)
             GO_ALIKE([touched[-1], one])
             touched += [one] * len(rest)
-        return dx, None, *touched
+        return dx, None, None, *touched

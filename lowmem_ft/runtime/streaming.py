@@ -96,7 +96,7 @@ def block_bytes(pieces: Sequence[Piece]) -> int:
     return -(-end // PAGE) * PAGE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moved:
     """What streaming some blocks and some of the vocabulary's matrices changes, in bytes.
 
@@ -126,15 +126,20 @@ class Moved:
         stubs = tuple(matrix.parameter.element_size() for matrix in matrices)
         return cls(blocks, matrices, tuple(tensors), tuple(slots), stubs)
 
-    @property
+    @functools.cached_property
     def saved(self) -> int:
         """Bytes that the device holds less."""
         return sum(self.tensors) - sum(self.slots) - sum(self.stubs)
 
-    @property
+    @functools.cached_property
     def stored(self) -> int:
         """Bytes in the tier below."""
         return sum(self.blocks.values()) + sum(sum(matrix.tiles) for matrix in self.matrices)
+
+    @functools.cached_property
+    def copied(self) -> int:
+        """Bytes of the head that are copied for each chunk of the loss."""
+        return sum(sum(matrix.copies) for matrix in self.matrices)
 
 
 class Holder(NamedTuple):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.trace import Tracer, _Results
+from lowmem_ft.planner.results import Results
+from lowmem_ft.planner.trace import Tracer
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]], dict[str, Any]]] = [
     (aten.topk.default, lambda: (meta(4, 8), 2), {}),
     (aten.cat.default, lambda: ([meta(4, 8), meta(2, 8)],), {}),
     (aten.add_.Tensor, lambda: (meta(4, 8), meta(8)), {}),
+    (aten.maximum.out, lambda: (meta(4, 8), meta(8)), {"out": meta(4, 8)}),
     (aten.sum.dim_IntList, lambda: (meta(4, 8), [1]), {"dtype": torch.float32}),
     (aten.zeros.default, lambda: ([4, 8],), {"dtype": torch.uint8, "device": torch.device("meta")}),
 ]
@@ -44,18 +46,19 @@ def test_told_results_are_those_of_the_operator(func: Any, make: Callable[[], An
         asked.append(args)
         return func(*args, **kwargs)
 
-    results = _Results()
+    results = Results()
     for _ in range(3):
         args = make()
         out = results.of(str(func), ask, args, kwargs)
         assert facts(out) == facts(func(*make(), **kwargs))
         assert (out is args[0]) == (func is aten.add_.Tensor)
+        assert (out is kwargs.get("out")) == (func is aten.maximum.out)
     assert len(asked) == 1
 
 
 def test_what_decides_is_told_apart() -> None:
     """Types of numbers, of tensors and of those that PyTorch makes by default; strides; where a tensor lies."""
-    results = _Results()
+    results = Results()
 
     def dtype(func: Any, *args: Any, **kwargs: Any) -> torch.dtype:
         out: Tensor = results.of(str(func), func, args, kwargs)
