@@ -45,6 +45,7 @@ from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
 from lowmem_ft.runtime.tiled_mlp import TiledMlps
+from lowmem_ft.runtime.together import lay_together
 from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
@@ -104,6 +105,7 @@ def assemble(
     adapter: bool | str | Path = True,
     optimizer: bool = True,
     progress: Progress | None = None,
+    on_card: bool | None = None,
 ) -> Assembled:
     """Build, load and equip the model of `config` as `policy` says.
 
@@ -113,6 +115,7 @@ def assemble(
         adapter: True for a fresh one (or `adapter.init`), False for none, or the folder of a saved one.
         optimizer: whether optimizer state and gradient buffers are made.
         progress: called with (bytes done, bytes in all) while weights load.
+        on_card: whether `device` is a card; on `meta`, whether it stands for one.
 
     Raises:
         CheckpointError, UnsupportedError, ConfigError: as the parts find them.
@@ -123,6 +126,7 @@ def assemble(
         release_freed_memory()
     dtype: torch.dtype = getattr(torch, policy.compute_dtype)
     simulated = device.type == "meta"
+    on_card = device.type == "cuda" if on_card is None else on_card
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
     use_attention(model)
@@ -194,7 +198,7 @@ def assemble(
         compute_dtype=dtype,
         attn_implementation=attention,
         # after the adapter, which may have put a trained copy in its place
-        head=replace(head_of(equipped), on_card=device.type == "cuda"),
+        head=replace(head_of(equipped), on_card=on_card),
         loss_chunk_tokens=policy.loss_chunk_tokens,
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
@@ -207,7 +211,7 @@ def assemble(
     )
     ready.mlps.work_in(policy.mlp_tile_tokens)
     if optimizer:
-        _add_optimizer(ready, config, policy)
+        _add_optimizer(ready, config, policy, on_card=on_card)
     ready.model.train()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for a moment would count as reserved while training
@@ -333,11 +337,13 @@ def _equip(
     return model
 
 
-def _add_optimizer(ready: Assembled, config: RunConfig, policy: Policy) -> None:
+def _add_optimizer(ready: Assembled, config: RunConfig, policy: Policy, *, on_card: bool) -> None:
     train = config.train
     groups = parameter_groups(
         ready.model, lr=train.lr, lora_plus_ratio=config.adapter.lora_plus_ratio, weight_decay=train.weight_decay
     )
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    lay_together(parameters)
     paged = policy.optimizer.startswith("paged_")
     if paged and ready.device.type == "cpu":
         warnings.warn(f"{policy.optimizer}: paging needs CUDA; on the CPU the state stays in RAM", stacklevel=3)
@@ -348,6 +354,7 @@ def _add_optimizer(ready: Assembled, config: RunConfig, policy: Policy) -> None:
         bits=8 if policy.optimizer.endswith("8bit") else 32,
         paged=paged,
         on_host=policy.optimizer_on == "host" and ready.device.type != "cpu",
+        on_card=on_card,
     )
-    ready.accumulator = GradientAccumulator([p for group in groups for p in group["params"]])
+    ready.accumulator = GradientAccumulator(parameters)
     ready.scaler = LossScaler() if ready.compute_dtype == torch.float16 else None

@@ -2,14 +2,15 @@
 
 Restarted position ids alone are not enough: OPT, MPT, BLOOM, XGLM, gpt-oss and (before transformers 5.24) Falcon read
 them for positions and go on attending across documents, without a word. So packed rows always come with an explicit
-mask.
+mask, or with the bounds of their documents where attention is ours.
 
-Shapes: B rows, T positions, D hidden size.
+Shapes: B rows, T positions, N documents, D hidden size.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,9 +22,10 @@ from transformers import PreTrainedModel
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
-from lowmem_ft.data.packing import Batch
+from lowmem_ft.data.packing import Batch, as_bounds
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
+_DROPOUTS = ("attention_dropout", "attn_pdrop")  # of attention, as configurations call it
 PROBE_TOKENS = 8
 # Relative difference of the hidden states of two copies of a document in one row, which differ only by where they
 # stand. Measured on the architectures of tests/models.py (CPU, bf16 and fp32): at most 0.0005 with restarted
@@ -40,16 +42,20 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype
     (`config.layer_types`), and `position_ids` is passed where the decoder takes it.
 
     Args:
-        dtype: compute dtype, in which eager attention wants its additive mask. SDPA gets a boolean one.
+        dtype: compute dtype, in which eager attention wants its additive mask. SDPA gets a boolean one, and our own
+            attention `documents` in the place of a mask, which grow with their number and not with T * T.
 
     Raises:
         UnsupportedError: the attention implementation or a layer type takes no such mask.
     """
     if not batch.packed:
         return {}
-    config = model.base_model.config
+    config, rows = model.base_model.config, batch.input_ids
+    implementation = config._attn_implementation
+    if implementation == ATTENTION and model.training and any(getattr(config, name, 0) for name in _DROPOUTS):
+        implementation = "sdpa"  # which draws, and would make a mask in each layer
     masks = {
-        kind: _in_form_for(config._attn_implementation, _allowed(batch, **limits), dtype)
+        kind: _in_form_for(implementation, documents(batch, **limits), rows, dtype)
         for kind, limits in _windows(config).items()
     }
     inputs: dict[str, Any] = {"attention_mask": masks if getattr(config, "layer_types", None) else masks["all"]}
@@ -79,33 +85,48 @@ def _windows(config: Any) -> dict[str, dict[str, int]]:
     return {kind: known[kind] for kind in known if kind in layer_types}
 
 
-def _allowed(batch: Batch, *, window: int | None = None, chunk: int | None = None) -> Tensor:
-    """(B, 1, T, T) bool: which positions (last axis) a position may see. Padding sees padding, so no line is empty."""
-    segment, position = batch.segment_ids, batch.position_ids
-    length = segment.shape[1]
-    reach_TT = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril_()
-    if window is not None:
-        reach_TT.triu_(1 - window)
-    allowed_BTT = segment[:, :, None] == segment[:, None, :]
-    allowed_BTT &= reach_TT
+def documents(batch: Batch, *, window: int | None = None, chunk: int | None = None) -> Tensor:
+    """(1, 1, W, N+1) int32 on the host, in the place of a mask: each position sees its document up to itself, and of
+    that the last W positions at most. The last axis is `Batch.bounds`; along the third all is one and the same memory.
+
+    Args:
+        window: how far a position looks back, itself included; by default over all of the row.
+        chunk: documents are cut into pieces of so many positions.
+    """
+    length = batch.input_ids.shape[1]
+    bounds = batch.bounds
     if chunk is not None:
-        part = position // chunk
-        allowed_BTT &= part[:, :, None] == part[:, None, :]
+        spans = itertools.pairwise(bounds.tolist())
+        bounds = as_bounds([*(at for first, last in spans for at in range(first, last, chunk)), int(bounds[-1])])
+    return bounds.expand(1, 1, length if window is None else min(window, length), -1)
+
+
+def visible(documents: Tensor, rows: int, length: int, device: torch.device) -> Tensor:
+    """(B, 1, T, T) bool: which positions (last axis) a position may see. Each sees itself, so no line is empty."""
+    bounds, at = documents[0, 0, 0], torch.arange(rows * length, dtype=torch.int32)
+    begins = bounds[torch.searchsorted(bounds, at, right=True) - 1]
+    first = torch.maximum(begins, at - (documents.shape[2] - 1)) % length
+    seen_T = torch.arange(length, dtype=torch.int32, device=device)
+    allowed_BTT = seen_T >= first.to(device).view(rows, length, 1)
+    allowed_BTT &= seen_T <= seen_T[:, None]
     return allowed_BTT[:, None]
 
 
-def _in_form_for(attn_implementation: str, allowed_B1TT: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as an attention implementation of transformers takes it."""
-    if attn_implementation in ("sdpa", ATTENTION):
+def _in_form_for(attn_implementation: str, documents: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as an attention implementation of transformers takes it, for `rows` of (B, T) tokens."""
+    if attn_implementation == ATTENTION:
+        return documents
+    if attn_implementation not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            "This attention implementation takes no explicit mask, so packed documents cannot be isolated.",
+            given=attn_implementation,
+            allowed="sdpa, eager",
+            fix="set data.packing: false",
+        )
+    allowed_B1TT = visible(documents, rows.shape[0], rows.shape[1], rows.device)
+    if attn_implementation == "sdpa":
         return allowed_B1TT
-    if attn_implementation == "eager":
-        return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
-    raise UnsupportedError(
-        "This attention implementation takes no explicit mask, so packed documents cannot be isolated.",
-        given=attn_implementation,
-        allowed="sdpa, eager",
-        fix="set data.packing: false",
-    )
+    return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
 
 
 @lru_cache(maxsize=64)
@@ -163,7 +184,8 @@ def probe_batch(model: PreTrainedModel) -> Batch:
     rows = [tensor.expand(2, -1).contiguous() for tensor in (document.repeat(2), position.repeat(2), segment)]
     input_ids, position_ids, segment_ids = rows
     count = input_ids.numel()
-    batch = Batch(input_ids, input_ids, position_ids, segment_ids, tokens=count, loss_tokens=count)
+    bounds = as_bounds(range(0, count + 1, PROBE_TOKENS))
+    batch = Batch(input_ids, input_ids, position_ids, segment_ids, tokens=count, loss_tokens=count, bounds=bounds)
     return batch.to(embedding.weight.device)
 
 

@@ -57,6 +57,8 @@ class Batch:
         segment_ids: (B, T) int32: 1, 2, ... for the documents of a row, 0 for padding.
         tokens: positions that are not padding.
         loss_tokens: positions whose prediction is in the loss.
+        bounds: (N+1,) int32 on the host: where each document begins in the rows, one behind the other, and the end. A
+            row's padding counts as a document.
         packed: whether a row may hold several documents. Like both counts it is known here without looking at tensors,
             which may lie on a device or be fake.
         answers: of preferences.
@@ -68,11 +70,12 @@ class Batch:
     segment_ids: Tensor
     tokens: int
     loss_tokens: int
+    bounds: Tensor
     packed: bool = True
     answers: Answers | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`, but for `bounds`."""
         names = ("input_ids", "labels", "position_ids", "segment_ids")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
@@ -178,6 +181,15 @@ def round_up(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def as_bounds(begins: Sequence[int]) -> Tensor:
+    """`Batch.bounds` of documents that begin there, the end behind them.
+
+    It lies in memory for as many documents as there are positions: what a step takes shall not depend on its data.
+    """
+    bounds = torch.empty(begins[-1] + 1, dtype=torch.int32)[: len(begins)]
+    return bounds.copy_(torch.tensor(begins, dtype=torch.int32))
+
+
 def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, length: int | None = None) -> Batch:
     """Tensors of `rows` (the documents of each), all padded to `length`, or to the longest row where that is None.
 
@@ -190,6 +202,7 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, length: int | Non
     labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     segment_ids = torch.zeros((len(rows), width), dtype=torch.int32)
+    bounds = [0]
     for b, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, start=1):
@@ -199,10 +212,14 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, length: int | Non
             position_ids[b, start:end] = torch.arange(end - start)
             segment_ids[b, start:end] = segment
             start = end
+            bounds.append(b * width + end)
         position_ids[b, start:] = torch.arange(width - start)
+        if start < width:
+            bounds.append((b + 1) * width)
     return Batch(
         *(input_ids, labels, position_ids, segment_ids),
         tokens=sum(len(example) for row in rows for example in row),
         loss_tokens=int((labels != IGNORE_INDEX).sum()),
+        bounds=as_bounds(bounds),
         packed=any(len(row) > 1 for row in rows),
     )

@@ -124,6 +124,8 @@ class CostModel:
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: self._flash_backward,
             torch.ops.aten._scaled_dot_product_flash_attention.default: self._flash,
             torch.ops.aten._scaled_dot_product_flash_attention_backward.default: self._flash_backward_cuda,
+            torch.ops.aten._flash_attention_forward.default: self._documents,
+            torch.ops.aten._flash_attention_backward.default: self._documents_backward,
             torch.ops.aten._scaled_dot_product_efficient_attention.default: self._efficient,
             torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: self._efficient_backward,
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: self._update,
@@ -203,6 +205,27 @@ class CostModel:
     ) -> float:
         return 2.5 * _attention_work(q, causal=causal) / self._rates.attention_backward
 
+    def _documents(
+        self, out: Any, q_THE: Tensor, k: Any, v: Any, begins: Any, _: Any, longest: int, *rest: Any
+    ) -> float:
+        return _documents_work(q_THE, longest) / self._rates.attention_forward
+
+    def _documents_backward(
+        self,
+        out: Any,
+        dout: Tensor,
+        q_THE: Tensor,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any,
+        begins: Any,
+        _: Any,
+        longest: int,
+        *rest: Any,
+    ) -> float:
+        return 2.5 * _documents_work(q_THE, longest) / self._rates.attention_backward
+
     def _dequantize_4bit(self, out: Tensor, *_: Any) -> float:
         return out.numel() / self._rates.dequantize[4]
 
@@ -227,6 +250,12 @@ def _attention_work(q: Tensor, *, causal: bool) -> float:
     """Floating-point operations of q k^T and of its product with v; half of them where the future is left out."""
     batch, heads, length, size = q.shape
     return 4.0 * batch * heads * length * length * size * (0.5 if causal else 1.0)
+
+
+def _documents_work(q_THE: Tensor, longest: int) -> float:
+    """The same where documents lie one behind the other, all as long as the longest one."""
+    tokens, heads, size = q_THE.shape
+    return 2.0 * tokens * heads * longest * size
 
 
 def _takes_no_time(func: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.onednn import Products
+from lowmem_ft.planner.onednn import ROWS, Products
 from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
@@ -75,7 +75,11 @@ def _product(
     copy made of a factor without neighbouring elements, as those of one expert among all are."""
     if _goes_to_onednn(a):
         op = torch.ops.lowmem_ft.product.default
-        return products.scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
+        taken = products.scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
+        if a.shape[0] % ROWS and a.shape[0] > ROWS:  # a run may have fewer rows: of an expert, or in the loss
+            few = None if c is None else c[:ROWS]
+            taken += products.scratch(op, (out[:ROWS], a[:ROWS], b, bias, few, by, d, *alpha), a[:ROWS], b)
+        return [max(taken)]
     if c is None:
         return []
     if multiplies(a.dtype):

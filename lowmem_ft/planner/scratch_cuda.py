@@ -88,6 +88,8 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
     return {
         aten._scaled_dot_product_flash_attention.default: functools.partial(_flash, card),
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        aten._flash_attention_forward.default: _documents,
+        aten._flash_attention_backward.default: _documents_backward,
         aten._scaled_dot_product_efficient_attention.default: _efficient,
         aten._scaled_dot_product_efficient_attention_backward.default: functools.partial(_efficient_backward, card),
         aten.embedding_dense_backward.default: _embedding_backward,
@@ -157,6 +159,22 @@ def _flash_backward(dout: Tensor, q_BHTE: Tensor, k: Tensor, *_: Any, **__: Any)
     sums = [4 * lines, 4 * lines * _round_up(size, 32 if size <= 128 else 64)]
     expanded = q_BHTE.element_size() * rows * k.shape[2] * heads * size
     return [*copied, *sums, *([expanded] * 2 if k.shape[1] != heads else [])]
+
+
+def _documents(q_THE: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Nothing; but more documents than a plan knows of are told in four bytes each."""
+    return [4 * q_THE.shape[0]]
+
+
+def _documents_backward(
+    dout: Tensor, q_THE: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begins: Tensor, *_: Any, **__: Any
+) -> list[int]:
+    """The same for documents that lie one behind the other, with 128 lines more for each: `mha_varlen_bwd`."""
+    tokens, heads, size = q_THE.shape
+    copied = [] if dout.is_contiguous() else [dout.nbytes]
+    lines = heads * (tokens + 128 * (begins.numel() - 1))
+    sums = [4 * lines, 4 * lines * _round_up(size, 32 if size <= 128 else 64)]
+    return [*copied, *sums, *([q_THE.nbytes] * 2 if k.shape[1] != heads else [])]
 
 
 def _efficient(q_BHTE: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> list[int]:

@@ -22,7 +22,7 @@ from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
-from lowmem_ft.data.packing import Answers, Batch
+from lowmem_ft.data.packing import Answers, Batch, as_bounds
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
@@ -39,7 +39,7 @@ from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
 # and what PyTorch's own code takes for a moment.
 UNSEEN_BYTES = 4 << 10
-BATCH_BYTES_PER_TOKEN = 28  # of a micro-batch: three int64 and an int32
+BATCH_BYTES_PER_TOKEN = 32  # of a micro-batch: three int64 and two int32
 
 
 def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -145,11 +145,8 @@ class Stage:
         self.products = Products()
         self.tracer = Tracer(scratch_of(kind, card, self.products), whole_of(kind, card), cost)
         with self.tracer:
-            self.ready = assemble(config, policy, torch.device("meta"))
+            self.ready = assemble(config, policy, torch.device("meta"), on_card=kind == "cuda")
         self.ready.activations.remove()  # each step decides anew
-        self.ready.head = replace(self.ready.head, on_card=kind == "cuda")
-        if self.ready.optimizer is not None:
-            self.ready.optimizer.guarded = kind == "cpu"
         if config.data.packing and not config.adapter.prompt_learning:
             self._try_mask(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
@@ -284,18 +281,20 @@ class _Update:
         self.stage.tracer.phase, self.stage.tracer.block = "update", None
         if not self.run:
             return
-        parameters = [it for group in optimizer.param_groups for it in group["params"]]
-        left = Counter((it.shape, it.dtype) for it in parameters)
+        sizes = [(tuple(it.shape for it in run), run[0].dtype) for run in optimizer.runs]
+        left, taken = Counter(sizes), dict[nn.Parameter, int]()
+        for size, run in zip(sizes, optimizer.runs, strict=True):
+            taken.update(dict.fromkeys(run, left.pop(size, 0)))
 
         def first(parameter: nn.Parameter) -> Tensor | None:
-            """The gradient of the first of each shape, whose update stands for all: when done they hold nothing."""
-            times = left.pop((parameter.shape, parameter.dtype), 0)
+            """The gradients of the first of equal runs, whose update stands for all: when done they hold nothing."""
+            times = taken[parameter]
             if times:
                 STANDS_FOR(parameter, times)
             return accumulator.buffer(parameter) if times else None
 
         optimizer.step(gradient=first)
-        STANDS_FOR(parameters[0], 1)
+        STANDS_FOR(next(iter(taken)), 1)
 
 
 @contextmanager
@@ -396,6 +395,7 @@ def _batch(config: RunConfig, policy: Policy, kind: str, loss_tokens: int | None
     return Batch(
         **tensors,
         segment_ids=torch.zeros(shape, dtype=torch.int32, device=device),
+        bounds=as_bounds(range(0, count + 1, length)),  # one document in each row
         tokens=count,
         loss_tokens=count if loss_tokens is None else loss_tokens,
         packed=config.data.packing,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +21,7 @@ from lowmem_ft.data.pairs import preferences_of
 from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.simulate import evaluate, mismatched_of
+from lowmem_ft.quant.products import kept_bytes
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
 from lowmem_ft.step import train_step
 
@@ -64,18 +65,21 @@ def verified(plan: Plan) -> Plan:
 
 
 def full_batches(config: RunConfig, policy: Policy, *, vocabulary: int) -> list[Batch]:
-    """A step's micro-batches of random tokens without padding; rows of two documents where they are packed.
+    """A step's micro-batches of random tokens without padding. Where they are packed rows have two documents, all but
+    the first if there are others: on a CPU long documents take the most, which is what plans count.
 
     Of preferences documents are answers alone.
     """
-    length, preferences = config.data.seq_len, preferences_of(config)
-    shape = (max(lanes(config), policy.micro_batch_tokens // length), length)
-    half = length // 2
+    length, together, preferences = config.data.seq_len, lanes(config), preferences_of(config)
+    shape = (max(together, policy.micro_batch_tokens // length), length)
     found = []
     for index in range(policy.accumulation):
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(3, vocabulary, shape, generator=generator).tolist()
-        parts = [[row[:half], row[half:]] if config.data.packing else [row] for row in ids]
+        first = length if shape[0] > together else length - 2
+        cuts = [first] * together + [length // 2] * (shape[0] - together)
+        cuts = cuts if config.data.packing else [length] * shape[0]
+        parts = [[part for part in (row[:cut], row[cut:]) if part] for row, cut in zip(ids, cuts, strict=True)]
         rows = [[Example(part, part) for part in row] for row in parts]
         if preferences is None:
             found.append(collate(rows, pad_id=0))
@@ -113,21 +117,23 @@ def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
 def _measured_peak(
     config: RunConfig, policy: Policy, batches: Sequence[Batch], step: Callable[[Assembled], object]
 ) -> tuple[Assembled, int]:
-    before = held_bytes() - sum(tensor.nbytes for batch in batches for tensor in _tensors(batch))
+    before = held_bytes() - sum(tensor.untyped_storage().nbytes() for batch in batches for tensor in _tensors(batch))
     ready = assemble(config, policy, torch.device("cpu"))
     held = held_bytes() - before
-    return ready, held + max(accumulate(allocator_events(lambda: step(ready))))
+    return ready, held + max(itertools.accumulate(allocator_events(lambda: step(ready))))
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that exist in this process and hold memory of the host, each storage once."""
+    """Bytes of all tensors that exist in this process and hold memory of the host, each storage once; but for what
+    products keep, which a plan counts with the process."""
     gc.collect()
-    storages = {}
+    kept = kept_bytes()
+    storages: dict[int, int] = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storages.values()) - kept
 
 
 def allocator_events(function: Callable[[], object]) -> list[int]:
@@ -142,4 +148,4 @@ def allocator_events(function: Callable[[], object]) -> list[int]:
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    return [batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids]
+    return [batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.bounds]

@@ -85,8 +85,16 @@ class _Rooms(threading.local):
         room[len(rows) :] = 0
         return room
 
+    def all(self) -> list[Tensor]:
+        return [*self.tiles, *self._padded.values()]
+
 
 _rooms = _Rooms()
+
+
+def kept_bytes() -> int:
+    """What this thread has for its products, outside of PyTorch's allocator."""
+    return sum(room.nbytes for room in _rooms.all())
 
 
 def workspace_bytes(dtype: torch.dtype) -> int:

@@ -29,7 +29,7 @@ from transformers import Cache
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.attention import Attended
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.rerun import Random, Unread, active_autocast
+from lowmem_ft.runtime.rerun import Unread, active_autocast, random_states, with_random
 from lowmem_ft.runtime.shelf import Shelf
 
 
@@ -97,7 +97,7 @@ class _Call:
     leaves: list[Any]  # arguments without structure; None where a tensor stood
     positions: list[int]  # of the tensors in `leaves`
     spec: TreeSpec
-    random: Random
+    device: torch.device
     autocast: list[tuple[str, torch.dtype]]
     place: tuple[Shelf, int] | None  # of the block's input, if it is offloaded
     attended: Attended | None  # if attention is kept
@@ -176,10 +176,10 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        held = call.put_down(tensors)
+        held, states = call.put_down(tensors), random_states(call.device)
         outputs, kept = call.run_first(tensors)
-        ctx.count = len(held)
-        ctx.save_for_backward(*held, *kept)
+        ctx.count = len(states), len(states) + len(held)
+        ctx.save_for_backward(*states, *held, *kept)  # all of which autograd gives back with this block
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
 
@@ -187,11 +187,12 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         wanted = ctx.needs_input_grad[2:]
-        held, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        drawn, behind = ctx.count
+        states, held, kept = (ctx.saved_tensors[at] for at in (slice(drawn), slice(drawn, behind), slice(behind, None)))
         taken = call.take_up(held)
         inputs = [t.detach().requires_grad_(want) for t, want in zip(taken, wanted, strict=True)]
         with ExitStack() as stack:
-            stack.enter_context(call.random.restored())
+            stack.enter_context(with_random(call.device, states))
             for device_type, dtype in call.autocast:
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
             stack.enter_context(torch.enable_grad())
@@ -226,7 +227,7 @@ def _recomputed(
     for position in positions:
         leaves[position] = None
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    call = _Call(forward, unread, leaves, positions, spec, Random(device), active_autocast(device), place, attended)
+    call = _Call(forward, unread, leaves, positions, spec, device, active_autocast(device), place, attended)
     anchor = torch.empty(0, requires_grad=True)
     outputs = _Recompute.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
     shared = [value for value in kwargs.values() if isinstance(value, (UserDict, Cache))]

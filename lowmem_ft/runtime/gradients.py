@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_ALIGNMENT = 64  # elements: each parameter's slice starts on 256 bytes, as memory of its own would
+from lowmem_ft.runtime.together import round_up
 
 
 class GradientAccumulator:
     """Moves every gradient into one flat fp32 buffer as soon as backward has finished it, and frees the original.
+
+    In the buffer gradients follow each other as parameters do that lie together (`runtime.together`).
 
     A bf16 sum over micro-batches would lose small gradients, and its rounding would depend on how a step is split.
 
@@ -27,7 +29,7 @@ class GradientAccumulator:
         starts, end = [], 0
         for parameter in self._parameters:
             starts.append(end)
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            end += round_up(parameter.numel())
         self._flat = torch.zeros(end, dtype=torch.float32, device=self._parameters[0].device)
         self._slices = {
             parameter: self._flat[start : start + parameter.numel()].view(parameter.shape)

@@ -5,7 +5,8 @@ arXiv:2110.02861), for parameters in bf16 that must not lose small steps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -14,14 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.runtime.together import follows, joined
 
 _BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
 _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
-SLICE = 1 << 18  # elements updated at a time (1 MiB in fp32); results do not depend on it
+# Elements updated at a time; results do not depend on it. On a CPU so many stay in its cache (slices of 2^18 are 7%
+# faster, and take 8 MB instead of 2), on a card a slice is a dozen calls and takes 4 MiB
+SLICE, SLICE_ON_CARD = 1 << 16, 1 << 19
 _SMALLEST_SLICE = _MIN_8BIT
 # That an update on the host takes at most beside its state: 9 MiB measured (8 bits, bf16), and a slice of gradients
 HOST_WORK_BYTES = 12 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Parameters of a group that lie one behind the other, with state that does so, too; or a single one.
+
+    Attributes:
+        first: number of the first among all parameters.
+        starts: where each begins, in elements.
+        state: of all of them, by name, each tensor flat.
+    """
+
+    group: dict[str, Any]
+    first: int
+    parameters: list[nn.Parameter]
+    starts: list[int]
+    state: dict[str, Tensor]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -35,8 +56,9 @@ class AdamW(torch.optim.Optimizer):
     (also 2 bytes, not exact), stochastic rounding 2.2% (no bytes), plain bf16 updates 6.0%. fp16 parameters, whose
     exponent differs from that of fp32, get an fp32 master.
 
-    All state is allocated here, not in the first step. An error in a step, such as one of memory, leaves whole slices
-    of parameters updated and the others untouched, and `resume` goes on with these.
+    All state is allocated here, not in the first step. Neighbours that lie together (`runtime.together`) have state
+    that does so, too, and are updated together. An error in a step, such as one of memory, leaves whole slices of
+    parameters updated and the others untouched, and `resume` goes on with these.
 
     Args:
         groups: parameters, or dicts as in torch. A group's own `lr` keeps its ratio to `lr` in `set_lr` (LoRA+).
@@ -47,11 +69,13 @@ class AdamW(torch.optim.Optimizer):
         on_host: all state lies in host RAM, and the host updates (as in ZeRO-Offload, Ren et al. 2021,
             arXiv:2101.06840, but here a step waits for it): slice by slice gradients and values go down and new values
             come up. Equal bit by bit to an update of parameters on the CPU.
+        on_card: whether the parameters' device is a card; to be told of parameters without data.
 
     Attributes:
         slice_elements: updated at a time, a multiple of 4096.
         guarded: whether a slice is copied first, because a kernel that takes memory may fail in the middle of it. On a
             card none does: all that an update takes is taken before anything changes.
+        runs: parameters that are updated together where all have gradients.
 
     Raises:
         ConfigError: a value that AdamW cannot have, or a parameter that is not a dense floating-point tensor.
@@ -68,6 +92,7 @@ class AdamW(torch.optim.Optimizer):
         bits: Literal[32, 8] = 32,
         paged: bool = False,
         on_host: bool = False,
+        on_card: bool | None = None,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ConfigError(
@@ -76,18 +101,19 @@ class AdamW(torch.optim.Optimizer):
                 allowed="lr, eps, weight_decay >= 0 and 0 <= beta < 1",
             )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.paged, self.on_host, self.slice_elements = bits, paged, on_host, SLICE
-        self._stopped = 0, 0  # where the last step ended with an error: which parameter, its first element to do
+        self.bits, self.paged, self.on_host = bits, paged, on_host
+        # where the last step ended with an error: which parameter, the first element from there on to do
+        self._stopped = 0, 0
         self._codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             group["lr_ratio"] = group["lr"] / lr if lr > 0 else 1.0
         parameters = list(self._parameters())
-        self.guarded = on_host or any(p.device.type != "cuda" for p in parameters)
+        self.guarded = on_host or not (all(p.device.type == "cuda" for p in parameters) if on_card is None else on_card)
+        self.slice_elements = SLICE if self.guarded else SLICE_ON_CARD
         if paged and (on_host or any(p.device.type == "cpu" for p in parameters)):
             warnings.warn("Paging does not exist on the CPU: the optimizer's state stays in RAM.", stacklevel=2)
             self.paged = False
-        for parameter in parameters:
-            self.state[parameter] = self._new_state(parameter)
+        self._runs = list(self._new_runs())
 
     def set_lr(self, lr: float) -> None:
         """Set the base learning rate; every group keeps its ratio to it."""
@@ -118,13 +144,11 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def resume(self, *, gradient: Callable[[nn.Parameter], Tensor | None]) -> None:
         """Go on with a step that an error has ended, with the same gradients and learning rates."""
-        first = self._stopped[0]
-        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
-        for index, (parameter, group) in enumerate(pairs[first:], start=first):
-            grad = gradient(parameter)
-            if grad is not None:
-                self._update(parameter, grad, group, start=self._stopped[1])
-            self._stopped = index + 1, 0
+        done = self._stopped[0]
+        for run in self._runs:
+            for members, gradients in self._together(run, gradient, done):
+                self._update(run, members, gradients, start=self._stopped[1])
+                self._stopped = run.first + members.stop, 0
         self._stopped = 0, 0
         if self.paged and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # the host may look at managed memory only after the device is done with it
@@ -147,7 +171,8 @@ class AdamW(torch.optim.Optimizer):
 
     def held(self) -> list[Tensor]:
         """All that it holds: the state, and the tables of 8-bit codes."""
-        return [*self.state_tensors().values(), *chain.from_iterable(self._codes.values())]
+        state = chain.from_iterable(run.state.values() for run in self._runs)
+        return [*state, *chain.from_iterable(self._codes.values())]
 
     def state_meta(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it: step counts and the groups' settings."""
@@ -188,56 +213,110 @@ class AdamW(torch.optim.Optimizer):
     def _parameters(self) -> Iterable[nn.Parameter]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _new_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        if not (parameter.is_floating_point() and parameter.is_contiguous()):
-            raise ConfigError(
-                "This parameter cannot be trained.",
-                given=f"{parameter.dtype}, shape {tuple(parameter.shape)}, strides {parameter.stride()}",
-                allowed="contiguous tensors of fp32, bf16 or fp16",
-            )
-        elements, device = parameter.numel(), self._place(parameter)
-        eight = self.bits == 8 and elements >= _MIN_8BIT
+    @property
+    def runs(self) -> list[list[nn.Parameter]]:
+        return [run.parameters for run in self._runs]
+
+    def _new_runs(self) -> Iterator[_Run]:
+        """All parameters with new state, which each of them finds in `self.state` as views of its run's."""
+        first = 0
+        for group in self.param_groups:
+            members: list[nn.Parameter] = []
+            for parameter in [*group["params"], None]:
+                if members and not (parameter is not None and self._goes_with(members[-1], parameter)):
+                    yield self._new_run(group, first, members)
+                    first, members = first + len(members), []
+                if parameter is not None:
+                    members.append(parameter)
+
+    def _goes_with(self, before: nn.Parameter, parameter: nn.Parameter) -> bool:
+        kinds = [(self._has_8_bits(it), self._pages(it)) for it in (before, parameter)]
+        return kinds[0] == kinds[1] and not self._pages(parameter) and follows(before, parameter)
+
+    def _has_8_bits(self, parameter: nn.Parameter) -> bool:
+        return self.bits == 8 and parameter.numel() >= _MIN_8BIT
+
+    def _new_run(self, group: dict[str, Any], first: int, parameters: list[nn.Parameter]) -> _Run:
+        for parameter in parameters:
+            if not (parameter.is_floating_point() and parameter.is_contiguous()):
+                raise ConfigError(
+                    "This parameter cannot be trained.",
+                    given=f"{parameter.dtype}, shape {tuple(parameter.shape)}, strides {parameter.stride()}",
+                    allowed="contiguous tensors of fp32, bf16 or fp16",
+                )
+        whole = joined(parameters)
+        elements, device = whole.numel(), self._place(whole)
+        eight, pages = self._has_8_bits(parameters[0]), self._pages(parameters[0])
         dtype = torch.uint8 if eight else torch.float32
-        state: dict[str, Any] = {"step": 0, "state1": self._moment(parameter, dtype)}
-        state["state2"] = self._moment(parameter, dtype)
+        state = {name: self._moment(whole, dtype, pages) for name in ("state1", "state2")}
         if eight:
             for name in ("absmax1", "absmax2"):
                 state[name] = torch.zeros(-(-elements // _BLOCK), dtype=torch.float32, device=device)
             if device not in self._codes:
                 self._codes[device] = _code(device, signed=True), _code(device, signed=False)
-        if parameter.dtype == torch.bfloat16:
+        if whole.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros(elements, dtype=torch.int16, device=device)
-        elif parameter.dtype != torch.float32:
+        elif whole.dtype != torch.float32:
             master = torch.empty(elements, dtype=torch.float32, device=device)
-            state["master"] = master if parameter.is_meta else master.copy_(parameter.detach().view(-1))
-        return state
+            state["master"] = master if whole.is_meta else master.copy_(whole)
+        starts = [int(parameter.storage_offset() - whole.storage_offset()) for parameter in parameters]
+        for parameter, start in zip(parameters, starts, strict=True):
+            self.state[parameter] = {"step": 0, **_state_of(state, slice(start, start + parameter.numel()))}
+        return _Run(group, first, parameters, starts, state)
 
-    def _place(self, parameter: nn.Parameter) -> torch.device:
+    def _place(self, tensor: Tensor) -> torch.device:
         """Where its state lies and its updates are computed."""
-        return torch.device("cpu") if self.on_host else parameter.device
+        return torch.device("cpu") if self.on_host else tensor.device
 
     def _pages(self, parameter: nn.Parameter) -> bool:
         return self.paged and parameter.numel() >= _MIN_PAGED
 
-    def _moment(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        elements = parameter.numel()
-        if not self._pages(parameter):
-            return torch.zeros(elements, dtype=dtype, device=self._place(parameter))
-        if parameter.device.type != "cuda":  # simulated: counted as host memory
-            return torch.zeros(elements, dtype=dtype, device="cpu")
-        paged: Tensor = bnb.get_paged(elements, dtype=dtype, device=parameter.device)
+    def _moment(self, flat: Tensor, dtype: torch.dtype, pages: bool) -> Tensor:
+        if not pages:
+            return torch.zeros(flat.numel(), dtype=dtype, device=self._place(flat))
+        if flat.device.type != "cuda":  # simulated: counted as host memory
+            return torch.zeros(flat.numel(), dtype=dtype, device="cpu")
+        paged: Tensor = bnb.get_paged(flat.numel(), dtype=dtype, device=flat.device)
         return paged.zero_()
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], *, start: int) -> None:
-        """One step of one parameter, slice by slice from element `start` on."""
-        state = self.state[parameter]
-        if self.on_host and parameter.is_meta:  # it would be work on real numbers, and takes nothing of the device
-            state["step"] += 1
-            return
-        for moment in (state["state1"], state["state2"]):
-            if getattr(moment, "is_paged", False):
-                bnb.prefetch_tensor(moment)
-        flat, gradient = parameter.detach().view(-1), gradient.reshape(-1)
+    def _together(
+        self, run: _Run, gradient: Callable[[nn.Parameter], Tensor | None], done: int
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """Members of `run` from number `done` on, with their gradients: those of which each lies behind the one before,
+        as its gradient does, and has made as many steps. Who has no gradient is left out."""
+        gradients: list[Tensor] = []
+        at = first = max(0, done - run.first)
+        for at in range(first, len(run.parameters)):
+            grad = gradient(run.parameters[at])
+            if gradients and (grad is None or not self._fits(run.parameters[at - 1 : at + 1], gradients[-1], grad)):
+                yield range(first, at), gradients
+                gradients = []
+            if grad is not None:
+                first = first if gradients else at
+                gradients.append(grad)
+        if gradients:
+            yield range(first, first + len(gradients)), gradients
+
+    def _fits(self, pair: list[nn.Parameter], *gradients: Tensor) -> bool:
+        steps = [self.state[parameter]["step"] for parameter in pair]
+        return steps[0] == steps[1] and follows(*pair) and follows(*gradients)
+
+    def _update(self, run: _Run, members: range, gradients: list[Tensor], *, start: int) -> None:
+        """One step of some parameters, slice by slice from element `start` on."""
+        parameters = run.parameters[members.start : members.stop]
+        if not (self.on_host and parameters[0].is_meta):  # work on real numbers, which takes nothing of the device
+            state = _state_of(run.state, slice(run.starts[members.start], None))
+            for moment in (run.state["state1"], run.state["state2"]):
+                if getattr(moment, "is_paged", False):
+                    bnb.prefetch_tensor(moment)
+            step = self.state[parameters[0]]["step"] + 1
+            self._update_flat(joined(parameters), joined(gradients), state, run.group, step, start)
+        for parameter in parameters:
+            self.state[parameter]["step"] += 1
+
+    def _update_flat(
+        self, flat: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int, start: int
+    ) -> None:
         while start < flat.numel():
             here = slice(start, min(start + self.slice_elements, flat.numel()))
             own = _state_of(state, here)
@@ -246,7 +325,7 @@ class AdamW(torch.optim.Optimizer):
             before = [tensor.clone() for tensor in held] if self.guarded else []
             try:
                 below = value.to("cpu", copy=True) if self.on_host else value
-                self._update_slice(below, grad.to(below.device), own, group, state["step"] + 1)
+                self._update_slice(below, grad.to(below.device), own, group, step)
                 if self.on_host:
                     value.copy_(below)
             except BaseException:
@@ -255,7 +334,6 @@ class AdamW(torch.optim.Optimizer):
                 raise
             start = here.stop
             self._stopped = self._stopped[0], start
-        state["step"] += 1
 
     def _update_slice(
         self, value: Tensor, grad: Tensor, own: dict[str, Tensor], group: dict[str, Any], step: int
@@ -307,11 +385,10 @@ def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor, scratch: Tensor)
     remainder.copy_(bits.sub_(upper.bitwise_left_shift_(16)))
 
 
-def _state_of(state: dict[str, Any], here: slice) -> dict[str, Tensor]:
-    """The state of a slice of a parameter, as views."""
-    blocks = slice(here.start // _BLOCK, -(-here.stop // _BLOCK))
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {name: value[blocks if name.startswith("absmax") else here] for name, value in tensors.items()}
+def _state_of(state: Mapping[str, Tensor], here: slice) -> dict[str, Tensor]:
+    """The state of a slice of what it belongs to, as views."""
+    blocks = slice(here.start // _BLOCK, None if here.stop is None else -(-here.stop // _BLOCK))
+    return {name: value[blocks if name.startswith("absmax") else here] for name, value in state.items()}
 
 
 def _code(device: torch.device, *, signed: bool) -> Tensor:

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
-class Random:
-    """The state of the generators that work on `device` draws from."""
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that work on `device` draws from: on the host, and on a card its own."""
+    host = torch.get_rng_state()
+    if device.type == "meta":  # simulated: as large, and seen by whoever traces
+        host = torch.empty_like(host, device="cpu")
+    if device.type in ("cpu", "meta"):
+        return [host]
+    return [host, torch.get_device_module(device).get_rng_state(device)]
 
-    device: torch.device
-    host_state: Tensor = field(default_factory=torch.get_rng_state)
-    device_state: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.device.type == "meta":  # simulated: as large, and seen by whoever traces
-            self.host_state = torch.empty_like(self.host_state, device="cpu")
-        if self.device.type not in ("cpu", "meta"):
-            self.device_state = torch.get_device_module(self.device).get_rng_state(self.device)
-
-    def restored(self) -> Any:
-        """A context in which the generators are as they were; afterwards they are as before."""
-        stack = ExitStack()
-        if self.device.type == "meta":
-            before = torch.empty_like(self.host_state)
-            stack.callback(before.size)  # held until then, as `fork_rng` holds it
-            return stack
-        if self.device_state is None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-        else:
-            stack.enter_context(torch.random.fork_rng(devices=[self.device], device_type=self.device.type))
-            torch.get_device_module(self.device).set_rng_state(self.device_state, self.device)
-        torch.set_rng_state(self.host_state)
+def with_random(device: torch.device, states: Sequence[Tensor]) -> ExitStack:
+    """A context in which the generators are as `random_states` had found them; afterwards they are as before."""
+    stack = ExitStack()
+    if device.type == "meta":
+        before = torch.empty_like(states[0])
+        stack.callback(before.size)  # held until then, as `fork_rng` holds it
         return stack
+    if len(states) == 1:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+    else:
+        stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+        torch.get_device_module(device).set_rng_state(states[1], device)
+    torch.set_rng_state(states[0])
+    return stack
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from lowmem_ft.quant.swap import is_plain_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.experts import STANDS_FOR, traced_tiles
-from lowmem_ft.runtime.rerun import Random, Unread, active_autocast
+from lowmem_ft.runtime.rerun import Unread, active_autocast, random_states, with_random
 
 _NAMES = frozenset({"mlp", "ffn", "feed_forward", "shared_mlp"})  # of MLPs in transformers' decoder layers
 
@@ -189,9 +189,9 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx: Any, mlp: TiledMlp, anchor: Tensor, *inputs_BTD: Tensor) -> Tensor:
         device = inputs_BTD[0].device
         ctx.mlp, ctx.tokens, ctx.autocast = mlp, mlp.tokens, active_autocast(device)
-        ctx.random = Random(device) if mlp.draws() else None
+        states = random_states(device) if mlp.draws() else []
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs_BTD)
+        ctx.save_for_backward(*inputs_BTD, *states)
         left_out = mlp.left_out(inputs_BTD[0])
         return mlp.run(inputs_BTD, mlp.tokens) if left_out is None else left_out
 
@@ -200,12 +200,13 @@ class _InTiles(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if dy_BTO is None:
             return None, None, *([None] * len(wanted))
+        inputs_BTD, states = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
         with ExitStack() as stack:
-            if ctx.random is not None:
-                stack.enter_context(ctx.random.restored())
+            if states:
+                stack.enter_context(with_random(inputs_BTD[0].device, states))
             for device_type, dtype in ctx.autocast:
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
-            return None, None, *ctx.mlp.differentiate(ctx.saved_tensors, wanted, dy_BTO, ctx.tokens)
+            return None, None, *ctx.mlp.differentiate(inputs_BTD, wanted, dy_BTO, ctx.tokens)
 
 
 def _called(mlp: TiledMlp, *args: Any, **kwargs: Any) -> Any:

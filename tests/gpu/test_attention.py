@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime.attention import attention
 
 pytestmark = pytest.mark.gpu
 LENGTH, CLOSE = 96, {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def documents(rows: int) -> Tensor:
+def two_documents(rows: int) -> Tensor:
     """Of two documents in each row: true where a position sees another, (rows, 1, LENGTH, LENGTH)."""
     at = torch.arange(LENGTH)
     same = torch.stack([(at < 30 + row)[:, None] == (at < 30 + row)[None] for row in range(rows)])
@@ -31,11 +32,39 @@ def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torc
 
     q, k, v = heads(4), heads(groups), heads(groups)
     dout = torch.randn(2, LENGTH, 4, size, generator=generator)
-    mask = documents(2) if masked else None
+    mask = two_documents(2) if masked else None
 
     def found(device: str, dtype: torch.dtype) -> list[Tensor]:
         given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
         out = attention(*given, None if mask is None else mask.to(device), size**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
+
+    for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):
+        assert ours.shape == expected.shape
+        assert (ours.float().cpu() - expected).norm() <= CLOSE[dtype] * expected.norm()
+
+
+BOUNDS = [
+    [0, 1024, 2048],
+    [0, 1000, 1024, 1025, 1100, 2048],
+    [0, *range(8, 1017, 8), 1020, 1024, 1028, 2040, 2048],  # more than a call of the backward kernel takes
+    sorted({*range(0, 2048, 3), 1024, 2048}),
+]
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("window", [1024, 100])
+@pytest.mark.parametrize("size", [12, 64, 128])
+@pytest.mark.parametrize("bounds", BOUNDS, ids=len)
+def test_documents_attend_within_themselves(bounds: list[int], size: int, window: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1024, heads, size, generator=generator).transpose(1, 2) for heads in (4, 2, 2))
+    dout = torch.randn(2, 1024, 4, size, generator=generator)
+    documents = as_bounds(bounds).expand(1, 1, window, -1)
+
+    def found(device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
+        out = attention(*given, documents, size**-0.5)
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 
     for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):

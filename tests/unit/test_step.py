@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_ft.adapters.inject import inject_lora, trainable_parameters
 from lowmem_ft.core.errors import DataError, LowMemError
 from lowmem_ft.data.examples import Example, read_examples
-from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.data.packing import Batch, as_bounds, collate
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.gradients import GradientAccumulator
@@ -315,7 +315,8 @@ def test_the_same_code_runs_without_data(name: str) -> None:
         apply_activation_policy(model, keep=1)
         ready = make_ready(model, bits=8, grad_clip=1.0)
         ids = torch.zeros(2, 16, dtype=torch.int64)
-        batch = Batch(ids, ids, ids, torch.ones(2, 16, dtype=torch.int32), tokens=32, loss_tokens=9)
+        rows = torch.ones(2, 16, dtype=torch.int32)
+        batch = Batch(ids, ids, ids, rows, tokens=32, loss_tokens=9, bounds=as_bounds([0, 16, 32]))
         result = train_step(ready, [batch, batch], lr=1e-3)
         assert eval_step(ready, batch) == (0.0, 9, 0)
     assert (result.tokens, result.loss_tokens, result.skipped) == (64, 18, False)

@@ -16,6 +16,7 @@ from lowmem_ft.data.isolation import (
     check_isolation,
     isolation_fault,
     probe_batch,
+    visible,
 )
 from lowmem_ft.data.packing import Batch, collate
 from lowmem_ft.runtime.attention import use_attention
@@ -80,6 +81,17 @@ def test_every_attention_in_use_isolates(name: str, backend: str) -> None:
     after = logits(model, collate([[OTHER_FIRST, SECOND, OTHER_THIRD]], pad_id=0))
     assert torch.equal(before[0, WHERE_SECOND], after[0, WHERE_SECOND])
     assert not torch.equal(before[0, :13], after[0, :13])
+
+
+@pytest.mark.parametrize("name", [name for name in PACKABLE if name not in WITHOUT_OURS])
+def test_our_attention_gives_what_a_mask_gives(name: str) -> None:
+    """Documents are longer than windows and chunks. Measured relative difference: 4e-7 at most."""
+    model = tiny_model(name, dtype=torch.float32)
+    batch = collate([[FIRST, SECOND, THIRD], [THIRD, SECOND]], pad_id=0)
+    expected = logits(model, batch)
+    use_attention(model)
+    assert model.config._attn_implementation == ATTENTION
+    assert (logits(model, batch) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", PACKABLE)
@@ -173,6 +185,42 @@ def test_forms_of_the_mask() -> None:
     sdpa.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedError, match="takes no explicit mask"):
         attention_inputs(sdpa, batch, dtype=torch.float16)
+
+
+def test_our_attention_is_told_where_documents_begin() -> None:
+    """Nothing that it gets grows with the square of the rows, and what it means is what a mask shows."""
+    batch = collate([[FIRST, SECOND, THIRD], [THIRD, SECOND]], pad_id=0)
+    for name, chunk in (("llama", None), ("gemma3", None), ("mistral", None), ("llama", 8)):
+        model = tiny_model(name)
+        model.config.attention_chunk_size = chunk
+        masks = attention_inputs(model, batch, dtype=torch.bfloat16)["attention_mask"]
+        use_attention(model)
+        told = attention_inputs(model, batch, dtype=torch.bfloat16)["attention_mask"]
+        for kind in masks if isinstance(masks, dict) else [None]:
+            mask, documents = (masks, told) if kind is None else (masks[kind], told[kind])
+            assert documents.untyped_storage().nbytes() == 4 * 97
+            assert torch.equal(visible(documents, 2, 48, torch.device("cpu")), mask)
+
+
+def test_a_dropout_in_attention_wants_a_mask() -> None:
+    """PyTorch's function draws it, which knows of no documents."""
+    model = tiny_model("llama").train()
+    batch = collate([[FIRST, SECOND]], pad_id=0)
+    use_attention(model)
+    model.config.attention_dropout = 0.5
+    assert attention_inputs(model, batch, dtype=torch.bfloat16)["attention_mask"].dtype == torch.bool
+    told = attention_inputs(model.eval(), batch, dtype=torch.bfloat16)
+    assert told["attention_mask"].dtype == torch.int32
+    for layer in model.model.layers:  # where a configuration has another name for it
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    torch.manual_seed(0)
+    hidden_BTD = model.base_model(input_ids=batch.input_ids, use_cache=False, **told)[0]
+    batch = collate([[OTHER_FIRST, SECOND]], pad_id=0)
+    torch.manual_seed(0)
+    other_BTD = model.base_model(input_ids=batch.input_ids, use_cache=False, **told)[0]
+    assert torch.equal(hidden_BTD[0, WHERE_SECOND], other_BTD[0, WHERE_SECOND])
+    assert not torch.equal(hidden_BTD[0, :13], other_BTD[0, :13])
 
 
 def test_attention_chunks_count_from_the_start_of_a_document() -> None:

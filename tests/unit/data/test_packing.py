@@ -42,6 +42,7 @@ def test_collate() -> None:
     assert batch.labels.tolist() == [[12, 13, n, 22, n, n, n, n], [n, 33, 34, n, n, n, n, n]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert batch.bounds.tolist() == [0, 3, 5, 8, 12, 16]
     assert (batch.tokens, batch.loss_tokens, batch.packed) == (9, 5, True)
     assert batch.loss_tokens == sum(example.loss_tokens for example in (a, b, c))
     assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
@@ -51,6 +52,8 @@ def test_collate() -> None:
     assert single.input_ids.shape == (2, 20)
     assert torch.equal(single.to("cpu").labels, single.labels)
     assert single.to("meta").labels.is_meta
+    assert not single.to("meta").bounds.is_meta
+    assert collate([[a, b, a], [c, c]], pad_id=9).bounds.tolist() == [0, 3, 5, 8, 12, 16], "full rows have no padding"
 
 
 def test_pad_id_may_be_a_label() -> None:

@@ -55,6 +55,13 @@ def test_arithmetic_of_known_operations() -> None:
     back = aten._scaled_dot_product_flash_attention_backward.default
     rest = (*saved, None, None, 16, 16, 0.0, True, seed, seed)
     assert seconds(back, qkv[0], *qkv, *rest, attention_backward=1.0) == 2.5 * causal
+    flat = [it.transpose(1, 2).flatten(0, 1) for it in qkv]
+    begins = meta(3, dtype=torch.int32)
+    told = (begins, begins, 16, 16, 0.0, True)
+    assert seconds(aten._flash_attention_forward.default, *flat, *told, False, attention_forward=1.0) == causal
+    back = aten._flash_attention_backward.default
+    rest = (flat[0], meta(4, 32, dtype=torch.float32), *told, seed, seed)
+    assert seconds(back, flat[0], *flat, *rest, attention_backward=1.0) == 2.5 * causal
     back = aten._scaled_dot_product_efficient_attention_backward.default
     rest = (*saved, seed, seed, 0.0, [True, True, True, False])
     assert seconds(back, qkv[0], *qkv, None, *rest, attention_backward=1.0) == 2.5 * causal

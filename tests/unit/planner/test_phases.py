@@ -159,7 +159,8 @@ def check_steps(ready: Assembled, scales: Scales, settings: RunConfig, policy: P
 
 
 def batch_bytes(batch: Batch) -> int:
-    return sum(it.nbytes for it in (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids))
+    tensors = batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.bounds
+    return sum(it.untyped_storage().nbytes() for it in tensors)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.attention import use_attention
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
+from lowmem_ft.runtime.rerun import random_states, with_random
 from tests.models import ARCHITECTURES, tiny_config, tiny_model, without_dropout
 from tests.unit.adapters.helpers import quantized_model, shake
 from tests.unit.runtime.memory import peak_bytes
@@ -320,8 +321,6 @@ def test_runs_on_fake_tensors() -> None:
 
 def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for an accelerator's generator, since dropout there draws from it."""
-    from lowmem_ft.runtime.rerun import Random
-
     state = {"now": torch.tensor([1])}
 
     def set_state(new: Tensor, device: Any = None) -> None:
@@ -330,9 +329,9 @@ def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> 
     generator = SimpleNamespace(get_rng_state=lambda device=None: state["now"], set_rng_state=set_state)
     monkeypatch.setattr(torch, "get_device_module", lambda device: generator)
     monkeypatch.setattr(torch, "cuda", generator)
-    random = Random(torch.device("cuda", 0))
+    states = random_states(torch.device("cuda", 0))
     state["now"] = torch.tensor([2])
-    with random.restored():
+    with with_random(torch.device("cuda", 0), states):
         assert state["now"].item() == 1
         state["now"] = torch.tensor([99])
     assert state["now"].item() == 2

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lowmem_ft.data.isolation import ATTENTION
+from lowmem_ft.data.isolation import ATTENTION, visible
+from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime import attention as module
 from lowmem_ft.runtime.attention import attention, use_attention
 from tests.models import ARCHITECTURES, tiny_config
 
 B, H, T, E = 2, 6, 20, 16
-KINDS = ["causal", "one mask", "mask per row", "mask per head"]
+KINDS = ["causal", "one mask", "mask per row", "mask per head", "documents", "documents in windows"]
+BOUNDS = [0, 1, 13, 20, 24, 40]  # of a row of three documents and one of two
+
+
+def told(bounds: list[int], window: int) -> Tensor:
+    """As `data.isolation.documents` tells them."""
+    return as_bounds(bounds).expand(1, 1, window, -1)
+
+
+def as_mask(mask: Tensor | None) -> Tensor | None:
+    return visible(mask, B, T, torch.device("cpu")) if mask is not None and mask.dtype == torch.int32 else mask
 
 
 def inputs(groups: int, dtype: torch.dtype, kind: str) -> tuple[list[Tensor], Tensor | None]:
@@ -22,6 +36,8 @@ def inputs(groups: int, dtype: torch.dtype, kind: str) -> tuple[list[Tensor], Te
     tensors = [torch.randn(B, T, heads, E).to(dtype).transpose(1, 2) for heads in (H, groups, groups)]
     if kind == "causal":
         return [t.requires_grad_() for t in tensors], None
+    if kind.startswith("documents"):
+        return [t.requires_grad_() for t in tensors], told(BOUNDS, window=5 if "windows" in kind else T)
     shape = {"one mask": (1, 1), "mask per row": (B, 1), "mask per head": (B, H)}[kind]
     mask = torch.rand(*shape, T, T) > 0.4
     mask |= torch.eye(T, dtype=torch.bool)  # every position sees one
@@ -41,7 +57,7 @@ def test_value_and_gradients(
     tensors, mask = inputs(groups, dtype, kind)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = F.scaled_dot_product_attention(
-        *exact, attn_mask=mask, is_causal=mask is None, scale=0.3, enable_gqa=True
+        *exact, attn_mask=as_mask(mask), is_causal=mask is None, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     out = attention(*tensors, mask, 0.3)
     assert out.is_contiguous()
@@ -61,14 +77,137 @@ def test_a_mask_that_hides_nothing_but_the_future_is_causal() -> None:
     torch.testing.assert_close(attention(*tensors, mask, 0.3), attention(*tensors, None, 0.3))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_operator_contract(masked: bool) -> None:
-    tensors, mask = inputs(2, torch.float32, "one mask" if masked else "causal")
+@pytest.mark.parametrize("kind", ["causal", "one mask", "documents in windows"])
+def test_operator_contract(kind: str) -> None:
+    tensors, mask = inputs(2, torch.float32, kind)
     q, k, v = (t.detach() for t in tensors)
     torch.library.opcheck(torch.ops.lowmem_ft.attention.default, (q, k, v, mask, 0.3))
     out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, 0.3)
     backward = torch.ops.lowmem_ft.attention_backward.default
     torch.library.opcheck(backward, (torch.ones_like(out), q, k, v, mask, out, lse, 0.3))
+
+
+def test_bounds_that_a_model_has_cut_are_not_taken() -> None:
+    tensors, documents = inputs(2, torch.float32, "documents")
+    assert documents is not None
+    with pytest.raises(AssertionError, match="cut"):
+        attention(*tensors, documents[..., :-1], 0.3)
+
+
+@pytest.fixture
+def flash_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """FlashAttention's kernels for sequences of any lengths on a CPU, by their definition. What lies in no sequence is
+    NaN, as on a card it is whatever was there. The list tells positions and sequences of each backward call."""
+    calls: list[tuple[int, int]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, scale: float, back: int | None) -> Tensor:
+        share = q.shape[1] // k.shape[1]
+        out = torch.full_like(q, torch.nan)
+        for first, last in itertools.pairwise(begins.tolist()):
+            if last == first:
+                continue
+            at = torch.arange(last - first)
+            seen = at <= at[:, None]
+            if back is not None and back >= 0:
+                seen &= at >= at[:, None] - back
+            heads = [
+                it[first:last].transpose(0, 1).repeat_interleave(n, 0) for it, n in ((q, 1), (k, share), (v, share))
+            ]
+            out[first:last] = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1)
+        return out
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        begins: Tensor,
+        _: Tensor,
+        longest: int,
+        __: int,
+        p: float,
+        causal: bool,
+        debug: bool,
+        *,
+        scale: float,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        assert causal
+        assert longest >= begins.diff().max()
+        lse = torch.arange(q.shape[0], dtype=torch.float32).expand(q.shape[1], -1).contiguous()  # tells positions
+        none = torch.empty(2, dtype=torch.uint64)
+        return attend(q, k, v, begins, scale, window_size_left), lse, none, none[0].clone(), q.new_empty(0)
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        begins: Tensor,
+        _: Tensor,
+        longest: int,
+        __: int,
+        p: float,
+        causal: bool,
+        seed: Tensor,
+        offset: Tensor,
+        *,
+        scale: float,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+    ) -> list[Tensor]:
+        assert lse.is_contiguous()
+        assert lse[0].diff().eq(1).all()
+        calls.append((int(begins[-1] - begins[0]), int((begins.diff() > 0).sum())))
+        inside = torch.zeros(q.shape[0], dtype=torch.bool)
+        inside[begins[0] : begins[-1]] = True
+        given = [it.detach().requires_grad_() for it in (q, k, v)]
+        found = attend(*given, begins, scale, window_size_left)
+        torch.testing.assert_close(found[inside], out[inside])
+        gradients = torch.autograd.grad(found[inside], given, dout[inside])
+        return [it.masked_fill(~inside[:, None, None], torch.nan) for it in gradients]
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", SimpleNamespace(default=forward))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", SimpleNamespace(default=backward))
+    return calls
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("window", [1024, 10])
+@pytest.mark.parametrize("size", [16, 12])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 1024, 2048],
+        [0, 1024, 1030, 2048],
+        [0, *range(8, 1017, 8), 1020, 1024, 1028, 2040, 2048],
+        [*range(0, 2048, 3), 2048],
+        [0, 700, 1024, 1025, 1026, 1027, 1028, 1029, 1730, 2048],
+    ],
+)
+def test_documents_on_a_card(
+    bounds: list[int], size: int, window: int, groups: int, flash_kernels: list[tuple[int, int]]
+) -> None:
+    """All of it but the kernels: calls for a few documents at a time give every position its gradient."""
+    bounds = sorted({*bounds, 1024})  # no document lies in two rows
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 1024, heads, size) for heads in (4, groups, groups)]
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes)
+    dout = torch.randn(2, 1024, 4, size, generator=generator).bfloat16()
+    documents, card = told(bounds, window), {"capability": (8, 0)}
+    out, lse = module.attention_cuda(q, k, v, documents, 0.3, **card)
+    ours = module.attention_backward_cuda(dout, q, k, v, documents, out, lse, 0.3, **card)
+    expected, expected_lse = module.attention_cpu(q, k, v, documents, 0.3)
+    theirs = module.attention_backward_cpu(dout, q, k, v, documents, expected, expected_lse, 0.3)
+    assert out.is_contiguous()
+    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+        assert a.shape == b.shape
+        assert (a.float() - b.float()).norm() <= 2e-2 * b.float().norm()
+    most = module.documents_at_once(2048)
+    assert all(count <= most for _, count in flash_kernels)
+    assert all(tokens <= 1024 and (count == 1 or tokens <= 2048 // 3) for tokens, count in flash_kernels[1:])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
