@@ -102,8 +102,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"norm_topk_prob {config.norm_topk_prob}",
             allowed="1, none, true",
         )
-    if found.name == "llama" and getattr(config, "mlp_bias", False):
-        raise UnsupportedError("Biases of MLPs have no place in this GGUF architecture.", given="mlp_bias: true")
+    if found.name.startswith("qwen3") and getattr(config, "attention_bias", False):
+        raise UnsupportedError("llama.cpp has no bias of attention's output here.", given="attention_bias: true")
+    if config.hidden_act != "silu":
+        raise UnsupportedError(
+            "llama.cpp knows this architecture with one activation only.", given=config.hidden_act, allowed="silu"
+        )
     return found
 
 
@@ -271,6 +275,11 @@ def _add_rope(writer: Any, config: PretrainedConfig) -> Tensor | None:
             "This scaling of positions cannot be written as GGUF here.", given=rope,
             allowed="default, linear, llama3, yarn",
         )  # fmt: skip
+    if kind == "llama3" and writer.arch != "llama":
+        raise UnsupportedError(
+            "llama.cpp reads this scaling of positions of Llama and Mistral only.",
+            given=f"{kind}, of {config.model_type}",
+        )
     own = set(rope) - {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if kind == "yarn" and own - {"partial_rotary_factor"}:
         raise UnsupportedError("Options of YaRN that are not written as GGUF here.", given=", ".join(sorted(own)))

@@ -33,12 +33,16 @@ from tests.unit.export.runs import CPU, Trained, trained
 ASSETS = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
-    "biased": ("llama", {"attention_bias": True}),
+    "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "linear": ("llama", {"rope_parameters": LINEAR}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
@@ -237,6 +241,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "sliding window" in refused("mistral", **SIZES, head_dim=16)
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert "scaling of positions" in refused("llama", **SIZES, rope_parameters=scaled)
+    # llama.cpp loads no such file, or computes something else without a word (2026-11-26)
+    assert "of Llama and Mistral only" in refused("qwen3", **SIZES, rope_parameters=LLAMA3)
+    assert "no bias of attention's output" in refused("qwen3", **SIZES, attention_bias=True)
+    assert "one activation only" in refused("llama", **SIZES, hidden_act="gelu")
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
