@@ -102,6 +102,9 @@ def differences(loaded: PreTrainedTokenizerBase) -> list[str]:
     before, found = rules.get("pre_tokenizer") or {}, []
     if any(step["type"] == "NFC" for step in _steps(rules.get("normalizer"), "normalizers")):
         found.append("characters that are not composed (Unicode's NFC), which the tokenizer composes")
+    greedy = [entry["content"] for entry in rules["added_tokens"] if entry["lstrip"] or entry["rstrip"]]
+    if greedy:
+        found.append(f"white space beside {', '.join(greedy[:3])}, which the tokenizer drops")
     scheme = before.get("prepend_scheme", "always") if before.get("type") == "Metaspace" else "never"
     if scheme != "never" and _adds_space(rules, loaded):
         found.append("a space at the beginning, to which llama.cpp adds another")
@@ -136,7 +139,8 @@ def _add_special(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, voc
         if isinstance(index, int) and 0 <= index < vocab_size:
             getattr(writer, f"add_{kind}_token_id")(index)
     ends = generation.get("eos_token_id")
-    others = [it for it in (ends if isinstance(ends, list) else [ends]) if it not in (None, loaded.eos_token_id)]
+    known = [it for it in (ends if isinstance(ends, list) else [ends]) if isinstance(it, int) and it < vocab_size]
+    others = [it for it in known if it != loaded.eos_token_id]
     for index, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(index)
 

@@ -77,7 +77,8 @@ def test_models_are_read_back_equal(name: str, base: str, tmp_path: Path) -> Non
     assert done.check.top1 == 1
     assert sorted(path.name for path in done.folder.iterdir()) == ["Modelfile", "model-f32.gguf"]
     assert (done.trained.kl > 1e-4) == (base == "original")
-    assert len(done.lines()) == 3 + (base == "original")
+    notes = 1 if name == "qwen2" else 0  # its tokenizer composes characters, which llama.cpp does not
+    assert len(done.lines()) == 3 + (base == "original") + notes
 
 
 @pytest.mark.parametrize("method", [{"dora": True}, {"train_modules": ["embed_tokens", "norm"]}, {"bits": 8}], ids=str)

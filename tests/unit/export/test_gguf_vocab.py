@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_ft.core.errors import UnsupportedError
@@ -246,6 +246,14 @@ def test_what_llama_cpp_does_not_do_is_refused(changes: dict[str, Any], words: s
     change(tmp_path, **changes)
     with pytest.raises(UnsupportedError, match=words):
         written(tmp_path)
+
+
+def test_tokens_that_take_white_space_in_are_told(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert differences(tokenizer) == []
+    tokenizer.add_tokens([AddedToken("<x>", rstrip=True)])
+    assert "white space beside <x>" in differences(tokenizer)[0]
 
 
 def test_splitting_before_sentencepiece_is_refused(tmp_path: Path) -> None:
