@@ -59,6 +59,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mixtral": Architecture(name="llama", permutes=True, read=False),
     "qwen3_moe": Architecture(name="qwen3moe", read=False),
 }
+# with this in its name llama.cpp lets a model's special tokens drop white space, and loads it only if it has `</s>`
+_MEANINGFUL = re.compile("(phi)-?(3)", re.IGNORECASE)
 _STACKS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
@@ -168,7 +170,7 @@ def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, prog
     tensors = gguf_tensors(weights, kind)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    writer.add_name(_MEANINGFUL.sub(r"\1 \2", name))
     writer.add_file_type(_file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)

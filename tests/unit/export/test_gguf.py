@@ -102,6 +102,16 @@ def test_types(kind: str, tmp_path: Path) -> None:
     assert set(LOSSY) | {"f32"} == set(TYPES)
 
 
+@pytest.mark.parametrize("name", ["my-Phi-3-llama", "phi3"])
+def test_a_name_to_which_llama_cpp_gives_a_meaning(name: str, tmp_path: Path) -> None:
+    made, _ = run_of(tmp_path)
+    weights = MergedWeights(made.config, made.policy, made.adapter, dtype=torch.float32, stored=False)
+    write_gguf(weights, "f16", tmp_path / "m.gguf", name=name)
+    written = GGUFReader(tmp_path / "m.gguf").get_field("general.name")
+    assert written is not None
+    assert written.contents() == name.replace("-3", " 3").replace("i3", "i 3")
+
+
 def test_rows_that_are_no_whole_blocks_stay_in_16_bits(tmp_path: Path) -> None:
     made = trained("llama", tmp_path, model={**SIZES, "intermediate_size": 80})
     shutil.copy(ASSETS / "tokenizer.json", tmp_path / "base")
