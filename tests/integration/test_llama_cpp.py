@@ -13,8 +13,11 @@ from benchmarks.llamacpp import measured_types, same_tokens, tokenizers
 from tests.unit.export.test_gguf import LOSSY, run_of
 
 
-@pytest.mark.parametrize(("name", "method"), [("llama3", {}), ("qwen3_moe", {"targets": ["q_proj", "v_proj"]})])
-def test_logits(name: str, method: dict[str, Any], tmp_path: Path) -> None:
+# llama.cpp rounds activations, too, after which another expert may win: measured 2e-7 in f16, and 6e-6 with experts
+@pytest.mark.parametrize(
+    ("name", "method", "factor"), [("llama3", {}, 4), ("qwen3_moe", {"targets": ["q_proj", "v_proj"]}, 20)]
+)
+def test_logits(name: str, method: dict[str, Any], factor: float, tmp_path: Path) -> None:
     _, run = run_of(tmp_path, name, **method)
     found = measured_types(run, tmp_path)
     # measured: 4e-14 to 1.1e-13
@@ -22,8 +25,7 @@ def test_logits(name: str, method: dict[str, Any], tmp_path: Path) -> None:
         assert found[exact]["kl"] < 1e-9
         assert found[exact]["top1"] == 1
     assert found["without the adapter"]["kl"] > 0.1
-    # bounds of what transformers reads from the file; llama.cpp rounds activations, too, and other experts may win
-    assert all(found[kind]["kl"] < 4 * bound for kind, bound in LOSSY.items())
+    assert all(found[kind]["kl"] < factor * bound for kind, bound in LOSSY.items())
 
 
 def test_tokens(tmp_path: Path) -> None:
