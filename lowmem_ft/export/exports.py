@@ -19,7 +19,7 @@ from lowmem_ft.core.files import write_text
 from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, write_vllm
 from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
 from lowmem_ft.export.gguf_read import unpack_gguf
-from lowmem_ft.export.gguf_vocab import adds_bos
+from lowmem_ft.export.gguf_vocab import adds_bos, differences
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.ollama import modelfile
 from lowmem_ft.export.parity import (
@@ -109,10 +109,10 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         with reporter.task("Writing GGUF", unit="values") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
         tokenizer = load_tokenizer(weights.checkpoint.folder)
-        bos = adds_bos(weights.checkpoint.folder)
+        assert tokenizer is not None, "it is in the file"
         write_text(
             folder / "Modelfile",
-            modelfile(tokenizer, weights.checkpoint.folder, source=f"./{file.name}", adds_bos=bos),
+            modelfile(tokenizer, weights.checkpoint.folder, source=f"./{file.name}", adds_bos=adds_bos(tokenizer)),
         )
         reporter.say("Checking what is read back from the file ...")
         found = _read_back(run, weights, file, read, numel=numel)
@@ -121,8 +121,9 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         check.check(bound, what="The GGUF file")
     against = check if reference is trained else compare(trained, found)
     return Export(
-        folder=out, files=(file.name, "Modelfile"), check=check, bound=bound, trained=against, text=read.origin
-    )
+        folder=out, files=(file.name, "Modelfile"), check=check, bound=bound, trained=against, text=read.origin,
+        notes=tuple(differences(tokenizer)),
+    )  # fmt: skip
 
 
 def export_vllm(run: TrainedRun, out: Path, *, text: Path | None, reporter: Reporter) -> Export:

@@ -59,6 +59,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mixtral": Architecture(name="llama", permutes=True, read=False),
     "qwen3_moe": Architecture(name="qwen3moe", read=False),
 }
+# with this in its name llama.cpp lets a model's special tokens drop white space, and loads it only if it has `</s>`
+_MEANINGFUL = re.compile("(phi)-?(3)", re.IGNORECASE)
 _STACKS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
@@ -102,8 +104,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"norm_topk_prob {config.norm_topk_prob}",
             allowed="1, none, true",
         )
-    if found.name == "llama" and getattr(config, "mlp_bias", False):
-        raise UnsupportedError("Biases of MLPs have no place in this GGUF architecture.", given="mlp_bias: true")
+    if found.name.startswith("qwen3") and getattr(config, "attention_bias", False):
+        raise UnsupportedError("llama.cpp has no bias of attention's output here.", given="attention_bias: true")
+    if config.hidden_act != "silu":
+        raise UnsupportedError(
+            "llama.cpp knows this architecture with one activation only.", given=config.hidden_act, allowed="silu"
+        )
     return found
 
 
@@ -164,7 +170,7 @@ def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, prog
     tensors = gguf_tensors(weights, kind)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    writer.add_name(_MEANINGFUL.sub(r"\1 \2", name))
     writer.add_file_type(_file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
@@ -271,6 +277,11 @@ def _add_rope(writer: Any, config: PretrainedConfig) -> Tensor | None:
             "This scaling of positions cannot be written as GGUF here.", given=rope,
             allowed="default, linear, llama3, yarn",
         )  # fmt: skip
+    if kind == "llama3" and writer.arch != "llama":
+        raise UnsupportedError(
+            "llama.cpp reads this scaling of positions of Llama and Mistral only.",
+            given=f"{kind}, of {config.model_type}",
+        )
     own = set(rope) - {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if kind == "yarn" and own - {"partial_rotary_factor"}:
         raise UnsupportedError("Options of YaRN that are not written as GGUF here.", given=", ".join(sorted(own)))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.export.gguf_vocab import add_tokenizer, adds_bos
+from lowmem_ft.export.gguf_vocab import SPLITS, add_tokenizer, adds_bos, differences
+from tests.assets import ASSETS
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["What does ls do?", "  two  spaces and\nlines\n", "Käse: 12 €, 日本", "a", "tokens_per_step: 16384"]
@@ -48,11 +51,11 @@ def save_spm(folder: Path, **changes: Any) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def written(folder: Path) -> GGUFReader:
+def written(folder: Path, *, size: int = 1000) -> GGUFReader:
     import gguf
 
     writer = gguf.GGUFWriter(folder / "v.gguf", "llama")
-    add_tokenizer(writer, folder, vocab_size=1000)
+    add_tokenizer(writer, folder, vocab_size=size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -95,7 +98,184 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     assert types[:4] == [2, 3, 3, 6], "unknown, control, control, byte"
     assert types[-1] == 5, "unused"
     assert contents(reader, "bos_token_id") == 1
-    assert adds_bos(tmp_path)
+    # llama.cpp would put it in front of every text, where nothing is said
+    assert contents(reader, "add_bos_token") is adds_bos(AutoTokenizer.from_pretrained(tmp_path)) is False
+    assert differences(AutoTokenizer.from_pretrained(tmp_path)) == []
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes, "model": {**data["model"], **changes.get("model", {})}}))
+
+
+def save_spaces(folder: Path, *, mixed: bool, lengths: Sequence[int]) -> None:
+    """With runs of spaces as Llama 2 has them, of one score. transformers then puts the longest left part first."""
+    save_spm(folder)
+    data = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [pair for pair in data["merges"] if "".join(pair).strip("▁")]
+    vocab = {token: index for token, index in data["vocab"].items() if token == "▁" or token.strip("▁")}
+    vocab = {token: index for index, token in enumerate([*vocab, *("▁" * length for length in lengths)])}
+    pairs = [["▁" * cut, "▁" * (n - cut)] for n in lengths for cut in range(1, n) if {cut, n - cut} <= {1, *lengths}]
+    if mixed:
+        pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
+    change(folder, model={"vocab": vocab, "merges": [*merges, *pairs]})
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["apart", "mixed"])
+@pytest.mark.parametrize("lengths", [range(2, 17), (2, 4, 8)], ids=["all", "some"])
+def test_runs_of_spaces(mixed: bool, lengths: Sequence[int], tmp_path: Path) -> None:
+    save_spaces(tmp_path, mixed=mixed, lengths=lengths)
+    reader = written(tmp_path)
+    tokens, scores = contents(reader, "tokens"), contents(reader, "scores")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for count in range(1, 60):
+        for text in (" " * count, " " * count + "the" + " " * (count % 7) + "a"):
+            assert as_llama_cpp(text, tokens, scores, space=True) == tokenizer.encode(text).ids
+
+
+def test_runs_of_spaces_of_another_rule_are_refused(tmp_path: Path) -> None:
+    save_spaces(tmp_path, mixed=True, lengths=range(2, 6))
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    of_spaces = [pair for pair in model["merges"] if not "".join(pair).strip("▁")]
+    rest = [pair for pair in model["merges"] if pair not in of_spaces]
+    change(tmp_path, model={"merges": [*rest, *reversed(of_spaces)]})
+    with pytest.raises(UnsupportedError, match="others are merged first"):
+        written(tmp_path)
+    change(tmp_path, model={"merges": [*of_spaces[:3], *rest, *of_spaces[3:]]})
+    with pytest.raises(UnsupportedError, match="runs of spaces lie apart"):
+        written(tmp_path)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+CHAT = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "space", "words"),
+    [
+        ("always", None, True, ["a space at the beginning"]),
+        ("never", None, False, []),
+        ("first", None, True, ["a space at the beginning", "before text"]),
+        # each piece of a conversation lies behind a special token, where the tokenizer adds nothing
+        ("first", CHAT, False, ["no special token"]),
+        ("first", CHAT.removeprefix("{{ bos_token }}"), True, ["a space at the beginning", "before text"]),
+    ],
+)
+def test_spaces_in_front(scheme: str, template: str | None, space: bool, words: list[str], tmp_path: Path) -> None:
+    save_spm(tmp_path)
+    change(tmp_path, normalizer=None, pre_tokenizer={**METASPACE, "prepend_scheme": scheme})
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    assert contents(written(tmp_path), "add_space_prefix") is space
+    found = differences(AutoTokenizer.from_pretrained(tmp_path))
+    assert len(found) == len(words)
+    assert all(word in it for word, it in zip(words, found, strict=True))
+
+
+def save_byte_level(folder: Path, rule: str = "llama-bpe", *, bos: bool = False) -> None:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=rule == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLITS[rule]), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(ROOT / "README.md")], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_whether_a_first_token_is_added_is_always_said(bos: bool, tmp_path: Path) -> None:
+    """What llama.cpp does otherwise depends on the rule of splitting: for this one it adds one."""
+    save_byte_level(tmp_path, bos=bos)
+    reader = written(tmp_path)
+    assert contents(reader, "add_bos_token") is adds_bos(AutoTokenizer.from_pretrained(tmp_path)) is bos
+    assert contents(reader, "add_eos_token") is False
+    assert contents(reader, "merges")[0].count(" ") == 1
+
+
+def test_other_tokens_around_a_text_are_refused(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="other tokens around"):
+        written(tmp_path)
+
+
+def test_all_that_end_an_answer_are_said(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7]}')
+    reader = written(tmp_path)
+    assert [contents(reader, f"{kind}_token_id") for kind in ("eos", "eot", "eom")] == [2, 5, 7]
+
+
+def test_the_tokenizer_is_the_one_that_training_used(tmp_path: Path) -> None:
+    """transformers splits by a rule of its own for a Qwen 2, whatever tokenizer.json says, and adds a token."""
+    shutil.copytree(ASSETS / "doclm-7m", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == 4097
+    reader = written(tmp_path, size=4096)
+    assert contents(reader, "pre") == "qwen2"
+    assert len(contents(reader, "tokens")) == 4096
+    assert "NFC" in differences(loaded)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "kind of tokenizer"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "kind of tokenizer"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "no name"),
+    ],
+    ids=["lowercase", "suffix", "space"],
+)
+def test_what_llama_cpp_does_not_do_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    change(tmp_path, **changes)
+    with pytest.raises(UnsupportedError, match=words):
+        written(tmp_path)
+
+
+def test_tokens_that_take_white_space_in_are_told(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert differences(tokenizer) == []
+    tokenizer.add_tokens([AddedToken("<x>", rstrip=True)])
+    assert "white space beside <x>" in differences(tokenizer)[0]
+
+
+def test_splitting_before_sentencepiece_is_refused(tmp_path: Path) -> None:
+    save_spm(tmp_path)
+    for changes in (
+        {"normalizer": None, "pre_tokenizer": {**METASPACE, "split": True}},
+        {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
+    ):
+        change(tmp_path, **changes)
+        with pytest.raises(UnsupportedError, match="kind of tokenizer"):
+            written(tmp_path)
+
+
+def test_tokens_that_no_merges_give(tmp_path: Path) -> None:
+    """llama.cpp takes a piece that is a token as it is for Llama 3's rule, and merges for others."""
+    save_byte_level(tmp_path, "qwen2")
+    change(tmp_path, model={"ignore_merges": True})
+    written(tmp_path)  # it comes to the same
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    change(tmp_path, model={"vocab": {**model["vocab"], "qzqzqz": len(model["vocab"])}})
+    with pytest.raises(UnsupportedError, match="qzqzqz is not what its merges give"):
+        written(tmp_path)
 
 
 def test_merges_of_another_rule_are_refused(tmp_path: Path) -> None:
@@ -110,11 +290,8 @@ def test_merges_of_another_rule_are_refused(tmp_path: Path) -> None:
             written(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"type": "Unigram"}, {"type": "WordPiece"}])
-def test_other_kinds_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    save_spm(tmp_path)
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["model"] |= change
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+@pytest.mark.parametrize("model", [models.Unigram([("a", 0.0)], 0, False), models.WordLevel({"a": 0}, "a")], ids=str)
+def test_other_kinds_are_refused(model: Any, tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="kind of tokenizer"):
         written(tmp_path)
