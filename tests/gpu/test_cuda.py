@@ -26,10 +26,12 @@ from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head
 from lowmem_ft.runtime.loss import chunked_cross_entropy
 from lowmem_ft.runtime.optim import AdamW
+from lowmem_ft.runtime.together import lay_together
 from lowmem_ft.step import train_step
 from lowmem_ft.trainer import loop
 from tests.assets import ASSETS, write_share
 from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny
+from tests.unit.runtime import test_together
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -122,6 +124,19 @@ def test_chunked_loss_matches_the_cpu_and_never_makes_all_logits() -> None:
     taken = torch.cuda.max_memory_allocated() - before
     assert loss.item() == pytest.approx(reference.item(), rel=1e-4)
     assert taken < tokens * vocabulary * 4 / 4  # less than a quarter of the logits in fp32
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parameters_that_lie_together_train_as_they_do_apart(dtype: torch.dtype, bits: Any) -> None:
+    apart, near = test_together.parameters(dtype, "cuda"), test_together.parameters(dtype, "cuda")
+    lay_together(near)
+    plain, joint = (AdamW(owned, bits=bits, **test_together.SETTINGS) for owned in (apart, near))
+    assert len(joint.runs) < len(plain.runs)
+    for step in range(4):
+        plain.step(gradient=test_together.gradients(apart, step))
+        joint.step(gradient=test_together.gradients(near, step))
+    assert test_together.same(joint, plain)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
