@@ -167,22 +167,23 @@ def evaluate(
     ready = assemble_run(config, made, chosen, reporter)
     recovery = Recovery(ready, made.policy, say=reporter.say)
     loss, metrics = loop.evaluate(recovery, config, examples, reporter)
-    if learns_preferences(config):
-        found = {"eval_loss": loss, "examples": len(examples), **metrics}
-        print(json.dumps(found) if as_json else "\n".join(f"{name} {value:.6g}" for name, value in found.items()))
-        return
     answers = samples(recovery, config, examples)
-    accuracy = metrics["accuracy"]
-    found = {"eval_loss": loss, "examples": len(examples), "perplexity": math.exp(loss), "eval_accuracy": accuracy}
-    tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
-    if size:
-        found["bits_per_byte"] = loss * tokens / math.log(2) / size
+    found = {"eval_loss": loss, "examples": len(examples)}
+    if learns_preferences(config):
+        found |= metrics
+        lines = [f"{name} {value:.6g}" for name, value in found.items()]
+    else:
+        accuracy = metrics["accuracy"]
+        found |= {"perplexity": math.exp(loss), "eval_accuracy": accuracy}
+        lines = [f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}, token accuracy {accuracy:.2%}"]
+        tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
+        if size:
+            found["bits_per_byte"] = loss * tokens / math.log(2) / size
+            lines.append(f"bits per byte {found['bits_per_byte']:.4f}, of {size} bytes of text in the loss")
     if as_json:
         print(json.dumps({**found, **({"samples": answers} if answers else {})}))
         return
-    print(f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}, token accuracy {accuracy:.2%}")
-    if size:
-        print(f"bits per byte {found['bits_per_byte']:.4f}, of {size} bytes of text in the loss")
+    print("\n".join(lines))
     for answer in answers:
         print(f"\nprompt:    {answer['prompt']}\nanswer:    {answer['answer']}\nreference: {answer['reference']}")
 

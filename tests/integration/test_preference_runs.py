@@ -65,12 +65,13 @@ def test_the_readmes_example(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(it) for it in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [it["eval_loss"] for it in lines if it["step"] == 0] == [pytest.approx(0.693147, rel=1e-5)]
-    evaluated = command("eval", folder / "run", "--json")
+    evaluated = command("eval", folder / "run", "eval.samples=2", "eval.max_new_tokens=4", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout)
     last = lines[-1]
     assert found["eval_loss"] == last["eval_loss"]
     assert found["examples"] == 80
+    assert [set(it) for it in found["samples"]] == [{"prompt", "answer", "reference"}] * 2
     assert {f"eval_{name}": found[name] for name in SAID} == {f"eval_{name}": last[f"eval_{name}"] for name in SAID}
 
 
