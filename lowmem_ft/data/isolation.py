@@ -107,7 +107,7 @@ def visible(documents: Tensor, rows: int, length: int, device: torch.device) -> 
     begins = bounds[torch.searchsorted(bounds, at, right=True) - 1]
     first = torch.maximum(begins, at - (documents.shape[2] - 1)) % length
     seen_T = torch.arange(length, dtype=torch.int32, device=device)
-    allowed_BTT = seen_T >= first.to(device).view(rows, length, 1)
+    allowed_BTT = seen_T >= first.to(device, non_blocking=True).view(rows, length, 1)
     allowed_BTT &= seen_T <= seen_T[:, None]
     return allowed_BTT[:, None]
 

@@ -240,7 +240,7 @@ def _widened(q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, dtype: torch.dtype) ->
 
 
 def traced_rows(q_BHTE: Tensor) -> int:
-    """Without data three rows stand for all: what a row takes, and what is left of the one before, repeats itself."""
+    """Without data three rows stand for all, of which each takes the same."""
     return min(3, q_BHTE.shape[0]) if q_BHTE.is_meta else q_BHTE.shape[0]
 
 
