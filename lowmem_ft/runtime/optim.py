@@ -285,7 +285,7 @@ class AdamW(torch.optim.Optimizer):
         """Members of `run` from number `done` on, with their gradients: those of which each lies behind the one before,
         as its gradient does, and has made as many steps. Who has no gradient is left out."""
         gradients: list[Tensor] = []
-        at = first = max(0, done - run.first)
+        first = max(0, done - run.first)
         for at in range(first, len(run.parameters)):
             grad = gradient(run.parameters[at])
             if gradients and (grad is None or not self._fits(run.parameters[at - 1 : at + 1], gradients[-1], grad)):
