@@ -91,6 +91,10 @@ def main() -> None:
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
     warnings.simplefilter("ignore")
 
+    from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
+
+    prefer_expandable_segments()  # as the command line does
+
     import torch
     from transformers import AutoConfig
 

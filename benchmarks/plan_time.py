@@ -62,6 +62,11 @@ MODELS: dict[str, tuple[dict[str, Any], str, float]] = {
 def plan_once(request: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: one plan, with what it says and how long it took."""
     warnings.simplefilter("ignore")
+
+    from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
+
+    prefer_expandable_segments()  # as the command line does
+
     import peft  # noqa: F401 - imports are not counted
     import transformers  # noqa: F401
 

@@ -67,6 +67,8 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
     if device.kind == "cpu":
         process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels)
         return Peak(weighed.allocated, weighed.allocated, process)
+    if enough is not None and weighed.allocated > enough:  # what is in use is held, too
+        return Peak(weighed.allocated, weighed.allocated, device.process_bytes + weighed.allocated)
     peaks = replayed(device, scales.base(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
     reserved = peaks.reserved + uncertainty(scales.stage)
     return Peak(peaks.allocated, reserved, device.process_bytes + reserved)

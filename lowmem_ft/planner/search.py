@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 from typing import Literal, NamedTuple
 
 from lowmem_ft.core.config import RunConfig
@@ -69,9 +69,13 @@ class Search:
             card=Card.of(device),
             links=links_of(device),
         )
-        self.choices = Choices(device, self._start, self.scales, host=lambda: self._aside.host)
-        self.scales.keep = self.choices.keep
-        self._base = base
+        scales, start = self.scales, self._start
+        # Neither names this search, or its events by the million would wait until Python looks for cycles
+        base_of = cache(lambda: base or Base.of(scales.stage.config, start, scales.stage))
+        aside_of = cache(lambda: Aside.of(scales.stage.config, start, scales, base_of()))
+        self._base_of, self._aside_of = base_of, aside_of
+        self.choices = Choices(device, start, scales, host=lambda: aside_of().host)
+        scales.keep = self.choices.keep
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         self._size(config)
 
@@ -117,14 +121,16 @@ class Search:
 
     def _best(self, budget: int, place: Place, options: dict[Policy, Option], *, tiled: bool) -> Answer:
         """The same with the optimizer in this place, of policies without tiles, or of those with tiles too. What was
-        estimated is added to `options`. Where nothing fits it is the smallest of all."""
+        estimated is added to `options`. Where nothing fits it is the smallest of all; what that takes is exact if no
+        other place is left."""
+        most = None if place == self.choices.optimizers[-1] else budget
         found = {option.policy: option for option in self.options(budget, optimizer_on=place, tiled=tiled)}
         options |= found
         learned: dict[Hashable, float] = {}
         for option in self._in_turn([*found.values()], budget, learned):
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits and self.config.policy.objective == "memory":
-                smallest = self._smallest(budget, place, options)
+                smallest = self._smallest(budget, place, options, most=most)
                 return smallest if smallest.fits and smallest.process < answer.process else answer
             if answer.fits:
                 return answer
@@ -133,36 +139,34 @@ class Search:
             learned[_sort(option.policy)] = max(answer.process / option.process, learned.get(_sort(option.policy), 0.0))
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        return self._smallest(budget, place, options)
+        return self._smallest(budget, place, options, most=most)
 
-    def _smallest(self, budget: int, place: Place, options: dict[Policy, Option]) -> Answer:
-        """The policy with the smallest peak of the process, added to `options` if it is not there."""
+    def _smallest(self, budget: int, place: Place, options: dict[Policy, Option], *, most: int | None = None) -> Answer:
+        """The policy with the smallest peak of the process, added to `options` if it is not there; `most` as of
+        `process_peak`."""
         found: Answer | None = None
         for weighed in sorted(self.few(place, timed=True), key=lambda it: it.allocated):
-            # at least what is in use is reserved, so that on a card a look at it may save a replay
-            if found is None or self.device.kind == "cpu" or weighed.allocated < found.reserved:
-                answer = self.answer(weighed, (), budget, most=None if found is None else found.process)
+            # on a card one that takes more in tensors may have fewer holes, which matters where the holes do not fit
+            may = found is None or (not found.fits and self.device.process_bytes + weighed.allocated <= budget)
+            if may or self.device.kind == "cpu" or self.config.policy.objective == "memory":
+                answer = self.answer(weighed, (), budget, most=most if found is None else found.process)
                 found = answer if found is None or answer.process < found.process else found
         assert found is not None
         policy = found.weighed.policy
         options.setdefault(policy, self._option(policy))
         return replace(found, options=tuple(options.values()))
 
-    @cached_property
-    def _aside(self) -> Aside:
-        return Aside.of(self.config, self._start, self.scales, self.base)
-
-    @cached_property
+    @property
     def base(self) -> Base:
         """What the base model alone takes in the other phases."""
-        return self._base or Base.of(self.config, self._start, self.scales.stage)
+        return self._base_of()
 
     def process_estimate(self, policy: Policy, allocated: int, heap: int) -> int:
         """What the process takes in all phases when the tensors of a training step take `allocated`, about; on a CPU
         `heap` of them lie in the heap."""
         key = policy.streamed_blocks, policy.stream_embeddings, policy.optimizer_on
         if key not in self._beside:
-            self._beside[key] = self._aside.most(policy)
+            self._beside[key] = self._aside_of().most(policy)
         kernels = self.scales.kernels
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy), kernels)
         return max(process_estimate(self.device, allocated, heap, kernels), beside)
@@ -325,7 +329,7 @@ class Search:
         peak = process_peak(self.device, self.scales, weighed, most=most)
         evaluated = self.scales.evaluation_peak(weighed.policy)
         evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels)
-        phases = self._aside.phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
+        phases = self._aside_of().phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
             process=max(phases[name]["device_bytes"] for name in OF_A_RUN), allocated=peak.allocated,

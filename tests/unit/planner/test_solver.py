@@ -1,6 +1,7 @@
 """The solver: the best that fits, by brute force too; stored bytes are exact; pins, objectives, and what to change."""
 
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +304,19 @@ def test_planning_leaves_garbage_collection_on(models: dict[str, Path]) -> None:
     try:
         make_plan(config(models["llama"]), device=DEVICE)
         assert not gc.isenabled(), "or as it was"
+    finally:
+        gc.enable()
+
+
+def test_a_search_leaves_nothing_for_the_search_for_cycles(models: dict[str, Path]) -> None:
+    """It has events by the million, which took half a second to find as garbage."""
+    gc.disable()
+    try:
+        search = Search(config(models["llama"]), DEVICE, 4)
+        search.best(1 << 40)
+        held = weakref.ref(search.scales)
+        del search
+        assert held() is None
     finally:
         gc.enable()
 
