@@ -9,7 +9,8 @@ every thread in every thread (measured: 0.23 MB with one, with two 0.46 MB in ea
 it at once.
 
 Packed documents need no mask: they are told by where they begin (`data.isolation.documents`), and each attends within
-itself alone. On a CPU they are computed one by one, on a card by FlashAttention's kernel for sequences of any lengths.
+itself alone: by FlashAttention's kernel for sequences of any lengths, or one by one, on a CPU and where FlashAttention
+does not serve (fp32, cards before Ampere).
 
 Registered with transformers as the attention implementation `ATTENTION`, for training and evaluation; whatever else a
 model asks for (a key-value cache, dropout, sinks) goes to transformers' own SDPA function.
@@ -252,7 +253,7 @@ def _tiles(
     at_once = max(1, _TILE_BYTES // (4 * share * q.shape[2] * q.shape[3]))
     of: Tensor | None = None
     bias: Tensor | None = None
-    for row, at, seen in _pieces(q, mask):
+    for row, at, seen in _pieces(q, mask, traced_rows(q)):
         if seen is not of:
             of, bias = seen, None  # freed before the next one is made
             if seen is not None:
@@ -263,9 +264,9 @@ def _tiles(
             yield row, at, heads, groups, bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
 
 
-def _pieces(q: Tensor, mask: Tensor | None) -> Iterator[tuple[int, slice, Tensor | None]]:
+def _pieces(q: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[int, slice, Tensor | None]]:
     """(row, positions, what each of them sees, None for all up to itself) of what attends apart from the rest."""
-    rows, length = traced_rows(q), q.shape[2]
+    length = q.shape[2]
     if mask is None or not _tells_documents(mask):
         for row in range(rows):
             yield row, slice(length), mask if mask is None or mask.shape[0] == 1 else mask[row : row + 1]
@@ -296,17 +297,12 @@ def attention_cuda(
     q, k, v = padded(q), padded(k), padded(v)
     flash = _flash(q, capability)
     if mask is not None and _tells_documents(mask):
-        if flash:
-            out_BTHE, lse = _documents_cuda(q, k, v, mask, scale)
-            return out_BTHE[..., :size].contiguous(), lse
-        mask = visible(mask, q.shape[0], q.shape[2], q.device)
+        out_BTHE, lse = (_documents_cuda if flash else _one_by_one)(q, k, v, mask, scale)
+        return out_BTHE[..., :size].contiguous(), lse
     if flash and mask is None:
         result = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, False, scale=scale)
     else:
-        k, v = repeated(q, k), repeated(q, v)
-        result = torch.ops.aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, additive(q, mask), True, 0.0, mask is None, scale=scale
-        )
+        result = _efficient(q, k, v, mask, scale)
     return result[0][..., :size].transpose(1, 2).contiguous(), result[1]
 
 
@@ -322,31 +318,23 @@ def attention_backward_cuda(
     *,
     capability: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size, groups = q.shape[3], k.shape[1]
+    size = q.shape[3]
     q, k, v = padded(q), padded(k), padded(v)
     dout, out = padded(dout), padded(out)
     length, none = q.shape[2], torch.zeros(2, dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
     flash = _flash(q, capability)
+    gradients: Sequence[Tensor]
     if mask is not None and _tells_documents(mask):
-        if flash:
-            dq, dk, dv = _documents_backward_cuda(dout, q, k, v, mask, out, lse, scale, none)
-            return dq[..., :size], dk[..., :size], dv[..., :size]
-        mask = visible(mask, q.shape[0], length, q.device)
-    dout, out = dout.transpose(1, 2), out.transpose(1, 2)  # these kernels read heads behind positions
-    if flash and mask is None:
+        apart = _documents_backward_cuda if flash else _one_by_one_backward
+        gradients = apart(dout, q, k, v, mask, out, lse, scale, none)
+    elif flash and mask is None:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-        dq, dk, dv = kernel(
-            *(dout, q, k, v, out, lse, None, None, length, length, 0.0, True, none, none[0]), scale=scale
-        )
-        return dq[..., :size], dk[..., :size], dv[..., :size]
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
-    dq, dk, dv, _ = efficient(
-        *(dout, q, repeated(q, k), repeated(q, v), additive(q, mask), out, lse, none[0], none[1], 0.0),
-        *([True, True, True, False], mask is None),
-        scale=scale,
-    )
-    dk, dv = (t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
-    return dq[..., :size], dk[..., :size], dv[..., :size]
+        given = dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse
+        gradients = kernel(*given, None, None, length, length, 0.0, True, none, none[0], scale=scale)
+    else:
+        gradients = _efficient_backward(dout, q, k, v, mask, out, lse, scale, none)
+    dq, dk, dv = (gradient[..., :size] for gradient in gradients)
+    return dq, dk, dv
 
 
 torch.library.impl("lowmem_ft::attention", "CUDA", attention_cuda)
@@ -363,6 +351,76 @@ def _flash(q: Tensor, capability: tuple[int, int] | None) -> bool:
     """Whether FlashAttention takes it: 16-bit floats, Ampere or newer, heads that are not too large."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     return fits and (capability or torch.cuda.get_device_capability(q.device)) >= (8, 0)
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, H, T, E) and (B, H, T rounded up to 32), by the memory-efficient kernel."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    heads = q, repeated(q, k), repeated(q, v)
+    out, lse, *_ = kernel(*heads, additive(q, mask), True, 0.0, mask is None, scale=scale)
+    return out, lse
+
+
+def _efficient_backward(
+    dout_BTHE: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out_BTHE: Tensor,
+    lse: Tensor,
+    scale: float,
+    none: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    dq, dk, dv, _ = kernel(
+        *(dout_BTHE.transpose(1, 2), q, repeated(q, k), repeated(q, v), additive(q, mask), out_BTHE.transpose(1, 2)),
+        *(lse, none[0], none[1], 0.0, [True, True, True, False], mask is None),
+        scale=scale,
+    )
+    groups = k.shape[1]
+    dk, dv = (t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in (dk, dv))
+    return dq, dk, dv
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, T, H, E) and (B, H, T), each document by a call of the memory-efficient kernel."""
+    out, lse = _output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    def attend(row: slice, at: slice, seen: Tensor | None) -> None:
+        heads, sums = _efficient(q[row, :, at], k[row, :, at], v[row, :, at], seen, scale)
+        out[row, at] = heads.transpose(1, 2)
+        lse[row, :, at] = sums[..., : at.stop - at.start]
+
+    for row, at, seen in _pieces(q, documents, q.shape[0]):
+        attend(slice(row, row + 1), at, seen)  # a call, so that nothing of a document is held for the next one
+    return out, lse
+
+
+def _one_by_one_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    none: Tensor,
+) -> tuple[Tensor, ...]:
+    wholes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def differentiate(row: slice, at: slice, seen: Tensor | None) -> None:
+        # as the kernel's forward leaves it: to multiples of 32, and nothing is seen of what is too much
+        sums = nn.functional.pad(lse[row, :, at], (0, (at.start - at.stop) % 32), value=torch.inf)
+        heads = q[row, :, at], k[row, :, at], v[row, :, at]
+        parts = _efficient_backward(dout[row, at], *heads, seen, out[row, at], sums, scale, none)
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[row, :, at] = part
+
+    for row, at, seen in _pieces(q, documents, q.shape[0]):
+        differentiate(slice(row, row + 1), at, seen)
+    return wholes
 
 
 def _documents_cuda(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -72,14 +72,15 @@ def test_documents_have_sums_of_128_more_positions_each(tokens: int, count: int,
     assert total / 2**20 == measured
 
 
-def test_what_documents_take_does_not_depend_on_how_many_there_are() -> None:
+@pytest.mark.parametrize(("card", "dtype"), [(AMPERE, torch.bfloat16), (TURING, torch.float16)])
+def test_what_documents_take_does_not_depend_on_how_many_there_are(card: Card, dtype: torch.dtype) -> None:
     """Nor on how long they are, so that a plan with one in each row holds for all."""
 
     def peak(bounds: list[int], groups: int) -> int:
-        tracer = Tracer(scratch_of("cuda", AMPERE), whole_of("cuda", AMPERE))
+        tracer = Tracer(scratch_of("cuda", card), whole_of("cuda", card))
         documents = as_bounds(bounds).expand(1, 1, 2048, -1)
         with tracer:
-            q, k, v = (heads(2, count, 2048, 128).requires_grad_() for count in (8, groups, groups))
+            q, k, v = (heads(2, count, 2048, 128, dtype).requires_grad_() for count in (8, groups, groups))
             tracer.begin()
             out = attention(q, k, v, documents, 1.0)
             torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
@@ -87,7 +88,8 @@ def test_what_documents_take_does_not_depend_on_how_many_there_are() -> None:
 
     for groups in (8, 2):
         planned = peak([0, 2048, 4096], groups)
-        assert planned == peak([0, 100, 2048, 2500, 4096], groups), "few enough for one call"
+        if card == AMPERE:
+            assert planned == peak([0, 100, 2048, 2500, 4096], groups), "few enough for one call"
         for cut in ([*range(0, 4097, 64)], [0, *range(2040, 2048), *range(2048, 4096, 2040), 4096], [*range(4097)]):
             assert peak(cut, groups) <= planned
 

@@ -210,6 +210,92 @@ def test_documents_on_a_card(
     assert all(tokens <= 1024 and (count == 1 or tokens <= 2048 // 3) for tokens, count in flash_kernels[1:])
 
 
+@pytest.fixture
+def efficient_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The memory-efficient kernels on a CPU, by their definition. The list tells positions of each backward call."""
+    calls: list[int] = []
+
+    def scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+        found = scale * q.float() @ k.float().transpose(2, 3)
+        hidden = torch.ones(found.shape[2:], dtype=torch.bool).triu(1) if causal else torch.tensor(False)
+        return (found if bias is None else found + bias).masked_fill(hidden, -torch.inf)
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        compute_log_sumexp: bool,
+        p: float,
+        causal: bool,
+        *,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        assert compute_log_sumexp
+        found = scores(q, k, bias, causal, scale)
+        out = (found.softmax(3) @ v.float()).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        lse = F.pad(found.logsumexp(3), (0, -q.shape[2] % 32), value=torch.inf)
+        return out, lse, torch.empty(0), torch.empty(0)
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        seed: Tensor,
+        offset: Tensor,
+        p: float,
+        wanted: list[bool],
+        causal: bool,
+        *,
+        scale: float,
+    ) -> tuple[Tensor | None, ...]:
+        length = q.shape[2]
+        calls.append(length)
+        assert lse.shape[2] == -(-length // 32) * 32
+        assert lse[:, :, length:].eq(torch.inf).all()
+        shares = (scores(q, k, bias, causal, scale) - lse[:, :, :length, None]).exp()
+        dout, out = dout.float(), out.float()
+        dscores = scale * shares * (dout @ v.float().transpose(2, 3) - (dout * out).sum(3, keepdim=True))
+        found = dscores @ k.float(), dscores.transpose(2, 3) @ q.float(), shares.transpose(2, 3) @ dout
+        return *(it.to(q.dtype) for it in found), None
+
+    name = "_scaled_dot_product_efficient_attention"
+    monkeypatch.setattr(torch.ops.aten, name, SimpleNamespace(default=forward))
+    monkeypatch.setattr(torch.ops.aten, f"{name}_backward", SimpleNamespace(default=backward))
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "card"), [(torch.float16, (7, 5)), (torch.float32, (9, 0))])
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("size", [16, 12])
+@pytest.mark.parametrize("kind", [*KINDS, "documents of one position"])
+def test_where_flash_attention_does_not_serve(
+    kind: str, size: int, groups: int, dtype: torch.dtype, card: tuple[int, int], efficient_kernels: list[int]
+) -> None:
+    """Cards before Ampere, and fp32: by the memory-efficient kernels, each document for itself."""
+    tensors, mask = inputs(groups, dtype, "documents" if "one position" in kind else kind)
+    if "one position" in kind:
+        mask = told([*range(B * T + 1)], T)
+    q, k, v = (t.detach()[..., :size] for t in tensors)
+    dout = torch.randn(B, T, H, size).to(dtype)
+    out, lse = module.attention_cuda(q, k, v, mask, 0.3, capability=card)
+    ours = module.attention_backward_cuda(dout, q, k, v, mask, out, lse, 0.3, capability=card)
+    expected, expected_lse = module.attention_cpu(q, k, v, mask, 0.3)
+    theirs = module.attention_backward_cpu(dout, q, k, v, mask, expected, expected_lse, 0.3)
+    assert out.is_contiguous()
+    limit = 1e-5 if dtype == torch.float32 else 4e-3  # fp16 has 11 bits
+    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+        assert a.shape == b.shape
+        assert (a.float() - b.float()).norm() <= limit * b.float().norm().clamp(min=1)
+    apart = {"documents of one position": [1] * B * T, "documents": [1, 12, 7, 4, 16]}
+    apart["documents in windows"] = apart["documents"]
+    assert efficient_kernels == apart.get(kind, [T])
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_models_compute_what_they_computed(name: str) -> None:
     torch.manual_seed(0)
