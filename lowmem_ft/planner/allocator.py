@@ -169,7 +169,7 @@ class CachingAllocator:
     Attributes:
         allocated, reserved: bytes in live blocks and held in all: `torch.cuda.memory_allocated` and `memory_reserved`.
         allocated_peak, reserved_peak: the most that they have been.
-        oldest_block_first: as given.
+        expandable_segments, oldest_block_first: as given.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class CachingAllocator:
         oldest_block_first: bool = False,
     ) -> None:
         self.allocated = self.reserved = self.allocated_peak = self.reserved_peak = 0
-        self._expandable, self._capacity = expandable_segments, capacity
+        self.expandable_segments, self._capacity = expandable_segments, capacity
         self._address_space = _ENDLESS if address_space is None else address_space
         self.oldest_block_first, self._births = oldest_block_first, 0
         self._pools: tuple[dict[int, _Pool], dict[int, _Pool]] = {}, {}  # large and small ones by stream
@@ -205,7 +205,7 @@ class CachingAllocator:
         block: _Block | None
         if fitting is None:
             block = self._grow(pool, size)
-        elif self._expandable:
+        elif self.expandable_segments:
             block = self._nearest(pool, fitting)
         else:
             block = fitting.pop(0)[2]
@@ -252,7 +252,7 @@ class CachingAllocator:
         """Return to the driver whole free segments, or with expandable segments whole free pages."""
         for pool in [pool for pools in self._pools for pool in pools.values()]:
             for block in pool.ordered():
-                if self._expandable:
+                if self.expandable_segments:
                     self._unmap(block)
                 elif block.prev is None and block.next is None:
                     pool.remove(block)
@@ -280,7 +280,7 @@ class CachingAllocator:
         ]
 
     def _new_pool(self, stream: int, small: bool) -> _Pool:
-        slack = 0 if small or self._expandable else SLACK
+        slack = 0 if small or self.expandable_segments else SLACK
         pool = self._pools[small][stream] = _Pool(stream, small, _SMALL_PAGE if small else _LARGE_PAGE, slack)
         return pool
 
@@ -301,7 +301,7 @@ class CachingAllocator:
         needed = _segment_size(size)
         if self._capacity is not None and self.reserved + needed > self._capacity:
             return None
-        if self._expandable:
+        if self.expandable_segments:
             return self._expand(pool, size)
         self._reserve(needed)
         return self._new_segment(pool, needed)

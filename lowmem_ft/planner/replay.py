@@ -13,11 +13,13 @@ next. Which of them can be left out, so that both peaks stay the same to the byt
   pass of a block that recomputes is such a run as a whole, and nothing is left between it and the next block's.
 - The bytes in use are those of the pieces, rounded up, but for rests of up to 1 MiB that stay with a piece of the
   large pool. So it is known beforehand up to which peak such events matter.
+- Of equal blocks one after the other, of which each gives back what the one before made, each may put what it makes to
+  the same place. Then the same is free, and all the rest of them do so, too. (Left out only where no rests stay.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TypeAlias
@@ -56,6 +58,8 @@ class Script:
         lead: bytes of the small pool at most, more than at the begin, before the first event of the large one.
         small_delta: and at the end.
         delta, high: bytes of both pools in use at the end and at most, without the rests that stay with a piece.
+        left: which of its own pieces of the large pool it does not give back.
+        others: origins of what else it gives back there.
     """
 
     large: Sequence[Op | Run]
@@ -64,6 +68,8 @@ class Script:
     small_delta: int
     delta: int
     high: int
+    left: Sequence[int]
+    others: frozenset[int]
 
     @classmethod
     def of(cls, events: Iterable[tuple[int, int, int]]) -> Script:
@@ -71,6 +77,8 @@ class Script:
         ops: tuple[list[Op], list[Op]] = [], []
         lead = high = small = both = 0
         beside: list[int] = []
+        left: dict[tuple[int, int], None] = {}
+        others = set[int]()
         for nbytes, origin, ordinal in events:
             size = rounded(nbytes) if nbytes > 0 else -rounded(-nbytes)
             both += size
@@ -78,6 +86,12 @@ class Script:
             if abs(size) > SMALL_MAX:
                 ops[0].append((size, origin, ordinal, 0))
                 beside.append(small)
+                if size > 0:
+                    left[origin, ordinal] = None
+                elif (origin, ordinal) in left:
+                    del left[origin, ordinal]
+                else:
+                    others.add(origin)
                 continue
             ops[1].append((size, origin, ordinal, 0))
             small += size
@@ -86,7 +100,8 @@ class Script:
             elif small > beside[-1]:
                 beside[-1] = small
         large = [(size, origin, ordinal, most) for (size, origin, ordinal, _), most in zip(ops[0], beside, strict=True)]
-        return cls(_items(large), _items(ops[1]), lead, small, both, high)
+        own = [ordinal for _, ordinal in left]
+        return cls(_items(large), _items(ops[1]), lead, small, both, high, own, frozenset(others))
 
 
 def _items(ops: Sequence[Op]) -> list[Op | Run]:
@@ -178,14 +193,25 @@ def replay(
     small.peak = large.peak  # which it cannot reach alone
     if enough is not None and large.peak > enough:
         return Peaks(large.peak, large.peak)  # what is in use is held, too
-    for script, firsts in step:
+    next_large = 0
+    for at, (script, firsts) in enumerate(step):
         large.peak = max(large.peak, large.allocator.allocated + beside + script.lead)
-        large.play(script.large, firsts, beside)
+        if at == next_large:
+            large.play(script.large, firsts, beside)
+            next_large += 1 + large.settled(step, at)
         small.play(script.small, firsts, 0)
         beside += script.small_delta
         if enough is not None and large.allocator.reserved + small.allocator.reserved > enough:
             break
     return Peaks(large.peak, large.allocator.reserved_peak + small.allocator.reserved_peak)
+
+
+def _goes_on(step: Sequence[Played], at: int) -> bool:
+    """Whether turn `at` does what the one before does, and gives back only what that has made, and its own."""
+    if at >= len(step) or step[at][0] is not step[at - 1][0]:
+        return False
+    (script, firsts), (_, before) = step[at], step[at - 1]
+    return all(firsts[origin] == before[0] for origin in script.others)
 
 
 class _Pool:
@@ -200,6 +226,7 @@ class _Pool:
         self._state, self._states = 0, count(1)  # its number: the same for the same free blocks
         self._known: dict[Run, tuple[int, int]] = {}  # in which state, and beside what, it was the same afterwards
         self._handles = {key: allocator.allocate(nbytes) for key, nbytes in held if (nbytes <= SMALL_MAX) == small}
+        self._before: list[Hashable] = []  # after equal turns what was reserved, and where lay what they had made
 
     def play(self, items: Sequence[Op | Run], firsts: Sequence[int], beside: int) -> None:
         """What happens in it while of the other one at least `beside` bytes are in use."""
@@ -216,6 +243,27 @@ class _Pool:
                 allocator.free(handles.pop(firsts[origin] + ordinal, 0))
             if allocator.allocated + beside + most > self.peak:
                 self.peak = allocator.allocated + beside + most
+
+    def settled(self, step: Sequence[Played], at: int) -> int:
+        """How many turns after that with number `at`, which was played, need not be: they leave all as it is."""
+        script, firsts = step[at]
+        last = at
+        while _goes_on(step, last + 1):
+            last += 1
+        allocator = self.allocator
+        if last == at or not allocator.expandable_segments or allocator.oldest_block_first:
+            self._before = []
+            return 0
+        places = tuple([self._handles[firsts[0] + ordinal] for ordinal in script.left])
+        self._before = [*self._before[-2:], (allocator.reserved, places)]
+        # a block may put its result to where the one before that had put its own
+        period = next((it for it in (1, 2) if self._before[-1] in self._before[-1 - it : -it]), None)
+        if period is None:
+            return 0
+        left_out = (last - at) // period * period
+        for ordinal in script.left:
+            self._handles[step[at + left_out][1][0] + ordinal] = self._handles.pop(firsts[0] + ordinal)
+        return left_out
 
     def _run(self, run: Run, firsts: Sequence[int], beside: int) -> None:
         """Play it, unless it changes nothing."""

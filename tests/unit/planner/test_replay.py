@@ -21,6 +21,7 @@ from tests.unit.planner.test_weigh import SEQ_LEN, scales
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [512, 3 * KIB, 700 * KIB, MIB, MIB + 512, 3 * MIB, 5 * MIB // 2 + 512, 9 * MIB, 10 * MIB + 512, 33 * MIB]
 Pieces = list[tuple[int, int, int]]
+Steps = list[tuple[Pieces, list[int]]]
 MODES: list[dict[str, Any]] = [{}, {"expandable_segments": True}, {"oldest_block_first": True}]
 
 
@@ -58,16 +59,16 @@ def drawn(generator: random.Random, length: int) -> Pieces:
     return found
 
 
-def one_by_one(allocator: CachingAllocator, held: Sequence[int], steps: Sequence[tuple[Pieces, int]]) -> Peaks:
+def one_by_one(allocator: CachingAllocator, held: Sequence[int], steps: Steps) -> Peaks:
     for nbytes in held:
         allocator.allocate(nbytes)
     handles: dict[int, int] = {}
-    for pieces, first in steps:
-        for nbytes, _, ordinal in pieces:
+    for pieces, firsts in steps:
+        for nbytes, origin, ordinal in pieces:
             if nbytes > 0:
-                handles[first + ordinal] = allocator.allocate(nbytes)
+                handles[firsts[origin] + ordinal] = allocator.allocate(nbytes)
             else:
-                allocator.free(handles.pop(first + ordinal))
+                allocator.free(handles.pop(firsts[origin] + ordinal))
     return Peaks(allocator.allocated_peak, allocator.reserved_peak)
 
 
@@ -86,20 +87,85 @@ def test_peaks_are_those_of_every_event(seed: int, settings: dict[str, Any]) -> 
     held = generator.choices(SIZES, k=20)
     parts = [drawn(generator, 40) for _ in range(3)]
     scripts = {id(part): Script.of(part) for part in parts}
-    steps: list[tuple[Pieces, int]] = []
+    steps: Steps = []
     between: list[tuple[int, int]] = []
     for at in range(30):
-        steps.append((generator.choice(parts), 1000 * at))
+        steps.append((generator.choice(parts), [1000 * at]))
         if between and generator.random() < 0.5:
             size, first = between.pop(generator.randrange(len(between)))
-            steps.append(([(-size, 0, 999)], first))
+            steps.append(([(-size, 0, 999)], [first]))
         elif generator.random() < 0.6:
             between.append((generator.choice(SIZES), 1000 * at))
-            steps.append(([(between[-1][0], 0, 999)], 1000 * at))
-    played = [(scripts.get(id(pieces)) or Script.of(pieces), [first]) for pieces, first in steps]
+            steps.append(([(between[-1][0], 0, 999)], [1000 * at]))
+    played = [(scripts.get(id(pieces)) or Script.of(pieces), firsts) for pieces, firsts in steps]
     before = [(-1 - at, nbytes) for at, nbytes in enumerate(held)]
     wanted = one_by_one(CachingAllocator(**settings), held, steps)
     assert replay(lambda: CachingAllocator(**settings), before, played) == wanted
+
+
+def in_a_row(generator: random.Random, first: int, long_before: list[tuple[int, int]]) -> Steps:
+    """Turns as of blocks in backward: each makes something for the next one, which gives it back. Of some rows each
+    turn leaves a piece, too (which the third one after it may give back), or gives one back from long before."""
+    kind, size = generator.choice(["plain", "leaves", "three in turn", "gives back"]), generator.choice(SIZES)
+    work = drawn(generator, 30)
+    place, end = sorted(generator.choices(range(len(work) + 1), k=2))
+    before = (-size, 1, 100)
+    found: Steps = []
+    for key in range(first, first + 12 * 200, 200):
+        events, firsts = [*work[:place], (size, 0, 100), *work[place:end]], [key, key - 200]
+        events += [before, *work[end:]] if key > first else work[end:]
+        if kind in ("leaves", "three in turn"):
+            events.append((3 * MIB, 0, 101))
+            long_before.append((3 * MIB, key + 101))
+        if kind == "three in turn" and key >= first + 600:
+            long_before.remove((3 * MIB, key - 600 + 101))
+            events.append((-3 * MIB, 2, 101))
+            firsts.append(key - 600)
+        if kind == "gives back" and long_before:
+            nbytes, other = long_before.pop()
+            events.append((-nbytes, 2, 0))
+            firsts.append(other)
+        found.append((events, firsts))
+    return [*found, ([before], [key + 200, key])]
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+@pytest.mark.parametrize("seed", range(32))
+def test_equal_turns_that_go_on_from_each_other(seed: int, settings: dict[str, Any]) -> None:
+    generator = random.Random(seed)
+    held = generator.choices(SIZES, k=20)
+    long_before: list[tuple[int, int]] = []
+    steps = [turn for row in range(6) for turn in in_a_row(generator, 10_000 * row, long_before)]
+    steps += [([(size, 0, 0)], [100_000 + at]) for at, size in enumerate(generator.choices(SIZES, k=40))]
+    scripts: dict[tuple[Any, ...], Script] = {}
+    played = [(scripts.setdefault(tuple(events), Script.of(events)), firsts) for events, firsts in steps]
+    before = [(-1 - at, nbytes) for at, nbytes in enumerate(held)]
+    wanted = one_by_one(CachingAllocator(**settings), held, steps)
+    assert replay(lambda: CachingAllocator(**settings), before, played) == wanted
+
+
+def test_blocks_that_leave_all_as_the_one_before_are_left_out() -> None:
+    """What they make lies in one of two places in turn."""
+    made: list[CachingAllocator] = []
+
+    class Counted(CachingAllocator):
+        requests = 0
+
+        def allocate(self, nbytes: int, *, stream: int = 0) -> int:
+            self.requests += 1
+            return super().allocate(nbytes, stream=stream)
+
+    def new() -> CachingAllocator:
+        made.append(Counted(expandable_segments=True))
+        return made[-1]
+
+    script = Script.of([(30 * MIB, 0, 0), (20 * MIB, 0, 1), (-20 * MIB, 1, 1), (-30 * MIB, 0, 0)])
+    first = Script.of([(30 * MIB, 0, 0), (20 * MIB, 0, 1), (-30 * MIB, 0, 0)])
+    last = Script.of([(-20 * MIB, 1, 1), (40 * MIB, 0, 0)])
+    played = [(first, [0]), *((script, [at, at - 10]) for at in range(10, 500, 10)), (last, [500, 490])]
+    peaks = replay(new, [], played)
+    assert (peaks.allocated, peaks.reserved) == (70 * MIB, 80 * MIB)
+    assert sum(it.requests for it in made if isinstance(it, Counted)) < 20
 
 
 def test_what_is_left_out() -> None:
@@ -119,7 +185,7 @@ def test_rests_that_stay_with_a_piece_count_in_the_peak() -> None:
     """A piece takes all of a hole that is 1 MiB larger: no run that may reach the peak so is left out."""
     held, hole, piece = (-1, 40 * MIB), (11 * MIB, 0, 0), (10 * MIB, 0, 1)
     events = [hole, (-11 * MIB, 0, 0), piece, (-10 * MIB, 0, 1)]
-    once = one_by_one(CachingAllocator(), [held[1]], [(events, 0)])
+    once = one_by_one(CachingAllocator(), [held[1]], [(events, [0])])
     assert once.allocated == 52 * MIB, "the hole is 12 MiB and the first piece leaves 1 of them"
     assert replay(CachingAllocator, [held], [(Script.of(events), [0])]) == once
 
@@ -137,7 +203,7 @@ def test_the_same_once_more_beside_more_of_the_other_pool() -> None:
     small = [(MIB // 2, 0, 0)]
     script = Script.of(again)
     played = [(script, [0]), (script, [10]), (Script.of(small), [20]), (script, [30])]
-    once = one_by_one(CachingAllocator(), [], [(again, 0), (again, 10), (small, 20), (again, 30)])
+    once = one_by_one(CachingAllocator(), [], [(again, [0]), (again, [10]), (small, [20]), (again, [30])])
     assert once.allocated == 32 * MIB + MIB // 2, "rests of 1 MiB stay with the pieces"
     assert replay(CachingAllocator, [], played) == once
 
@@ -149,7 +215,9 @@ def test_in_torch_2_12_the_same_once_more_makes_blocks_younger() -> None:
     script = Script.of(again)
     rest = [(8 * MIB, 0, 4), (-12 * MIB, 0, 1), (18 * MIB, 0, 5)]  # beside the first hole there is no room for the last
     played = [(Script.of(holes), [0]), (script, [0]), (script, [0]), (Script.of(rest), [0])]
-    wanted = one_by_one(CachingAllocator(oldest_block_first=True), [], [(it, 0) for it in (holes, again, again, rest)])
+    wanted = one_by_one(
+        CachingAllocator(oldest_block_first=True), [], [(it, [0]) for it in (holes, again, again, rest)]
+    )
     assert wanted.reserved == 58 * MIB
     assert replay(lambda: CachingAllocator(oldest_block_first=True), [], played) == wanted
 
