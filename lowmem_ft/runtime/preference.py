@@ -179,20 +179,24 @@ def _judge(
 ) -> tuple[Judged, Tensor]:
     """Losses and rewards, and what is said of the answers' log-probabilities: sums, or means per token."""
     if objective.method in ("orpo", "simpo"):
-        logps_A = logps_A / logps_A.new_tensor(answers.tokens)
+        logps_A = logps_A / _lengths(logps_A, answers)
     if objective.method == "kto":
         assert reference_A is not None
         assert divergence is not None
         return _kto(objective, logps_A - reference_A, answers, divergence), logps_A
     scores_A = logps_A if reference_A is None else logps_A - reference_A
     if objective.method == "ipo":
-        lengths_A = logps_A.new_tensor(answers.tokens)
-        delta_P = _difference(scores_A / lengths_A, answers)
+        delta_P = _difference(scores_A / _lengths(logps_A, answers), answers)
         losses = (delta_P - 1 / (2 * objective.beta)) ** 2
     else:
         losses = PAIRWISE[objective.method](objective, scores_A, answers)
     rewards_A = objective.beta * scores_A.detach()
     return Judged(losses, rewards_A[: answers.good], rewards_A[answers.good :]), logps_A
+
+
+def _lengths(like_A: Tensor, answers: Answers) -> Tensor:
+    """(A,) tokens of each answer. `new_tensor` would wait for a card that still computes what answers are worth."""
+    return torch.tensor(answers.tokens, dtype=like_A.dtype).to(like_A.device, non_blocking=True)
 
 
 def _difference(values_A: Tensor, answers: Answers) -> Tensor:
