@@ -91,6 +91,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        ctx.out.zero_()  # gives this thread a context, of which cuBLAS warns where it has to
         if ctx.bias:
             torch.addmm(dy[0], dy, dy, out=ctx.out)
         else:
