@@ -49,12 +49,13 @@ class Shelf:
 
     def take(self, place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor of `place`, while the one below it begins to come."""
-        staying, came = self._staying, self._coming
-        self._staying = self._coming = None
+        staying, came, coming = self._staying, self._coming, None
+        self._staying = None
         if place - 1 in self._full:
+            memory = device_memory(self._size, device)  # if there is none, what is on its way is still to be waited for
+            coming = self._tier.start(place - 1, memory), memory
             self._full.remove(place - 1)
-            memory = device_memory(self._size, device)
-            self._coming = self._tier.start(place - 1, memory), memory
+        self._coming = coming
         if place == self._last:
             assert staying is not None
             return staying

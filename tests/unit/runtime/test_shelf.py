@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from lowmem_ft.runtime import shelf as module
 from lowmem_ft.runtime.shelf import Shelf
 
 COUNT, SHAPE = 4, (3, 1000)
@@ -94,3 +96,26 @@ def test_one_alone_needs_no_tier() -> None:
     shelf.put(0, tensor)
     assert take(shelf, 0).data_ptr() == tensor.data_ptr()
     assert not tiers
+
+
+def test_where_memory_runs_out_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one above it is on its way still, and its memory is held until it has come."""
+    shelf, tiers = shelf_and_tiers()
+    for place, tensor in enumerate(inputs(3)):
+        shelf.put(place, tensor)
+    take(shelf, COUNT - 1)
+
+    def refused(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "device_memory", refused)
+        with pytest.raises(torch.OutOfMemoryError):
+            take(shelf, COUNT - 2)
+    assert tiers[0].said[-1] == f"up {COUNT - 2}"
+    given = inputs(4)
+    shelf.put(0, given[0])
+    assert tiers[0].said[-2:] == [f"is up {COUNT - 2}", "down 0"]
+    for place, tensor in list(enumerate(given))[1:]:
+        shelf.put(place, tensor)
+    assert all(torch.equal(take(shelf, place), given[place]) for place in reversed(range(COUNT)))
