@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.runtime.rerun import random_states
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -59,6 +60,7 @@ def save_checkpoint(
     weights: Mapping[str, nn.Parameter],
     optimizer_tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
+    device: torch.device,
     retain: int = 2,
 ) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `retain`.
@@ -67,10 +69,11 @@ def save_checkpoint(
         weights: trainable parameters by name.
         optimizer_tensors: the optimizer's state by name.
         meta: what JSON can hold: optimizer counters, data cursor, loss scale, best evaluation.
+        device: of the run, whose random numbers go on.
     """
     tensors = {f"weights/{name}": parameter.data for name, parameter in weights.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors.items()}
-    tensors |= random_state()
+    tensors |= random_state(device)
     path = folder / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"state": json.dumps({"step": step, **meta})})
     for old in checkpoints(folder)[:-retain]:
@@ -114,17 +117,16 @@ def restore_weights(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, T
             parameter.copy_(saved[name])
 
 
-def random_state() -> dict[str, Tensor]:
-    """Where the generators of random numbers are, under the names of a checkpoint."""
-    found = {"random/cpu": torch.get_rng_state()}
-    return {**found, "random/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else found
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Where the generators of random numbers for work on `device` are, under the names of a checkpoint."""
+    return dict(zip(("random/cpu", "random/cuda"), random_states(device), strict=False))
 
 
-def restore_random(tensors: Mapping[str, Tensor]) -> None:
+def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Set the generators of random numbers to where `random_state` was asked for."""
     torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    if "random/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
 
 
 def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:

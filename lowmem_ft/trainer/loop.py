@@ -295,6 +295,7 @@ class _Loop:
             step=self.step,
             weights=self.ready.trainable,
             optimizer_tensors=self.ready.optimizer.state_tensors(),
+            device=self.ready.device,
             meta={
                 "optimizer": self.ready.optimizer.state_meta(),
                 "data": loader.state_dict(),
@@ -314,7 +315,7 @@ class _Loop:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
         self.recovery.load_state_dict(meta["recovery"])
-        state.restore_random(tensors)
+        state.restore_random(tensors, self.ready.device)
         self.step, self.eval_loss = meta["step"], meta["eval_loss"]
         self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         self.reporter.say(f"Going on from step {self.step}.")

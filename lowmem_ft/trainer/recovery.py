@@ -103,17 +103,17 @@ class Recovery:
         Raises:
             NoSaferPolicyError: nothing helps.
         """
-        random = state.random_state()
+        random = state.random_state(self.ready.device)
 
         def gradients() -> StepResult:
-            state.restore_random(random)
+            state.restore_random(random, self.ready.device)
             now = batches.within(self.policy.micro_batch_tokens)
             return sum_gradients(self.ready, now, now.mismatched)
 
         try:
             result = self._insist(gradients, lambda: self._safer(batches.widest))
         except NoSaferPolicyError:
-            state.restore_random(random)  # as if the step had not begun
+            state.restore_random(random, self.ready.device)  # as if the step had not begun
             raise
         if not result.skipped:
             self._update(lr)

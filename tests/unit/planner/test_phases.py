@@ -224,6 +224,7 @@ def save_all(ready: Assembled, folder: Path) -> None:
             weights=ready.trainable,
             optimizer_tensors=ready.optimizer.state_tensors(),
             meta={"optimizer": ready.optimizer.state_meta()},
+            device=ready.device,
         )
     save_adapter(ready.model, folder / "adapter", base_model="base")
 

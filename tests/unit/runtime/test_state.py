@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.runtime import state
 
+CPU = torch.device("cpu")
+
 
 def save(folder: Path, step: int, value: float = 1.0, **meta: object) -> Path:
     weights = {"a": nn.Parameter(torch.full((3,), value, dtype=torch.bfloat16))}
+    tensors = {"0.m": torch.arange(3)}
     return state.save_checkpoint(
-        folder, step=step, weights=weights, optimizer_tensors={"0.m": torch.arange(3)}, meta=meta, retain=2
+        folder, step=step, weights=weights, optimizer_tensors=tensors, meta=meta, device=CPU, retain=2
     )
 
 
@@ -26,11 +30,32 @@ def test_round_trip_restores_weights_and_random_numbers(tmp_path: Path) -> None:
     tensors, meta = state.read_checkpoint(path)
     target = {"a": nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))}
     state.restore_weights(target, tensors)
-    state.restore_random(tensors)
+    state.restore_random(tensors, CPU)
     assert torch.equal(target["a"], torch.full((3,), 2.5, dtype=torch.bfloat16))
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(state.below(tensors, "optimizer")["0.m"], torch.arange(3))
     assert meta == {"step": 7, "cursor": {"epoch": 1}}
+
+
+def test_random_numbers_are_those_of_the_card_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the current one: a run may be on another."""
+    generators = {0: torch.tensor([10]), 1: torch.tensor([11])}
+
+    def set_state(new: torch.Tensor, device: torch.device) -> None:
+        generators[device.index] = new
+
+    of_cards = SimpleNamespace(get_rng_state=lambda device: generators[device.index], set_rng_state=set_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: of_cards)
+    monkeypatch.setattr(torch, "cuda", of_cards)
+    card = torch.device("cuda", 1)
+    before = state.random_state(card)
+    assert before["random/cuda"].item() == 11
+    generators[1] = torch.tensor([12])
+    state.restore_random(before, card)
+    assert [it.item() for it in generators.values()] == [10, 11]
+    assert state.random_state(CPU).keys() == {"random/cpu"}
+    state.restore_random({**before, "random/cuda": torch.tensor([13])}, CPU)
+    assert generators[1].item() == 11, "a run on the CPU leaves cards alone"
 
 
 def test_old_checkpoints_go_and_order_is_by_step(tmp_path: Path) -> None:
