@@ -13,6 +13,7 @@ import torch
 
 from lowmem_ft.core.errors import UnsupportedError, nearest
 from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.profile import Profile, load_profile, profile_names
@@ -223,7 +224,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Run what a step runs, once and small: CUDA loads each kernel into the context when it is first called."""
     x = torch.ones(1, 2, 64, 64, device=device, dtype=dtype).requires_grad_()
     visible = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bool)
-    for mask in (None, visible):
+    for mask in (None, visible, as_bounds([0, 32, 64]).expand(1, 1, 64, -1)):
         torch.autograd.backward(attention(x, x, x, mask, 0.125).square().sum())
     for bits in (4, 8):
         spec = QuantSpec(bits=bits)

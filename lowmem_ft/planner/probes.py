@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowmem_ft.core.checks import Check
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.quant.ops import FourBitType, QuantSpec, dequantize, quantize, reference_4bit, reference_int8
 from lowmem_ft.quant.products import mm, multiplies
 from lowmem_ft.runtime.attention import attention
@@ -138,15 +139,15 @@ def optimizer(where: torch.device, dtype: torch.dtype) -> str:
 
 
 def attends(where: torch.device, dtype: torch.dtype) -> str:
-    """Attention forward and backward, causal and with a mask, against fp64."""
+    """Attention forward and backward, causal, with a mask and of packed documents, against fp64."""
     worst = 0.0
     causal = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
     apart = causal & (torch.arange(64) // 32 == torch.arange(64)[:, None] // 32)  # two examples in a row
-    for mask in (None, apart):
+    documents = as_bounds([0, 32, 64]).expand(1, 1, 64, -1)
+    for told, mask in ((None, causal), (apart.to(where), apart), (documents, apart)):
         given = [_random(1, 2, 64, 64, seed=seed).to(dtype) for seed in (7, 8, 9)]
-        seen = None if mask is None else mask.to(where)
-        found = _with_gradients(partial(_ours, seen), [tensor.to(where) for tensor in given])
-        plain = _with_gradients(partial(_plain, causal if mask is None else mask), [it.double() for it in given])
+        found = _with_gradients(partial(_ours, told), [tensor.to(where) for tensor in given])
+        plain = _with_gradients(partial(_plain, mask), [it.double() for it in given])
         worst = max(worst, *(_error(a, b) for a, b in zip(found, plain, strict=True)))
     _require(worst, 2 * ROUNDED)
     return f"{_name(dtype)}, forward and backward off by {worst:.2%} at most"

@@ -65,9 +65,12 @@ class _Called(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.masks: set[torch.dtype | None] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.name().split("::")[1])
+        if func is torch.ops.lowmem_ft.attention.default:
+            self.masks.add(None if args[3] is None else args[3].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -76,6 +79,7 @@ def test_kernels_are_loaded_before_the_context_is_measured() -> None:
         load_kernels(torch.device("cpu"), torch.bfloat16)
     step = {"attention", "attention_backward", "dequantize_4bit", "dequantize_blockwise", "dequantize_int8"}
     assert called.names >= step | {"optimizer_update_8bit_blockwise", "optimizer_update_32bit"}
+    assert called.masks == {None, torch.bool, torch.int32}, "causal, with a mask, and of packed documents"
 
 
 def test_a_cpu_has_none(tmp_path: Path) -> None:
