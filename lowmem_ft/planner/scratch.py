@@ -15,7 +15,7 @@ from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles,
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies
-from lowmem_ft.runtime import attention
+from lowmem_ft.runtime import attention_cpu
 
 
 def scratch_of(kind: Literal["cpu", "cuda"], card: Card, products: Products | None = None) -> Mapping[Any, Scratch]:
@@ -219,13 +219,13 @@ _CPU: Mapping[Any, Scratch] = {
 
 
 def _rows_more(q: Tensor) -> float:
-    return q.shape[0] / attention.traced_rows(q)
+    return q.shape[0] / attention_cpu.traced_rows(q)
 
 
 _WHOLE_CPU: Mapping[Any, Whole] = {
-    torch.ops.lowmem_ft.attention.default: (attention.attention_cpu, lambda q, *_: _rows_more(q)),
+    torch.ops.lowmem_ft.attention.default: (attention_cpu.attention_cpu, lambda q, *_: _rows_more(q)),
     torch.ops.lowmem_ft.attention_backward.default: (
-        attention.attention_backward_cpu,
+        attention_cpu.attention_backward_cpu,
         lambda dout, q, *_: _rows_more(q),
     ),
 }

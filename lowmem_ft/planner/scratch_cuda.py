@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
-from lowmem_ft.runtime import attention, norms
+from lowmem_ft.runtime import attention_cuda, norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +114,8 @@ def whole_on(card: Card) -> Mapping[Any, Whole]:
         return functools.partial(implementation, capability=card.capability), lambda *_: 1.0
 
     return {
-        torch.ops.lowmem_ft.attention.default: on_card(attention.attention_cuda),
-        torch.ops.lowmem_ft.attention_backward.default: on_card(attention.attention_backward_cuda),
+        torch.ops.lowmem_ft.attention.default: on_card(attention_cuda.attention_cuda),
+        torch.ops.lowmem_ft.attention_backward.default: on_card(attention_cuda.attention_backward_cuda),
     }
 
 

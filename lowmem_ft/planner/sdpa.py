@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lowmem_ft.runtime.attention import additive, attention, repeated
+from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.attention_cuda import additive, repeated
 
 
 @contextmanager

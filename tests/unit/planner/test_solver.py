@@ -161,8 +161,8 @@ def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path], se
     """On a card the allocator decides, of which estimates know nothing."""
     sections = {"data": {"seq_len": seq_len}, "policy": {**WITH_EMBEDDINGS, "optimizer_on": "device"}}
     search = Search(config(models["wide"], **sections), CARD, 4)
-    exact, policy = min(
-        (process_peak(CARD, search.scales, it).process, it.policy.keep_blocks)
+    exact, _, policy = min(
+        (process_peak(CARD, search.scales, it).process, it.allocated, it.policy.keep_blocks)
         for it in search.few("device", timed=False)
     )
     sections["policy"]["objective"] = "memory"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
-from lowmem_ft.runtime import attention as module
+from lowmem_ft.runtime import attention_cpu, attention_cuda
 from lowmem_ft.runtime.attention import attention, use_attention
 from tests.models import ARCHITECTURES, tiny_config
 
@@ -52,8 +52,8 @@ def inputs(groups: int, dtype: torch.dtype, kind: str) -> tuple[list[Tensor], Te
 def test_value_and_gradients(
     dtype: torch.dtype, groups: int, kind: str, widen: bool, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(module, "multiplies", lambda dtype: not widen)
+    monkeypatch.setattr(attention_cpu, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(attention_cpu, "multiplies", lambda dtype: not widen)
     tensors, mask = inputs(groups, dtype, kind)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = F.scaled_dot_product_attention(
@@ -197,15 +197,15 @@ def test_documents_on_a_card(
     q, k, v = (torch.randn(shape, generator=generator).bfloat16().transpose(1, 2) for shape in shapes)
     dout = torch.randn(2, 1024, 4, size, generator=generator).bfloat16()
     documents, card = told(bounds, window), {"capability": (8, 0)}
-    out, lse = module.attention_cuda(q, k, v, documents, 0.3, **card)
-    ours = module.attention_backward_cuda(dout, q, k, v, documents, out, lse, 0.3, **card)
-    expected, expected_lse = module.attention_cpu(q, k, v, documents, 0.3)
-    theirs = module.attention_backward_cpu(dout, q, k, v, documents, expected, expected_lse, 0.3)
+    out, lse = attention_cuda.attention_cuda(q, k, v, documents, 0.3, **card)
+    ours = attention_cuda.attention_backward_cuda(dout, q, k, v, documents, out, lse, 0.3, **card)
+    expected, expected_lse = attention_cpu.attention_cpu(q, k, v, documents, 0.3)
+    theirs = attention_cpu.attention_backward_cpu(dout, q, k, v, documents, expected, expected_lse, 0.3)
     assert out.is_contiguous()
     for a, b in zip((out, *ours), (expected, *theirs), strict=True):
         assert a.shape == b.shape
         assert (a.float() - b.float()).norm() <= 2e-2 * b.float().norm()
-    most = module.documents_at_once(2048)
+    most = attention_cuda.documents_at_once(2048)
     assert all(count <= most for _, count in flash_kernels)
     assert all(tokens <= 1024 and (count == 1 or tokens <= 2048 // 3) for tokens, count in flash_kernels[1:])
 
@@ -282,10 +282,10 @@ def test_where_flash_attention_does_not_serve(
         mask = told([*range(B * T + 1)], T)
     q, k, v = (t.detach()[..., :size] for t in tensors)
     dout = torch.randn(B, T, H, size).to(dtype)
-    out, lse = module.attention_cuda(q, k, v, mask, 0.3, capability=card)
-    ours = module.attention_backward_cuda(dout, q, k, v, mask, out, lse, 0.3, capability=card)
-    expected, expected_lse = module.attention_cpu(q, k, v, mask, 0.3)
-    theirs = module.attention_backward_cpu(dout, q, k, v, mask, expected, expected_lse, 0.3)
+    out, lse = attention_cuda.attention_cuda(q, k, v, mask, 0.3, capability=card)
+    ours = attention_cuda.attention_backward_cuda(dout, q, k, v, mask, out, lse, 0.3, capability=card)
+    expected, expected_lse = attention_cpu.attention_cpu(q, k, v, mask, 0.3)
+    theirs = attention_cpu.attention_backward_cpu(dout, q, k, v, mask, expected, expected_lse, 0.3)
     assert out.is_contiguous()
     limit = 1e-5 if dtype == torch.float32 else 4e-3  # fp16 has 11 bits
     for a, b in zip((out, *ours), (expected, *theirs), strict=True):
