@@ -28,6 +28,7 @@ from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora
 from lowmem_ft.adapters.peft_methods import is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.files import SAVING, remove_orphans
 
 _PREFIX = "base_model.model."
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
@@ -50,7 +51,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str) -> No
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        remove_orphans(folder, SAVING)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{SAVING}{os.getpid()}-") as scratch:
             _write(model, Path(scratch), base_model)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == CONFIG_NAME):  # it comes last
                 os.replace(file, folder / file.name)

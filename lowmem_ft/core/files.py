@@ -12,6 +12,8 @@ import psutil
 
 from lowmem_ft.core.errors import ConfigError
 
+SAVING = ".saving-"  # a folder whose files are moved to where they belong when they are complete; a process id follows
+
 
 def is_full(error: OSError) -> bool:
     """Whether a disk, a quota or a limit of file sizes leaves no more room."""
@@ -34,6 +36,23 @@ def write_text(path: Path, text: str) -> None:
         raise ConfigError(
             "The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder"
         ) from None
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what processes that were killed were saving in `folder`: files `.NAME.<process id>.tmp`, and folders.
+
+    What has this process's number goes, too: in a container a process often has that of the one before. So it is for
+    a process that has written nothing yet.
+    """
+    for path in [*folder.glob(".*.tmp"), *folder.glob(f"{SAVING}*")]:
+        name = path.name
+        pid = name.removeprefix(SAVING).split("-")[0] if name.startswith(SAVING) else name.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def remove_orphans(parent: Path, prefix: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.files import SAVING
 from lowmem_ft.runtime.rerun import random_states
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -31,15 +33,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        # safetensors, too, writes to a name of its own first, which would stay where the process is killed
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{SAVING}{os.getpid()}-") as scratch:
+            temporary = Path(scratch) / path.name
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             "A file could not be written.",
             given=f"{path} ({error})",

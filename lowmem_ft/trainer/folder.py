@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.files import remove_half_written
 from lowmem_ft.core.plan import Plan
 
 
@@ -47,17 +49,19 @@ class RunFolder:
         return self.path / "result.json"
 
     def start(self, config: RunConfig, *, resume: bool) -> None:
-        """Make the folder and write config.yaml.
+        """Make the folder and write config.yaml. What a process that was killed was writing goes.
 
         Raises:
             ConfigError: the folder holds a run already and `resume` is not asked for.
         """
-        if self.metrics.exists() and not resume:
+        if not resume and _is_there(self.metrics):
             raise ConfigError(
                 "The output folder holds a run already.",
                 given=str(self.path),
                 fix="--resume goes on with it; or set output to another folder, or delete this one",
             )
+        for folder in (self.path, self.checkpoints, self.adapter):
+            remove_half_written(folder)
         self.write("config.yaml", config.to_yaml())
 
     def write(self, name: str, text: str) -> None:
@@ -73,8 +77,14 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError("A file could not be written.", given=f"{target} ({error})") from error
+            with contextlib.suppress(OSError):  # of a path that leads through a file
+                temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                "A file could not be written.",
+                given=f"{target} ({error})",
+                allowed="an output folder that can be written",
+                fix="set output to another folder",
+            ) from error
 
     def write_plan(self, plan: Plan) -> None:
         """Write plan.json."""
@@ -114,6 +124,14 @@ class RunFolder:
         """What a finished run wrote of itself."""
         result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
         return result
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file exists; where that cannot be asked, writing says why."""
+    try:
+        return file.exists()
+    except OSError:  # a name too long, a folder that lets nobody look inside
+        return False
 
 
 def _until(file: Path, step: int) -> str:

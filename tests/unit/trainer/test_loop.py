@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import BudgetError, ConfigError, DataError, LowMemError
+from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
+from lowmem_ft.trainer.folder import RunFolder
 from tests.assets import ASSETS, write_share
 from tests.killing import exact_metrics
 
@@ -184,6 +186,54 @@ def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train"):
         loop.train(config(data, data={"train": None}), reporter=QUIET)
     assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize("output", ["file", "file/run", "r" * 300])
+def test_an_output_folder_that_cannot_be_is_told(data: Path, output: str) -> None:
+    (data / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        loop.train(config(data, output), reporter=QUIET)
+    assert (data / "file").read_text() == "mine"
+
+
+def test_what_killed_processes_were_writing_goes_when_the_run_goes_on(data: Path) -> None:
+    folder, dead, alive = RunFolder(data / "run"), 2**22 + 1, os.getppid()
+    theirs = folder.checkpoints / f".saving-{alive}-x"
+    for scratch in (
+        theirs,
+        folder.checkpoints / f".saving-{dead}-x",
+        folder.checkpoints / f".saving-{os.getpid()}-x",  # in containers a new process often has the number
+        folder.adapter / f".saving-{dead}-x",
+    ):
+        scratch.mkdir(parents=True)
+        (scratch / "half.safetensors").write_text("half")
+    for text in (folder.path / f".plan.json.{dead}.tmp", folder.adapter / f".README.md.{dead}.tmp"):
+        text.write_text("half")
+    loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    assert list(folder.path.rglob(".*")) == [theirs]
+
+
+def test_a_killed_process_leaves_nothing_beside_its_checkpoints(data: Path) -> None:
+    """Also of what safetensors writes under names of its own."""
+    folder = RunFolder(data / "run")
+    child = os.fork()
+    if not child:
+        save_file = state.save_file
+
+        def killed(tensors: Any, path: Path, metadata: Any) -> None:
+            save_file(tensors, path, metadata)
+            path.with_name(".tmpXXXXXX").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            state.save_file = killed
+            state.write_tensors(folder.checkpoints / "step-00000001.safetensors", {"a": torch.zeros(3)})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(folder.checkpoints.iterdir())
+    folder.start(config(data), resume=True)
+    assert not list(folder.checkpoints.iterdir())
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(data: Path) -> None:
