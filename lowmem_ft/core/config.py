@@ -19,6 +19,7 @@ from lowmem_ft.core.sizes import parse_duration, parse_size
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
 
@@ -196,7 +197,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw8bit"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     eval_every: Positive = 100
     save_every: Positive = 100
     keep_best: bool = True
@@ -308,6 +309,10 @@ class RunConfig(Section):
             ConfigError: an unknown key (with the nearest valid one), a wrong type or value, an impossible combination.
         """
         merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        for name, field in cls.model_fields.items():
+            section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+            if section and name in merged and merged[name] is None:
+                merged[name] = {}  # all of whose keys are commented out
         for override in overrides:
             _apply_override(merged, override)
         try:

@@ -23,6 +23,7 @@ REFUSED = [
     ("train.max_time=3x", ["Not a duration", "1h30m"]),
     ("train.lr=nan", ["'train.lr'"]),
     ("train.warmup=2.5", ["train.warmup"]),
+    ("train.seed=99999999999999999999", ["'train.seed'", ">= 0 and < 46"]),
     ("quant=3", ["'quant'", "keys bits, type, double_quant"]),
     ("adapter.method=peft", ["names no method", "peft_type"]),
     ("adapter.peft={peft_type: IA3}", ["adapter.method: peft"]),
@@ -96,6 +97,14 @@ def test_yaml_overrides_and_round_trip(tmp_path: Path) -> None:
     assert config.train.max_time == 5400
     path.write_text(config.to_yaml())
     assert RunConfig.load(path) == config
+
+
+def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
+    """As one has all of whose keys are commented out."""
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\nquant:\n  # bits: 8\ntrain:\ncache:\n")
+    assert RunConfig.load(path) == RunConfig(model="m")
+    assert RunConfig.load(path, ["train.lr=1e-3"]).train.lr == 1e-3
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "model: [", "\x00"])
