@@ -90,6 +90,14 @@ class RunFolder:
         """Write plan.json."""
         self.write("plan.json", plan.to_json())
 
+    def plan(self) -> Plan | None:
+        """What `write_plan` wrote; None where there is nothing, or what this version cannot read."""
+        try:
+            plan = Plan.from_dict(json.loads((self.path / "plan.json").read_text(encoding="utf-8")))
+            return plan if plan.run_config else None
+        except (OSError, ValueError):
+            return None
+
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl.
 

@@ -37,6 +37,7 @@ from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
 from lowmem_ft.trainer.folder import RunFolder
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
+from lowmem_ft.trainer.replan import plan_again
 from lowmem_ft.trainer.samples import in_one_line, samples
 from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, tracking
@@ -70,7 +71,8 @@ def train(
         return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
     if config.eval.samples and not config.data.eval:
         warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
-    plan = require_fit(plan or make_plan(config))
+    before = folder.plan() if resume and state.checkpoints(folder.checkpoints) else None
+    plan = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
     if config.policy.objective == "context":  # then the plan decides how long sequences are
         planned = plan.run_config
         config = config.model_copy(update={"data": planned.data, "train": planned.train})
