@@ -28,6 +28,7 @@ class MicroBatches(Sequence[Batch]):
         micro_batch_tokens: positions, padding included, that a micro-batch holds at most; it always has one row.
         pad_id: token id that fills up rows.
         width: length of every row; None pads each micro-batch to its longest row, a multiple of 8.
+        most: that no row is padded beyond, as plans count so many; None: nothing.
         preferences: what the examples are, if they are no `Example`s.
     """
 
@@ -40,21 +41,27 @@ class MicroBatches(Sequence[Batch]):
         micro_batch_tokens: int,
         pad_id: int,
         width: int | None,
+        most: int | None = None,
         preferences: Preferences | None = None,
     ) -> None:
         self.examples, self.lengths, self.preferences = examples, lengths, preferences
-        self.pad_id, self.width, self.micro_batch_tokens = pad_id, width, micro_batch_tokens
+        self.pad_id, self.width, self.most, self.micro_batch_tokens = pad_id, width, most, micro_batch_tokens
         tokens = rows.tokens(lengths)
         largest_first = np.argsort(-tokens, kind="stable")  # what fits then fits later
         self.rows = rows.reordered(largest_first)
         lanes = 1 if preferences is None else preferences.lanes
-        self.widest = lanes * (width or round_up(int(tokens.max())))  # the least that a micro-batch may hold
+        self.widest = lanes * self._padded(int(tokens.max()))  # the least that a micro-batch may hold
         self.starts: list[int] = []  # first row of each micro-batch
-        widest = 0
+        self._widths: list[int] = []  # of its rows
         for row, filled in enumerate(tokens[largest_first].tolist()):
-            if not self.starts or (row - self.starts[-1] + 1) * lanes * widest > micro_batch_tokens:
+            if not self.starts or (row - self.starts[-1] + 1) * lanes * self._widths[-1] > micro_batch_tokens:
                 self.starts.append(row)
-                widest = width or round_up(filled)
+                self._widths.append(self._padded(filled))
+
+    def _padded(self, tokens: int) -> int:
+        """The length of rows of which the longest has so many tokens."""
+        rounded = round_up(tokens)
+        return self.width or (rounded if self.most is None else max(tokens, min(rounded, self.most)))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -70,7 +77,7 @@ class MicroBatches(Sequence[Batch]):
         rows = self.rows[slice(*[*self.starts, len(self.rows)][at : at + 2])]
         documents = [[self.examples[document] for document in row] for row in rows]
         make = collate if self.preferences is None else self.preferences.collate
-        return make(documents, pad_id=self.pad_id, length=self.width)
+        return make(documents, pad_id=self.pad_id, length=self._widths[at])
 
     @property
     def mismatched(self) -> Sequence[Batch]:
@@ -89,6 +96,7 @@ class MicroBatches(Sequence[Batch]):
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
             width=None,
+            most=mixed.seq_len,
             preferences=self.preferences,
         )
 
@@ -103,6 +111,7 @@ class MicroBatches(Sequence[Batch]):
             micro_batch_tokens=micro_batch_tokens,
             pad_id=self.pad_id,
             width=self.width,
+            most=self.most,
             preferences=self.preferences,
         )
 
@@ -185,6 +194,7 @@ class BatchLoader(Iterator[MicroBatches]):
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
             width=self.width,
+            most=self.seq_len,
             preferences=self.preferences,
         )
 
@@ -269,6 +279,7 @@ def eval_batches(
         micro_batch_tokens=micro_batch_tokens,
         pad_id=pad_id,
         width=_packed_width(rows, lengths, seq_len) if packing else None,
+        most=seq_len,
         preferences=preferences,
     )
 

@@ -77,7 +77,7 @@ class Mismatched(Sequence[PreferenceExample]):
     """
 
     def __init__(self, examples: Sequence[PreferenceExample], order: NDArray[np.int32], seq_len: int) -> None:
-        self._examples, self._order, self._seq_len = examples, order, seq_len
+        self._examples, self._order, self.seq_len = examples, order, seq_len
         sizes = np.asarray([(_begin(it), len(it)) for it in (self._document(at) for at in range(len(order)))])
         prompts, answers = sizes[:, 0], sizes[:, 1] - sizes[:, 0]
         self.lengths: NDArray[np.int32] = np.minimum(prompts + np.roll(answers, 1), seq_len).astype(np.int32)
@@ -97,7 +97,7 @@ class Mismatched(Sequence[PreferenceExample]):
         begin, answer = _begin(own), _begin(other)
         ids = [*own.input_ids[:begin], *other.input_ids[answer:]]
         labels = [*own.labels[:begin], *other.labels[answer:]]
-        mixed = Example(ids, labels).cut(self._seq_len)
+        mixed = Example(ids, labels).cut(self.seq_len)
         good = self._examples[int(self._order[at])].chosen is not None
         return PreferenceExample(mixed if good else None, None if good else mixed)
 

@@ -82,9 +82,9 @@ def full_batches(config: RunConfig, policy: Policy, *, vocabulary: int) -> list[
         parts = [[part for part in (row[:cut], row[cut:]) if part] for row, cut in zip(ids, cuts, strict=True)]
         rows = [[Example(part, part) for part in row] for row in parts]
         if preferences is None:
-            found.append(collate(rows, pad_id=0))
+            found.append(collate(rows, pad_id=0, length=length))
         else:
-            found.append(preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=None))
+            found.append(preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=length))
     return found
 
 

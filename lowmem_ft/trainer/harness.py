@@ -158,6 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             micro_batch_tokens=self._recovery.policy.micro_batch_tokens,
             pad_id=0 if pad is None else int(pad),
             width=None,
+            most=self.length,
         )
         with self._reporter.task("Scoring", unit="batches") as progress:
             found = self._recovery.evaluate_rows(batches, progress)

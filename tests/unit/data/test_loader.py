@@ -132,6 +132,20 @@ def test_evaluation_sees_each_example_once_in_one_order(examples: list[Example],
     assert [batch.input_ids.shape for batch in batches[1:3]] == [batches[i].input_ids.shape for i in (1, 2)]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_micro_batch_is_larger_than_planned(examples: list[Example], packing: bool) -> None:
+    """Also where sequences are no multiple of that to which rows are filled up."""
+    few = [example.cut(60) for example in examples]
+    settings = {**SETTINGS, "seq_len": 60, "packing": packing, "micro_batch_tokens": 180, "tokens_per_step": 360}
+    loader = BatchLoader(few, **settings)
+    batches = [batch for step in itertools.islice(loader, loader.steps_per_epoch) for batch in step]
+    batches += eval_batches(
+        few, **{name: settings[name] for name in ("seq_len", "packing", "micro_batch_tokens", "pad_id")}
+    )
+    assert max(batch.input_ids.numel() for batch in batches) == 180
+    assert max(batch.input_ids.shape[1] for batch in batches) == 60
+
+
 def test_bad_examples() -> None:
     with pytest.raises(DataError, match="no examples"):
         BatchLoader([], **SETTINGS)
