@@ -19,6 +19,7 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.data.sources import load_readers
 from lowmem_ft.planner.answer import Answer, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, find_device
@@ -58,6 +59,7 @@ def _without_collections() -> Iterator[None]:
 
 
 def _make_plan(config: RunConfig, device: Device | None) -> Plan:
+    load_readers(config.data)
     device = device or find_device(config.budget.device)
     _warn_of_no_effect(config, device)
     if config.policy.objective == "context":

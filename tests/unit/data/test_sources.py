@@ -95,6 +95,23 @@ def prepared(path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(("train", "tables"), [("a.jsonl", False), ("a.parquet", True), (".", True), ("an/id", True)])
+def test_what_reads_tables_is_there_when_a_plan_measures_the_process(train: str, tables: bool) -> None:
+    code = """
+import sys
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner import solver
+
+def measured(name):
+    sys.exit(10 + ("pyarrow" in sys.modules))
+
+solver.find_device = measured
+solver.make_plan(RunConfig.from_dict({"model": "m", "data": {"eval": "b.jsonl", "train": sys.argv[1]}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, train], check=False, timeout=300)
+    assert done.returncode == 10 + tables
+
+
 def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the hub's cache holds is used; what it does not is a clear error, in this process and without datasets."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
