@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 
 from lowmem_ft.core.errors import DataError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
+from lowmem_ft.core.positions import has_position_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +227,25 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
     return ids_1T
 
 
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """(1, T) of a text; of an empty one that which begins every text."""
+    try:
+        ids = list(tokenizer(prompt.encode().decode(), verbose=False)["input_ids"])
+    except UnicodeEncodeError:
+        raise DataError(
+            "The prompt is not Unicode: half of a surrogate pair stands alone.", given=ascii(prompt)
+        ) from None
+    if not ids and tokenizer.bos_token_id is None:
+        raise DataError("The prompt has no tokens.", given=repr(prompt), fix="write something")
+    return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
+
+
+def _learned_positions(model: Any) -> int:
+    """Positions behind which the model computes nothing; without bound where they are no table."""
+    inner = getattr(model, "base_model", model)
+    return _positions(model) if has_position_table(inner) else 1 << 40
+
+
 def _positions(model: Any) -> int:
     """Positions for text that the model was made for; without bound where its config names none."""
     known = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40)
@@ -271,7 +291,16 @@ def _answer(
     if tokenizer.chat_template is not None:
         ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
-        ids_1T = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids_1T = _tokens(tokenizer, prompt)
+    room = _learned_positions(model) - ids_1T.shape[1]
+    if room < 1:
+        raise DataError(
+            "The prompt is longer than the model has positions for.",
+            given=f"{ids_1T.shape[1]} tokens",
+            allowed=f"at most {ids_1T.shape[1] + room - 1}, so that an answer has a position",
+            fix="write less",
+        )
+    max_new_tokens = min(max_new_tokens, room)
     streamer = None if say is None else _Told(tokenizer, say)
     new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling, streamer=streamer)
     text: str = tokenizer.decode(new_N, skip_special_tokens=True)

@@ -55,6 +55,14 @@ def format_size(size: int | float) -> str:
     return f"{value:.2f} TiB"
 
 
+def format_least(size: int) -> str:
+    """`size` bytes, rounded up, to be given as a budget: what one process takes differs by a little from the next."""
+    size += size >> 10
+    if size < 2**30:
+        return f"{-(-size // 2**20)} MiB"
+    return f"{-(-size * 100 // 2**30) / 100:.2f} GiB"
+
+
 def parse_duration(text: str | int | float) -> float:
     """Seconds of a duration such as `3h`, `90m`, `1h30m`, `45s` or a plain number of seconds.
 

@@ -16,6 +16,7 @@ from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.positions import has_position_table
 from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
@@ -54,6 +55,7 @@ class Choices:
         self.keep = self._keep_choices()
         config = self.config
         _refuse_pins(config, device, scales.depth)
+        _refuse_length(config, scales)
         if config.policy.mlp_tile_tokens and not len(scales.stage.ready.mlps):
             warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=5)
         if config.policy.keep_attention and not self.attends:
@@ -216,6 +218,17 @@ def _trains_matrices(model: Any) -> bool:
     inside = f"{find_blocks(model)[0]}."
     trained = [n for n, it in model.named_parameters() if it.requires_grad and it.ndim > 1 and n.startswith(inside)]
     return any("modules_to_save" in name.split(".") or is_inside(name, whole) for name in trained)
+
+
+def _refuse_length(config: RunConfig, scales: Scales) -> None:
+    """Of sequences: what the model has no positions for."""
+    if config.data.seq_len > scales.longest and has_position_table(causal_model(scales.stage.ready.model)):
+        raise ConfigError(
+            "The model has no positions for sequences so long.",
+            given=f"data.seq_len: {config.data.seq_len}",
+            allowed=f"at most {scales.longest}",
+            fix=f"set data.seq_len: {scales.longest}",
+        )
 
 
 def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:

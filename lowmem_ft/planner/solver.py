@@ -18,7 +18,7 @@ from lowmem_ft.core.errors import BudgetError, LowMemError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
-from lowmem_ft.core.sizes import format_size
+from lowmem_ft.core.sizes import format_least, format_size
 from lowmem_ft.data.sources import load_readers
 from lowmem_ft.planner.answer import Answer, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
@@ -129,13 +129,13 @@ def require_fit(plan: Plan) -> Plan:
     if plan.fits:
         return plan
     predicted = plan.predicted
-    tight, least = [], [format_size(predicted.process_peak_bytes)]
+    tight, least = [], [format_least(predicted.process_peak_bytes)]
     holder, size = max(plan.breakdown.items(), key=lambda item: item[1])
     if predicted.process_peak_bytes > plan.budget["device_bytes"]:
         tight.append("budget.memory")
     if plan.host_binds:
         tight.append("budget.host")
-        least.append(f"{format_size(predicted.host_peak_bytes)} of the host")
+        least.append(f"{format_least(predicted.host_peak_bytes)} of the host")
     if tight == ["budget.host"]:
         holder, size = "the host", predicted.host_peak_bytes
     changes = "; ".join(f"{change.key}={change.value}" for change in plan.changes)

@@ -12,7 +12,7 @@ import transformers
 
 import lowmem_ft
 from lowmem_ft.data.examples import read_examples
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_model
 
 MODEL = str(files("lowmem_ft") / "assets" / "doclm-7m")
 DATA = str(files("lowmem_ft") / "assets" / "whatis-eval.jsonl")
@@ -59,6 +59,21 @@ def test_load_and_generate(plan: lowmem_ft.Plan) -> None:
     assert greedy[0]
     assert sampled[0] == sampled[1] != sampled[2]
     assert model.training
+
+
+def test_prompts_without_tokens_and_beyond_a_table_of_positions() -> None:
+    model = tiny_model("gpt2", vocab_size=4096, n_positions=16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = None
+    assert len(lowmem_ft.generate(model, tokenizer, ["What is", ""], max_new_tokens=64)) == 2
+    with pytest.raises(lowmem_ft.LowMemError, match="positions") as caught:
+        lowmem_ft.generate(model, tokenizer, ["What is ls? " * 16])
+    assert "at most 15" in str(caught.value)
+    with pytest.raises(lowmem_ft.LowMemError, match="surrogate"):
+        lowmem_ft.generate(model, tokenizer, ["\udc80"])
+    tokenizer.bos_token = None
+    with pytest.raises(lowmem_ft.LowMemError, match="no tokens"):
+        lowmem_ft.generate(model, tokenizer, [""])
 
 
 def test_load_needs_no_tokenizer_but_the_right_plan(plan: lowmem_ft.Plan, tmp_path: Path) -> None:

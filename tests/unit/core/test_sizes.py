@@ -3,7 +3,7 @@
 import pytest
 
 from lowmem_ft.core.errors import ConfigError
-from lowmem_ft.core.sizes import format_size, parse_duration, parse_size
+from lowmem_ft.core.sizes import format_least, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_durations(text: str | float, seconds: float) -> None:
 def test_no_durations(text: str) -> None:
     with pytest.raises(ConfigError, match="Not a duration"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("size", [1, 503_300_000, 2**30 - 1, 2**30, 1_567_891_234, 75 * 10**9])
+def test_the_least_that_suffices_is_rounded_up(size: int) -> None:
+    assert 1.0005 * size < parse_size(format_least(size)) + 1 < 1.012 * size + 2**20

@@ -137,6 +137,15 @@ def test_pins_that_cannot_be(models: dict[str, Path], pins: dict[str, Any], word
         make_plan(config(models["deep"], policy=pins), device=DEVICE)
 
 
+def test_sequences_that_the_model_has_no_positions_for(models: dict[str, Path]) -> None:
+    """Of a table; rotary positions go on behind those that the model was made for."""
+    longer = {"data": {"seq_len": 136}, "train": {"tokens_per_step": 136}}
+    with pytest.raises(ConfigError, match="no positions") as caught:
+        make_plan(config(models["gpt2"], **longer), device=DEVICE)
+    assert caught.value.fix == "set data.seq_len: 128"
+    assert make_plan(config(models["llama"], **longer), device=DEVICE).fits
+
+
 def test_what_is_trained_whole_stays_on_the_device(models: dict[str, Path]) -> None:
     sections = {"quant": {"bits": 16}, "adapter": {"train_modules": ["up_proj"]}}
     plan = with_budget(config(models["deep"], **sections))(DEVICE.process_bytes + PROCESS_SLACK)
@@ -292,6 +301,8 @@ def test_nothing_fits_says_the_smallest_budget_that_does(models: dict[str, Path]
     with pytest.raises(BudgetError) as caught:
         require_fit(plan)
     assert caught.value.exit_code == 3
+    said = str(caught.value.allowed).removeprefix("at least ").partition(" (")[0]
+    assert make_plan(config(models["llama"], budget={"memory": said}), device=DEVICE).fits
     again = make_plan(config(models["llama"], budget={"memory": plan.predicted.process_peak_bytes}), device=DEVICE)
     assert again.fits
 
