@@ -47,9 +47,10 @@ def model_card(run: Run) -> str:
 
 def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
     rows = [("tokens trained on", f"{sum(line['tokens'] for line in train):,}")] if train else []
-    if train:
-        rows.append(("training loss, first and last step", f"{train[0]['loss']:.4f}, {train[-1]['loss']:.4f}"))
-    held_out = [line["eval_loss"] for line in run.metrics if "eval_loss" in line]
+    losses = [line["loss"] for line in train if line["loss"] is not None]  # None is what was not finite
+    if losses:
+        rows.append(("training loss, first and last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
+    held_out = [line["eval_loss"] for line in run.metrics if line.get("eval_loss") is not None]
     if held_out:
         rows.append(("held-out loss before", f"{held_out[0]:.4f}"))
     if run.eval_loss is not None:

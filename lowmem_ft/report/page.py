@@ -20,8 +20,10 @@ _STYLE = (
 def run_page(run: Run) -> str:
     """The page as HTML text."""
     metrics = run.metrics
-    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    held_out = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
+    train, held_out = (
+        [(m["step"], m[name]) for m in metrics if m.get(name) is not None]  # None is what was not finite
+        for name in ("loss", "eval_loss")
+    )
     rows = [("status", run.status), ("step", str(run.step)), *run.plan.rows()]
     parts = [
         f"<h1>{html.escape(run.folder.name)}</h1>",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class RunFolder:
     def _append(self, file: Path, lines: list[dict[str, Any]]) -> None:
         try:
             with file.open("a", encoding="utf-8") as opened:
-                opened.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                opened.write("".join(json.dumps(_finite(line), ensure_ascii=False) + "\n" for line in lines))
         except OSError as error:
             fix = "free disk space, and go on from the newest checkpoint with --resume"
             raise CheckpointError("A file could not be written.", given=f"{file} ({error})", fix=fix) from error
@@ -132,6 +133,11 @@ class RunFolder:
         """What a finished run wrote of itself."""
         result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
         return result
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """`line` with null for what JSON has no word for, such as the norm of gradients that overflowed."""
+    return {key: None if isinstance(it, float) and not math.isfinite(it) else it for key, it in line.items()}
 
 
 def _is_there(file: Path) -> bool:

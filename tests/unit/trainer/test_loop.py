@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -158,6 +160,23 @@ def test_what_a_run_leaves(data: Path) -> None:
         *("tokens_per_second", "device_peak_bytes", "host_peak_bytes"),
     }
     assert run.measured["process_peak_bytes"] > 0
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the norm of gradients that overflow in fp16, which JSON has no word for."""
+    original, calls = recovery.sum_gradients, itertools.count(1)
+
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+        found, first = original(*args, **kwargs), next(calls) == 1
+        return dataclasses.replace(found, loss=math.nan, grad_norm=math.inf, skipped=True) if first else found
+
+    monkeypatch.setattr(recovery, "sum_gradients", gradients)
+    run = loop.train(config(data, train={"steps": 2}), reporter=QUIET)
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (run.folder / "metrics.jsonl").read_text()))
+    first, second = (line for line in run.metrics if "loss" in line)
+    assert (first["loss"], first["grad_norm"], first["skipped"]) == (None, None, True)
+    assert math.isfinite(second["loss"])
+    assert "training loss" in (run.adapter / "README.md").read_text()
 
 
 def test_keep_best_restores_the_best_evaluation(data: Path) -> None:
