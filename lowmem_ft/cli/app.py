@@ -196,7 +196,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print answers as they are generated.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -35,7 +35,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first answer; each further one takes the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of the first answer; each further one takes the next.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per turn on stdout.")] = False,
 ) -> None:
     """Talk to a run's model: turns from the terminal, or one per line of stdin. Ctrl-C stops an answer."""

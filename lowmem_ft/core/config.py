@@ -18,6 +18,7 @@ from lowmem_ft.core.sizes import parse_duration, parse_size
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
+PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -70,7 +71,7 @@ class AdapterConfig(Section):
     targets: str | list[str] = "all-linear"
     rslora: bool = False
     dora: bool = False
-    init: str = "default"
+    init: PathText = "default"
     bias: Literal["none", "all", "lora_only"] = "none"
     rank_pattern: dict[str, Positive] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -127,7 +128,7 @@ class DataSource(Section):
     for each epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
     """
 
-    path: str
+    path: PathText
     weight: Annotated[float, Field(gt=0)] = 1.0
     format: DataFormat | None = None
     columns: dict[DataRole, str] | None = None
@@ -143,7 +144,7 @@ def _parse_sources(value: Any) -> Any:
             raise ConfigError("A list of sources is empty.", allowed="a path, or a mapping with `path:`")
         return [_parse_sources(item) for item in value]
     if not isinstance(value, Mapping):
-        return value
+        return str(value) if isinstance(value, Path) else value
     try:
         return DataSource.model_validate(dict(value))
     except ValidationError as error:
@@ -171,7 +172,7 @@ class DataConfig(Section):
     assistant_only: bool = True
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     order: Literal["shuffled", "longest_first"] = "shuffled"
-    cache: str | None = "auto"
+    cache: PathText | None = "auto"
 
     @model_validator(mode="after")
     def _warn_weights(self) -> Self:
@@ -255,7 +256,7 @@ class PolicyConfig(Section):
 class RunConfig(Section):
     """Everything that a run is told. Frozen; build it with `load` or `from_dict`."""
 
-    model: str
+    model: PathText
     quant: QuantConfig = QuantConfig()
     adapter: AdapterConfig = AdapterConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -264,9 +265,9 @@ class RunConfig(Section):
     preference: PreferenceConfig = PreferenceConfig()
     eval: EvalConfig = EvalConfig()
     policy: PolicyConfig = PolicyConfig()
-    output: str = "runs/default"
+    output: PathText = "runs/default"
     trust_remote_code: bool = False
-    cache: str | None = None  # folder for quantized weights; None writes no cache
+    cache: PathText | None = None  # folder for quantized weights; None writes no cache
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

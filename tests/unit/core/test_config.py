@@ -99,6 +99,17 @@ def test_yaml_overrides_and_round_trip(tmp_path: Path) -> None:
     assert RunConfig.load(path) == config
 
 
+def test_paths_are_taken_where_a_path_is_meant() -> None:
+    """As Python users have them."""
+    keys = {"model": "m", "output": "a/b", "cache": "c", "adapter": {"init": "d"}}
+    data = {"train": ["e", {"path": "f"}], "eval": "g", "cache": "h"}
+    paths = {"train": [Path("e"), {"path": Path("f")}], "eval": Path("g"), "cache": Path("h")}
+    given = {"model": Path("m"), "output": Path("a/b"), "cache": Path("c"), "adapter": {"init": Path("d")}}
+    assert RunConfig.from_dict({**given, "data": paths}) == RunConfig.from_dict({**keys, "data": data})
+    with pytest.raises(ConfigError, match="'output'"):
+        RunConfig.from_dict({"model": "m", "output": 3})
+
+
 def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
     """As one has all of whose keys are commented out."""
     path = tmp_path / "config.yaml"
