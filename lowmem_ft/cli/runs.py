@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowmem_ft.assemble import Assembled
@@ -16,13 +17,12 @@ if TYPE_CHECKING:
 
 def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
     """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file."""
-    from lowmem_ft.core.plan import Plan
     from lowmem_ft.planner.solver import make_plan, require_fit
 
     if target.is_dir():
         config = RunConfig.load(target / "config.yaml", overrides)
         plan_file = target / "plan.json"
-        made = Plan.from_dict(json.loads(plan_file.read_text())) if plan_file.exists() else make_plan(config)
+        made = _read_plan(plan_file) if plan_file.exists() else make_plan(config)
         chosen: bool | Path = target / "adapter"
     else:
         config = RunConfig.load(target, overrides)
@@ -30,6 +30,16 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     if adapter is not None:
         chosen = False if adapter == "none" else Path(adapter)
     return config, made, chosen
+
+
+def _read_plan(file: Path) -> Plan:
+    from lowmem_ft.core.plan import Plan
+
+    try:
+        return Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        fix = "delete it: what the run's config gives is planned anew then"
+        raise ConfigError("The plan cannot be read.", given=f"{file} ({error})", fix=fix) from None
 
 
 def assemble_run(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:

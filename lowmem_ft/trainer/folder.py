@@ -130,8 +130,18 @@ class RunFolder:
         self.write(self.finished.name, json.dumps(result, indent=2))
 
     def result(self) -> dict[str, Any]:
-        """What a finished run wrote of itself."""
-        result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
+        """What a finished run wrote of itself.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        try:
+            result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            fix = "delete it: the run then goes on from its newest checkpoint"
+            raise CheckpointError(
+                "A run's result cannot be read.", given=f"{self.finished} ({error})", fix=fix
+            ) from None
         return result
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.core.run import Run
@@ -131,6 +132,18 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
     assert (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="holds a run already"):
         loop.train(settings, reporter=QUIET)
+
+
+def test_damaged_files_of_a_run_are_told(data: Path) -> None:
+    folder = RunFolder(data / "run")
+    folder.start(config(data), resume=False)
+    folder.finished.write_text("{")
+    with pytest.raises(CheckpointError, match="result cannot be read"):
+        loop.train(config(data), resume=True, reporter=QUIET)
+    (folder.path / "plan.json").write_text("{")
+    with pytest.raises(ConfigError, match="plan cannot be read"):
+        open_run(folder.path, [], None)
+    assert folder.plan() is None
 
 
 def test_out_of_time_stops_with_a_checkpoint(data: Path) -> None:
