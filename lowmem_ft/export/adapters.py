@@ -26,6 +26,8 @@ from lowmem_ft.export.gguf_read import unpermute
 from lowmem_ft.export.trained import Trained, TrainedWeights
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+# model_type of those that it puts no adapter on, or does not know; read from the sources of vLLM 0.32
+_NO_ADAPTERS_IN_VLLM = frozenset({"bloom", "falcon", "gpt2", "gpt_neo", "gptj", "mpt", "stablelm"})
 _PREFIX = "base_model.model."
 
 
@@ -82,16 +84,29 @@ def _unserved(server: str, given: str) -> UnsupportedError:
     )
 
 
-def write_vllm(trained: TrainedWeights, adapter: Path, folder: Path) -> int:
+def write_vllm(trained: TrainedWeights, config: PretrainedConfig, adapter: Path, folder: Path) -> int:
     """Write a folder that vLLM takes (`--lora-modules NAME=FOLDER`) and return the rank that it must allow.
 
     vLLM knows one rank and one alpha. Where layers differ, all get the largest rank, filled up with zeros, and their
     scaling goes into B.
 
     Raises:
-        UnsupportedError: see `plain_factors`; or a rank above 512.
+        UnsupportedError: see `plain_factors`; a rank above 512; or a model, or one of its layers, on which vLLM puts no
+            adapter.
     """
     layers = plain_factors(trained, server="vLLM")
+    if config.model_type in _NO_ADAPTERS_IN_VLLM:
+        raise UnsupportedError(
+            "vLLM takes no adapters on models of this architecture.", given=config.model_type,
+            fix="lowmem-ft merge: a merged folder needs none",
+        )  # fmt: skip
+    # vLLM multiplies with the two halves of the base's matrix itself, and would drop the update without a word
+    absorbed = [it.path for it in layers if it.path.endswith(".kv_b_proj")]
+    if absorbed:
+        raise UnsupportedError(
+            "vLLM does not apply an adapter on this layer.", given=absorbed[0],
+            fix="lowmem-ft merge; or train with adapter.targets that leave kv_b_proj out",
+        )  # fmt: skip
     rank = max(it.rank for it in layers)
     if rank > VLLM_RANKS[-1]:
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -137,9 +138,10 @@ def export_vllm(run: TrainedRun, out: Path, *, text: Path | None, reporter: Repo
     weights = MergedWeights(run.config, run.policy, run.adapter)
     read = held_out(run.config, weights.checkpoint.folder, text)
     with new_folder(out, nbytes=_size(run.adapter)) as folder:
-        rank = write_vllm(weights.trained, run.adapter, folder)
+        rank = write_vllm(weights.trained, weights.model.config, run.adapter, folder)
         check, original = _adapter_checks(run, weights, folder, read, reporter, what="The adapter for vLLM")
-    serve = f"vllm serve {run.config.model} --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}"
+    model, where = shlex.quote(run.config.model), shlex.quote(str(out))
+    serve = f"vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules NAME={where}"
     return _of_adapter(run, out, check, original, read, note=f"Serve it with: {serve}")
 
 
@@ -164,7 +166,9 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
         check, original = _adapter_checks(run, weights, unpacked, read, reporter, what="The GGUF adapter")
         shutil.rmtree(unpacked)
         # what the base model's own Modelfile says of templates holds for the adapter, too
-        write_text(folder / "Modelfile", modelfile(None, base, source=run.config.model, adapter=f"./{file.name}"))
+        local = Path(run.config.model)
+        source = str(local.resolve()) if local.is_dir() else run.config.model  # else it would be sought beside the file
+        write_text(folder / "Modelfile", modelfile(None, base, source=source, adapter=f"./{file.name}"))
     note = "FROM in the Modelfile names the base model: put its GGUF file, or Ollama's name of it, there."
     return _of_adapter(run, out, check, original, read, note=note)
 

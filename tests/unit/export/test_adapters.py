@@ -113,6 +113,33 @@ def test_ranks_beyond_vllm(tmp_path: Path) -> None:
         exported(trained("llama", tmp_path, rank=513, targets=["q_proj"]), tmp_path, "vllm")
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("gpt2", {}, "no adapters on models of this architecture"),
+        ("deepseek_v3", {"targets": ["q_b_proj", "kv_b_proj"]}, "does not apply an adapter on this layer"),
+    ],
+)
+def test_what_vllm_puts_no_adapter_on(name: str, method: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        exported(trained(name, tmp_path, **method), tmp_path, "vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_are_quoted_for_a_shell(tmp_path: Path) -> None:
+    base = tmp_path / "a base"
+    done = exported(trained("llama", tmp_path, base=base), tmp_path, "vllm")
+    assert f"vllm serve '{base}' --enable-lora" in done.notes[0]
+
+
+def test_a_local_base_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = trained("llama", Path(), base=Path("base"))
+    folder = exported(made, tmp_path, "gguf").folder
+    # Ollama would look for a relative one beside the Modelfile
+    assert (folder / "Modelfile").read_text().splitlines()[0] == f"FROM {tmp_path.resolve() / 'base'}"
+
+
 def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot be written as GGUF"):
         exported(trained("gpt2", tmp_path), tmp_path, "gguf")
