@@ -27,7 +27,8 @@ def modelfile(
     TEMPLATE is written only where it can be shown to give the very text that the chat template gives.
 
     Args:
-        folder: of the base model, whose generation_config.json may name more than one token that ends an answer.
+        folder: of the base model, whose generation_config.json may name more than one token that ends an answer, and a
+            penalty for words that were said.
         source: what FROM names, a file beside it or a model.
         adapter: a GGUF adapter beside it.
         adds_bos: whether llama.cpp itself puts the first token in front.
@@ -40,24 +41,41 @@ def modelfile(
             found = go_template(tokenizer, adds_bos=adds_bos)
             if found is None:
                 lines.append("# No TEMPLATE: the chat template does more than to put words around each message.")
-                lines.append("# Ollama looks for one of its own that fits the template in the GGUF file.")
+                lines.append("# Ollama takes the one in the GGUF file (before 0.30: one of its own that is like it).")
             else:
                 template, ending = found
                 lines.append(f'TEMPLATE """{template}"""')
                 ends += [ending] if ending and ending not in ends else []
         else:
             lines.append('TEMPLATE """{{ .Prompt }}"""')
-    lines += [f"PARAMETER stop {json.dumps(word, ensure_ascii=False)}" for word in ends]
+    lines += [f"PARAMETER stop {_quoted(word)}" for word in ends if _is_kept(word)]
+    if adapter is None:
+        # before 0.32.12 Ollama's own is 1.1, under which the likeliest answer is another than the trained one
+        lines.append(f"PARAMETER repeat_penalty {_generation(folder).get('repetition_penalty') or 1.0:g}")
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As Ollama reads it: between quotes that nothing escapes."""
+    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
+
+
+def _is_kept(text: str) -> bool:
+    """Whether Ollama reads the text as it is: it drops characters that are not printed, as spaces that do not break."""
+    return '"""' not in text and all(it.isprintable() or it in "\t\r\n" for it in text)
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def stop_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     """The texts of the tokens that end an answer."""
     ids = [tokenizer.eos_token_id]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += given if isinstance(given, list) else [given]
+    given = _generation(folder).get("eos_token_id")
+    ids += given if isinstance(given, list) else [given]
     words = [tokenizer.convert_ids_to_tokens(index) for index in dict.fromkeys(ids) if index is not None]
     return [str(word) for word in words if word]
 
@@ -84,7 +102,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool = False) -
         if ours != render(messages, True):
             return None
     words = [head, start, *(word for pair in around.values() for word in pair)]
-    if any("{{" in word or "}}" in word or '"""' in word for word in words):
+    if any("{{" in word or "}}" in word or word.endswith("{") or not _is_kept(word) for word in words):
         return None
     bos = tokenizer.bos_token
     if adds_bos and isinstance(bos, str):

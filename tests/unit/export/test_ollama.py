@@ -78,4 +78,43 @@ def test_a_modelfile(tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|im_end|>"' in lines
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
     assert 'PARAMETER stop "<|user|>"' in modelfile(tokenizer(), tmp_path, source="base")
-    assert modelfile(None, tmp_path, source="base") == "FROM base\n"
+    assert modelfile(None, tmp_path, source="base") == "FROM base\nPARAMETER repeat_penalty 1\n"
+
+
+def read(text: str) -> list[tuple[str, str]]:
+    """Commands as Ollama reads them: values end with their line, or with the quotes; nothing escapes within them."""
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#")]
+    values = r'(FROM|ADAPTER|TEMPLATE|PARAMETER \w+) ("""(?:.|\n)*?"""(?!")|"[^\n]*"|[^\n]*)\n'
+    return [(name, value.removeprefix('"""').removesuffix('"""') if value.startswith('"""') else value.strip('"'))
+            for name, value in re.findall(values, "".join(lines))]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ['<"end">', "a\\nb", "</s>\n", "▁<｜end｜>"])
+def test_words_are_written_as_ollama_reads_them(word: str) -> None:
+    tok = tokenizer()
+    tok.add_special_tokens({"eos_token": word})
+    text = modelfile(tok, ASSETS, source="./model.gguf")
+    assert ("PARAMETER stop", word) in read(text)
+
+
+def test_what_ollama_drops_is_not_written() -> None:
+    # a space that does not break is no printed character, of which Ollama keeps none
+    tok = tokenizer(CHATML.replace("<|im_end|>", "\u00a0<|im_end|>"))
+    text = modelfile(tok, ASSETS, source="./model.gguf")
+    assert "\u00a0" not in text
+    assert "# No TEMPLATE" in text
+
+
+def test_a_brace_before_an_action_is_no_go_template() -> None:
+    def turns(before: str) -> str:
+        return CHATML.replace("{{ m['content'] }}", f"{{{{ '{before}' + m['content'] }}}}")
+
+    assert go_template(tokenizer(turns("{:"))) is not None
+    assert go_template(tokenizer(turns(":{"))) is None
+
+
+def test_words_that_were_said_are_as_likely_as_they_were_trained(tmp_path: Path) -> None:
+    assert "PARAMETER repeat_penalty 1\n" in modelfile(tokenizer(), ASSETS, source="./model.gguf")
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05}')
+    assert "PARAMETER repeat_penalty 1.05\n" in modelfile(tokenizer(), tmp_path, source="./model.gguf")
+    assert "repeat_penalty" not in modelfile(None, ASSETS, source="base", adapter="./adapter.gguf")
