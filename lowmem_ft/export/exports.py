@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from lowmem_ft.assemble import load_tokenizer
-from lowmem_ft.core.errors import ParityError
+from lowmem_ft.core.errors import ParityError, UnsupportedError
 from lowmem_ft.core.files import write_text
 from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, write_vllm
 from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
@@ -165,12 +165,21 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
         unpack_gguf_adapter(file, weights.trained, config, run.adapter, unpacked)
         check, original = _adapter_checks(run, weights, unpacked, read, reporter, what="The GGUF adapter")
         shutil.rmtree(unpacked)
-        # what the base model's own Modelfile says of templates holds for the adapter, too
         local = Path(run.config.model)
         source = str(local.resolve()) if local.is_dir() else run.config.model  # else it would be sought beside the file
-        write_text(folder / "Modelfile", modelfile(None, base, source=source, adapter=f"./{file.name}"))
+        write_text(folder / "Modelfile", _adapter_modelfile(base, source=source, adapter=f"./{file.name}"))
     note = "FROM in the Modelfile names the base model: put its GGUF file, or Ollama's name of it, there."
     return _of_adapter(run, out, check, original, read, note=note)
+
+
+def _adapter_modelfile(base: Path, *, source: str, adapter: str) -> str:
+    """With the base's template: where FROM is a folder, Ollama finds no chat template in it and takes another."""
+    tokenizer = load_tokenizer(base)
+    try:
+        first = tokenizer is not None and adds_bos(tokenizer)
+    except UnsupportedError:  # of what it adds around a text
+        tokenizer, first = None, False
+    return modelfile(tokenizer, base, source=source, adapter=adapter, adds_bos=first)
 
 
 def _adapter_checks(

@@ -49,9 +49,8 @@ def modelfile(
         else:
             lines.append('TEMPLATE """{{ .Prompt }}"""')
     lines += [f"PARAMETER stop {_quoted(word)}" for word in ends if _is_kept(word)]
-    if adapter is None:
-        # before 0.32.12 Ollama's own is 1.1, under which the likeliest answer is another than the trained one
-        lines.append(f"PARAMETER repeat_penalty {_generation(folder).get('repetition_penalty') or 1.0:g}")
+    # before 0.32.12 Ollama's own is 1.1, under which the likeliest answer is another than the trained one
+    lines.append(f"PARAMETER repeat_penalty {_generation(folder).get('repetition_penalty') or 1.0:g}")
     return "\n".join(lines) + "\n"
 
 

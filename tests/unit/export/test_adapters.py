@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowmem_ft.export import adapters as adapters_module
 from lowmem_ft.export.exports import Export, export_gguf_adapter, export_vllm
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.report.progress import Reporter
+from tests.assets import ASSETS
 from tests.unit.export.runs import CPU, Trained, trained
 
 QUIET = Reporter(quiet=True)
@@ -138,6 +140,16 @@ def test_a_local_base_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = exported(made, tmp_path, "gguf").folder
     # Ollama would look for a relative one beside the Modelfile
     assert (folder / "Modelfile").read_text().splitlines()[0] == f"FROM {tmp_path.resolve() / 'base'}"
+
+
+def test_the_adapter_brings_the_template_of_its_base(tmp_path: Path) -> None:
+    # Ollama finds no chat template in a folder that FROM names, and would take ChatML
+    made = trained("llama", tmp_path, model={"vocab_size": 4096})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ASSETS / "doclm-7m" / name, tmp_path / "base" / name)
+    text = (exported(made, tmp_path, "gguf").folder / "Modelfile").read_text()
+    assert 'TEMPLATE """<|bos|>{{ range .Messages }}' in text
+    assert 'PARAMETER stop "<|eos|>"' in text
 
 
 def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
