@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed, which is llama.cpp with calls from Python")
 
-from benchmarks.llamacpp import measured_types, same_tokens, tokenizers
+from benchmarks.llamacpp import measured_types
+from benchmarks.llamacpp_tokens import same_tokens, tokenizers
 from tests.unit.export.test_gguf import LOSSY, run_of
 
 
