@@ -169,6 +169,7 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
         source = str(local.resolve()) if local.is_dir() else run.config.model  # else it would be sought beside the file
         write_text(folder / "Modelfile", _adapter_modelfile(base, source=source, adapter=f"./{file.name}"))
     note = "FROM in the Modelfile names the base model: put its GGUF file, or Ollama's name of it, there."
+    note += " (A folder is converted by Ollama, which may cut text into other tokens.)"
     return _of_adapter(run, out, check, original, read, note=note)
 
 
