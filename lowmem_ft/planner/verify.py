@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.examples import Example
@@ -22,7 +23,7 @@ from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.simulate import evaluate, mismatched_of
 from lowmem_ft.quant.products import kept_bytes
-from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes
+from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes, reset_process_peak
 from lowmem_ft.step import train_step
 
 SMALLEST_VOCABULARY = 64  # the tokens of a real step are drawn from ids that every model has
@@ -51,16 +52,19 @@ def verified(plan: Plan) -> Plan:
         if total is not None:
             measured["process_peak_bytes"] = total
     else:
-        ready, allocated = _measured_peak(
-            config, plan.policy, batches[:1], lambda it: train_step(it, batches[:1], lr=1e-4, mismatched=mismatched[:1])
-        )
-        measured = {"allocated_peak_bytes": allocated}
+        ready, held = _loaded(config, plan.policy, batches[:1])
+        loading = process_peak_bytes()
+        taken = _most(lambda: train_step(ready, batches[:1], lr=1e-4, mismatched=mismatched[:1]))
+        measured = {"allocated_peak_bytes": held + taken}
+        gc.collect()
+        release_freed_memory()
+        reset_process_peak()  # what the profiler wrote down of a step of many operators is more than the step takes
     start = time.perf_counter()
     train_step(ready, batches, lr=1e-4, mismatched=mismatched)
     measured["step_seconds"] = time.perf_counter() - start
     measured["tokens_per_second"] = sum(batch.tokens for batch in batches) / measured["step_seconds"]
     if where.type == "cpu":
-        measured["process_peak_bytes"] = process_peak_bytes()
+        measured["process_peak_bytes"] = max(loading, process_peak_bytes())
     return replace(plan, measured=measured)
 
 
@@ -104,23 +108,26 @@ def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Bat
     What other tensors exist in the process is left out.
     """
     mismatched = mismatched_of(config, batches)
-    return _measured_peak(
-        config, policy, batches, lambda ready: train_step(ready, batches, lr=1e-4, mismatched=mismatched)
-    )[1]
+    ready, held = _loaded(config, policy, batches)
+    return held + _most(lambda: train_step(ready, batches, lr=1e-4, mismatched=mismatched))
 
 
 def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
     """The same during one evaluation step, with the optimizer in memory as it is during training."""
-    return _measured_peak(config, policy, [batch], lambda ready: evaluate(ready, config, batch))[1]
+    ready, held = _loaded(config, policy, [batch])
+    return held + _most(lambda: evaluate(ready, config, batch))
 
 
-def _measured_peak(
-    config: RunConfig, policy: Policy, batches: Sequence[Batch], step: Callable[[Assembled], object]
-) -> tuple[Assembled, int]:
+def _loaded(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> tuple[Assembled, int]:
+    """What is ready for a step on the CPU, and the bytes that it and the batches hold."""
     before = held_bytes() - sum(tensor.untyped_storage().nbytes() for batch in batches for tensor in _tensors(batch))
     ready = assemble(config, policy, torch.device("cpu"))
-    held = held_bytes() - before
-    return ready, held + max(itertools.accumulate(allocator_events(lambda: step(ready))))
+    return ready, held_bytes() - before
+
+
+def _most(step: Callable[[], object]) -> int:
+    """Bytes that `step` holds at most, more than before."""
+    return max(itertools.accumulate(allocator_events(step)))
 
 
 def held_bytes() -> int:
