@@ -16,9 +16,16 @@ from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.preference import check_objective
 from lowmem_ft.core.sizes import parse_duration, parse_size
 
+
+def _path_text(value: Any) -> Any:
+    """A path as text; `~` stands for the home folder also where no shell has replaced it."""
+    home = isinstance(value, str) and value.startswith("~")
+    return str(Path(value).expanduser()) if home or isinstance(value, Path) else value
+
+
+PathText = Annotated[str, BeforeValidator(_path_text)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
-PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -144,7 +151,7 @@ def _parse_sources(value: Any) -> Any:
             raise ConfigError("A list of sources is empty.", allowed="a path, or a mapping with `path:`")
         return [_parse_sources(item) for item in value]
     if not isinstance(value, Mapping):
-        return str(value) if isinstance(value, Path) else value
+        return _path_text(value)
     try:
         return DataSource.model_validate(dict(value))
     except ValidationError as error:

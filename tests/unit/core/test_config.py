@@ -110,6 +110,15 @@ def test_paths_are_taken_where_a_path_is_meant() -> None:
         RunConfig.from_dict({"model": "m", "output": 3})
 
 
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config file has seen no shell that would replace the sign for it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"train": "~/t", "eval": ["~/e", "e~"]}
+    config = RunConfig.from_dict({"model": "~/m", "output": "~/runs/a", "data": data})
+    assert (config.model, config.output, config.data.train) == ("/home/me/m", "/home/me/runs/a", "/home/me/t")
+    assert config.data.eval == ["/home/me/e", "e~"]
+
+
 def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
     """As one has all of whose keys are commented out."""
     path = tmp_path / "config.yaml"

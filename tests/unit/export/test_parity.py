@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_undecided_tokens_are_counted_apart() -> None:
     p = torch.tensor([[2.0, 1.95, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
     q = torch.tensor([[1.9, 1.95, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     found = compare([p], [q])
-    assert (found.top1, found.clear_top1) == (1 / 3, 1 / 2)
+    assert (found.top1, found.clear_top1, found.clear) == (1 / 3, 1 / 2, 2)
     assert compare([p[:1]], [q[:1]]).clear_top1 == 1
 
 
@@ -175,6 +176,12 @@ def test_bounds_are_bounds() -> None:
     fine.check(SIXTEEN_BITS, what="It")
     with pytest.raises(ParityError, match="allowed: KL up to"):
         Parity(kl=1e-3, kl_most=1, top1=0.8, tokens=9, clear_top1=0.8).check(SIXTEEN_BITS, what="It")
+    one_of_few = Parity(kl=1e-3, kl_most=1, top1=0.96, tokens=40, clear_top1=32 / 33, clear=33)
+    one_of_few.check(SIXTEEN_BITS, what="It")
+    with pytest.raises(ParityError):
+        replace(one_of_few, clear_top1=31 / 33).check(SIXTEEN_BITS, what="It")
+    with pytest.raises(ParityError):
+        replace(one_of_few, kl=5e-3).check(SIXTEEN_BITS, what="It")
 
 
 def test_four_bits_are_held_against_the_quantization_of_the_run() -> None:
