@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -53,13 +52,8 @@ class Choices:
         self.device, self.scales = device, scales
         self._start, self._aside_host = start, host
         self.keep = self._keep_choices()
-        config = self.config
-        _refuse_pins(config, device, scales.depth)
-        _refuse_length(config, scales)
-        if config.policy.mlp_tile_tokens and not len(scales.stage.ready.mlps):
-            warnings.warn("policy.mlp_tile_tokens has no effect on a model without plain MLPs", stacklevel=5)
-        if config.policy.keep_attention and not self.attends:
-            warnings.warn("policy.keep_attention has no effect on this model, whose attention is its own", stacklevel=5)
+        _refuse_pins(self.config, device, scales.depth)
+        self._refuse_length()
         self.streams = self._stream_choices()
         self.levels = self._level_choices()
 
@@ -67,6 +61,42 @@ class Choices:
     def config(self) -> RunConfig:
         """What is planned now: a search may go on with another sequence length."""
         return self.scales.stage.config
+
+    def remarks(self) -> Iterator[str]:
+        """What the config asks for without effect, and what it asks of the model that this was not made for."""
+        config, pinned, ready = self.config, self.config.policy, self.scales.stage.ready
+        if self.device.kind == "cpu" and pinned.optimizer_on == "host":
+            yield "policy.optimizer_on: host has no effect on a CPU, where it is the device"
+        if config.adapter.prompt_learning and pinned.activations in ("recompute", "offload"):
+            given = f"policy.activations: {pinned.activations}"
+            yield f"{given} has no effect on virtual tokens, whose blocks keep their activations"
+        if pinned.mlp_tile_tokens and not len(ready.mlps):
+            yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
+        if pinned.keep_attention and not self.attends:
+            yield "policy.keep_attention has no effect on this model, whose attention is its own"
+        if pinned.stream_embeddings not in (None, "none") and not chosen(ready.matrices, pinned.stream_embeddings):
+            yield f"policy.stream_embeddings: {pinned.stream_embeddings} has no effect on this model"
+        if self._too_long:
+            yield (
+                f"data.seq_len: {config.data.seq_len} is more than the {self.scales.longest} positions that the model "
+                "was made for: of what lies behind them it may make no sense"
+            )
+
+    @property
+    def _too_long(self) -> bool:
+        text = causal_model(self.scales.stage.ready.model).config.get_text_config()
+        known = getattr(text, "max_position_embeddings", None)
+        return known is not None and self.config.data.seq_len > int(known)
+
+    def _refuse_length(self) -> None:
+        """Of sequences: what the model has no positions for."""
+        if self._too_long and has_position_table(causal_model(self.scales.stage.ready.model)):
+            raise ConfigError(
+                "The model has no positions for sequences so long.",
+                given=f"data.seq_len: {self.config.data.seq_len}",
+                allowed=f"at most {self.scales.longest}",
+                fix=f"set data.seq_len: {self.scales.longest}",
+            )
 
     def _keep_choices(self) -> Sequence[int]:
         pinned, depth = self.config.policy, self.scales.depth
@@ -130,10 +160,7 @@ class Choices:
         """What of the embeddings may lie below the device, ascending: what saves memory there, and is not trained."""
         ready, pinned = self.scales.stage.ready, self.config.policy.stream_embeddings
         if pinned is not None:
-            streamed = chosen(ready.matrices, pinned)
-            refuse_trained(ready.model, streamed)
-            if pinned != "none" and not streamed:
-                warnings.warn(f"policy.stream_embeddings: {pinned} has no effect on this model", stacklevel=4)
+            refuse_trained(ready.model, chosen(ready.matrices, pinned))
             return (pinned,)
         levels: list[Which] = ["none"]
         for level in ("input", "both"):
@@ -218,17 +245,6 @@ def _trains_matrices(model: Any) -> bool:
     inside = f"{find_blocks(model)[0]}."
     trained = [n for n, it in model.named_parameters() if it.requires_grad and it.ndim > 1 and n.startswith(inside)]
     return any("modules_to_save" in name.split(".") or is_inside(name, whole) for name in trained)
-
-
-def _refuse_length(config: RunConfig, scales: Scales) -> None:
-    """Of sequences: what the model has no positions for."""
-    if config.data.seq_len > scales.longest and has_position_table(causal_model(scales.stage.ready.model)):
-        raise ConfigError(
-            "The model has no positions for sequences so long.",
-            given=f"data.seq_len: {config.data.seq_len}",
-            allowed=f"at most {scales.longest}",
-            fix=f"set data.seq_len: {scales.longest}",
-        )
 
 
 def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:

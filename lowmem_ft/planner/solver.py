@@ -61,7 +61,6 @@ def _without_collections() -> Iterator[None]:
 def _make_plan(config: RunConfig, device: Device | None) -> Plan:
     load_readers(config.data)
     device = device or find_device(config.budget.device)
-    _warn_of_no_effect(config, device)
     if config.policy.objective == "context":
         config = _with_longest_sequence(config, device)
     budget = _budget(config, device)
@@ -69,8 +68,12 @@ def _make_plan(config: RunConfig, device: Device | None) -> Plan:
         search = Search(config, device, bits)
         answer = search.best(budget)
         if answer.fits:
-            return write_plan(answer)  # with the highest precision that fits
-    return write_plan(replace(answer, changes=cheapest_changes(config, _smallest(search, budget))))
+            break  # with the highest precision that does
+    for remark in search.choices.remarks():
+        warnings.warn(remark, stacklevel=3)
+    if not answer.fits:
+        answer = replace(answer, changes=cheapest_changes(config, _smallest(search, budget)))
+    return write_plan(answer)
 
 
 def _budget(config: RunConfig, device: Device) -> int:
@@ -184,12 +187,3 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
         low, high = (middle, high) if fits(middle) else (low, middle)
     search.lengthen(of(max(low, 1)))
     return search.config if low else config
-
-
-def _warn_of_no_effect(config: RunConfig, device: Device) -> None:
-    pinned = config.policy
-    if device.kind == "cpu" and pinned.optimizer_on == "host":
-        warnings.warn("policy.optimizer_on: host has no effect on a CPU, where it is the device", stacklevel=4)
-    if config.adapter.prompt_learning and pinned.activations in ("recompute", "offload"):
-        given = f"policy.activations: {pinned.activations}"
-        warnings.warn(f"{given} has no effect on virtual tokens, whose blocks keep their activations", stacklevel=4)

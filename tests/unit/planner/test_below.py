@@ -257,6 +257,14 @@ def test_tiles_that_are_pinned_or_have_no_effect(tmp_path: Path) -> None:
         make_plan(config(tmp_path / "mixtral", policy=pinned), device=DEVICE)
 
 
+def test_what_lies_behind_a_model_s_positions_is_told_once(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, max_position_embeddings=64)
+    with pytest.warns(UserWarning, match="data.seq_len: 128 is more than the 64 positions") as told:
+        plan = make_plan(config(tmp_path, data={"seq_len": 128}, budget={"memory": 1}), device=DEVICE)
+    assert not plan.fits
+    assert len(told) == 1
+
+
 def test_keeping_an_attention_that_is_not_ours_is_said_to_have_no_effect(tmp_path: Path) -> None:
     save_tiny("gemma2", tmp_path)  # whose scores are soft-capped
     with pytest.warns(UserWarning, match="keep_attention has no effect"):
