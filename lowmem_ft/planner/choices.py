@@ -21,6 +21,7 @@ from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.runtime import shelf
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.runtime.ring import SLOTS
@@ -127,11 +128,10 @@ class Choices:
         pinned, stage = self.config.policy.keep_attention, self.scales.stage
         if pinned is not None or not self.attends or self.keep[0] == self.scales.depth:
             return (bool(pinned),)
-        text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[0]
+        text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[-1]
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         attending = self.config.data.seq_len * text.num_attention_heads * size
-        products = sum(it.in_features * it.out_features for it in block.modules() if isinstance(it, nn.Linear))
-        return (False, True) if attending >= ATTENDING * products else (False,)
+        return (False, True) if attending >= ATTENDING * products_of(block, text) else (False,)
 
     def chunks(self, policy: Policy) -> list[int]:
         """Of the loss, with micro-batch and embeddings of `policy`, ascending."""
@@ -210,6 +210,15 @@ class Choices:
         if self.device.kind == "cpu" or not allowed:
             return True
         return self.device.host_process_bytes + self._aside_host() + nbytes <= allowed
+
+
+def products_of(block: nn.Module, text: Any) -> int:
+    """How many numbers a block multiplies by for a token, with as many experts as the config `text` has for one."""
+    linear = sum(it.in_features * it.out_features for it in block.modules() if isinstance(it, nn.Linear))
+    stacks = [it.shape for it in block.modules() if isinstance(it, QuantStack)]
+    stacks += [it.shape for it in block.parameters() if it.ndim == 3 and not it.requires_grad]
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    return linear + active * sum(rows * columns for _, rows, columns in stacks)
 
 
 def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> Policy:

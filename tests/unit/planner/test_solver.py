@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,12 +17,14 @@ from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, Uns
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
 from lowmem_ft.planner.answer import write_plan
+from lowmem_ft.planner.choices import products_of
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import PROCESS_SLACK, process_peak
 from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.trainer import loop
 from tests.models import save_tiny
 
@@ -330,6 +332,16 @@ def test_a_search_leaves_nothing_for_the_search_for_cycles(models: dict[str, Pat
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_of_experts_those_that_a_token_has_multiply(models: dict[str, Path], bits: Literal[4, 16]) -> None:
+    search = Search(config(models["mixtral"], quant={"bits": bits}), DEVICE, bits)
+    text = causal_model(search.scales.stage.ready.model).config
+    size = text.hidden_size // text.num_attention_heads
+    heads = 2 * size * (text.num_attention_heads + text.num_key_value_heads)
+    numbers = text.hidden_size * (heads + text.num_experts_per_tok * 3 * text.intermediate_size)
+    assert products_of(search.scales.stage.blocks[-1], text) == numbers
 
 
 def test_pins_are_followed(models: dict[str, Path]) -> None:
