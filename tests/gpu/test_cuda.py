@@ -188,6 +188,19 @@ def test_training_lowers_the_loss_and_resumes(tmp_path: Path, compute_dtype: str
     assert again.eval_loss == pytest.approx(run.eval_loss, rel=1e-3)
 
 
+def test_a_checkpoint_of_a_card_goes_on_on_the_cpu(tmp_path: Path) -> None:
+    short = {"train": {"optimizer": "paged_adamw8bit", "max_time": 0.001}}
+    begun = loop.train(config(tmp_path, "moved", **short), reporter=Reporter(quiet=True))
+    assert (begun.status, begun.plan.device["kind"]) == ("out_of_time", "cuda")
+    moved = config(
+        tmp_path, "moved", train={"optimizer": "paged_adamw8bit"}, budget={"device": "cpu", "memory": "4GiB"}
+    )
+    run = loop.train(moved, resume=True, reporter=Reporter(quiet=True))
+    assert (run.status, run.plan.device["kind"]) == ("finished", "cpu")
+    losses = [line["eval_loss"] for line in run.metrics if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+
+
 def test_keep_and_recompute_give_the_same_gradients(tmp_path: Path) -> None:
     settings = config(tmp_path, "unused", adapter={"dropout": 0.1})
     plan = make_plan(settings)
