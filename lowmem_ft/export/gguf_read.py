@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +29,8 @@ def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
     permutes = architecture_of(config).permutes
     tensors, shapes = gguf_tensors(weights, "f32"), weights.tensors()
     names = {place.name: (name, place) for name, places in tensors.items() for place in places}
-    read = [tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name in names]
+    reader = gguf.GGUFReader(file)
+    read = [tensor for tensor in reader.tensors if tensor.name in names]
     exact = {names[it.name][0] for it in read if it.tensor_type == gguf.GGMLQuantizationType.F32}
     layout: Layout = {
         name: (shape, torch.float32 if name in exact else torch.bfloat16) for name, (shape, _) in shapes.items()
@@ -34,7 +38,9 @@ def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
     files = ShardFiles(folder, layout, index_name=INDEX)
     for tensor in read:
         name, place = names[tensor.name]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values = torch.from_numpy(found.copy() if np.may_share_memory(found, reader.data) else found)
+        _let_go(reader.data)
         values = values.view(place.slot.shape)
         heads = heads_of(name, config) if permutes else 0
         if place.rows is None:
@@ -44,6 +50,12 @@ def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
         for index, matrix in enumerate(values):
             files.write(name, matrix, start=(index * rows + place.rows[0]) * columns)
     write_configs(weights, folder)
+
+
+def _let_go(mapped: Any) -> None:
+    """Take what was read of a mapped file out of the resident set, where it would stay to the end."""
+    if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.base.madvise(mmap.MADV_DONTNEED)
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
