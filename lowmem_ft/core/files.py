@@ -44,10 +44,19 @@ def remove_half_written(folder: Path) -> None:
     What has this process's number goes, too: in a container a process often has that of the one before. So it is for
     a process that has written nothing yet.
     """
-    for path in [*folder.glob(".*.tmp"), *folder.glob(f"{SAVING}*")]:
-        name = path.name
-        pid = name.removeprefix(SAVING).split("-")[0] if name.startswith(SAVING) else name.split(".")[-2]
+    try:
+        names = os.listdir(folder)
+    except OSError:  # there is none, or nobody may look inside: writing says why
+        return
+    for name in names:
+        if name.startswith(SAVING):
+            pid = name.removeprefix(SAVING).split("-")[0]
+        elif name.startswith(".") and name.endswith(".tmp"):
+            pid = name.split(".")[-2]
+        else:
+            continue
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            path = folder / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
