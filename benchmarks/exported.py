@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ("What does ls do?", "What does grep do?", "What is tar for?", "How do I copy a file?", "Käse, 日本?")
 BEGINNINGS = ("The ls command", "SYNOPSIS\n", "This option", "If the file does not exist,")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What all of them take on the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=60, help="of training, of the embedded model")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    return parser
 
 
 def shown(parity: Any) -> dict[str, Any]:

@@ -14,9 +14,7 @@ core), and the second is llama.cpp's server, which renders chat templates.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import os
 import sys
 import tempfile
 import time
@@ -26,7 +24,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.exported import BEGINNINGS, QUESTIONS, base_alone, report, shown, trained_embedded, with_templates
+from benchmarks.exported import (
+    BEGINNINGS,
+    QUESTIONS,
+    arguments,
+    base_alone,
+    report,
+    shown,
+    trained_embedded,
+    with_templates,
+)
 from benchmarks.llamacpp_engine import Engine, serving
 from benchmarks.llamacpp_tokens import real_tokenizers, same_tokens, tokenizers
 
@@ -170,11 +177,8 @@ def served(file: Path, tokenizer: Any, model: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="exported files in llama.cpp, on the CPU")
-    parser.add_argument("--steps", type=int, default=60, help="of training, of the embedded model")
+    parser = arguments("exported files in llama.cpp, on the CPU")
     parser.add_argument("--vocabs", type=Path, help="a folder with ggml-vocab-*.gguf of llama.cpp's sources")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     from common import leave, on_cpu, stamp  # beside this file, where scripts are run
 

@@ -8,7 +8,6 @@ runs `ollama serve` with a store of its own and leaves nothing in yours.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.exported import QUESTIONS, base_alone, report, trained_embedded, with_templates
+from benchmarks.exported import QUESTIONS, arguments, base_alone, report, trained_embedded, with_templates
 
 ANSWER = 48  # tokens at most
 TALKS: tuple[tuple[str, ...], ...] = (
@@ -241,11 +240,8 @@ def templates(server: Ollama, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="exported files in Ollama, on the CPU")
+    parser = arguments("exported files in Ollama, on the CPU")
     parser.add_argument("--ollama", type=Path, default=shutil.which("ollama"), help="the program")
-    parser.add_argument("--steps", type=int, default=60, help="of training, of the embedded model")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     if options.ollama is None:
         parser.error("there is no program `ollama`: say --ollama PATH")

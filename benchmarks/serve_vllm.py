@@ -13,7 +13,6 @@ package, as in
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.exported import BEGINNINGS, QUESTIONS, base_alone, report, shown, trained_embedded
+from benchmarks.exported import BEGINNINGS, QUESTIONS, arguments, base_alone, report, shown, trained_embedded
 
 ANSWER = 48  # tokens at most
 # in this process, with little memory, on the threads that it is given, and telling nobody
@@ -259,11 +258,7 @@ def embedded(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="exported adapters in vLLM, on the CPU")
-    parser.add_argument("--steps", type=int, default=60, help="of training, of the embedded model")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
-    options = parser.parse_args()
+    options = arguments("exported adapters in vLLM, on the CPU").parse_args()
     from common import leave, on_cpu, stamp  # beside this file, where scripts are run
 
     on_cpu(options.threads)
