@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 
 from lowmem_ft.core.errors import DataError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
-from lowmem_ft.core.positions import has_position_table
+from lowmem_ft.core.positions import has_position_table, positions_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,14 +154,8 @@ def converse(
             fix="use `lowmem-ft generate`, which gives prompts to the model as they are",
         )
     ids_1T = _rendered(tokenizer, messages).to(model.device)
-    room = _positions(model) - ids_1T.shape[1]
-    if room < 1:
-        raise DataError(
-            "The conversation is longer than the model can see.",
-            given=f"{ids_1T.shape[1]} tokens",
-            allowed=f"at most {_positions(model) - 1}, so that an answer has a position",
-            fix="begin anew (/reset in a chat), or write less",
-        )
+    fix = "begin anew (/reset in a chat), or write less"
+    room = _room(ids_1T, _positions(model), "The conversation is longer than the model can see.", fix)
     stopped = False
 
     def stops(ids_1T: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -240,6 +234,15 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
 
 
+def _room(ids_1T: Tensor, positions: int, problem: str, fix: str) -> int:
+    """Positions that these tokens leave for an answer; it is an error if there are none."""
+    taken = ids_1T.shape[1]
+    if taken >= positions:
+        allowed = f"at most {positions - 1}, so that an answer has a position"
+        raise DataError(problem, given=f"{taken} tokens", allowed=allowed, fix=fix)
+    return positions - taken
+
+
 def _learned_positions(model: Any) -> int:
     """Positions behind which the model computes nothing; without bound where they are no table."""
     inner = getattr(model, "base_model", model)
@@ -248,7 +251,7 @@ def _learned_positions(model: Any) -> int:
 
 def _positions(model: Any) -> int:
     """Positions for text that the model was made for; without bound where its config names none."""
-    known = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40)
+    known = positions_of(model.config) or 1 << 40
     # a prompt that was learnt (peft's prompt, prefix and P-tuning) stands before the text
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return known - int(virtual)
@@ -292,14 +295,8 @@ def _answer(
         ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         ids_1T = _tokens(tokenizer, prompt)
-    room = _learned_positions(model) - ids_1T.shape[1]
-    if room < 1:
-        raise DataError(
-            "The prompt is longer than the model has positions for.",
-            given=f"{ids_1T.shape[1]} tokens",
-            allowed=f"at most {ids_1T.shape[1] + room - 1}, so that an answer has a position",
-            fix="write less",
-        )
+    positions = _learned_positions(model)
+    room = _room(ids_1T, positions, "The prompt is longer than the model has positions for.", "write less")
     max_new_tokens = min(max_new_tokens, room)
     streamer = None if say is None else _Told(tokenizer, say)
     new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling, streamer=streamer)

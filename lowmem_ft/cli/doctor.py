@@ -17,6 +17,7 @@ from rich.text import Text
 from lowmem_ft.core.checks import Check, check_versions
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.positions import positions_of
 
 if TYPE_CHECKING:
     from lowmem_ft.planner.health import Limit
@@ -76,9 +77,8 @@ def _within_positions(config: RunConfig) -> RunConfig:
     """With sequences that the model has positions for."""
     from lowmem_ft.quant.checkpoint import Checkpoint
 
-    found = Checkpoint.open(config.model, weights=False).config.get_text_config()
-    positions = int(getattr(found, "max_position_embeddings", None) or config.data.seq_len)
-    if positions >= config.data.seq_len:
+    positions = positions_of(Checkpoint.open(config.model, weights=False).config)
+    if positions is None or positions >= config.data.seq_len:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": positions})})
 

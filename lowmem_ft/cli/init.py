@@ -15,6 +15,7 @@ from lowmem_ft.core.commented import commented_yaml
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, LowMemError
 from lowmem_ft.core.files import write_text
+from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.sizes import parse_size
 from lowmem_ft.report.progress import Reporter
 
@@ -86,7 +87,7 @@ def init(
     reporter = Reporter()
     model = ask(model, "Model (a folder or a hub id)", None, _text)
     checkpoint = Checkpoint.open(model, weights=False)
-    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.folder)
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=model)

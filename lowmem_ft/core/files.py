@@ -55,7 +55,7 @@ def remove_half_written(folder: Path) -> None:
             pid = name.split(".")[-2]
         else:
             continue
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+        if pid == str(os.getpid()) or _is_gone(pid):
             path = folder / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -68,5 +68,10 @@ def remove_orphans(parent: Path, prefix: str) -> None:
     """Remove folders `<prefix><process id>-...` in `parent` that processes which were killed have left half-written."""
     for folder in parent.glob(f"{prefix}*"):
         pid = folder.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if _is_gone(pid):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_gone(pid: str) -> bool:
+    """Whether this is the number of a process that does not exist."""
+    return pid.isdigit() and not psutil.pid_exists(int(pid))

@@ -1,4 +1,4 @@
-"""Models that look their positions up in a table, and compute nothing behind its end."""
+"""Positions that a model was made for, and models that look them up in a table and compute nothing behind its end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 _OFFSET = 8  # rows that a table may have beside those of positions: OPT's has 2
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions for text a transformers config names; None if it names none."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(known) if known else None
+
+
 def has_position_table(model: Any) -> bool:
     """Whether positions of a transformers model (on any device, adapters or not) are rows of a table, learned or not.
 
     Of rotary positions, which are computed, there is none, and a model goes on behind those that it was made for.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not known:
+    known = positions_of(model.config)
+    if known is None:
         return False
     words = model.get_input_embeddings().weight
     tables = (

@@ -15,7 +15,7 @@ from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.core.positions import has_position_table
+from lowmem_ft.core.positions import has_position_table, positions_of
 from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
@@ -85,9 +85,8 @@ class Choices:
 
     @property
     def _too_long(self) -> bool:
-        text = causal_model(self.scales.stage.ready.model).config.get_text_config()
-        known = getattr(text, "max_position_embeddings", None)
-        return known is not None and self.config.data.seq_len > int(known)
+        known = positions_of(causal_model(self.scales.stage.ready.model).config)
+        return known is not None and self.config.data.seq_len > known
 
     def _refuse_length(self) -> None:
         """Of sequences: what the model has no positions for."""

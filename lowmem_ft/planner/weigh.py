@@ -17,6 +17,7 @@ import torch
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import LARGE
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.positions import positions_of
 from lowmem_ft.planner.compose import (
     Part,
     Pieces,
@@ -130,7 +131,7 @@ class Scales:
         self._tier: Tier | None = None if kind == "cpu" else "device"
         self.held = next(reversed(list(self.stage.tracer.trace.curve(self._tier))))
         text = causal_model(self.stage.ready.model).config.get_text_config()
-        self.longest = int(getattr(text, "max_position_embeddings", None) or LONGEST)
+        self.longest = positions_of(text) or LONGEST
         self._kinds = block_kinds(self.stage.ready.model)
         assert self.stage.ready.optimizer is not None, "a plan is made for training"
         self._optimizer = self.stage.ready.optimizer
