@@ -21,7 +21,8 @@ from lowmem_ft.runtime import optim, vocabulary
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.shelf import SLOTS
 from tests.models import save_tiny
-from tests.unit.planner.test_solver import CARD, DEEP, DEVICE, LARGE_ADAPTER, config
+from tests.unit.planner.test_devices import LARGE_ADAPTER
+from tests.unit.planner.test_solver import CARD, DEEP, DEVICE, config
 
 LEVELS = ("none", "input", "both")
 
