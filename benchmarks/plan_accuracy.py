@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="on a GPU: processes that measure side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="on a GPU: no configuration is begun after these")
     parser.add_argument("--record", type=Path, help="on a GPU: only measure, into this file")
+    parser.add_argument("--known", type=Path, help="on a GPU: such a file, whose configurations are not measured again")
     parser.add_argument("--judge", type=Path, help="anywhere: hold plans against such a file")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", help=argparse.SUPPRESS)
@@ -146,6 +147,7 @@ def record_cuda(options: argparse.Namespace, out: Path) -> None:
     """
     parts = [out.with_name(f"{out.name}.{job}") for job in range(options.jobs)]
     command = [sys.executable, __file__, "--device", options.device, "--count", str(options.count)]
+    command += ["--known", str(options.known)] if options.known else []
     command += ["--seed", str(options.seed), "--seconds", str(options.seconds), "--threads", str(options.threads)]
     children = [
         subprocess.Popen([*command, "--record", str(part), "--share", f"{job}/{options.jobs}"])
@@ -163,29 +165,37 @@ def record_cuda(options: argparse.Namespace, out: Path) -> None:
 
 def record_share(options: argparse.Namespace, out: Path) -> None:
     """What `record_cuda` says, of one process's share."""
+    import torch
+    import transformers
+
     from lowmem_ft.core.errors import LowMemError
+    from lowmem_ft.planner.alloc_conf import expandable_segments
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.verify import full_batches
     from tests.unit.planner.on_cuda import measure, packed
     from tests.unit.planner.sampler import draw, prepared
 
     begin, (own, jobs) = time.monotonic(), map(int, options.share.split("/"))
-    device, generator = find_device(options.device), random.Random(options.seed)
+    generator = random.Random(options.seed)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    known = {json.loads(line)["index"] for line in recorded_lines(options.known)} if options.known else set()
     with out.open("w", encoding="utf-8") as file:
         for index in range(options.count):
             size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
             drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS)
-            if index % jobs != own:
+            if index % jobs != own or index in known:
                 continue
             if time.monotonic() - begin > options.seconds:
                 return
             folder = Path(tempfile.mkdtemp(prefix="lowmem-ft-accuracy-"))
+            device = find_device(options.device)  # each time, as kernels that others have loaded stay in the process
             one: dict[str, Any] = {"index": index, "size": size, "device": device.to_dict(), **drawn}
+            one |= {"expandable_segments": expandable_segments(), "versions": versions}
             try:
-                config, policy = prepared(drawn, folder)
+                config, policy = prepared(drawn, folder, device=options.device)
                 batches = full_batches(config, policy, vocabulary=100)
-                first, later = measure(config, policy, device, batches)
-                one |= {"loss_tokens": batches[0].loss_tokens, "first": packed(first), "later": packed(later)}
+                parts = zip(("first", "later", "before"), measure(config, policy, device, batches), strict=True)
+                one |= {"loss_tokens": batches[0].loss_tokens, **{name: packed(part) for name, part in parts}}
             except (RuntimeError, LowMemError) as error:  # memory that ran out is a RuntimeError, too
                 one["failed"] = str(error)[:1000]
             finally:
@@ -227,6 +237,9 @@ def judged_cuda(line: str) -> dict[str, Any]:
 
     one = json.loads(line)
     device = Device(**one.pop("device"))
+    one.pop("before", None)
+    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    os.environ["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{one.pop('expandable_segments', True)}"  # as recorded
     if "failed" not in one:
         with tempfile.TemporaryDirectory(prefix="lowmem-ft-accuracy-") as name:
             tiny_config(one["architecture"], **settings_of(one)).save_pretrained(name)

@@ -33,7 +33,7 @@ from lowmem_ft.quant.loader import effective_spec, head_path, load_weights, meta
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.swap import swap_quantized
 from lowmem_ft.runtime.activations import ActivationPolicy, apply_activation_policy
-from lowmem_ft.runtime.attention import use_attention
+from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
@@ -106,6 +106,7 @@ def assemble(
     optimizer: bool = True,
     progress: Progress | None = None,
     on_card: bool | None = None,
+    loaded: Callable[[], None] | None = None,
 ) -> Assembled:
     """Build, load and equip the model of `config` as `policy` says.
 
@@ -116,6 +117,7 @@ def assemble(
         optimizer: whether optimizer state and gradient buffers are made.
         progress: called with (bytes done, bytes in all) while weights load.
         on_card: whether `device` is a card; on `meta`, whether it stands for one.
+        loaded: called when the weights are there, and nothing else is.
 
     Raises:
         CheckpointError, UnsupportedError, ConfigError: as the parts find them.
@@ -129,7 +131,7 @@ def assemble(
     on_card = device.type == "cuda" if on_card is None else on_card
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
-    use_attention(model)
+    use_attention(model, on_card=device.type == "cuda")
     use_experts(model)
     use_norms(model)
     objective = objective_of(config)
@@ -170,6 +172,8 @@ def assemble(
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
     attention = model.config._attn_implementation
+    if loaded is not None:
+        loaded()
     equipped = _equip(model, config.adapter, adapter, dtype)
     if objective is not None and objective.has_reference:
         _refuse_trained_reference(equipped)

@@ -107,14 +107,17 @@ def tiny_config(name: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(model_type, **settings)
 
 
-def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> PreTrainedModel:
-    """A random model of architecture `name`, its weights (biases and norms too) drawn from `seed`."""
+def tiny_model(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **overrides: Any
+) -> PreTrainedModel:
+    """A random model of architecture `name`, its weights (biases and norms too) drawn from `seed` on `device`."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
             parameter.copy_(centre + noise * (0.1 if parameter.dim() < 2 else 0.08))
     model.tie_weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +32,11 @@ CUDA_CONTEXT_BYTES = 670 * 10**6
 # Kernels that a run loads later than `load_kernels`, and streams for copies: at most 22 MiB were measured on an H200 in
 # runs of some twenty architectures, in three dtypes
 LATER_BYTES = 24 << 20
-# RSS of a process before it loads a model, beside a card that is known from its profile only. An assumption: 440 MiB
-# were measured with PyTorch's CPU build (torch, transformers and this package imported, one plan made); the rest is for
-# the libraries and the context of CUDA. Where the card is here, this process is measured.
-HOST_PROCESS_BYTES = 1 << 30
+# RSS of a process beside a card before it loads a model, and what it takes later for kernels that CUDA loads and their
+# tables: an H200's runs took 1.54 GiB after `load_kernels`, and 0.41 to 0.59 more until their end. Beside a card that
+# is known from its profile only both are assumed
+LATER_HOST_BYTES = 640 << 20
+HOST_PROCESS_BYTES = (1600 << 20) + LATER_HOST_BYTES
 # Of a row of an embedding on a disk, beside its bytes: 73 to 89 us were measured for 6 KB rows on the machine of
 # fit.json; it is the disk's latency, so a profile's bandwidth says nothing of it.
 LOOKUP_SECONDS = 75e-6
@@ -123,7 +125,8 @@ def find_device(name: str) -> Device:
 
 
 def cost_of(device: Device) -> Cost:
-    """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, in proportion."""
+    """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, with products in
+    proportion."""
     profile = _profile_of(device)
     rates = Rates.of(profile)
     if device.profile is None:
@@ -146,7 +149,20 @@ def links_of(device: Device) -> Links:
 
 
 def _profile_of(device: Device) -> Profile:
-    return load_profile(device.profile or ("cpu" if device.kind == "cpu" else SIMILAR_TO_CUDA))
+    if device.profile is not None:
+        return load_profile(device.profile)
+    return load_profile("cpu" if device.kind == "cpu" else _similar_card(device))
+
+
+def _similar_card(device: Device) -> str:
+    """The profile that ships of a card like this one: of the same architecture, with as many processors and about the
+    same memory; else `SIMILAR_TO_CUDA`."""
+    for name in profile_names():
+        profile = load_profile(name)
+        same = (profile.compute_capability, profile.sm_count) == (device.compute_capability, device.sm_count)
+        if same and math.isclose(profile.memory_bytes.value, device.memory_bytes, rel_tol=0.1):
+            return name
+    return SIMILAR_TO_CUDA
 
 
 def _from_profile(profile: Profile, name: str) -> Device:
@@ -209,7 +225,7 @@ def _cuda(index: int) -> Device:
         free_bytes=free,
         process_bytes=beside + LATER_BYTES,
         host_free_bytes=host_free,
-        host_process_bytes=host_taken,
+        host_process_bytes=host_taken + LATER_HOST_BYTES,
         compute_dtype="bfloat16" if bf16 else "float16",
         flops=flops,
         compute_capability=f"{capability[0]}.{capability[1]}",

@@ -30,16 +30,15 @@ from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
-from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_blocks
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, safetensors_header
 from lowmem_ft.quant.experts import QuantStack
-from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
+from lowmem_ft.quant.footprint import LoadFootprint
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.quant.loader import effective_spec
 from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize_scratch
-from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.ring import SLOTS
 from lowmem_ft.runtime.streaming import Moved, Piece
@@ -87,12 +86,10 @@ class Base:
     def of(cls, config: RunConfig, policy: Policy, stage: Stage) -> Base:
         """Predict it, see `Aside.of`."""
         checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
-        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
-        footprint = load_footprint(checkpoint, spec=quant_spec(policy), dtype=dtype)
         small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
         return cls(
             spec=effective_spec(checkpoint, quant_spec(policy)),
-            footprint=footprint,
+            footprint=stage.footprint,
             check=_isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0,
             casts=0 if stage.kind == "cpu" else CHUNK_BYTES,
             copied=sum(file.stat().st_size for file in small if not file.name.endswith(".index.json")),
@@ -339,7 +336,7 @@ def _isolation_peak(stage: Stage, only: list[int]) -> int:
         inputs = attention_inputs(model, batch, dtype=stage.ready.compute_dtype)
         return isolation_fault(model, batch, inputs)  # which it cannot find without data
 
-    with only_blocks(whole, only), planned_attention(find_blocks(whole)[1], stage.kind), adapters_disabled(whole):
+    with only_blocks(whole, only), stage.attending(), adapters_disabled(whole):
         return _work(stage, check)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from lowmem_ft.planner.allocator import SLACK, SMALL_MAX, CachingAllocator, rounded
 
@@ -159,8 +159,7 @@ def _as_one(runs: list[Run]) -> list[Run]:
     return [Run(max(run.need for run in runs), max(run.high for run in runs), runs)]
 
 
-@dataclass(frozen=True, slots=True)
-class Peaks:
+class Peaks(NamedTuple):
     """The most bytes in use and held, as PyTorch's allocator counts them."""
 
     allocated: int
@@ -181,7 +180,7 @@ def replay(
 
     Args:
         new: makes an allocator.
-        held: key and bytes of what is there before.
+        held: key and bytes of what came before, negative where it was given back. What was free at its end is, too.
         enough: if more bytes are reserved, it matters no more how many: then the peaks are those until then.
     """
     small, large = _Pool(new(), held, small=True), _Pool(new(), held, small=False)
@@ -225,7 +224,16 @@ class _Pool:
         self.allocator, self.peak, self._small = allocator, 0, small
         self._state, self._states = 0, count(1)  # its number: the same for the same free blocks
         self._known: dict[Run, tuple[int, int]] = {}  # in which state, and beside what, it was the same afterwards
-        self._handles = {key: allocator.allocate(nbytes) for key, nbytes in held if (nbytes <= SMALL_MAX) == small}
+        self._handles: dict[int, int] = {}
+        for key, nbytes in held:
+            if (abs(nbytes) <= SMALL_MAX) != small:
+                continue
+            if nbytes > 0:
+                self._handles[key] = allocator.allocate(nbytes)
+            else:
+                allocator.free(self._handles.pop(key))
+        allocator.empty_cache()  # as `assemble` does at its end
+        allocator.reserved_peak = allocator.reserved
         self._before: list[Hashable] = []  # after equal turns what was reserved, and where lay what they had made
 
     def play(self, items: Sequence[Op | Run], firsts: Sequence[int], beside: int) -> None:

@@ -85,6 +85,7 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
     """Operator -> the pieces that it takes on `card`, in bytes, from its arguments."""
     aten, tiled = torch.ops.aten, norms_in_tiles("cuda")
     forward, backward = torch.ops.lowmem_ft.rms_norm.default, torch.ops.lowmem_ft.rms_norm_backward.default
+    weight = torch.ops.lowmem_ft.rms_norm_weight_backward.default
     return {
         aten._scaled_dot_product_flash_attention.default: functools.partial(_flash, card),
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -96,6 +97,7 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
         aten.nonzero_static.default: functools.partial(_nonzero, card),
         **dict.fromkeys(overloads("sort.stable", "sort.default"), _sort),
         **tiled,
+        weight: functools.partial(_rms_norm_weight, card),
         forward: functools.partial(_rms_norm, tiled[forward]),
         backward: functools.partial(_rms_norm_backward, tiled[backward]),
         **dict.fromkeys(overloads(*_SUMS), functools.partial(_sum, card)),
@@ -123,14 +125,15 @@ def _round_up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
-def _flash(card: Card, q_BHTE: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
-    """Where rows and heads are too few for all processors, keys are split, and each part has its own sums in fp32.
+def _flash(card: Card, q_BHTE: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *_: Any, **__: Any) -> list[int]:
+    """Where rows and heads are too few for all processors, keys are split, and each part has its own sums in fp32; but
+    not with dropout.
 
     aten/native/transformers/cuda/flash_attn/flash_api.cpp, `set_params_splitkv`.
     """
     rows, heads, length, size = q_BHTE.shape
     splits = _flash_splits(card, rows * heads * -(-length // 64), k.shape[2], size)
-    if splits == 1:
+    if splits == 1 or dropout > 0.0:
         return []
     sums = 4 * splits * rows * heads * length
     return [sums, sums * _round_up(size, 32 if size <= 128 else 64)]
@@ -191,17 +194,16 @@ def _efficient_backward(card: Card, dout: Tensor, q_BHTE: Tensor, k: Tensor, *_:
     """
     rows, heads, length, size = q_BHTE.shape
     half = q_BHTE.element_size() < 4
-    pieces = [] if dout.transpose(1, 2).is_contiguous() else [dout.nbytes]
+    copied = [] if dout.transpose(1, 2).is_contiguous() else [dout.nbytes]
     whole, sums = 4 * q_BHTE.numel(), 4 * rows * heads * length
-    if half and (card.capability[0] > 7 or card.capability == (7, 5)):
-        pieces.append(sums)
-    else:
-        pieces += [whole, whole, whole, sums, sums] if half else [whole, sums, sums]
     largest = next(limit for limit in _EFFICIENT if size <= limit)
     tiles = [tile for tile in _EFFICIENT[largest] if half or tile != _HALF]
     taken = tiles[:1] if card.large_blocks else tiles
-    pieces.append(max(_gradient_sums(tile, largest, q_BHTE, k.shape[2]) for tile in taken))
-    return pieces
+    working = max(_gradient_sums(tile, largest, q_BHTE, k.shape[2]) for tile in taken)
+    if half and (card.capability[0] > 7 or card.capability == (7, 5)):
+        return [*copied, sums, working]
+    wholes = [whole, whole, whole] if half else [whole]
+    return [*copied, *wholes, sums, sums, -sums, *(-it for it in wholes), working]
 
 
 def _gradient_sums(tile: _Tile, largest: int, q_BHTE: Tensor, keys: int) -> int:
@@ -327,15 +329,30 @@ def _rms_norm_backward(tiled: Scratch, dy: Tensor, x: Tensor, weight: Tensor, rs
     return [dy.nbytes, *(it.nbytes for it in (dy, x) if not it.is_contiguous())]
 
 
+def _rms_norm_weight(
+    card: Card, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool, *_: Any
+) -> list[int]:
+    """The quotient, what it is rounded to and that in fp32, and what blocks of threads leave that sum over tokens."""
+    tile = torch.empty((norms.tile_rows(x, "cuda"), x.shape[-1]), device="meta")
+    wide, narrow = tile.nbytes, tile.numel() * x.element_size()
+    quotient = [wide] if x.dtype == torch.float32 else [wide, wide, -wide]
+    rounded = [] if offset or x.dtype == torch.float32 else [narrow, wide, -narrow, -wide]
+    return [*_copies(x, dy), 8 * x.shape[-1], *quotient, *rounded, *_sum(card, tile, [0])]
+
+
+def _copies(*tensors: Tensor) -> list[int]:
+    """Of those of which rows are no views."""
+    pairs = [(it, it.flatten(0, -2)) for it in tensors]
+    return [it.nbytes for it, view in pairs if view.untyped_storage()._cdata != it.untyped_storage()._cdata]
+
+
 def norms_in_tiles(kind: str) -> Mapping[Any, Scratch]:
     """Of `runtime.norms` on a device of this kind, where no kernel does all."""
 
     def tiles(count: int, *tensors: Tensor) -> list[int]:
         """So many in fp32, and copies of the tensors of which tiles are no views."""
-        x, flat = tensors[0], [it.flatten(0, -2) for it in tensors]
-        pairs = zip(tensors, flat, strict=True)
-        copies = [it.nbytes for it, view in pairs if view.untyped_storage()._cdata != it.untyped_storage()._cdata]
-        return [*copies, *[4 * norms.tile_rows(x, kind) * x.shape[-1]] * count, 8 * x.shape[-1]]
+        x = tensors[0]
+        return [*_copies(*tensors), *[4 * norms.tile_rows(x, kind) * x.shape[-1]] * count, 8 * x.shape[-1]]
 
     return {
         # the values and their squares, or the quotient and what is rounded of it

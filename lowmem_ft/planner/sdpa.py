@@ -1,7 +1,7 @@
-"""`scaled_dot_product_attention` without data: the kernel that the planned device will take.
+"""What PyTorch's functions do on tensors without data, as they do it on the planned device.
 
-On tensors without data PyTorch always takes its plain math, which materialises all scores. Models that go by
-transformers' attention interface do not come here: they call our operator (`runtime.attention`).
+On such tensors `scaled_dot_product_attention` always takes plain math, which materialises all scores; dropout keeps a
+mask of numbers, where a card keeps one of bytes, and softmax of fp16 in fp32 copies, which a card does not.
 """
 
 from __future__ import annotations
@@ -13,28 +13,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from lowmem_ft.runtime.attention import attention
-from lowmem_ft.runtime.attention_cuda import additive, repeated
+from lowmem_ft.runtime.attend import Attending, attend_on_card, attend_within
 
 
 @contextmanager
-def planned_attention(blocks: Iterable[nn.Module], kind: Literal["cpu", "cuda"]) -> Iterator[None]:
-    """Within it `blocks` attend as on a device of `kind`, also where backward calls their forward once more."""
-
-    def within(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def attending(*args: Any, **kwargs: Any) -> Any:
-            with _Attending(kind):
-                return forward(*args, **kwargs)
-
-        return attending
-
+def planned_attention(
+    blocks: Iterable[nn.Module], kind: Literal["cpu", "cuda"], capability: tuple[int, int]
+) -> Iterator[None]:
+    """Within it `blocks` attend as on a device of `kind`, a card of this compute capability."""
     taken = list(blocks)
-    for block in taken:
-        block.forward = within(block.forward)  # a mode entered once for all would not reach into backward
+    on_card = functools.partial(attend_on_card, capability=capability)
+    attend_within(taken, lambda: Attending(_on_cpu) if kind == "cpu" else _OnCard(on_card))
     try:
         yield
     finally:
@@ -42,20 +34,39 @@ def planned_attention(blocks: Iterable[nn.Module], kind: Literal["cpu", "cuda"])
             del block.forward
 
 
-class _Attending(TorchFunctionMode):
-    def __init__(self, kind: Literal["cpu", "cuda"]) -> None:
-        super().__init__()
-        self._kernel = _on_cpu if kind == "cpu" else _on_cuda
-
+class _OnCard(Attending):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            out = self._kernel(*args, **kwargs)
-            if out is not None:
-                return out
-        return func(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.softmax and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float16:
+            return torch.ops.aten._softmax.default(args[0], kwargs.get("dim", -1), True)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0.0:
+        return x
+    dropped: Tensor = _Dropped.apply(x)  # type: ignore[no-untyped-call]
+    return dropped
+
+
+class _Dropped(torch.autograd.Function):
+    """Takes what aten::native_dropout does: it keeps a mask of bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mask = torch.empty_like(x, dtype=torch.bool)
+        ctx.save_for_backward(mask)
+        return x.mul(mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        return dy.mul(mask)
 
 
 def _on_cpu(
@@ -80,27 +91,3 @@ def _on_cpu(
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     out: Tensor = flash(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out
-
-
-def _on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """FlashAttention and the memory-efficient kernel hold what our operator holds, with a dropout too, of which they
-    keep a seed; None where neither serves."""
-    if query.ndim != 4 or query.shape[-1] != value.shape[-1]:
-        return None
-    mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask == 0
-    if key.shape[2] == query.shape[2]:
-        out = attention(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
-        return out.transpose(1, 2)
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default  # a prefix, which comes with a mask
-    key, value = repeated(query, key), repeated(query, value)
-    longer: Tensor = efficient(query, key, value, additive(query, mask), True, 0.0, is_causal, scale=scale)[0]
-    return longer

@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_ft.assemble import Assembled, assemble
+from lowmem_ft.assemble import Assembled, assemble, quant_spec
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.plan import Policy
@@ -28,6 +29,8 @@ from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.trace import Cost, Trace, Tracer
+from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
 from lowmem_ft.runtime.experts import STANDS_FOR
@@ -39,6 +42,7 @@ from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
 # and what PyTorch's own code takes for a moment.
 UNSEEN_BYTES = 4 << 10
+_LOADING = 1 << 61  # the key of the piece that loading works in
 BATCH_BYTES_PER_TOKEN = 32  # of a micro-batch: three int64 and two int32
 
 
@@ -140,12 +144,20 @@ class Stage:
         cost: Cost | None = None,
         card: Card | None = None,
     ) -> None:
-        self.config, self.kind = config, kind
-        card = card or Card()
+        self.config, self.kind, self._start = config, kind, policy
+        self._card = card = card or Card()
         self.products = Products()
         self.tracer = Tracer(scratch_of(kind, card, self.products), whole_of(kind, card), cost)
+        marks: list[int] = []
         with self.tracer:
-            self.ready = assemble(config, policy, torch.device("meta"), on_card=kind == "cuda")
+            self.ready = assemble(
+                config,
+                policy,
+                torch.device("meta"),
+                on_card=kind == "cuda",
+                loaded=lambda: marks.append(len(self.tracer.trace.events)),
+            )
+        self._assembled = self.tracer.trace.events, marks[0]
         self.ready.activations.remove()  # each step decides anew
         if config.data.packing and not config.adapter.prompt_learning:
             self._try_mask(policy)
@@ -153,6 +165,30 @@ class Stage:
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
         self.blocks = find_blocks(self.ready.model)[1]
         self._unread: dict[nn.Module, list[Any] | None] = {}  # by block, as backward has found them
+
+    @functools.cached_property
+    def footprint(self) -> LoadFootprint:
+        """What loading takes."""
+        checkpoint = Checkpoint.open(self.config.model, trust_remote_code=self.config.trust_remote_code, weights=False)
+        dtype: torch.dtype = getattr(torch, self._start.compute_dtype)
+        return load_footprint(checkpoint, spec=quant_spec(self._start), dtype=dtype)
+
+    @functools.cached_property
+    def made(self) -> list[tuple[int, int]]:
+        """Key and bytes of the device's pieces that came until all was ready, negative where they were given back: what
+        loading works in, the weights that stay, and all that came after them."""
+        (events, loaded), scratch = self._assembled, self.footprint.scratch
+        weights = {event.key: event.nbytes for event in events[:loaded] if event.tier == "device" and event.nbytes > 0}
+        for event in events[:loaded]:
+            if event.nbytes < 0:
+                weights.pop(event.key, None)
+        after = [(event.key, event.nbytes) for event in events[loaded:] if event.tier == "device"]
+        works = [(_LOADING, scratch)] if scratch else []
+        return [*works, *weights.items(), *((key, -nbytes) for key, nbytes in works), *after]
+
+    def attending(self) -> AbstractContextManager[None]:
+        """Within it the blocks that the model has then attend as on the planned device."""
+        return planned_attention(find_blocks(self.ready.model)[1], self.kind, self._card.capability)
 
     def _try_mask(self, policy: Policy) -> None:
         """Give the decoder, cut down to its first block, a mask that isolates documents."""
@@ -187,7 +223,7 @@ class Stage:
         self.ready.mlps.work_in(policy.mlp_tile_tokens)
         if not settled:
             self.ready.mlps.forget()
-        with only_blocks(self.ready.model, only), planned_attention(find_blocks(self.ready.model)[1], self.kind):
+        with only_blocks(self.ready.model, only), self.attending():
             shelf = Shelf(offload, open_tier=lambda sizes: NoTier())
             activations = apply_activation_policy(
                 causal_model(self.ready.model),
@@ -225,7 +261,7 @@ class Stage:
         """The same trace, gone on with an evaluation step."""
         tracer, ready = self.tracer, self._with_loss(policy)
         ready.mlps.work_in(policy.mlp_tile_tokens)
-        with only_blocks(ready.model, only), planned_attention(find_blocks(ready.model)[1], self.kind), tracer:
+        with only_blocks(ready.model, only), self.attending(), tracer:
             tracer.phase, tracer.block = "eval", None
             batch = _batch(self.config, policy, self.kind, loss_tokens)
             evaluate(ready, self.config, batch)
@@ -249,7 +285,7 @@ class Stage:
             evaluating(causal),
             _numbered(list(self.blocks), only),
             only_blocks(model, only),
-            planned_attention(find_blocks(model)[1], self.kind),
+            self.attending(),
             tracer,
             torch.no_grad(),
         ):

@@ -27,7 +27,8 @@ from lowmem_ft.runtime.experts import EACH_IS, GO_ALIKE, STANDS_FOR
 from lowmem_ft.runtime.loss import KNOWN, LEARN
 
 Tier: TypeAlias = Literal["device", "host"]
-Scratch: TypeAlias = Callable[..., "list[int]"]  # an op's arguments -> bytes of each piece that it takes inside
+# An op's arguments -> bytes of each piece that it takes inside, negative where it gives one back before it ends
+Scratch: TypeAlias = Callable[..., "list[int]"]
 # An operator's own Python implementation, and how many times longer it takes than what is traced of it
 Whole: TypeAlias = tuple[Callable[..., Any], Callable[..., float]]
 # Seconds of work and, as the imaginary part, of the host's calls where these go on while the device works
@@ -400,7 +401,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[address] = weakref.ref(storage, died), birth
 
     def _pass_through(self, pieces: list[int]) -> None:
-        for birth in reversed([self._record(nbytes, "device", inside=True) for nbytes in pieces if nbytes]):
+        births: list[Event] = []
+        for nbytes in pieces:
+            if nbytes > 0:
+                births.append(self._record(nbytes, "device", inside=True))
+            elif nbytes < 0:
+                self._free(births.pop(max(at for at, birth in enumerate(births) if birth.nbytes == -nbytes)))
+        for birth in reversed(births):
             self._free(birth)
 
     def _record(self, nbytes: int, tier: Tier, *, inside: bool = False) -> Event:

@@ -54,6 +54,7 @@ FP32_HEAP = 1.8
 LONGEST = 1 << 17  # positions of models whose config names none
 _NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all further ones are like the first
 HEADS = ("loss", "reference")  # parts in which the output head works
+_RING = "ring"  # of slots and of what stays of streamed weights
 _LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
 
 
@@ -276,7 +277,14 @@ class Scales:
                 gone[event.nbytes] -= 1
             else:
                 kept.append(event)
-        return [Event(0, nbytes, "device", "ring", "load", None) for nbytes in (*moved.slots, *moved.stubs)] + kept
+        return [Event(0, nbytes, "device", _RING, "load", None) for nbytes in (*moved.slots, *moved.stubs)] + kept
+
+    def made(self, policy: Policy) -> list[tuple[int, int]]:
+        """Key and bytes of each piece that comes, negative where it is given back again, until a step of `policy`."""
+        base = self.base(policy)
+        dropped = {event.key for event in self.stage.tracer.alive()} - {event.key for event in base}
+        ring = [(event.key, event.nbytes) for event in base if event.op == _RING]
+        return ring + [(key, nbytes) for key, nbytes in self.stage.made if key not in dropped]
 
     def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
         """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""

@@ -5,8 +5,7 @@ tensors it is another one than in the run that is planned. So the kernel is call
 `runtime.attention_cuda`. Packed documents need no mask: they are told by where they begin (`data.isolation.documents`),
 and each attends within itself alone.
 
-Registered with transformers as the attention implementation `ATTENTION`, for training and evaluation; whatever else a
-model asks for (a key-value cache, dropout, sinks) goes to transformers' own SDPA function.
+`runtime.attend` says which models use it, and how.
 
 Letters in shapes: B rows, H query heads, G key-value heads, T positions, E head size, N documents.
 """
@@ -17,26 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask, sliding_window_causal_mask_function
 
-from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.runtime.attention_cpu import attention_backward_cpu, attention_cpu
 from lowmem_ft.runtime.attention_cuda import attention_backward_cuda, attention_cuda
-from lowmem_ft.runtime.documents import output_like, tells_documents
-
-_PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_cache", "cache_position"})
-
-
-def use_attention(model: PreTrainedModel) -> None:
-    """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA."""
-    if model.config._attn_implementation == "sdpa" and type(model)._supports_attention_backend:
-        AttentionInterface.register(ATTENTION, _transformers_attention)
-        AttentionMaskInterface.register(ATTENTION, _transformers_mask)
-        model.config._attn_implementation = ATTENTION
+from lowmem_ft.runtime.documents import output_like
 
 
 @dataclass(slots=True)
@@ -98,50 +83,6 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, out, lse = ctx.saved_tensors
         gradients = torch.ops.lowmem_ft.attention_backward.default(dout, q, k, v, mask, out, lse, ctx.scale)
         return *gradients, None, None, None
-
-
-def _transformers_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E)."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    shapes = query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.shape[2] > 1
-    packed = tells_documents(attention_mask)
-    masked = packed or (attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.ndim == 4)
-    asked = any(value is not None and value is not False for name, value in kwargs.items() if name not in _PLAIN)
-    if not shapes or dropout > 0 or asked or not (masked or (attention_mask is None and causal)):
-        if attention_mask is not None and packed:
-            attention_mask = visible(attention_mask, query.shape[0], query.shape[2], query.device)
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
-        return result
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None)), None
-
-
-def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask: none where plain causal attention is meant, and one for all rows where a window is.
-
-    To see which, transformers looks at the values of position ids, which a simulated run does not have: there it would
-    make a mask for each row. Packed rows never come here, since their masks are made by us.
-    """
-    window = kwargs.get("local_size")
-    simulated = torch.device(kwargs.get("device", "cpu")).type == "meta"
-    if simulated and kwargs.get("attention_mask") is None:
-        if window is None or kwargs["kv_length"] < window:
-            return None
-        kwargs["mask_function"] = sliding_window_causal_mask_function(window)
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
 
 
 torch.library.define(

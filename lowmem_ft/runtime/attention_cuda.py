@@ -31,7 +31,7 @@ def attention_cuda(
     """On a card of this compute capability; by default that which holds the tensors."""
     size = q.shape[3]
     q, k, v = padded(q), padded(k), padded(v)
-    flash = _flash(q, capability)
+    flash = takes_flash(q, capability)
     if mask is not None and tells_documents(mask):
         out_BTHE, lse = (_documents if flash else _one_by_one)(q, k, v, mask, scale)
         return out_BTHE[..., :size].contiguous(), lse
@@ -58,7 +58,7 @@ def attention_backward_cuda(
     q, k, v = padded(q), padded(k), padded(v)
     dout, out = padded(dout), padded(out)
     length, none = q.shape[2], torch.zeros(2, dtype=torch.int64, device=q.device)  # no dropout: nothing was drawn
-    flash = _flash(q, capability)
+    flash = takes_flash(q, capability)
     gradients: Sequence[Tensor]
     if mask is not None and tells_documents(mask):
         differentiate = _documents_backward if flash else _one_by_one_backward
@@ -79,8 +79,8 @@ def padded(heads: Tensor) -> Tensor:
     return nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
-def _flash(q: Tensor, capability: tuple[int, int] | None) -> bool:
-    """Whether FlashAttention takes it: 16-bit floats, Ampere or newer, heads that are not too large."""
+def takes_flash(q: Tensor, capability: tuple[int, int] | None) -> bool:
+    """Whether FlashAttention does it: 16-bit floats, Ampere or newer, heads that are not too large."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     return fits and (capability or torch.cuda.get_device_capability(q.device)) >= (8, 0)
 
@@ -251,5 +251,8 @@ def additive(q: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     keys = mask.shape[3]
     lines = q.new_zeros(*mask.shape[:3], -(-keys // 16) * 16)[..., :keys]
-    lines.masked_fill_(~mask, torch.finfo(q.dtype).min)
+    if mask.dtype == torch.bool:
+        lines.masked_fill_(~mask, torch.finfo(q.dtype).min)
+    else:
+        lines.copy_(mask)
     return lines.expand(q.shape[0], q.shape[1], q.shape[2], keys)

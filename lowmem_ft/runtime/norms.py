@@ -152,7 +152,9 @@ def rms_norm_weight_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for x_tile, dy_tile, rstd_tile in _tiles(x, dy, rstd):
         unit = x_tile.float() * rstd_tile
-        total += (unit if offset else unit.to(x.dtype).float()).mul_(dy_tile).sum(0)
+        if not offset:
+            unit = unit.to(x.dtype).float()
+        total += unit.mul_(dy_tile).sum(0)
     return total.to(weight.dtype)
 
 

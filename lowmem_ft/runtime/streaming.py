@@ -303,7 +303,7 @@ class Streaming:
         def pack(tensor: Tensor) -> Any:
             begin = begins.get(tensor.untyped_storage()._cdata)
             if begin is None:
-                return tensor
+                return tensor.detach()  # itself it would hold the graph that holds it, where that is no result's
             offset = tensor.storage_offset() - begin // tensor.element_size()
             return tensor.dtype, offset, tensor.shape, tensor.stride()
 

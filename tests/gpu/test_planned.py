@@ -29,6 +29,7 @@ pytestmark = pytest.mark.gpu
 # The planner's promise for reserved bytes. Without segments that grow torch 2.11 chooses between free blocks by the
 # addresses that the driver gave, of which no plan knows: 0.2% more was measured on an H200
 UNDER, OVER, BY_ADDRESS = 0.0, 0.03, -0.01
+SEGMENT = 32 << 20  # bytes that small models may take less: a segment and more, see `reserve.with_margins`
 
 
 def test_workspaces_are_those_of_the_architecture() -> None:
@@ -61,7 +62,7 @@ def judged(seed: int) -> dict[str, Any]:
         config, policy = prepared(drawn, Path(folder))
         batches = full_batches(config, policy, vocabulary=100)
         predicted = predict(config, policy, card, loss_tokens=batches[0].loss_tokens)
-        return {**drawn, **judge(predicted, *measure(config, policy, card, batches))}
+        return {**drawn, **judge(predicted, *measure(config, policy, card, batches)[:2])}
 
 
 if __name__ == "__main__":
@@ -69,6 +70,7 @@ if __name__ == "__main__":
     print(one)
     under = UNDER if expandable_segments() or not torch.__version__.startswith("2.11.") else BY_ADDRESS
     for kind in ("allocated", "reserved"):
-        assert under <= one[f"{kind}_error"] <= OVER, (kind, one["first_difference"])
+        over = max(OVER, SEGMENT / one[f"{kind}_bytes"])
+        assert under <= one[f"{kind}_error"] <= over, (kind, one["first_difference"])
     # in another order, such as that of updates, the same bytes are missing and too many
     assert sum(missing - surplus for missing, surplus in one["by_op"].values()) <= 1 << 20, one["by_op"]

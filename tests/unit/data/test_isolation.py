@@ -19,7 +19,7 @@ from lowmem_ft.data.isolation import (
     visible,
 )
 from lowmem_ft.data.packing import Batch, collate
-from lowmem_ft.runtime.attention import use_attention
+from lowmem_ft.runtime.attend import use_attention
 from tests.models import ARCHITECTURES, MOE, MOE_ARCHITECTURES, SMALL, tiny_model
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"bloom"})

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import base64
-import gc
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from lowmem_ft.assemble import assemble
+from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.planner.calibrate import Recording, Taken, compare, record
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.reserve import replayed, uncertainty
+from lowmem_ft.planner.reserve import replayed, with_margins
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event
@@ -48,24 +46,26 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     before = {event.key for event in held}  # which `replayed` knows by negative keys, as in a composed step
     taken = [event for event in step(settled=False) if event.phase != "load"]
     keys = [-event.key if event.key in before else event.key for event in taken]
-    peaks = replayed(device, held, [Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])])
-    reserved = peaks.reserved + uncertainty(stage)
+    turn = Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])
+    peaks = replayed(device, stage.made, [turn])
+    allocated, reserved = with_margins(stage, policy, peaks)
     return Predicted(
-        allocated=peaks.allocated,
+        allocated=allocated,
         reserved=reserved,
         process=device.process_bytes + reserved,
         later=step(settled=True),
     )
 
 
-def measure(config: RunConfig, policy: Policy, device: Device, batches: Sequence[Batch]) -> tuple[Recording, Recording]:
-    """A first step, and a later one with a single micro-batch."""
-    gc.collect()  # what another configuration has left would be counted
-    torch.cuda.empty_cache()
-    ready = assemble(config, policy, device.torch_device)
+def measure(
+    config: RunConfig, policy: Policy, device: Device, batches: Sequence[Batch]
+) -> tuple[Recording, Recording, Recording]:
+    """A first step, a later one with a single micro-batch, and what came before them, loading included."""
+    made: list[Assembled] = []
+    before = record(lambda: made.append(assemble(config, policy, device.torch_device)), device.torch_device)
     steps = (batches, batches[:1])
-    first, later = (record(lambda it=it: train_step(ready, it, lr=1e-4), device.torch_device) for it in steps)
-    return first, later
+    first, later = (record(lambda it=it: train_step(made[0], it, lr=1e-4), device.torch_device) for it in steps)
+    return first, later, before
 
 
 def packed(recording: Recording) -> dict[str, Any]:

@@ -131,12 +131,13 @@ def settings_of(drawn: dict[str, Any]) -> dict[str, Any]:
     return {"max_position_embeddings": positions, **sizes_of(name, drawn["shape"], positions)}
 
 
-def prepared(drawn: dict[str, Any], folder: Path) -> tuple[RunConfig, Policy]:
-    """What was drawn as a config, whose model lies in `folder`, and as the policy that it pins."""
+def prepared(drawn: dict[str, Any], folder: Path, *, device: str = "cpu") -> tuple[RunConfig, Policy]:
+    """What was drawn as a config, whose model lies in `folder` (its weights drawn on `device`, for speed), and as the
+    policy that it pins."""
     name, settings = drawn["architecture"], settings_of(drawn)
     key = hashlib.sha256(json.dumps([name, settings]).encode()).hexdigest()[:12]
     if not (folder / key).exists():
-        save_tiny(name, folder / key, **settings)
+        save_tiny(name, folder / key, device=device, **settings)
     config = RunConfig.from_dict({"model": str(folder / key), "output": str(folder / "run"), **drawn["sections"]})
     return config, policy_of(config, drawn["shape"][2])
 

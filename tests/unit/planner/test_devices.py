@@ -11,7 +11,7 @@ import torch
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
-from lowmem_ft.planner.device import Device, find_device
+from lowmem_ft.planner.device import Device, cost_of, find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.trainer import loop
 from tests.unit.planner.test_solver import CARD, DEVICE, GIB, config, models  # noqa: F401 - a fixture
@@ -93,8 +93,23 @@ def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (card.free_bytes, card.process_bytes) == (10, 5 + device_facts.LATER_BYTES)
     assert (card.compute_capability, card.sm_count) == ("8.6", 28)
     assert (card.forward_workspace, card.bias_workspace, card.backward_workspace) == (3, 0, 4)
-    assert card.host_process_bytes == pytest.approx(cpu.process_bytes, rel=0.1)
+    assert card.host_process_bytes - device_facts.LATER_HOST_BYTES == pytest.approx(cpu.process_bytes, rel=0.1)
     assert card.host_free_bytes == pytest.approx(cpu.free_bytes, rel=0.2), "other processes run beside this one"
+
+
+def test_times_on_a_card_are_those_of_its_profile() -> None:
+    """Of which a card that is here is told by its chip and its memory; products count as fast as they were measured."""
+    known = find_device("h200-141gb")
+    here = replace(known, name="NVIDIA H200", present=True, profile=None, memory_bytes=150109880320)
+    factor = torch.empty(2048, 2048, device="meta")
+
+    def seconds(device: Device, operation: Any) -> float:
+        return cost_of(device)(operation, (factor, factor), {}, torch.empty_like(factor), 1.0).real
+
+    mm, add = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
+    assert seconds(here, add) == seconds(known, add)
+    assert seconds(replace(here, flops=here.flops / 2), mm) == pytest.approx(2 * seconds(known, mm))
+    assert seconds(replace(here, sm_count=131), add) > 2 * seconds(here, add), "no profile has such a chip"
 
 
 def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:  # noqa: F811

@@ -13,7 +13,6 @@ from lowmem_ft.planner.compose import Step, Turn
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.replay import Op, Peaks, Run, Script, replay
 from lowmem_ft.planner.reserve import REPEATS, replayed, workspaces
-from lowmem_ft.planner.trace import Event
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_compose import DEPTH
 from tests.unit.planner.test_weigh import SEQ_LEN, scales
@@ -223,17 +222,17 @@ def test_in_torch_2_12_the_same_once_more_makes_blocks_younger() -> None:
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], list[Turn]]:
-    """What is held, and a composed step of blocks with experts, of which some keep their activations."""
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, int]], list[Turn]]:
+    """What came before, and a composed step of blocks with experts, of which some keep their activations."""
     _, made = scales("deepseek_v3", tmp_path_factory.mktemp("model"), kind="cuda")
     asked = policy(rows=2, seq_len=SEQ_LEN, keep=3, depth=DEPTH)
-    return made.base(asked), made.weigh(asked, timed=False).turns
+    return made.made(asked), made.weigh(asked, timed=False).turns
 
 
 @pytest.mark.parametrize("expandable", [False, True])
 @pytest.mark.parametrize("scale", [1, 40, 900])
 def test_a_composed_step(
-    step: tuple[list[Event], list[Turn]], scale: int, expandable: bool, monkeypatch: pytest.MonkeyPatch
+    step: tuple[list[tuple[int, int]], list[Turn]], scale: int, expandable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of sizes that lie in the small pool, in both, and mostly in the large one."""
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"expandable_segments:{expandable}")
@@ -245,23 +244,30 @@ def test_a_composed_step(
             larger[id(events)] = [(event._replace(nbytes=scale * event.nbytes), birth) for event, birth in events]
         return larger[id(events)]
 
-    base = [event._replace(nbytes=scale * event.nbytes) for event in step[0]]
+    before = [(key, scale * nbytes) for key, nbytes in step[0]]
     turns = [turn._replace(events=scaled(turn.events)) for turn in step[1]]
-    peaks = every_event(card, base, turns, expandable)
+    peaks = every_event(card, before, turns, expandable)
     scripts: dict[Hashable, Script] = {}
-    assert replayed(card, base, turns, scripts=scripts) == peaks
+    assert replayed(card, before, turns, scripts=scripts) == peaks
     assert len(scripts) < len({id(turn.events) for turn in turns}), "some take the same"
-    assert replayed(card, base, turns, scripts=scripts, enough=peaks.reserved) == peaks
-    assert peaks.reserved - 1 < replayed(card, base, turns, scripts=scripts, enough=peaks.reserved - 1).reserved
+    assert replayed(card, before, turns, scripts=scripts, enough=peaks.reserved) == peaks
+    assert peaks.reserved - 1 < replayed(card, before, turns, scripts=scripts, enough=peaks.reserved - 1).reserved
 
 
-def every_event(card: Any, base: list[Event], turns: list[Turn], expandable: bool) -> Peaks:
+def every_event(card: Any, before: list[tuple[int, int]], turns: list[Turn], expandable: bool) -> Peaks:
     """As a run, with what libraries keep."""
     space = card.memory_bytes + card.memory_bytes // 8
     allocator = CachingAllocator(expandable_segments=expandable, address_space=space)
     for nbytes in workspaces(card):
         allocator.allocate(nbytes)
-    handles = {-event.key: allocator.allocate(event.nbytes) for event in base if event.tier == "device"}
+    handles: dict[int, int] = {}
+    for key, nbytes in before:
+        if nbytes > 0:
+            handles[-key] = allocator.allocate(nbytes)
+        else:
+            allocator.free(handles.pop(-key))
+    allocator.empty_cache()
+    allocator.allocated_peak, allocator.reserved_peak = allocator.allocated, allocator.reserved
     for turn in turns * REPEATS:
         for (event, _), (origin, ordinal) in zip(turn.events, turn.pieces, strict=True):
             if event.tier != "device":

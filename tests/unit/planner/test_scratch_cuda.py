@@ -13,8 +13,8 @@ from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.profile import profile_names
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.sdpa import _on_cuda
 from lowmem_ft.planner.trace import Event, Tracer
+from lowmem_ft.runtime.attend import attend_on_card
 from lowmem_ft.runtime.attention import attention
 
 AMPERE, ADA, TURING = Card(), Card(capability=(8, 9), processors=128), Card(capability=(7, 5), processors=40)
@@ -116,12 +116,13 @@ def test_efficient_attention_has_sums_of_dq_for_each_tile(card: Card) -> None:
     # at 128 a tile of 64 x 64 holds the sums of dk and dv outside of the registers, for 8 splits of the keys. Cards
     # with large blocks take tiles of 128 x 128, as an H200 did
     of_queries, of_keys = 8 * 2 * (16 + 4 * 64 * 64), 2 * 4 * 8 * 64 * 128
-    large, full = 4 * (16 + 4 * 128 * 128), 4 * 2 * (16 + 4 * 128 * 64)
+    large = 4 * (16 + 4 * 128 * 128)
     taken = 2 * 8 * (large if card is AMPERE else of_queries + of_keys)
     assert inside(card, heads(2, 8, 512, 128), 8, mask)[1] == (backward, taken)
     if card is AMPERE:
-        q = heads(2, 8, 512, 128, torch.float32)
-        assert inside(card, q, 8, mask)[-1] == (backward, 2 * 8 * full)
+        full, sums = 4 * 2 * (16 + 4 * 128 * 64), 4 * 2 * 8 * 512
+        taken = [nbytes for _, nbytes in inside(card, heads(2, 8, 512, 128, torch.float32), 8)]
+        assert taken[-4:] == [128 * sums, sums, sums, 2 * 8 * full], "dout * out, its sums, and what the kernel wants"
 
 
 def test_architectures_take_different_kernels() -> None:
@@ -149,7 +150,7 @@ def test_keys_of_a_prefix_go_to_the_efficient_kernel() -> None:
     with tracer:
         q, k = heads(2, 6, 100, 32).requires_grad_(), heads(2, 2, 104, 32)
         mask = meta(2, 1, 100, 104, dtype=torch.bool)
-        out = _on_cuda(q, k, k, mask)
+        out = attend_on_card(q, k, k, mask, capability=AMPERE.capability)
         assert out is not None
         assert out.shape == q.shape
         out.sum().backward()

@@ -223,13 +223,13 @@ def test_seconds_are_those_of_all_blocks_and_micro_batches(tmp_path: Path) -> No
 def test_reserved_is_above_allocated_and_counts_the_device_alone(tmp_path: Path) -> None:
     _, made = scales("llama", tmp_path, kind="cuda")
     weighed = made.weigh(policy(rows=8, seq_len=SEQ_LEN, keep=0, depth=DEPTH))
-    step, base = weighed.turns, made.stage.tracer.alive()
+    step, before = weighed.turns, made.stage.made
     card = find_device("rtx-3060-12gb")
-    taken = replayed(card, base, step)
+    taken = replayed(card, before, step)
     assert taken.reserved >= taken.allocated > weighed.allocated + card.forward_workspace
     tiers = [event.tier for turn in step for event, _ in turn.events]
     assert 0 < tiers.count("host") < len(tiers), "the batch comes from the host"
-    assert replayed(card, base, [without_host(turn) for turn in step]) == taken
+    assert replayed(card, before, [without_host(turn) for turn in step]) == taken
 
 
 def without_host(turn: Turn) -> Turn:

@@ -95,13 +95,11 @@ def test_the_replay_has_them_from_the_start(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     card = find_device("h100-80gb")
-    held = Event(1, 40 * MIB, "device", "", "load", None)
-
     events = [Event(2, sign * 30 * MIB, "device", "", "forward", None) for sign in (1, -1)]
     step = [Turn([(event, None) for event in events], [(0, 2)] * 2, [0])]
     # of a Hopper with PyTorch 2.13; and 256 numbers of bitsandbytes, and 1 KiB
     bias = [nbytes for nbytes in (card.bias_workspace,) * 2 if nbytes]
-    assert replayed(card, [held], step).allocated == (32 + 32 + 40 + 30) * MIB + sum(bias) + 2 * 1024
+    assert replayed(card, [(1, 40 * MIB)], step).allocated == (32 + 32 + 40 + 30) * MIB + sum(bias) + 2 * 1024
 
 
 def test_the_command_line_prefers_segments_that_grow() -> None:
@@ -129,11 +127,11 @@ def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="backend:cudaMallocAsync"):
         expandable_segments({new: "backend:cudaMallocAsync"}, "linux")
     card = find_device("rtx-3060-12gb")
-    events = [Event(key, 7 * MIB, "device", "", "load", None) for key in range(1, 9)]
+    made = [(key, 7 * MIB) for key in range(1, 9)]
     monkeypatch.setenv(new, "expandable_segments:True")
     monkeypatch.delenv(old, raising=False)
-    growing = replayed(card, events, []).reserved
+    growing = replayed(card, made, []).reserved
     monkeypatch.setenv(new, "expandable_segments:False")
     # two pieces and no third go into a segment of 20 MiB; one that grows has room left at its end alone. What is small
     # has 2 MiB of its own
-    assert (growing, replayed(card, events, []).reserved) == (82 * MIB, 102 * MIB)
+    assert (growing, replayed(card, made, []).reserved) == (82 * MIB, 102 * MIB)

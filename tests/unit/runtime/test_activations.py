@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.attention import use_attention
+from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.rerun import random_states, with_random

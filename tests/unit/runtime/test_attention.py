@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime import attention_cpu, attention_cuda
-from lowmem_ft.runtime.attention import attention, use_attention
+from lowmem_ft.runtime.attend import use_attention
+from lowmem_ft.runtime.attention import attention
 from tests.models import ARCHITECTURES, tiny_config
 
 B, H, T, E = 2, 6, 20, 16

@@ -5,6 +5,7 @@ Slots are filled with poison before every copy, and one tier is slow, so that wh
 """
 
 import functools
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from lowmem_ft import assemble as assembling
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.verify import full_batches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.runtime.streaming import block_bytes, spread
@@ -269,6 +271,23 @@ def test_after_a_copy_that_failed_weights_are_asked_for_again(models: dict[str, 
             eval_step(ready, batches[0])
     Failing.fails = False
     assert eval_step(ready, batches[0]) == eval_step(expected, batches[0])
+
+
+def test_a_graph_that_backward_never_ran_is_given_back(tmp_path: Path) -> None:
+    """As after a forward pass that was given up: what a block keeps for backward must not hold the graph itself. A plan
+    traces the tiles of gpt-oss's experts, whose sigmoid keeps what it gave, one of them without a backward."""
+    config = settings(save_tiny("gpt_oss", tmp_path), {"quant": QUANT["bf16"], "adapter": {"layers": [1]}})
+    chosen = policy(
+        rows=16, seq_len=LENGTH, depth=2, keep=2, resident_blocks=1, streamed_blocks=1, bits=16, quant="none"
+    )
+    stage = Stage(config, chosen, kind="cuda")
+    before = stage.tracer.alive()
+    gc.disable()
+    try:
+        stage.step(chosen, keep=2)
+        assert stage.tracer.alive() == before
+    finally:
+        gc.enable()
 
 
 def test_what_is_streamed_and_what_that_saves(models: dict[str, Path]) -> None:

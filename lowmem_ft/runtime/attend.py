@@ -1,0 +1,168 @@
+"""How models attend: through our operator (`runtime.attention`), or on a card by another kernel that is called by name.
+
+Our operator is registered with transformers as the attention implementation `ATTENTION`, for training and evaluation.
+Whatever else a model asks for (a key-value cache, dropout, a prefix) goes to transformers' own SDPA function, and some
+models call PyTorch's themselves. Which kernel that picks depends on its version, the card and cuDNN's version: on an
+H200 torch 2.11 took cuDNN's, and where a mask meets heads that share keys plain mathematics, with all scores. So on a
+card it is chosen here, and a plan knows what it takes.
+
+Letters in shapes: B rows, H query heads, G key-value heads, T queries, S keys, E head size, V that of values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask, sliding_window_causal_mask_function
+
+from lowmem_ft.data.isolation import ATTENTION, visible
+from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.attention_cuda import additive, padded, repeated, takes_flash
+from lowmem_ft.runtime.blocks import find_blocks
+from lowmem_ft.runtime.documents import tells_documents
+
+_PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_cache", "cache_position"})
+
+
+def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
+    """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA; `on_card` else
+    by `attend_on_card`, if it uses SDPA."""
+    if model.config._attn_implementation != "sdpa":
+        return
+    if type(model)._supports_attention_backend:
+        AttentionInterface.register(ATTENTION, _transformers_attention)
+        AttentionMaskInterface.register(ATTENTION, _transformers_mask)
+        model.config._attn_implementation = ATTENTION
+    elif on_card:
+        attend_within(find_blocks(model)[1], lambda: Attending(attend_on_card))
+
+
+class Attending(TorchFunctionMode):
+    """Within it `scaled_dot_product_attention` is `kernel`, but where that returns None."""
+
+    def __init__(self, kernel: Callable[..., Tensor | None]) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            out = self._kernel(*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+
+def attend_within(blocks: Iterable[nn.Module], mode: Callable[[], TorchFunctionMode]) -> None:
+    """Let the forward of each of `blocks` run within a mode of its own, also where backward calls it once more, which
+    a mode that is entered once for all would not reach."""
+
+    def within(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def attending(*args: Any, **kwargs: Any) -> Any:
+            with mode():
+                return forward(*args, **kwargs)
+
+        return attending
+
+    for block in blocks:
+        block.forward = within(block.forward)
+
+
+def attend_on_card(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    capability: tuple[int, int] | None = None,
+) -> Tensor | None:
+    """(B, H, T, E), (B, G, S, E), (B, G, S, V) -> (B, H, T, V), as PyTorch's function with these arguments.
+
+    Args:
+        capability: of the card; by default that which holds the tensors.
+
+    Returns:
+        None where PyTorch chooses: for single queries of answers that are generated, and masks that learn or are no
+        masks of (B or 1, H or 1, T, S).
+    """
+    if query.ndim != 4 or query.shape[2] == 1 or (attn_mask is not None and _unserved(attn_mask)):
+        return None
+    size, wide, alike = query.shape[3], value.shape[3], key.shape[2] == query.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    seen = is_causal if attn_mask is None else attn_mask.dtype == torch.bool
+    if seen and alike and size == wide and dropout_p == 0.0:
+        return attention(query, key, value, attn_mask, scale).transpose(1, 2)
+    q, k, v = padded(query), padded(key), padded(value)
+    if attn_mask is None and size == wide and (alike or not is_causal) and takes_flash(q, capability):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        out: Tensor = flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+        heads = q, repeated(q, k), repeated(q, v)
+        out = efficient(*heads, additive(q, attn_mask), True, dropout_p, is_causal, scale=scale)[0]
+    return out[..., :wide]
+
+
+def _unserved(mask: Tensor) -> bool:
+    return mask.requires_grad or mask.ndim != 4
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E)."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    shapes = query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.shape[2] > 1
+    packed = tells_documents(attention_mask)
+    masked = packed or (attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.ndim == 4)
+    asked = any(value is not None and value is not False for name, value in kwargs.items() if name not in _PLAIN)
+    if not shapes or dropout > 0 or asked or not (masked or (attention_mask is None and causal)):
+        if attention_mask is not None and packed:
+            attention_mask = visible(attention_mask, query.shape[0], query.shape[2], query.device)
+        with Attending(attend_on_card) if query.is_cuda else nullcontext():
+            result: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )
+        return result
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None)), None
+
+
+def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' SDPA mask: none where plain causal attention is meant, and one for all rows where a window is.
+
+    To see which, transformers looks at the values of position ids, which a simulated run does not have: there it would
+    make a mask for each row. Packed rows never come here, since their masks are made by us.
+    """
+    window = kwargs.get("local_size")
+    simulated = torch.device(kwargs.get("device", "cpu")).type == "meta"
+    if simulated and kwargs.get("attention_mask") is None:
+        if window is None or kwargs["kv_length"] < window:
+            return None
+        kwargs["mask_function"] = sliding_window_causal_mask_function(window)
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
