@@ -188,7 +188,11 @@ def record_share(options: argparse.Namespace, out: Path) -> None:
             if time.monotonic() - begin > options.seconds:
                 return
             folder = Path(tempfile.mkdtemp(prefix="lowmem-ft-accuracy-"))
-            device = find_device(options.device)  # each time, as kernels that others have loaded stay in the process
+            # as in a process of its own, but that kernels stay that others loaded: so the device is asked each time
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch._C._cuda_clearCublasWorkspaces()
+            device = find_device(options.device)
             one: dict[str, Any] = {"index": index, "size": size, "device": device.to_dict(), **drawn}
             one |= {"expandable_segments": expandable_segments(), "versions": versions}
             try:

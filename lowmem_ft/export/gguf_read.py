@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lowmem_ft.export.gguf import architecture_of, gguf_tensors, heads_of
 from lowmem_ft.export.merge import write_configs
 from lowmem_ft.export.weights import MergedWeights
-from lowmem_ft.quant.checkpoint import INDEX
+from lowmem_ft.quant.checkpoint import CHUNK_BYTES, INDEX
 from lowmem_ft.quant.ops import Layout
 from lowmem_ft.quant.shards import ShardFiles
 
@@ -38,18 +39,29 @@ def unpack_gguf(file: Path, weights: MergedWeights, folder: Path) -> None:
     files = ShardFiles(folder, layout, index_name=INDEX)
     for tensor in read:
         name, place = names[tensor.name]
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        values = torch.from_numpy(found.copy() if np.may_share_memory(found, reader.data) else found)
-        _let_go(reader.data)
-        values = values.view(place.slot.shape)
+        count, own, columns = (1, 1, *place.slot.shape)[-3:]
+        rows, begin = (own, 0) if place.rows is None else (shapes[name][0][-2], place.rows[0])
         heads = heads_of(name, config) if permutes else 0
-        if place.rows is None:
-            files.write(name, unpermute(values, heads) if heads else values)
-            continue
-        _, rows, columns = shapes[name][0]
-        for index, matrix in enumerate(values):
-            files.write(name, matrix, start=(index * rows + place.rows[0]) * columns)
+        lines = tensor.data.reshape(count * own, -1)
+        for index in range(count):
+            parts = _unpacked(lines[index * own : (index + 1) * own], columns, tensor.tensor_type, layout[name][1])
+            at = (index * rows + begin) * columns
+            for part in [unpermute(torch.cat([*parts]), heads)] if heads else parts:
+                files.write(name, part, start=at)
+                at += part.numel()
+                _let_go(reader.data)
     write_configs(weights, folder)
+
+
+def _unpacked(lines: Any, columns: int, kind: Any, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A matrix from its lines in the file, some at a time: unpacking takes several times their bytes in fp32."""
+    import gguf
+
+    height = max(1, CHUNK_BYTES // (4 * columns))
+    for first in range(0, len(lines), height):
+        # of its own, as what lies in the file is let go of
+        values = np.array(gguf.quants.dequantize(lines[first : first + height], kind))
+        yield torch.from_numpy(values).view(-1, columns).to(dtype)
 
 
 def _let_go(mapped: Any) -> None:

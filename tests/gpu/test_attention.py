@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_ft.data.packing import as_bounds
+from lowmem_ft.runtime.attend import attend_on_card
 from lowmem_ft.runtime.attention import attention
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +38,34 @@ def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torc
     def found(device: str, dtype: torch.dtype) -> list[Tensor]:
         given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
         out = attention(*given, None if mask is None else mask.to(device), size**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
+
+    for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):
+        assert ours.shape == expected.shape
+        assert (ours.float().cpu() - expected).norm() <= CLOSE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("mask", [None, "seen", "added"])
+@pytest.mark.parametrize(("keys", "wide"), [(LENGTH, 20), (LENGTH + 7, 20), (LENGTH, 12)])
+def test_what_our_operator_does_not_serve(mask: str | None, keys: int, wide: int, dtype: torch.dtype) -> None:
+    """Prefixes, values of another size, all that is seen by all, and masks that are added."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, n, e, generator=generator)
+        for heads, n, e in ((4, LENGTH, 20), (2, keys, 20), (2, keys, wide))
+    )
+    seen = torch.rand(2, 1, LENGTH, keys, generator=generator) < 0.5
+    seen[..., 0] = True
+    added = torch.randn(2, 4, LENGTH, keys, generator=generator)
+    dout = torch.randn(2, 4, LENGTH, wide, generator=generator)
+
+    def found(device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
+        told = None if mask is None else seen.to(device) if mask == "seen" else added.to(device, dtype)
+        attend = attend_on_card if device == "cuda" else nn.functional.scaled_dot_product_attention
+        out = attend(*given, attn_mask=told, enable_gqa=True)
+        assert out is not None
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 
     for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):
