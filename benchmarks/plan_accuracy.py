@@ -22,6 +22,7 @@ import argparse
 import datetime
 import gc
 import gzip
+import importlib.metadata
 import json
 import os
 import platform
@@ -214,14 +215,17 @@ def judge_cuda(recorded: Path, threads: int) -> dict[str, Any]:
     from concurrent.futures import ProcessPoolExecutor
 
     lines = recorded_lines(recorded)
+    wanted, found = json.loads(lines[0])["versions"]["transformers"], importlib.metadata.version("transformers")
+    if wanted != found:
+        print(f"recorded with transformers {wanted}, judged with {found}: models may differ", file=sys.stderr)
     with ProcessPoolExecutor(threads) as pool:
-        found = list(pool.map(judged_cuda, lines))
-    found.sort(key=lambda one: one["index"])
+        judged = list(pool.map(judged_cuda, lines))
+    judged.sort(key=lambda one: one["index"])
     device = json.loads(lines[0])["device"]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "device": device},
-        **summary(found),
+        **summary(judged),
     }
 
 
