@@ -70,6 +70,8 @@ class Search:
             links=links_of(device),
         )
         scales, start = self.scales, self._start
+        if base is not None:
+            scales.stage.footprint = base.footprint
         # Neither names this search, or its events by the million would wait until Python looks for cycles
         base_of = cache(lambda: base or Base.of(scales.stage.config, start, scales.stage))
         aside_of = cache(lambda: Aside.of(scales.stage.config, start, scales, base_of()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
-from lowmem_ft.runtime import attention_cpu, attention_cuda
-from lowmem_ft.runtime.attend import use_attention
+from lowmem_ft.runtime import attend, attention_cpu, attention_cuda
+from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.attend import attend_on_card, use_attention
 from lowmem_ft.runtime.attention import attention
 from tests.models import ARCHITECTURES, tiny_config
 
@@ -322,3 +324,28 @@ def test_generation_with_a_cache_is_unchanged() -> None:
     expected = model.generate(ids, **settings)
     use_attention(model)
     assert torch.equal(model.generate(ids, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["stablelm", "falcon"])
+def test_models_that_call_pytorchs_attention_compute_the_same_on_a_card(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernel that is chosen there, which of our operator's is a CPU's here; also where backward runs again."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).train()
+    model.config.use_cache = False
+    ids, embedding = torch.randint(3, 100, (2, 16)), model.get_input_embeddings().weight
+    expected = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, embedding)[0]
+    served: list[Tensor | None] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor | None:
+        served.append(attend_on_card(*args, **kwargs))
+        return served[-1]
+
+    monkeypatch.setattr(attend, "attend_on_card", counted)
+    use_attention(model, on_card=True)
+    apply_activation_policy(model, keep=1)
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, embedding)[0]
+    assert len(served) == 3, "of two blocks, one of which runs twice"
+    assert all(out is not None for out in served)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
