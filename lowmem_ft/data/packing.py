@@ -5,11 +5,9 @@ Shapes: B rows, T positions of a row.
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 from typing import Any, overload
 
 import numpy as np
@@ -134,40 +132,73 @@ class Rows(Sequence[list[int]]):
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int32], *, capacity: int, seed: int) -> Rows:
-    """Documents (by index) that share a row, by best fit in order of decreasing length.
+    """Documents (by index) that share a row: the longest one left, and of the others those that fill the row best.
 
     Documents of the same length trade places with `seed`. How many rows there are, and how full each is, depends on
     the lengths only, so that every epoch has as many steps.
 
-    Reference: D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing algorithms, 1974.
+    Reference: J. N. D. Gupta and J. C. Ho, A new heuristic algorithm for the one-dimensional bin-packing problem, 1999
+    (minimum bin slack), here for all rows at once that can be filled alike.
     """
     of_document = np.asarray(lengths, np.int32)
     assert ((of_document > 0) & (of_document <= capacity)).all(), "documents are cut to the row before they are packed"
     shuffled = permutation(len(of_document), seed)
-    order = shuffled[np.argsort(-of_document[shuffled], kind="stable")]
-    rows = array("q")  # of each document in `order`
-    count = 0
-    by_room: dict[int, list[int]] = {}  # free positions -> heap of the rows that have so many
-    rooms: list[int] = []  # the keys of `by_room`, sorted
-    for length in of_document[order].tolist():
-        fit = bisect_left(rooms, length)
-        if fit == len(rooms):
-            free, row = capacity, count
-            count += 1
-        else:
-            free = rooms[fit]
-            row = heappop(by_room[free])
-            if not by_room[free]:
-                del by_room[free], rooms[fit]
-        rows.append(row)
-        if left := free - length:
-            if left not in by_room:
-                by_room[left] = []
-                insort(rooms, left)
-            heappush(by_room[left], row)
-    of_row = np.asarray(rows, np.int64)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=count))])
-    return Rows(order[np.argsort(of_row, kind="stable")], starts)
+    order = shuffled[np.argsort(of_document[shuffled], kind="stable")]
+    counts = np.bincount(of_document, minlength=1)
+    free = np.cumsum(counts) - counts  # of each length the next place in `order`
+    documents, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for filling, times in _fillings(counts, capacity):
+        parts = []
+        for length, each in filling.items():
+            parts.append(order[free[length] : free[length] + each * times].reshape(times, each))
+            free[length] += each * times
+        rows = np.concatenate(parts, axis=1)
+        documents.append(rows.reshape(-1))
+        sizes.append(np.full(times, rows.shape[1]))
+    return Rows(np.concatenate(documents), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+
+
+def _fillings(counts: NDArray[np.int64], capacity: int) -> Iterator[tuple[dict[int, int], int]]:
+    """(length -> documents of it in a row, how many rows are filled so), until none of `counts` are left."""
+    lengths = np.flatnonzero(counts).tolist()
+    left = {length: int(counts[length]) for length in lengths}
+    while lengths:
+        longest = lengths[-1]
+        left[longest] -= 1
+        filling = _fullest(lengths, left, capacity - longest)
+        left[longest] += 1
+        filling[longest] = filling.get(longest, 0) + 1
+        times = min(left[length] // each for length, each in filling.items())
+        yield filling, times
+        for length, each in filling.items():
+            left[length] -= each * times
+            if not left[length]:
+                del lengths[bisect_left(lengths, length)]
+
+
+def _fullest(lengths: Sequence[int], left: Mapping[int, int], room: int) -> dict[int, int]:
+    """Of documents that are `left`, those that fill `room` best; of long ones more, as short ones fit in later.
+
+    Args:
+        lengths: ascending.
+    """
+    reach, full = 1, 1 << room  # a bit for each sum that some of those seen so far have
+    seen: list[tuple[int, int, int]] = []  # length, documents, and what was reached without them
+    for length in reversed(lengths[: bisect_right(lengths, room)]):
+        still, take = min(left[length], room // length), 1
+        while still:  # so many that any number is a sum of some of them
+            take = min(take, still)
+            seen.append((length, take, reach))
+            reach |= reach << length * take & (full << 1) - 1
+            still, take = still - take, 2 * take
+        if reach & full:
+            break
+    best, found = reach.bit_length() - 1, dict[int, int]()
+    for length, take, before in reversed(seen):
+        if not before >> best & 1:
+            best -= length * take
+            found[length] = found.get(length, 0) + take
+    return found
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
