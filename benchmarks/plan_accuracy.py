@@ -247,7 +247,7 @@ def judged_cuda(line: str) -> dict[str, Any]:
     device = Device(**one.pop("device"))
     one.pop("before", None)
     os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-    os.environ["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{one.pop('expandable_segments', True)}"  # as recorded
+    os.environ["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{one.pop('expandable_segments')}"  # as recorded
     if "failed" not in one:
         with tempfile.TemporaryDirectory(prefix="lowmem-ft-accuracy-") as name:
             tiny_config(one["architecture"], **settings_of(one)).save_pretrained(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -154,6 +155,7 @@ def _profile_of(device: Device) -> Profile:
     return load_profile("cpu" if device.kind == "cpu" else _similar_card(device))
 
 
+@functools.cache  # which reads all of them
 def _similar_card(device: Device) -> str:
     """The profile that ships of a card like this one: of the same architecture, with as many processors and about the
     same memory; else `SIMILAR_TO_CUDA`."""

@@ -32,7 +32,7 @@ from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_blocks
 from lowmem_ft.planner.weigh import Scales
-from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, safetensors_header
+from lowmem_ft.quant.checkpoint import CHUNK_BYTES, safetensors_header
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.footprint import LoadFootprint
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
@@ -85,10 +85,9 @@ class Base:
     @classmethod
     def of(cls, config: RunConfig, policy: Policy, stage: Stage) -> Base:
         """Predict it, see `Aside.of`."""
-        checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
-        small = {file for pattern in COPIED for file in checkpoint.folder.glob(pattern)}
+        small = {file for pattern in COPIED for file in stage.checkpoint.folder.glob(pattern)}
         return cls(
-            spec=effective_spec(checkpoint, quant_spec(policy)),
+            spec=effective_spec(stage.checkpoint, quant_spec(policy)),
             footprint=stage.footprint,
             check=_isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0,
             casts=0 if stage.kind == "cpu" else CHUNK_BYTES,

@@ -77,12 +77,11 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
 def with_margins(stage: Stage, policy: Policy, peaks: Peaks) -> Peaks:
     """What the pool may hold at most, where it holds `peaks` in a replay.
 
-    What no operator tells are two pages of small pieces, and what `unseen_bytes` says; 1 KiB a block for indices that
-    models make from lists (Falcon). Where virtual tokens come,
-    transformers makes a mask, and there may be a segment more; where routing decides which sizes come when, that and
-    holes: of 263 steps on an H200 mixtures reserved up to 22 MiB more than their replay, but two of 2.7 and 3.9 GB,
-    which reserved 102 and 58. Six others reserved one or two segments of 20 MiB more, nobody knows why: they are
-    counted from 1.25 GiB on, of which one is a 64th.
+    What no operator tells are two pages of small pieces, what `unseen_bytes` says, and 1 KiB a block for indices that
+    models make from lists (Falcon). Where virtual tokens come, transformers makes a mask, and there may be a segment
+    more; where routing decides which sizes come when, that and holes: of 263 steps on an H200 mixtures reserved up to
+    22 MiB more than their replay, but two of 2.7 and 3.9 GB, which reserved 102 and 58. Six others reserved one or two
+    segments of 20 MiB more, nobody knows why: they are counted from 1.25 GiB on, of which one is a 64th.
     """
     mixed = any(name.endswith(".experts") for name, _ in stage.ready.model.named_modules())
     segment = 20 << 20 if mixed or stage.config.adapter.prompt_learning else 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowmem_ft.runtime.attend import Attending, attend_on_card, attend_within
+from lowmem_ft.runtime.attend import Asked, Attending, attend_on_card, attend_within
 
 
 @contextmanager
@@ -69,17 +69,9 @@ class _Dropped(torch.autograd.Function):
         return dy.mul(mask)
 
 
-def _on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
+def _on_cpu(asked: Asked) -> Tensor | None:
     """The flash kernel where aten/native/transformers/sdp_utils_cpp.cpp takes it, else None."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = asked
     heads = query.shape[1] % key.shape[1] == 0 if enable_gqa else query.shape[1] == key.shape[1]
     alike = heads and key.shape[:2] == value.shape[:2] and query.shape[-1] == key.shape[-1] == value.shape[-1]
     strided = all(tensor.stride(-1) == 1 for tensor in (query, key, value))

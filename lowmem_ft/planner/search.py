@@ -71,7 +71,7 @@ class Search:
         )
         scales, start = self.scales, self._start
         if base is not None:
-            scales.stage.footprint = base.footprint
+            scales.stage.footprint = base.footprint  # which takes half a second to find for a large mixture
         # Neither names this search, or its events by the million would wait until Python looks for cycles
         base_of = cache(lambda: base or Base.of(scales.stage.config, start, scales.stage))
         aside_of = cache(lambda: Aside.of(scales.stage.config, start, scales, base_of()))

@@ -167,11 +167,15 @@ class Stage:
         self._unread: dict[nn.Module, list[Any] | None] = {}  # by block, as backward has found them
 
     @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's, of which no weights need be there."""
+        return Checkpoint.open(self.config.model, trust_remote_code=self.config.trust_remote_code, weights=False)
+
+    @functools.cached_property
     def footprint(self) -> LoadFootprint:
         """What loading takes."""
-        checkpoint = Checkpoint.open(self.config.model, trust_remote_code=self.config.trust_remote_code, weights=False)
         dtype: torch.dtype = getattr(torch, self._start.compute_dtype)
-        return load_footprint(checkpoint, spec=quant_spec(self._start), dtype=dtype)
+        return load_footprint(self.checkpoint, spec=quant_spec(self._start), dtype=dtype)
 
     @functools.cached_property
     def made(self) -> list[tuple[int, int]]:

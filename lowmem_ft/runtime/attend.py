@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,23 @@ def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
         attend_within(find_blocks(model)[1], lambda: Attending(attend_on_card))
 
 
+class Asked(NamedTuple):
+    """The arguments of PyTorch's `scaled_dot_product_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
 class Attending(TorchFunctionMode):
     """Within it `scaled_dot_product_attention` is `kernel`, but where that returns None."""
 
-    def __init__(self, kernel: Callable[..., Tensor | None]) -> None:
+    def __init__(self, kernel: Callable[[Asked], Tensor | None]) -> None:
         super().__init__()
         self._kernel = kernel
 
@@ -58,7 +71,7 @@ class Attending(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            out = self._kernel(*args, **kwargs)
+            out = self._kernel(Asked(*args, **kwargs))
             if out is not None:
                 return out
         return func(*args, **kwargs)
@@ -80,18 +93,7 @@ def attend_within(blocks: Iterable[nn.Module], mode: Callable[[], TorchFunctionM
         block.forward = within(block.forward)
 
 
-def attend_on_card(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    capability: tuple[int, int] | None = None,
-) -> Tensor | None:
+def attend_on_card(asked: Asked, *, capability: tuple[int, int] | None = None) -> Tensor | None:
     """(B, H, T, E), (B, G, S, E), (B, G, S, V) -> (B, H, T, V), as PyTorch's function with these arguments.
 
     Args:
@@ -101,6 +103,7 @@ def attend_on_card(
         None where PyTorch chooses: for single queries of answers that are generated, and masks that learn or are no
         masks of (B or 1, H or 1, T, S).
     """
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = asked
     if query.ndim != 4 or query.shape[2] == 1 or (attn_mask is not None and _unserved(attn_mask)):
         return None
     size, wide, alike = query.shape[3], value.shape[3], key.shape[2] == query.shape[2]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.data.packing import as_bounds
-from lowmem_ft.runtime.attend import attend_on_card
+from lowmem_ft.runtime.attend import Asked, attend_on_card
 from lowmem_ft.runtime.attention import attention
 
 pytestmark = pytest.mark.gpu
@@ -63,8 +63,9 @@ def test_what_our_operator_does_not_serve(mask: str | None, keys: int, wide: int
     def found(device: str, dtype: torch.dtype) -> list[Tensor]:
         given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
         told = None if mask is None else seen.to(device) if mask == "seen" else added.to(device, dtype)
-        attend = attend_on_card if device == "cuda" else nn.functional.scaled_dot_product_attention
-        out = attend(*given, attn_mask=told, enable_gqa=True)
+        asked = Asked(*given, attn_mask=told, enable_gqa=True)
+        plain = nn.functional.scaled_dot_product_attention
+        out = attend_on_card(asked) if device == "cuda" else plain(**asked._asdict())
         assert out is not None
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 

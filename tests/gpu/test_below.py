@@ -68,9 +68,8 @@ def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
     # the kernels of card and host round differently
     assert said[0][0] == pytest.approx(said[1][0], rel=1e-3)
     for a, b in zip(said[0][1], said[1][1], strict=True):
-        # The first updates are as large for gradients that are noise: where one in a thousand has another sign, as sums
-        # in another order give it, B differs by 2 * sqrt(0.001). 3.1% was measured on an H200; 5% was once too little
-        assert (a - b).norm() <= 0.2 * a.norm()
+        # the first updates are as large for gradients that are noise: 3.1% was measured on an H200
+        assert (a - b).norm() <= 5e-2 * a.norm()
 
 
 @pytest.mark.parametrize("name", PINS)

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.gpu
 # The planner's promise for reserved bytes. Without segments that grow torch 2.11 chooses between free blocks by the
 # addresses that the driver gave, of which no plan knows: 0.2% more was measured on an H200
 UNDER, OVER, BY_ADDRESS = 0.0, 0.03, -0.01
-SEGMENT = 32 << 20  # bytes that small models may take less: a segment and more, see `reserve.with_margins`
 
 
 def test_workspaces_are_those_of_the_architecture() -> None:
@@ -70,9 +69,6 @@ if __name__ == "__main__":
     print(one)
     under = UNDER if expandable_segments() or not torch.__version__.startswith("2.11.") else BY_ADDRESS
     for kind in ("allocated", "reserved"):
-        over = max(OVER, SEGMENT / one[f"{kind}_bytes"])
-        assert under <= one[f"{kind}_error"] <= over, (kind, one["first_difference"])
-    # in another order, such as that of updates, the same bytes are missing and too many; what documents take that
-    # attend one by one depends on how long they are
-    one_by_one = one["sections"]["data"]["packing"] and one["sections"]["policy"]["compute_dtype"] == "float32"
-    assert one_by_one or sum(missing - surplus for missing, surplus in one["by_op"].values()) <= 1 << 20, one["by_op"]
+        assert under <= one[f"{kind}_error"] <= OVER, (kind, one["first_difference"])
+    # in another order, such as that of updates, the same bytes are missing and too many
+    assert sum(missing - surplus for missing, surplus in one["by_op"].values()) <= 1 << 20, one["by_op"]

@@ -10,10 +10,10 @@ import pytest
 from benchmarks.plan_accuracy import judged_cuda, recorded_lines
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "results" / "recorded_h200.jsonl.gz"
-# Of every precision and compute dtype, packed and not, of each way below and of models that attend in their own ways; 3
-# and 22 have virtual tokens, 60 is a mixture
-INDICES = (1, 2, 3, 12, 22, 33, 34, 43, 58, 59, 60, 68, 113, 117)
-SEGMENT = 32 << 20  # what plans may have too much where sizes depend on data
+# Of every precision and compute dtype, packed and not, of each way below and of models that attend in their own ways
+INDICES = (1, 2, 3, 4, 5, 7, 12, 22, 33, 34, 43, 58, 59, 60, 68, 113, 117)
+# Small models with virtual tokens, and a mixture: where sizes depend on data plans may have so much too much
+VARYING, SEGMENT = (3, 22, 60), 32 << 20
 
 
 @pytest.mark.parametrize("index", INDICES)
@@ -24,5 +24,6 @@ def test_what_a_card_took_was_planned(index: int, monkeypatch: pytest.MonkeyPatc
     one = judged_cuda(line)
     assert 0.0 <= one["allocated_error"] <= 0.001
     for kind in ("reserved", "process"):
-        assert 0.0 <= one[f"{kind}_error"] <= 0.03 + SEGMENT / one[f"{kind}_bytes"]
+        beside = SEGMENT / one[f"{kind}_bytes"] if index in VARYING else 0.0
+        assert 0.0 <= one[f"{kind}_error"] <= 0.03 + beside
     assert one["events"]["equal"] > one["events"]["differing"]

@@ -14,7 +14,7 @@ from lowmem_ft.planner.profile import profile_names
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.trace import Event, Tracer
-from lowmem_ft.runtime.attend import attend_on_card
+from lowmem_ft.runtime.attend import Asked, attend_on_card
 from lowmem_ft.runtime.attention import attention
 
 AMPERE, ADA, TURING = Card(), Card(capability=(8, 9), processors=128), Card(capability=(7, 5), processors=40)
@@ -150,7 +150,7 @@ def test_keys_of_a_prefix_go_to_the_efficient_kernel() -> None:
     with tracer:
         q, k = heads(2, 6, 100, 32).requires_grad_(), heads(2, 2, 104, 32)
         mask = meta(2, 1, 100, 104, dtype=torch.bool)
-        out = attend_on_card(q, k, k, mask, capability=AMPERE.capability)
+        out = attend_on_card(Asked(q, k, k, mask), capability=AMPERE.capability)
         assert out is not None
         assert out.shape == q.shape
         out.sum().backward()

@@ -17,7 +17,7 @@ from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event, Tracer
-from lowmem_ft.runtime.attend import attend_on_card
+from lowmem_ft.runtime.attend import Asked, attend_on_card
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_scratch_cuda import AMPERE, TURING, heads, meta
@@ -77,8 +77,8 @@ def test_masks_prefixes_and_values_of_another_size() -> None:
         assert kernels(traced(AMPERE, partial(F.scaled_dot_product_attention, attn_mask=mask), q, k, k)) == {EFFICIENT}
     assert kernels(traced(AMPERE, partial(F.scaled_dot_product_attention, is_causal=False), q, k, v)) == {EFFICIENT}
     for left in (heads(2, 4, 1, 64), q[0]):
-        assert attend_on_card(left, k, k, capability=(8, 0)) is None
-    assert attend_on_card(q, k, k, learned.clone().requires_grad_(), capability=(8, 0)) is None
+        assert attend_on_card(Asked(left, k, k), capability=(8, 0)) is None
+    assert attend_on_card(Asked(q, k, k, learned.clone().requires_grad_()), capability=(8, 0)) is None
 
 
 def test_dropout_keeps_a_mask_of_bytes() -> None:

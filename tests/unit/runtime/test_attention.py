@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime import attend, attention_cpu, attention_cuda
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.attend import attend_on_card, use_attention
+from lowmem_ft.runtime.attend import Asked, attend_on_card, use_attention
 from lowmem_ft.runtime.attention import attention
 from tests.models import ARCHITECTURES, tiny_config
 
@@ -338,8 +337,8 @@ def test_models_that_call_pytorchs_attention_compute_the_same_on_a_card(
     expected = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, embedding)[0]
     served: list[Tensor | None] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor | None:
-        served.append(attend_on_card(*args, **kwargs))
+    def counted(asked: Asked) -> Tensor | None:
+        served.append(attend_on_card(asked))
         return served[-1]
 
     monkeypatch.setattr(attend, "attend_on_card", counted)
