@@ -20,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(str(files("lowmem_ft"))) / "assets"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from random_weights import ASSETS, copy_tokenizer  # beside this file
+
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "TinyLlama-1.1B": (
         {
@@ -58,9 +57,7 @@ def write_model(folder: Path, shape: dict[str, Any], **changes: Any) -> Path:
         config = AutoConfig.for_model("llama", **{**shape, **changes}, dtype="bfloat16")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder, max_shard_size="1GB")
-        for name in TOKENIZER:
-            if (ASSETS / "doclm-7m" / name).exists():
-                shutil.copy(ASSETS / "doclm-7m" / name, folder)
+        copy_tokenizer(folder)
     return folder
 
 

@@ -1,7 +1,6 @@
-"""On a CUDA card: what budgets cost, what streaming costs, and how peers do on the same model, tokens and rank.
+"""On a CUDA card: what streaming costs, and how peers do on the same model, tokens and rank.
 
-Weights are random, in the shape of Llama-3.1-8B, written once. Smaller cards are played by the allocator's cap, which
-is what a run's budget is; the driver (NVML) says what the whole process took.
+Weights are random, in the shape of Llama-3.1-8B, written once; the driver (NVML) says what the whole process took.
 
     python benchmarks/gpu.py --folder /tmp/lowmem-ft --out benchmarks/results/gpu_h200.json
 """
@@ -9,78 +8,39 @@ is what a run's budget is; the driver (NVML) says what the whole process took.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common import leave, stamp  # beside this file
+from limits import SHAPES
+from random_weights import write_model
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 MODEL = "Llama-3.1-8B"
 QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 TIMED_BLOCKS = 8  # of the slowdown by streaming
 RANK, ALPHA, LR = 16, 32, 1e-4
-SHARD = 2 << 30
-PARTS = ("peers", "streaming", "budgets", "steps")
-PEERS = ("ours, recompute", "ours, fastest", "peer", "peer with Liger")
+PARTS = ("peers", "streaming", "steps")
+PEERS = ("ours, recompute", "ours, fastest", "peer", "peer with Liger", "TRL", "TRL with Liger", "Unsloth")
+PEER_STEPS = 4  # after the first
+CEILING = 8192  # of the square matrices whose product says what the card can do
 BATCHES = ((2, 2048), (1, 8192))  # rows and positions of the comparison with peers
 STREAMED_TOKENS = (512, 2048, 4096, 16384)
-BUDGETS_GIB, BUDGET_TOKENS = (2, 3, 4, 6, 8, 12, 16, 24), 512
-
-
-def write_model(folder: Path, device: str, **changes: Any) -> Path:
-    """A checkpoint with random bf16 weights and the packaged tokenizer, if it is not there yet."""
-    if (folder / "model.safetensors.index.json").exists():
-        return folder
-    import torch
-    from fit import ASSETS, TOKENIZER
-    from limits import SHAPES
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = {**SHAPES[MODEL], **changes}
-    config = AutoConfig.for_model(**shape, tie_word_embeddings=False, dtype="bfloat16")
-    with torch.device("meta"):
-        shapes = {name: it.shape for name, it in LlamaForCausalLM(config).state_dict().items()}
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        size += 2 * shape.numel()
-        if size > SHARD and shards[-1]:
-            shards.append([])
-            size = 2 * shape.numel()
-        shards[-1].append(name)
-
-    def write(at: int) -> dict[str, str]:
-        tensors = {}
-        for name in shards[at]:
-            drawn = torch.randn(shapes[name], device=device, dtype=torch.bfloat16).mul_(0.02)
-            tensors[name] = (drawn + 1 if name.endswith("norm.weight") else drawn).cpu()
-        file = f"model-{at + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        return dict.fromkeys(tensors, file)
-
-    with ThreadPoolExecutor(8) as pool:
-        where = {name: file for part in pool.map(write, range(len(shards))) for name, file in part.items()}
-    for name in TOKENIZER:
-        if (ASSETS / "doclm-7m" / name).exists():
-            shutil.copy(ASSETS / "doclm-7m" / name, folder)
-    index = {"metadata": {"total_size": sum(2 * it.numel() for it in shapes.values())}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+DRAWN_TOKENS = 2048  # whose streamed step is recorded for timeline_plot.py
+GAP_US = 5  # busy times of a stream that are closer are one
 
 
 def configured(model: Path, rows: int, length: int, *, device: str, packing: bool = False, **sections: Any) -> Any:
@@ -114,7 +74,7 @@ def watched(device: Any) -> Iterator[dict[str, int]]:
 
 
 def timed(step: Callable[[], float], device: Any, *, steps: int) -> dict[str, Any]:
-    """Seconds of each step after the first, and its losses."""
+    """Seconds of the first step and of `steps` more, and their losses."""
     import torch
 
     seconds, losses = [], []
@@ -127,7 +87,7 @@ def timed(step: Callable[[], float], device: Any, *, steps: int) -> dict[str, An
     return {
         "first_seconds": seconds[0],
         "seconds": seconds[1:],
-        "step_seconds": statistics.median(seconds[1:]),
+        "step_seconds": statistics.median(seconds[1:] or seconds),
         "losses": losses,
     }
 
@@ -143,62 +103,26 @@ def peaks_of(predicted: Any) -> dict[str, int]:
     return {name: getattr(predicted, f"{name}_peak_bytes") for name in ("allocated", "reserved", "process", "host")}
 
 
-def planned_run(config: Any, device: Any, *, steps: int, vocabulary: int) -> dict[str, Any]:
-    """Plan, assemble and step as `lowmem-ft train` does, the allocator capped alike."""
+def busy_times(step: Callable[[], float]) -> list[list[Any]]:
+    """When the card's streams are at work in a step: [what, stream, begin, end], in microseconds; on a CPU none."""
     import torch
+    from torch.profiler import ProfilerActivity, profile
 
-    from lowmem_ft.assemble import assemble
-    from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches
-    from lowmem_ft.runtime.budget import capped_allocator
-
-    gc.collect()
-    start = time.perf_counter()
-    plan = make_plan(config)
-    planning = time.perf_counter() - start
-    said: dict[str, Any] = {
-        "planning_seconds": planning,
-        "fits": plan.fits,
-        "policy": plan.policy.describe(),
-        "budget_bytes": plan.budget["device_bytes"],
-        "planned": peaks_of(plan.predicted),
-        "planned_seconds": plan.predicted.step_seconds,
-    }
-    if not plan.fits:
-        return said
-    try:
-        with (
-            capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]),
-            watched(device) as peaks,
-        ):
-            torch.manual_seed(0)
-            start = time.perf_counter()
-            ready = assemble(config, plan.policy, device)
-            said["loading_seconds"] = time.perf_counter() - start
-            batches = full_batches(config, plan.policy, vocabulary=vocabulary)
-            said |= timed(our_step(ready, batches), device, steps=steps)
-        said["peaks"] = peaks
-    except torch.OutOfMemoryError as error:
-        said["out_of_memory"] = str(error)[:300]
-    tokens = config.train.tokens_per_step
-    if "step_seconds" in said:
-        said["tokens_per_second"] = tokens / said["step_seconds"]
-    return said
-
-
-def budgets(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """8B at 512 tokens in each budget, from the smallest on."""
-    model, found = write_model(folder / MODEL, device.type), []
-    for gib in options.budgets:
-        config = configured(model, 1, BUDGET_TOKENS, device=str(device), budget={"memory": int(gib * 2**30)})
-        found.append(
-            {
-                "budget_gib": gib,
-                "tokens": BUDGET_TOKENS,
-                **planned_run(config, device, steps=4, vocabulary=options.vocabulary),
-            }
-        )
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=kinds, acc_events=True) as watching:
+        step()
+    found: list[list[Any]] = []
+    newest: dict[tuple[str, int], list[Any]] = {}
+    on_card = [it for it in watching.events() if str(it.device_type).endswith("CUDA")]
+    for it in sorted(on_card, key=lambda it: it.time_range.start):
+        what = "copy" if it.name.startswith("Memcpy") else "compute"
+        begin, end = it.time_range.start, it.time_range.end
+        last = newest.get((what, it.device_resource_id))
+        if last is not None and begin - last[3] < GAP_US:
+            last[3] = max(last[3], end)
+        else:
+            found.append([what, it.device_resource_id, begin, end])
+            newest[what, it.device_resource_id] = found[-1]
     return found
 
 
@@ -211,7 +135,7 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace) -> list[di
     from lowmem_ft.planner.verify import full_batches
 
     changes = {"num_hidden_layers": TIMED_BLOCKS, "vocab_size": 8192}
-    model, found = write_model(folder / "blocks", device.type, **changes), []
+    model, found = write_model(folder / "blocks", {**SHAPES[MODEL], **changes}, device=device.type), []
     tier: Any = "host" if device.type == "cuda" else "disk"
     for count in options.streamed:
         rows = max(1, count // 4096)
@@ -235,6 +159,8 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace) -> list[di
             }
         )  # fmt: skip
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        if count == DRAWN_TOKENS:
+            found[-1]["timeline"] = busy_times(our_step(readies[-1], batches))
         del readies
         gc.collect()
     return found
@@ -248,7 +174,7 @@ def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[s
     from lowmem_ft.planner.solver import make_plan
     from lowmem_ft.planner.verify import full_batches
 
-    model, found = write_model(folder / MODEL, device.type), []
+    model, found = write_model(folder / MODEL, SHAPES[MODEL], device=device.type), []
     for length in (2048, 8192):
         config = configured(model, 1, length, device=str(device))
         plan = make_plan(config)
@@ -319,6 +245,88 @@ def peer_step(model_folder: Path, device: Any, *, liger: bool) -> Any:
     return step
 
 
+def trainer_peer(side: str, model_folder: Path, device: Any, tokens_BT: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer or Unsloth's, as documented: seconds of the first step and of later ones, and losses."""
+    import tempfile
+
+    import torch
+
+    if side == "Unsloth":
+        from unsloth import FastLanguageModel  # before TRL, which it patches
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(model_folder), max_seq_length=tokens_BT.shape[1], load_in_4bit=True, dtype=torch.bfloat16
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        )  # fmt: skip
+        adapter = None
+    else:
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": str(device)}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not marks:
+                marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    rows = len(tokens_BT)
+    with tempfile.TemporaryDirectory() as output:
+        settings = SFTConfig(
+            output_dir=output, per_device_train_batch_size=rows, max_steps=PEER_STEPS + 1, learning_rate=LR,
+            lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0, bf16=True, optim="paged_adamw_8bit",
+            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, packing=False,
+            max_length=tokens_BT.shape[1], use_liger_kernel=side.endswith("Liger"), logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=device.type == "cpu", dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        ids = tokens_BT.tolist() * (PEER_STEPS + 1)
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * len(row) for row in ids]})
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=adapter,
+            callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    return {
+        "first_seconds": seconds[0],
+        "seconds": seconds[1:],
+        "step_seconds": statistics.median(seconds[1:]),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def matmul_flops(device: Any) -> float:
+    """Floating-point operations per second of a large bf16 product, as the card does it in this run."""
+    import torch
+
+    size = CEILING if device.type == "cuda" else 512
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    multiplied = timed(lambda: 0.0 * len(left @ right), device, steps=20)
+    return float(2 * size**3 / multiplied["step_seconds"])
+
+
 def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace) -> None:
     """One side of the comparison: loads, says so, and runs when it is told to, so that nobody else is at work then."""
     import torch
@@ -345,19 +353,25 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
             with watched(device) as peaks:
                 ready = assemble(config, plan.policy, device)
                 batches = full_batches(config, plan.policy, vocabulary=options.vocabulary)
-                one = timed(our_step(ready, batches), device, steps=4)
+                one = timed(our_step(ready, batches), device, steps=PEER_STEPS)
             planned = {**peaks_of(plan.predicted), "seconds": plan.predicted.step_seconds}
             one |= {"policy": plan.policy.describe(), "planned": planned}
             found.append({"rows": rows, "length": length, "packing": packing, "peaks": peaks, **one})
             del ready
     else:
-        step = peer_step(folder / MODEL, device, liger=side.endswith("Liger"))
+        by_hand = side.startswith("peer")
+        step = peer_step(folder / MODEL, device, liger=side.endswith("Liger")) if by_hand else None
         wait()
         for rows, length in options.batches:
             generator = torch.Generator().manual_seed(0)
-            tokens = torch.randint(3, options.vocabulary, (rows, length), generator=generator).to(device)
+            tokens = torch.randint(3, options.vocabulary, (rows, length), generator=generator)
+            gc.collect()
             with watched(device) as peaks:
-                one = timed(lambda tokens=tokens: step(tokens), device, steps=4)
+                if step is None:
+                    one = trainer_peer(side, folder / MODEL, device, tokens)
+                else:
+                    there = tokens.to(device)
+                    one = timed(functools.partial(step, there), device, steps=PEER_STEPS)
             found.append({"rows": rows, "length": length, "packing": False, "peaks": peaks, **one})
     for one in found:
         one["tokens_per_second"] = one["rows"] * one["length"] / one["step_seconds"]
@@ -366,32 +380,31 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
 
 def peers(folder: Path, device: Any, options: argparse.Namespace) -> dict[str, Any]:
     """All sides: they load side by side, and run one after the other."""
-    write_model(folder / MODEL, device.type)
-    command = [
-        sys.executable,
-        __file__,
-        "--folder",
-        str(folder),
-        "--device",
-        str(device),
-        "--vocabulary",
-        str(options.vocabulary),
-    ]
-    command += ["--quick"] * options.quick + ["--batches", *(f"{rows}x{length}" for rows, length in options.batches)]
-    children = {
-        side: subprocess.Popen(
-            [*command, "--child", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / f"{side}.log").open("w"),
-            text=True,
-        )
-        for side in PEERS
+    write_model(folder / MODEL, SHAPES[MODEL], device=device.type)
+    command = [sys.executable, __file__, "--folder", str(folder), "--device", str(device)]
+    command += ["--vocabulary", str(options.vocabulary), *["--quick"] * options.quick]
+    command += ["--batches", *(f"{rows}x{length}" for rows, length in options.batches)]
+
+    def begin(side: str) -> subprocess.Popen[str]:
+        own = {"PYTHONPATH": f"{options.unsloth}{os.pathsep}{ROOT}"} if side == "Unsloth" else {}
+        with (folder / f"{side}.log").open("w") as log:
+            return subprocess.Popen(
+                [*command, "--child", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env={**os.environ, **own},
+            )  # fmt: skip
+
+    children = {side: begin(side) for side in options.sides if side != "Unsloth" or options.unsloth is not None}
+    found: dict[str, Any] = {"matmul_flops": matmul_flops(device)}
+    waiting = {
+        side: child.stdout is not None and child.stdout.readline().strip() == "ready"
+        for side, child in children.items()
     }
-    found: dict[str, Any] = {}
-    waiting = {side: child.stdout.readline().strip() == "ready" for side, child in children.items() if child.stdout}
     for side, child in children.items():
-        out, _ = child.communicate("go\n" if waiting[side] else None)
+        try:
+            out, _ = child.communicate("go\n" if waiting[side] else None, timeout=options.seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
         found[side] = (
             json.loads(out.splitlines()[-1])
             if child.returncode == 0
@@ -402,14 +415,16 @@ def peers(folder: Path, device: Any, options: argparse.Namespace) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="budgets, streaming and peers on a CUDA card")
+    parser = argparse.ArgumentParser(description="peers, streaming and where a step's time goes, on a CUDA card")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--folder", type=Path, required=True, help="where models and runs go: 20 GB")
-    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS_GIB, help="GiB")
     parser.add_argument("--streamed", type=int, nargs="*", default=STREAMED_TOKENS, help="tokens of a micro-batch")
     parser.add_argument("--batches", nargs="*", type=lambda text: tuple(map(int, text.split("x"))), default=BATCHES)
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens are drawn of so many")
+    parser.add_argument("--sides", nargs="*", choices=PEERS, default=PEERS, help="who is compared")
+    parser.add_argument("--seconds", type=float, default=120.0, help="a peer that takes more is ended")
+    parser.add_argument("--unsloth", type=Path, help="the folder in which Unsloth and what it needs are installed")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it runs")
     parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
@@ -420,13 +435,11 @@ def main() -> None:
     from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
     prefer_expandable_segments()  # as the command line does
-    import limits  # beside this file, where scripts are run
     import torch
-    from common import leave, stamp
 
     device = torch.device(options.device)
     if options.quick:
-        limits.SHAPES[MODEL] |= QUICK
+        SHAPES[MODEL] |= QUICK
     if options.child:
         peer_child(options.child, options.folder, device, options)
         return
@@ -435,7 +448,6 @@ def main() -> None:
     todo: Mapping[str, Callable[..., Any]] = {
         "peers": peers,
         "streaming": streaming,
-        "budgets": budgets,
         "steps": steps,
     }
     for part in options.parts:

@@ -2,9 +2,9 @@
 
 A process of its own, which trains in forks of itself and kills them with SIGKILL:
 
-    python -m tests.killing FOLDER --kills 4 --seed 0
+    python -m tests.killing FOLDER --kills 4 --seed 0 [--device cuda]
 
-FOLDER is filled with the runs. Prints JSON.
+On a card sums are made in a fixed order, as PyTorch can. FOLDER is filled with the runs. Prints JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RUNS: dict[str, tuple[dict[str, Any], bool]] = {
 Disturb = Callable[[], None]
 
 
-def settings(folder: Path, output: str, steps: int, sections: dict[str, Any]) -> RunConfig:
+def settings(folder: Path, output: str, steps: int, sections: dict[str, Any], *, device: str = "cpu") -> RunConfig:
     keys: dict[str, Any] = {
         "model": str(ASSETS / "doclm-7m"),
         "data": {"train": "train.jsonl", "eval": "eval.jsonl", "seq_len": 64},
@@ -56,6 +56,7 @@ def settings(folder: Path, output: str, steps: int, sections: dict[str, Any]) ->
         "adapter": {"rank": 4, "dropout": 0.1},
         "policy": {"micro_batch_tokens": 128, "loss_chunk_tokens": 64, "activations": "keep"},  # quickly planned
         "output": str(folder / output),
+        "budget": {"device": device},
     }  # fmt: skip
     for name, section in sections.items():
         keys[name] = {**keys[name], **section}
@@ -70,6 +71,8 @@ def start(config: RunConfig, *disturb: Disturb) -> int:
     if child:
         return child
     try:
+        if config.budget.device != "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)
         for prepare in disturb:
             prepare()
         loop.train(config, resume=True, reporter=Reporter(quiet=True))
@@ -181,16 +184,16 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def compare(folder: Path, *, kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
+def compare(folder: Path, *, kills: int, steps: int, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
     """Each of RUNS undisturbed and killed, `kills` times in all."""
     write_share(folder, train=60, eval=8)
     write_pairs(folder, train=60, eval=8)
     generator, found = random.Random(seed), []
     for index, (name, (sections, fails)) in enumerate(RUNS.items()):
         disturb = (failing_twice,) if fails else ()
-        assert ended(start(settings(folder, f"whole-{index}", steps, sections), *disturb)) == 0
+        assert ended(start(settings(folder, f"whole-{index}", steps, sections, device=device), *disturb)) == 0
         own = range(kills * index // len(RUNS), kills * (index + 1) // len(RUNS))
-        config = settings(folder, f"killed-{index}", steps, sections)
+        config = settings(folder, f"killed-{index}", steps, sections, device=device)
         killed = list(kill_again_and_again(config, own, generator, *disturb))
         differing = differences(folder / f"killed-{index}", folder / f"whole-{index}")
         found.append({"run": name, "killed": killed, "differing": differing})
@@ -203,10 +206,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a fork must not wait for threads that it does not have
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(compare(options.folder, kills=options.kills, steps=options.steps, seed=options.seed)))
+    asked = {name: getattr(options, name) for name in ("kills", "steps", "seed", "device")}
+    print(json.dumps(compare(options.folder, **asked)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
+#   benchmarks/gpu_session.sh OUT SECONDS checks   tests that failed or never ran, and the rest of the 300 configurations
+#                                                  beside them; killed runs; then limits until SECONDS are over
+#   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
+# What this project needs is installed before, and Unsloth (unsloth_wheels.sh) in the folder that $UNSLOTH names.
+set -u
+out=$1 seconds=$2 what=$3
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+begin=$(date +%s)
+left() { echo $((seconds - $(date +%s) + begin)); }
+at() { echo "[$(($(date +%s) - begin)) s] $*"; }
+folder=/dev/shm/lowmem-ft
+mkdir -p "$folder/tmp" "$out"
+export TMPDIR=$folder/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+ulimit -c 0
+
+run_tests() { # SECONDS NAME PYTEST_ARGUMENT...
+  local limit=$1 name=$2
+  shift 2
+  # an interrupt lets pytest print its summary
+  OMP_NUM_THREADS=1 timeout -s INT "$limit" python3 -m pytest -m gpu --timeout 90 -v --tb=short -p no:cacheprovider \
+    -o addopts="--strict-markers -ra" "$@" >"$out/$name.txt" 2>&1
+  at "$name: $?, $(tail -1 "$out/$name.txt")"
+}
+
+if [ "$what" = checks ]; then
+  limit=$((seconds * 2 / 5))
+  run_tests "$limit" failing -n 3 --maxprocesses=3 tests/gpu/test_below.py tests/gpu/test_planned.py &
+  run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
+    tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py &
+  (
+    OMP_NUM_THREADS=1 timeout "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
+      --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
+    at "killed runs: $?"
+  ) &
+  (
+    PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 timeout "$limit" python3 benchmarks/plan_accuracy.py \
+      --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
+      --known benchmarks/results/recorded_h200.jsonl.gz --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
+    at "configurations: $?"
+  ) &
+  wait
+  cat "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
+  timeout "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
+    --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
+  at "limits: $?"
+  grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
+  cut -c1-600 "$out/limits.txt"
+else
+  for part in peers streaming steps; do
+    [ "$(left)" -gt 15 ] || break
+    timeout "$(left)" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
+      --out "$out/gpu_$part.json" >/dev/null 2>>"$out/speed.txt"
+    at "$part: $?"
+  done
+  cut -c1-1200 "$out/speed.txt"
+fi

@@ -1,0 +1,43 @@
+"""What programs in `benchmarks/` share, where a mistake would falsify what they say."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.random_weights import write_model
+from benchmarks.timeline_plot import lanes, share_covered
+from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.quant.linear import get_base_weight
+from lowmem_ft.quant.loader import load_weights, meta_model
+from lowmem_ft.quant.ops import QuantSpec
+
+SHAPE = {
+    "model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_random_checkpoints_are_read_as_transformers_reads_them(tmp_path, quantized):
+    folder = write_model(tmp_path / "model", SHAPE, device="cpu", quantized=quantized)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(folder)
+    ours = meta_model(checkpoint)
+    spec = QuantSpec(bits=4 if quantized else 16)
+    report = load_weights(ours, checkpoint, spec=spec, place=lambda _, tensor: tensor)
+    assert report.spec == spec
+    assert all("rotary_emb" in name for name in report.initialised), "all else is stored"
+    tokens_BT = torch.arange(24).reshape(2, 12)
+    assert torch.allclose(ours(tokens_BT).logits, theirs(tokens_BT).logits, atol=2e-2)
+    if quantized:
+        layers = [block.mlp.up_proj for block in ours.model.layers]
+        assert torch.equal(*(get_base_weight(layer) for layer in layers)), "one matrix of each shape"
+
+
+def test_copies_are_told_from_computing_in_a_timeline():
+    busy = [
+        ["compute", 7, 0.0, 10e3], ["compute", 9, 8e3, 9e3], ["copy", 20, 2e3, 4e3], ["copy", 20, 9e3, 12e3],
+        ["compute", 7, 11e3, 15e3],
+    ]  # fmt: skip
+    assert share_covered(busy) == pytest.approx((2 + 1 + 1) / 5)
+    assert lanes(busy)["copy", 20] == [(2.0, 2.0), (9.0, 3.0)]
