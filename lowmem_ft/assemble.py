@@ -90,7 +90,7 @@ class Assembled:
             UnsupportedError: weights are trained that it streams; nothing has changed then.
         """
         self.stream(policy)
-        self.head = head_of(self.model)
+        self.head = replace(head_of(self.model), on_card=self.head.on_card)
         self.activations.remove()
         self.activations = self.activate(policy)
         self.mlps.work_in(policy.mlp_tile_tokens)
@@ -126,6 +126,8 @@ def assemble(
         map_large_tensors()
         gc.collect()  # what planning leaves would stay in the process
         release_freed_memory()
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels of Triton and of bitsandbytes are launched on the current card
     dtype: torch.dtype = getattr(torch, policy.compute_dtype)
     simulated = device.type == "meta"
     on_card = device.type == "cuda" if on_card is None else on_card

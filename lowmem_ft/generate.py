@@ -278,7 +278,8 @@ def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
 @contextmanager
 def _sampled(model: Any, seed: int) -> Iterator[None]:
     """Within it the model answers, with random numbers of its own; its mode is put back."""
-    with evaluating(model), torch.random.fork_rng(), torch.no_grad():  # what a later step may use, too
+    cards = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=cards), torch.no_grad():  # what a later step may use, too
         torch.manual_seed(seed)
         yield
 

@@ -120,7 +120,7 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
     loss, grad_norm, divergent, *sums = _values(totals.loss(share), norm, divergence, *totals.sums)
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if ready.scaler is not None:
-        ready.scaler.update(finite=finite)
+        ready.scaler.update(finite=finite, loss=loss)
     elif not finite:
         raise LowMemError(
             "Training diverged: loss or gradients are not finite.",

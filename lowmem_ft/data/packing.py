@@ -234,17 +234,19 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, length: int | Non
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     segment_ids = torch.zeros((len(rows), width), dtype=torch.int32)
     bounds = [0]
+    # the same memory, which NumPy fills ten times as fast piece by piece
+    ids, wanted, positions, segments = (it.numpy() for it in (input_ids, labels, position_ids, segment_ids))
     for b, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, start=1):
             end = start + len(example)
-            input_ids[b, start:end] = torch.tensor(example.input_ids, dtype=torch.int64)
-            labels[b, start : end - 1] = torch.tensor(example.labels[1:], dtype=torch.int64)
-            position_ids[b, start:end] = torch.arange(end - start)
-            segment_ids[b, start:end] = segment
+            ids[b, start:end] = example.input_ids
+            wanted[b, start : end - 1] = example.labels[1:]
+            positions[b, start:end] = np.arange(end - start)
+            segments[b, start:end] = segment
             start = end
             bounds.append(b * width + end)
-        position_ids[b, start:] = torch.arange(width - start)
+        positions[b, start:] = np.arange(width - start)
         if start < width:
             bounds.append((b + 1) * width)
     return Batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import platform
 import time
@@ -49,6 +50,7 @@ class Device:
     """Facts of one device; sizes in bytes, speed in floating-point operations per second.
 
     Attributes:
+        free_bytes: what the process may take in all: what nobody has, and what it has already.
         process_bytes: what the process takes of the device before a model is loaded, beside PyTorch's pool.
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
         profile: name or file of its profile, if that is where the facts come from.
@@ -209,22 +211,23 @@ def _cpu() -> Device:
 
 def _cuda(index: int) -> Device:
     where, capability = torch.device("cuda", index), torch.cuda.get_device_capability(index)
-    free, total = torch.cuda.mem_get_info(index)
     bf16 = capability >= (8, 0)
     dtype = torch.bfloat16 if bf16 else torch.float16
     flops = _matmul_flops(where, dtype)
     kept = measured_workspaces(where)
     load_kernels(where, dtype)
+    gc.collect()
     torch.cuda.empty_cache()  # what was taken so far would count as reserved by the run that follows
-    taken = cuda_process_bytes(index)
-    beside = CUDA_CONTEXT_BYTES if taken is None else taken - torch.cuda.memory_reserved(index)
+    taken, reserved = cuda_process_bytes(index), torch.cuda.memory_reserved(index)
+    beside = CUDA_CONTEXT_BYTES if taken is None else taken - reserved
+    free, total = torch.cuda.mem_get_info(index)
     host_free, host_taken = _free_and_taken()
     return Device(
         name=torch.cuda.get_device_name(index),
         kind="cuda",
         index=index,
         memory_bytes=total,
-        free_bytes=free,
+        free_bytes=min(total, free + beside + reserved),
         process_bytes=beside + LATER_BYTES,
         host_free_bytes=host_free,
         host_process_bytes=host_taken + LATER_HOST_BYTES,

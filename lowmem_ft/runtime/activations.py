@@ -37,6 +37,7 @@ class ActivationPolicy:
     """The wrapped blocks of a model. `remove()` gives every block its own forward back."""
 
     def __init__(self, blocks: Sequence[nn.Module], offload: int, shelf: Shelf | None, *, keep_attention: bool) -> None:
+        self._shelf = shelf
         # an accelerate hook may have put a forward of its own on the instance
         self._before = [(block, vars(block).get("forward")) for block in blocks]
         self.unread = [Unread() for _ in blocks]
@@ -48,7 +49,13 @@ class ActivationPolicy:
             wrapped = functools.partial(_recomputed, block, block.forward, unread, place, attended)
             block.forward = functools.wraps(block.forward)(wrapped)
 
+    def let_go(self) -> None:
+        """Give back what an aborted step has left below the device, or on its way."""
+        if self._shelf is not None:
+            self._shelf.clear()
+
     def remove(self) -> None:
+        self.let_go()
         for block, forward in self._before:
             del block.forward
             if forward is not None:

@@ -25,7 +25,8 @@ class OverBudgetError(MemoryError):
 
 @contextmanager
 def capped_allocator(device: torch.device, budget: int, *, beside: int) -> Iterator[None]:
-    """Within it PyTorch's pool on a CUDA `device` leaves the process within `budget`; on a CPU nothing is done.
+    """Within it PyTorch's pool on a CUDA `device` leaves the process within `budget`; its peaks are counted anew. On a
+    CPU nothing is done.
 
     Args:
         budget: bytes of the whole process.
@@ -41,6 +42,7 @@ def capped_allocator(device: torch.device, budget: int, *, beside: int) -> Itera
     taken = cuda_process_bytes(device.index)
     share = allowed_share(total, budget, beside=max(beside, (taken or 0) - reserved), free=free + reserved)
     torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.reset_peak_memory_stats(device)
     try:
         yield
     finally:

@@ -42,19 +42,24 @@ def cuda_process_bytes(index: int) -> int | None:
     """What this process takes of CUDA device `index`, context included, as `nvidia-smi` shows it.
 
     Returns:
-        None without nvidia-ml-py (extra `gpu`), or where the driver does not tell (containers that hide process ids).
+        None without nvidia-ml-py (extra `gpu`), or where the driver does not tell (containers that hide process ids,
+        parts of a card).
     """
     try:
         import pynvml
     except ImportError:
         return None
-    pynvml.nvmlInit()
     try:
-        # by UUID, because CUDA_VISIBLE_DEVICES numbers the cards anew
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
-        mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    finally:
-        pynvml.nvmlShutdown()
+        pynvml.nvmlInit()
+        try:
+            # by UUID, because CUDA_VISIBLE_DEVICES numbers the cards anew
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no library of the driver, or a part of a card (MIG), which has another UUID
+        return None
+    mine = [it.usedGpuMemory for it in running if it.pid == os.getpid()]
     return int(mine[0]) if mine and mine[0] else None
 
 

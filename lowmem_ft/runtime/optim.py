@@ -150,8 +150,8 @@ class AdamW(torch.optim.Optimizer):
                 self._update(run, members, gradients, start=self._stopped[1])
                 self._stopped = run.first + members.stop, 0
         self._stopped = 0, 0
-        if self.paged and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # the host may look at managed memory only after the device is done with it
+        for device in {it.device for it in self._parameters() if self.paged and it.is_cuda}:
+            torch.cuda.synchronize(device)  # the host may look at managed memory only after the device is done with it
 
     def halve_slices(self) -> bool:
         """Take less memory for a moment from now on; False if it is little already."""
@@ -276,7 +276,8 @@ class AdamW(torch.optim.Optimizer):
             return torch.zeros(flat.numel(), dtype=dtype, device=self._place(flat))
         if flat.device.type != "cuda":  # simulated: counted as host memory
             return torch.zeros(flat.numel(), dtype=dtype, device="cpu")
-        paged: Tensor = bnb.get_paged(flat.numel(), dtype=dtype, device=flat.device)
+        with torch.cuda.device(flat.device):  # whose context manages the memory
+            paged: Tensor = bnb.get_paged(flat.numel(), dtype=dtype, device=flat.device)
         return paged.zero_()
 
     def _together(

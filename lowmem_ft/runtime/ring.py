@@ -88,6 +88,12 @@ class Slots:
         """The slot that a piece lies in, or is being copied to."""
         return self.memory[self._ring.slot_of(piece)]
 
+    def settle(self) -> None:
+        """Wait for what is on its way, as one must before the slots are given up."""
+        for copy in self._copies:
+            if copy is not None:
+                self._tier.wait(copy)
+
     def bring(self, piece: int, *, returns: bool) -> Tensor:
         """The slot that holds a piece, while the one that will be asked for next begins to come.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lowmem_ft.core.errors import LowMemError
+
+_MOST_LOST = 4  # steps in a row whose loss is not finite
 
 
 class LossScaler:
@@ -18,14 +21,25 @@ class LossScaler:
     def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
         self.scale = scale
         self.growth_interval = growth_interval
-        self._good_steps = 0
+        self._good_steps = self._lost = 0
 
-    def update(self, *, finite: bool) -> None:
-        """Take note of a step. The caller leaves out the update of one whose gradients were not `finite`.
+    def update(self, *, finite: bool, loss: float = 0.0) -> None:
+        """Take note of a step. The caller leaves out the update of one whose gradients or `loss` were not `finite`.
 
         Raises:
-            LowMemError: gradients are not finite although the loss is no longer scaled up.
+            LowMemError: gradients are not finite although the loss is no longer scaled up; or the loss itself is not,
+                which no scale changes, in `_MOST_LOST` steps in a row.
         """
+        self._lost = 0 if math.isfinite(loss) else self._lost + 1
+        if self._lost == _MOST_LOST:
+            raise LowMemError(
+                "The loss itself is not finite, step after step: the model computes numbers that fp16 cannot hold.",
+                given=f"{self._lost} steps in a row",
+                allowed="numbers up to 65504",
+                fix="set policy.compute_dtype: float32, or bfloat16 on a card that has it; or check the data",
+            )
+        if self._lost:
+            return
         if not finite:
             if self.scale <= 1.0:
                 raise LowMemError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -62,6 +63,13 @@ class Shelf:
         assert came is not None
         self._tier.wait(came[0])
         return came[1][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def clear(self) -> None:
+        """Let go of what an aborted pass has left, when that is no longer on its way."""
+        with contextlib.suppress(Exception):  # it did not arrive, and nobody asks for it any more
+            self._settle()
+        self._going = self._coming = self._staying = None
+        self._full.clear()
 
     def _settle(self) -> None:
         """Wait for what is on its way, and let go of it: of the last tensor that was put, or of an aborted pass."""

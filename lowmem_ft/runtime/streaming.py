@@ -246,8 +246,10 @@ class Streaming:
                 before.fetch(index)
             for holder in holders[index]:
                 self._tier.write(at, holder.piece.offset, holder.tensor)
-        for hook in before._hooks if before is not None else ():
-            hook.remove()
+        if before is not None:
+            before._slots.settle()
+            for hook in before._hooks:
+                hook.remove()
         self.attach(holders)
 
     def _have_asked(self) -> None:

@@ -207,8 +207,8 @@ class HostTier:
         starts = [0, *accumulate(sizes)]
         self._arena = device_memory(starts[-1], torch.device("cpu"))
         self._blocks = [self._arena[a:b] for a, b in pairwise(starts)]
-        _pin(self, self._arena)
-        self._stream = _own_stream(self, device)
+        self._stream, self._device = _own_stream(self, device), device
+        _pin(self, self._arena, device)
 
     def write(self, block: int, offset: int, tensor: Tensor) -> None:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -222,7 +222,7 @@ class HostTier:
         return _copy(self._stream, self._blocks[block], slot[: len(self._blocks[block])], after=_now(slot.device))
 
     def wait(self, copy: torch.cuda.Event) -> None:
-        copy.wait()
+        copy.wait(torch.cuda.current_stream(self._device))  # by itself it takes that of whatever card is current
 
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
         count = len(self._arena) // nbytes
@@ -238,7 +238,7 @@ class StagedDiskTier:
 
     def __init__(self, folder: Path, sizes: Sequence[int], device: torch.device) -> None:
         self._disk = DiskTier(folder, sizes)
-        self._stream = _own_stream(self, device)
+        self._stream, self._device = _own_stream(self, device), device
         self._sizes = list(sizes)
         self._stages: list[Tensor] = []  # until the first copy: of a table whose rows are looked up there is none
         self._busy: list[torch.cuda.Event | None] = [None] * STAGES
@@ -253,7 +253,7 @@ class StagedDiskTier:
         return self._worker.submit(self._bring, block, slot, _now(slot.device))
 
     def wait(self, copy: Future[torch.cuda.Event]) -> None:
-        copy.result().wait()
+        copy.result().wait(torch.cuda.current_stream(self._device))
 
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
         return self._disk.rows(indices, nbytes)
@@ -261,13 +261,13 @@ class StagedDiskTier:
     def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         if not self._stages:
             arena = device_memory(STAGES * max(self._sizes), torch.device("cpu"))
-            _pin(self, arena)
+            _pin(self, arena, self._device)
             self._stages = list(arena.view(STAGES, -1))
         turn, self._turn = self._turn, (self._turn + 1) % STAGES
         before = self._busy[turn]
         if before is not None:
             before.synchronize()
-        self._disk.read(block, self._stages[turn])
+        self._disk.start(block, self._stages[turn]).result()  # by the one thread that reads
         size = self._sizes[block]
         done = _copy(self._stream, self._stages[turn][:size], slot[:size], after=after)
         self._busy[turn] = done
@@ -309,13 +309,20 @@ def _copy(stream: torch.cuda.Stream, source: Tensor, target: Tensor, *, after: t
     return event
 
 
-def _pin(owner: object, memory: Tensor) -> None:
-    """Lock `memory` in RAM for direct copies for as long as `owner` lives."""
+def _pin(owner: object, memory: Tensor, device: torch.device) -> None:
+    """Lock `memory` in RAM for direct copies to and from `device`, for as long as `owner` lives."""
     if memory.numel() == 0:
         return
     driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-    weakref.finalize(owner, driver.cudaHostUnregister, memory.data_ptr())
+    with torch.cuda.device(device):  # or another card would get a context
+        torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    weakref.finalize(owner, _unpin, driver, memory.data_ptr(), device)
+
+
+def _unpin(driver: Any, address: int, device: torch.device) -> None:
+    with contextlib.suppress(RuntimeError):  # a device that failed copies no more
+        torch.cuda.synchronize(device)  # what is on its way may lie there
+    driver.cudaHostUnregister(address)
 
 
 def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO, str | None]:

@@ -230,6 +230,7 @@ class Recovery:
         """Give back what a failed attempt has held."""
         for parameter in self.ready.trainable.values():
             parameter.grad = None
+        self.ready.activations.let_go()
         gc.collect()
         if self.ready.device.type == "cuda":
             torch.cuda.empty_cache()

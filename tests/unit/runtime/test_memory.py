@@ -24,9 +24,14 @@ def test_the_peak_follows_what_was_taken_and_freed() -> None:
     assert device_peak_bytes(torch.device("cpu")) == process_peak_bytes()
 
 
+class NVMLError(Exception):
+    """As pynvml's own."""
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_cuda_process_bytes_are_this_process_s(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
     nvml: Any = ModuleType("pynvml")
+    nvml.NVMLError = NVMLError
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-abc": "card"}[uuid]
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda card: [
@@ -36,6 +41,17 @@ def test_cuda_process_bytes_are_this_process_s(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abc"))
     assert cuda_process_bytes(0) == (12345 if listed else None)
+
+
+def test_a_driver_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml: Any = ModuleType("pynvml")
+
+    def refused() -> None:
+        raise NVMLError
+
+    nvml.NVMLError, nvml.nvmlInit = NVMLError, refused
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert cuda_process_bytes(0) is None
 
 
 def test_without_nvml_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:

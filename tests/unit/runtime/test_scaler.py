@@ -34,3 +34,16 @@ def test_a_scale_that_cannot_sink_further_is_an_error() -> None:
     scaler = LossScaler(scale=1.0)
     with pytest.raises(LowMemError, match="diverged"):
         scaler.update(finite=False)
+
+
+def test_a_loss_that_is_not_finite_is_told_from_gradients_that_are_not() -> None:
+    """No scale changes it, so that the scale stays; a batch may be broken, but not one after the other."""
+    scaler = LossScaler()
+    for _ in range(3):
+        scaler.update(finite=False, loss=float("nan"))
+    scaler.update(finite=True, loss=1.0)
+    assert scaler.scale == 2.0**16
+    for _ in range(3):
+        scaler.update(finite=False, loss=float("inf"))
+    with pytest.raises(LowMemError, match=r"compute_dtype: float32"):
+        scaler.update(finite=False, loss=float("inf"))

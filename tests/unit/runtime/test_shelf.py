@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,38 @@ def test_after_an_aborted_pass() -> None:
     assert tiers[0].said.count("is up 2") == 1
     for place in reversed(range(COUNT)):
         assert torch.equal(take(shelf, place), given[place])
+
+
+def test_nothing_is_left_of_an_aborted_pass() -> None:
+    shelf, tiers = shelf_and_tiers()
+    for place, tensor in enumerate(inputs(1)):
+        shelf.put(place, tensor)
+    last = inputs(2)[-1]
+    held = weakref.ref(last)
+    shelf.put(COUNT - 1, last)
+    take(shelf, COUNT - 1)
+    del last
+    shelf.clear()
+    assert held() is None
+    assert tiers[0].said[-2:] == ["up 2", "is up 2"], "its memory may go to somebody else now"
+    given = inputs(3)
+    for place, tensor in enumerate(given):
+        shelf.put(place, tensor)
+    assert all(torch.equal(take(shelf, place), given[place]) for place in reversed(range(COUNT)))
+
+
+def test_what_never_arrives_is_let_go_of_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, tiers = shelf_and_tiers()
+    shelf.put(0, inputs(1)[0])
+
+    def refused(*_: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers[0], "wait", refused)
+        shelf.clear()
+    shelf.put(0, inputs(2)[0])
+    assert tiers[0].said == ["down 0", "down 0"]
 
 
 def test_one_alone_needs_no_tier() -> None:

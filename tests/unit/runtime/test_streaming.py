@@ -7,6 +7,7 @@ Slots are filled with poison before every copy, and one tier is slow, so that wh
 import functools
 import gc
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.verify import full_batches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
+from lowmem_ft.runtime import tiers as module
 from lowmem_ft.runtime.streaming import block_bytes, spread
-from lowmem_ft.runtime.tiers import PAGE, DiskTier, device_memory
+from lowmem_ft.runtime.tiers import PAGE, DiskTier, StagedDiskTier, device_memory
 from lowmem_ft.step import eval_step, train_step
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
@@ -333,3 +335,46 @@ def test_a_file_that_was_cut_short_is_a_clear_error(tmp_path: Path) -> None:
     tier._file.truncate(PAGE)
     with pytest.raises(LowMemError, match="shorter than what was written"):
         tier.wait(tier.start(0, into))
+
+
+class _Copied:
+    """In the place of an event of a card, on which a copy is made at once."""
+
+    def synchronize(self) -> None:
+        return
+
+    def wait(self, stream: object) -> None:
+        return
+
+
+def test_rows_are_looked_up_while_pieces_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tied matrix below a card, whose tiles come through pinned buffers: a file has one position."""
+
+    def copied(stream: object, source: Tensor, target: Tensor, *, after: object) -> _Copied:
+        target.copy_(source)
+        return _Copied()
+
+    stand_ins = {"_own_stream": lambda *_: None, "_now": lambda _: None, "_pin": lambda *_: None, "_copy": copied}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    readers = set()
+    fill = DiskTier._fill
+
+    def watched(self: DiskTier, into: Tensor, start: int) -> None:
+        readers.add(threading.get_ident())
+        fill(self, into, start)
+
+    monkeypatch.setattr(DiskTier, "_fill", watched)
+    tier = StagedDiskTier(tmp_path, [4 * PAGE] * 4, torch.device("cpu"))
+    content = torch.randint(0, 255, (4, 4 * PAGE), dtype=torch.uint8)
+    for block, piece in enumerate(content):
+        tier.write(block, 0, piece)
+    slots = [device_memory(4 * PAGE, torch.device("cpu")) for _ in content]
+    copies = [tier.start(block, slot) for block, slot in enumerate(slots)]
+    rows = torch.tensor([7, 0, 3])
+    assert torch.equal(tier.rows(rows, 2 * PAGE), content.view(8, -1)[rows])
+    for copy, slot, piece in zip(copies, slots, content, strict=True):
+        tier.wait(copy)
+        assert torch.equal(slot, piece)
+    assert len(readers) == 1

@@ -1,5 +1,6 @@
 """The embedding and the head below the device: the same bits, and hardly any memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ def test_they_can_go_below_in_the_middle_of_a_run(models: dict[str, Path]) -> No
         ready.follow(a_policy(which))
         assert same(trained(ready, config), trained(expected, config))
     assert ready.head.table is not None
+    ready.head = replace(ready.head, on_card=True)
+    ready.follow(a_policy("both"))
+    assert ready.head.on_card, "the loss goes on as it does on a card"
 
 
 @pytest.mark.parametrize(
