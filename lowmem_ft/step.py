@@ -122,11 +122,7 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
     if ready.scaler is not None:
         ready.scaler.update(finite=finite, loss=loss)
     elif not finite:
-        raise LowMemError(
-            "Training diverged: loss or gradients are not finite.",
-            given=f"loss {loss}, gradient norm {grad_norm}",
-            fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
-        )
+        raise diverged(f"loss {loss}, gradient norm {grad_norm}")
     return StepResult(
         loss=loss,
         tokens=sum(tokens for _, tokens, _ in facts),
@@ -134,6 +130,15 @@ def sum_gradients(ready: Ready, batches: Sequence[Batch], mismatched: Sequence[B
         grad_norm=grad_norm,
         skipped=not finite,
         metrics={} if objective is None else totals.metrics(objective, share, sums, divergent),
+    )
+
+
+def diverged(given: str) -> LowMemError:
+    """The error that says that numbers are not finite."""
+    return LowMemError(
+        "Training diverged: loss or gradients are not finite.",
+        given=given,
+        fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
     )
 
 

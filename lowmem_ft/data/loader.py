@@ -155,7 +155,7 @@ class BatchLoader(Iterator[MicroBatches]):
         order: Order = "shuffled",
         preferences: Preferences | None = None,
     ) -> None:
-        self.examples, self.lengths, self.preferences = examples, _lengths(examples, preferences), preferences
+        self.examples, self.lengths, self.preferences = examples, row_lengths(examples, preferences), preferences
         self.seq_len, self.packing, self.seed, self.pad_id, self.order = seq_len, packing, seed, pad_id, order
         self.micro_batch_tokens, self.tokens_per_step = micro_batch_tokens, tokens_per_step
         _check(self.lengths, seq_len)
@@ -269,7 +269,7 @@ def eval_batches(
     Raises:
         DataError: no examples, or one longer than `seq_len`.
     """
-    lengths = _lengths(examples, preferences)
+    lengths = row_lengths(examples, preferences)
     _check(lengths, seq_len)
     rows = _deal(examples, lengths, seq_len, 0, packing)
     return MicroBatches(
@@ -284,7 +284,8 @@ def eval_batches(
     )
 
 
-def _lengths(examples: Sequence[Any], preferences: Preferences | None) -> NDArray[np.int32]:
+def row_lengths(examples: Sequence[Any], preferences: Preferences | None) -> NDArray[np.int32]:
+    """(N,) tokens of a row that each example takes."""
     return lengths_of(examples) if preferences is None else preferences.lengths(examples)
 
 

@@ -180,8 +180,11 @@ class AdamW(torch.optim.Optimizer):
         steps = [self.state[parameter]["step"] for parameter in self._parameters()]
         return {"bits": self.bits, "steps": steps, "groups": groups}
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, settings: bool = True) -> None:
         """Go on from a saved state, exactly.
+
+        Args:
+            settings: whether the groups' settings, such as weight decay, are those that were saved, too.
 
         Raises:
             CheckpointError: it belongs to other parameters or to another kind of AdamW; nothing was changed.
@@ -200,7 +203,7 @@ class AdamW(torch.optim.Optimizer):
             tensor.copy_(tensors[name])
         for parameter, step in zip(parameters, meta["steps"], strict=True):
             self.state[parameter]["step"] = int(step)
-        for group, saved in zip(self.param_groups, meta["groups"], strict=True):
+        for group, saved in zip(self.param_groups, meta["groups"], strict=True) if settings else ():
             group.update({name: tuple(value) if name == "betas" else value for name, value in saved.items()})
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,21 +49,21 @@ class RunFolder:
         """Written last: its presence says that the run is complete."""
         return self.path / "result.json"
 
-    def start(self, config: RunConfig, *, resume: bool) -> None:
-        """Make the folder and write config.yaml. What a process that was killed was writing goes.
-
-        Raises:
-            ConfigError: the folder holds a run already and `resume` is not asked for.
-        """
-        if not resume and _is_there(self.metrics):
+    def refuse_another(self) -> None:
+        """Raises ConfigError if the folder holds a run already."""
+        if _is_there(self.metrics):
             raise ConfigError(
                 "The output folder holds a run already.",
                 given=str(self.path),
                 fix="--resume goes on with it; or set output to another folder, or delete this one",
             )
+
+    def start(self, config: RunConfig, plan: Plan) -> None:
+        """Make the folder and write config.yaml and plan.json. What a process that was killed was writing goes."""
         for folder in (self.path, self.checkpoints, self.adapter):
             remove_half_written(folder)
         self.write("config.yaml", config.to_yaml())
+        self.write("plan.json", plan.to_json())
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one piece.
@@ -87,12 +87,8 @@ class RunFolder:
                 fix="set output to another folder",
             ) from error
 
-    def write_plan(self, plan: Plan) -> None:
-        """Write plan.json."""
-        self.write("plan.json", plan.to_json())
-
     def plan(self) -> Plan | None:
-        """What `write_plan` wrote; None where there is nothing, or what this version cannot read."""
+        """What plan.json says; None where there is nothing, or what this version cannot read."""
         try:
             plan = Plan.from_dict(json.loads((self.path / "plan.json").read_text(encoding="utf-8")))
             return plan if plan.run_config else None
@@ -127,7 +123,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
-        self.write(self.finished.name, json.dumps(result, indent=2))
+        self.write(self.finished.name, json.dumps(_finite(result), indent=2))
 
     def result(self) -> dict[str, Any]:
         """What a finished run wrote of itself.

@@ -35,7 +35,9 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
+from lowmem_ft.step import diverged
 from lowmem_ft.trainer.folder import RunFolder
+from lowmem_ft.trainer.identity import check_identity, held_out_identity, identity_of
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from lowmem_ft.trainer.replan import plan_again
 from lowmem_ft.trainer.samples import in_one_line, samples
@@ -71,14 +73,17 @@ def train(
         return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
     if config.eval.samples and not config.data.eval:
         warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
-    before = folder.plan() if resume and state.checkpoints(folder.checkpoints) else None
+    if not resume:
+        folder.refuse_another()
+    newest = state.checkpoints(folder.checkpoints)[-1:] if resume else []
+    before = folder.plan() if newest else None
     plan = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
     if config.policy.objective == "context":  # then the plan decides how long sequences are
         planned = plan.run_config
         config = config.model_copy(update={"data": planned.data, "train": planned.train})
     train_examples, eval_examples = load_examples(config, reporter)
-    folder.start(config, resume=resume)
-    folder.write_plan(plan)
+    if not newest:
+        folder.start(config, plan)
     torch.manual_seed(config.train.seed)  # decides how fresh adapters start
     device = device_of(plan)
     with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
@@ -86,7 +91,7 @@ def train(
             ready = assemble(config, plan.policy, device, progress=update)
         with tracking(config, folder.path) as trackers:
             loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
-            return loop.run(resume=resume)
+            return loop.run(newest[0] if newest else None)
 
 
 def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -163,13 +168,16 @@ class _Loop:
     eval_examples: Sequence[Any]
     reporter: Reporter
     step: int = 0
+    lost: bool = False  # the newest step's loss was not finite, which fp16 bears for some steps
     eval_loss: float | None = None  # of the newest evaluation
+    evaluated: int | None = None  # at which step that was
     best_loss: float = math.inf
     started: float = field(default_factory=time.monotonic)
     compared: bool = False  # the plan with what the first step took
     watch: Watch | None = None  # of the budget, on a CPU
 
     def __post_init__(self) -> None:
+        self.identity = identity_of(self.config, self.plan.policy)
         if self.ready.device.type == "cpu":
             self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
         self.recovery = Recovery(
@@ -181,7 +189,8 @@ class _Loop:
             say=self.reporter.say,
         )
 
-    def run(self, *, resume: bool) -> Run:
+    def run(self, newest: Path | None) -> Run:
+        """Train from the beginning, or from the checkpoint `newest` on."""
         settings = self.config.train
         loader = BatchLoader(
             self.train_examples,
@@ -195,9 +204,9 @@ class _Loop:
             preferences=preferences_of(self.config),
         )
         total = settings.steps or max(1, math.ceil(loader.steps_per_epoch * settings.epochs))
-        newest = state.checkpoints(self.folder.checkpoints)[-1:] if resume else []
         if newest:
-            self._restore(newest[0], loader)
+            self._restore(newest, loader)
+            self.folder.start(self.config, self.plan)  # now that it is known to be the same run
         self.folder.forget_after(self.step if newest else -1)
         try:
             if not newest:
@@ -223,7 +232,7 @@ class _Loop:
                     stopped = "interrupted"
                 elif settings.max_time is not None and self._seconds() >= settings.max_time:
                     stopped = "out_of_time"
-                if done or stopped or self.step % settings.save_every == 0:
+                if done or stopped or (self.step % settings.save_every == 0 and not self.lost):
                     self._save(loader)
                 if stopped and not done:
                     self.reporter.say(f"Stopped at step {self.step} of {total} with a checkpoint; --resume goes on.")
@@ -247,6 +256,7 @@ class _Loop:
             release_freed_memory()
         seconds = time.perf_counter() - start
         self.step += 1
+        self.lost = not math.isfinite(result.loss)
         self._log(
             {
                 "step": self.step,
@@ -277,6 +287,7 @@ class _Loop:
             return
         self.eval_loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
         named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.evaluated = self.step
         self._log({"step": self.step, "eval_loss": self.eval_loss, **named})
         accuracy = f", token accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{accuracy}")
@@ -304,25 +315,40 @@ class _Loop:
                 "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
                 "recovery": self.recovery.state_dict(),
                 "eval_loss": self.eval_loss,
+                "evaluated": self.evaluated,
+                "held_out": held_out_identity(self.config, self.eval_examples),
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+                "identity": self.identity,
             },
         )
 
     def _restore(self, checkpoint: Path, loader: BatchLoader) -> None:
         assert self.ready.optimizer is not None, "training assembles an optimizer"
         tensors, meta = state.read_checkpoint(checkpoint)
+        check_identity(meta.get("identity"), self.identity)
         state.restore_weights(self.ready.trainable, tensors)
-        self.ready.optimizer.load_state(state.below(tensors, "optimizer"), meta["optimizer"])
+        # learning rate, weight decay and such are those of the config
+        self.ready.optimizer.load_state(state.below(tensors, "optimizer"), meta["optimizer"], settings=False)
         if self.ready.scaler is not None and meta["scaler"] is not None:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
         self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
-        self.step, self.eval_loss = meta["step"], meta["eval_loss"]
-        self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
+        self.step = meta["step"]
+        held_out = held_out_identity(self.config, self.eval_examples)
+        if meta.get("held_out", held_out) == held_out:
+            self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
+            self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
+        else:
+            self.folder.best.unlink(missing_ok=True)
+            self.reporter.say("The held-out data is another: which step was the best so far is forgotten.")
         self.reporter.say(f"Going on from step {self.step}.")
 
     def _finish(self) -> Run:
+        if self.lost:
+            raise diverged(f"the loss of step {self.step}")
+        if self.evaluated != self.step:  # as when a run ends where it was stopped
+            self._evaluate()
         if self.eval_examples and self.config.train.keep_best and self.folder.best.exists():
             state.restore_weights(self.ready.trainable, state.read_checkpoint(self.folder.best)[0])
             self.eval_loss = self.best_loss

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
@@ -24,7 +25,7 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
 from lowmem_ft.trainer.folder import RunFolder
-from tests.assets import ASSETS, write_share
+from tests.assets import ASSETS, write_pairs, write_share
 from tests.killing import exact_metrics
 
 QUIET = Reporter(quiet=True)
@@ -136,7 +137,7 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
 
 def test_damaged_files_of_a_run_are_told(data: Path) -> None:
     folder = RunFolder(data / "run")
-    folder.start(config(data), resume=False)
+    folder.write("config.yaml", config(data).to_yaml())
     folder.finished.write_text("{")
     with pytest.raises(CheckpointError, match="result cannot be read"):
         loop.train(config(data), resume=True, reporter=QUIET)
@@ -264,14 +265,90 @@ def test_a_killed_process_leaves_nothing_beside_its_checkpoints(data: Path) -> N
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(folder.checkpoints.iterdir())
-    folder.start(config(data), resume=True)
-    assert not list(folder.checkpoints.iterdir())
+    loop.train(config(data, train={"max_time": 0.001}), resume=True, reporter=QUIET)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001.safetensors"]
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(data: Path) -> None:
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"adapter": {"rank": 8}}, "adapter rank 8"),
+    "alpha": ({"adapter": {"alpha": 64}}, "adapter alpha 64"),
+    "rslora": ({"adapter": {"rslora": True}}, "adapter rslora True"),
+    "precision": ({"quant": {"bits": 8}}, "quant int8"),
+    "data": ({"data": {"train": "eval.jsonl"}}, "with other data"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_run_with_other_settings_is_refused_and_changes_nothing(data: Path, what: str) -> None:
+    stopped = config(data, train={"max_time": 0.001})
+    loop.train(stopped, reporter=QUIET)
+    before = {path: path.read_bytes() for path in (data / "run").rglob("*") if path.is_file()}
+    sections, said = OTHER[what]
+    if what == "data":
+        sections = {"data": {"train": str(data / "eval.jsonl")}}
+    with pytest.raises(LowMemError, match=said):
+        loop.train(config(data, **sections), resume=True, reporter=QUIET)
+    assert {path: path.read_bytes() for path in (data / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_with_another_base_is_refused(data: Path) -> None:
     loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
-    with pytest.raises(LowMemError, match=r"another shape|other trainable"):
-        loop.train(config(data, adapter={"rank": 8}), resume=True, reporter=QUIET)
+    other = data / "other"
+    shutil.copytree(ASSETS / "doclm-7m", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: it + 1e-2 for name, it in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LowMemError, match="another base"):
+        loop.train(config(data, model=str(other)), resume=True, reporter=QUIET)
+    shutil.copytree(ASSETS / "doclm-7m", data / "same")  # where it lies does not matter
+    assert loop.train(config(data, model=str(data / "same")), resume=True, reporter=QUIET).status == "finished"
+
+
+def test_another_objective_is_refused(data: Path) -> None:
+    write_pairs(data, train=12, eval=0)
+    pairs = {"train": str(data / "pairs-train.jsonl"), "eval": None}
+    loop.train(config(data, data=pairs, train={"max_time": 0.001, "objective": "dpo"}), reporter=QUIET)
+    for objective, preference in (("ipo", {}), ("dpo", {"beta": 0.5})):
+        other = config(data, data=pairs, train={"objective": objective}, preference=preference)
+        with pytest.raises(LowMemError, match=r"objective ipo|preference beta 0\.5"):
+            loop.train(other, resume=True, reporter=QUIET)
+
+
+def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001, "eval_every": 1, "lr": 1e-5}), reporter=QUIET)
+    assert RunFolder(data / "run").best.exists()
+    other = {"data": {"eval": str(data / "train.jsonl")}, "train": {"eval_every": 6}}
+    run = loop.train(config(data, **other), resume=True, reporter=QUIET)
+    assert run.eval_loss == run.metrics[-1]["eval_loss"]
+    assert run.metrics[-1]["step"] == 6
+
+
+def test_a_run_that_ends_where_it_was_stopped_is_evaluated(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    run = loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    assert [line["step"] for line in run.metrics if "eval_loss" in line] == [0, 1]
+    assert run.eval_loss == run.metrics[-1]["eval_loss"] != run.metrics[0]["eval_loss"]
+
+
+def test_how_to_learn_may_change(data: Path) -> None:
+    """Weight decay, as the learning rate, is the config's."""
+    losses = []
+    for name, decay in (("none", 0.0), ("much", 100.0)):
+        loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
+        run = loop.train(config(data, name, train={"weight_decay": decay}), resume=True, reporter=QUIET)
+        losses.append(run.metrics[-1]["eval_loss"])
+    assert losses[0] != losses[1]
+
+
+def test_a_loss_that_is_not_finite_in_fp16_leaves_no_checkpoint_and_no_adapter(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"policy": {"compute_dtype": "float16"}, "train": {"lr": 1e30, "steps": 3, "save_every": 1}}
+    with pytest.raises(LowMemError, match="diverged"):
+        loop.train(config(data, **broken), reporter=QUIET)
+    saved = [path.stem for path in state.checkpoints(data / "run" / "checkpoints")]
+    assert saved[0] == "step-00000001"
+    assert not (data / "run" / "result.json").exists()
+    assert not (data / "run" / "adapter").exists()
 
 
 def test_training_goes_on_from_a_saved_adapter(data: Path) -> None:

@@ -1,0 +1,86 @@
+"""What a checkpoint is worth nothing without: the base, the adapter's settings and the objective it was trained for.
+
+Names, shapes and data are compared where they are restored; here is what would change without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from lowmem_ft.adapters.lora import Init
+from lowmem_ft.core.config import AdapterConfig, RunConfig
+from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.preference import settings_of
+from lowmem_ft.data.loader import row_lengths
+from lowmem_ft.data.pairs import preferences_of
+from lowmem_ft.quant.checkpoint import Checkpoint
+
+# of an adapter what decides the function that its weights are of; how it is trained may change
+_OF_FUNCTION = (
+    "method", "rank", "alpha", "targets", "rslora", "dora", "bias", "rank_pattern", "alpha_pattern", "layers",
+    "train_modules",
+)  # fmt: skip
+
+
+def identity_of(config: RunConfig, policy: Policy) -> dict[str, Any]:
+    """What must be the same when a run goes on, as JSON can hold it."""
+    stored = {4: f"{policy.quant}{', double-quantized' if policy.double_quant else ''}", 8: "int8"}
+    return {
+        "model": Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).sample(),
+        "quant": stored.get(policy.bits, f"{policy.bits} bits"),
+        "adapter": _function(config.adapter),
+        "train.objective": config.train.objective,
+        "preference": settings_of(config),
+    }
+
+
+def _function(adapter: AdapterConfig) -> dict[str, Any]:
+    if adapter.init not in get_args(Init):  # a folder, whose own settings hold
+        return {}
+    if adapter.peft is not None:
+        return {name: value for name, value in adapter.peft.items() if "dropout" not in name}
+    return adapter.model_dump(include=set(_OF_FUNCTION))
+
+
+def check_identity(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Hold a run against the one that a checkpoint is of; those of before it was told go on.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    changed = [name for name, value in now.items() if saved is not None and saved[name] != value]
+    if saved is None or not changed:
+        return
+    was, wanted = (", ".join(f"{name} {_short(of, now, name, saved)}" for name in changed) for of in (saved, now))
+    raise CheckpointError(
+        "The checkpoint is of a run with another base, adapter or objective, so the run cannot go on.",
+        given=wanted,
+        allowed=was,
+        fix="put the settings back, or start over in another output folder; `adapter.init: FOLDER` starts from a saved "
+        "adapter",
+    )
+
+
+def _short(of: Mapping[str, Any], now: Mapping[str, Any], name: str, saved: Mapping[str, Any]) -> str:
+    """A value, and of several that belong together those that differ."""
+    value = of[name]
+    if not isinstance(value, Mapping):
+        return str(value)
+    other = saved[name] if of is now else now[name]
+    return ", ".join(f"{key} {it}" for key, it in value.items() if other.get(key) != it) or "as it is by default"
+
+
+def held_out_identity(config: RunConfig, examples: Sequence[Any]) -> str | None:
+    """Of held-out examples, since on other ones a loss means something else; None without any.
+
+    Lengths stand for them, as they do in `data.loader.BatchLoader`.
+    """
+    if not len(examples):
+        return None
+    lengths = row_lengths(examples, preferences_of(config))
+    return hashlib.sha256(lengths.astype(np.int64).tobytes()).hexdigest()[:16]
