@@ -24,6 +24,10 @@ _AGREE = 16  # events in a row from which both sides are taken to agree again
 _MOST_EDITS = 2000  # differences without so many that agree, after which the rest counts as one
 
 
+_SIGNS: Mapping[str, int] = {"alloc": 1, "free_completed": -1}
+_GROWTH: Mapping[str, int] = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A recorded event.
@@ -31,10 +35,12 @@ class Taken:
     Attributes:
         nbytes: as PyTorch rounds them; negative where they are given back.
         where: the innermost line of Python, if that was recorded.
+        address: of the piece, which tells pieces of one size apart; 0 where it was not recorded.
     """
 
     nbytes: int
     where: str = ""
+    address: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +51,14 @@ class Recording:
         allocated, reserved: at most during it, as PyTorch counts them.
         process: taken by the process at its end; None where the driver does not tell.
         events: in order.
+        grown: (after how many events, by how many bytes) the pool grew, or shrank.
     """
 
     allocated: int
     reserved: int
     process: int | None
     events: Sequence[Taken]
+    grown: Sequence[tuple[int, int]] = ()
 
 
 def record(step: Callable[[], object], device: torch.device) -> Recording:
@@ -72,17 +80,27 @@ def record(step: Callable[[], object], device: torch.device) -> Recording:
         reserved=torch.cuda.max_memory_reserved(device),
         process=cuda_process_bytes(index),
         events=recorded_events(snapshot, index),
+        grown=_recorded_growth(snapshot, index),
     )
 
 
 def recorded_events(snapshot: Mapping[str, Any], index: int = 0) -> list[Taken]:
     """What `torch.cuda.memory._snapshot()` tells of device `index`: allocations, and frees once they are complete."""
-    signs = {"alloc": 1, "free_completed": -1}
     return [
-        Taken(signs[entry["action"]] * _rounded(entry["size"]), _where(entry.get("frames", ())))
+        Taken(_SIGNS[entry["action"]] * _rounded(entry["size"]), _where(entry.get("frames", ())), entry["addr"])
         for entry in snapshot["device_traces"][index]
-        if entry["action"] in signs
+        if entry["action"] in _SIGNS
     ]
+
+
+def _recorded_growth(snapshot: Mapping[str, Any], index: int) -> list[tuple[int, int]]:
+    """See `Recording.grown`."""
+    found, events = [], 0
+    for entry in snapshot["device_traces"][index]:
+        events += entry["action"] in _SIGNS
+        if sign := _GROWTH.get(entry["action"]):
+            found.append((events, sign * entry["size"]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

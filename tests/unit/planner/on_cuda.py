@@ -69,22 +69,27 @@ def measure(
 
 
 def packed(recording: Recording) -> dict[str, Any]:
-    """As JSON: the events' sizes in units of 512 bytes, which all of them have, and their lines of Python by number."""
+    """As JSON: the events' sizes and addresses in units of 512 bytes, and their lines of Python by number."""
     lines = sorted({event.where for event in recording.events})
     at = {line: index for index, line in enumerate(lines)}
-    numbers = np.array([(event.nbytes // 512, at[event.where]) for event in recording.events], dtype=np.int64)
+    rows = [(event.nbytes // 512, at[event.where], event.address // 512) for event in recording.events]
+    numbers = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     return {
         **{name: getattr(recording, name) for name in ("allocated", "reserved", "process")},
-        "events": base64.b85encode(zlib.compress(numbers.reshape(-1, 2).T.tobytes(), 9)).decode("ascii"),
+        "events": base64.b85encode(zlib.compress(numbers.tobytes(), 9)).decode("ascii"),
+        "rows": len(numbers),
         "lines": lines,
+        "grown": list(recording.grown),
     }
 
 
 def unpacked(data: dict[str, Any]) -> Recording:
-    """Inverse of `packed`."""
-    numbers = np.frombuffer(zlib.decompress(base64.b85decode(data["events"])), dtype=np.int64).reshape(2, -1)
-    events = [Taken(512 * nbytes, data["lines"][line]) for nbytes, line in numbers.T.tolist()]
-    return Recording(**{name: data[name] for name in ("allocated", "reserved", "process")}, events=events)
+    """Inverse of `packed`. Recordings of before 2026-11-26 have no addresses."""
+    numbers = np.frombuffer(zlib.decompress(base64.b85decode(data["events"])), dtype=np.int64)
+    columns = numbers.reshape(data.get("rows", 2), -1).T.tolist()
+    events = [Taken(512 * nbytes, data["lines"][line], *(512 * it for it in at)) for nbytes, line, *at in columns]
+    peaks = {name: data[name] for name in ("allocated", "reserved", "process")}
+    return Recording(**peaks, events=events, grown=[(at, nbytes) for at, nbytes in data.get("grown", ())])
 
 
 def judge(predicted: Predicted, first: Recording, later: Recording) -> dict[str, Any]:

@@ -111,7 +111,11 @@ def test_recording_asks_pytorch_as_it_wants_to_be_asked(monkeypatch: pytest.Monk
         signature.bind(enabled, **settings)
         asked.append(enabled)
 
-    entries = [{"action": "alloc", "size": 700, "frames": []}, {"action": "segment_alloc", "size": 2 << 20}]
+    entries = [
+        {"action": "segment_alloc", "size": 2 << 20, "addr": 4 << 20},
+        {"action": "alloc", "size": 700, "frames": [], "addr": 4 << 20},
+        {"action": "segment_unmap", "size": 1 << 20, "addr": 5 << 20},
+    ]
     monkeypatch.setattr(memory, "_record_memory_history", switched)
     monkeypatch.setattr(memory, "_snapshot", lambda _: {"device_traces": [[], entries]})
     for name, value in {"synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None}.items():
@@ -122,7 +126,8 @@ def test_recording_asks_pytorch_as_it_wants_to_be_asked(monkeypatch: pytest.Monk
     found = record(lambda: asked.append("step"), torch.device("cuda", 1))
     assert asked == ["all", "step", None]
     assert (found.allocated, found.reserved, found.process) == (700, 2 << 20, 101)
-    assert list(found.events) == [Taken(1024)]
+    assert list(found.events) == [Taken(1024, address=4 << 20)]
+    assert list(found.grown) == [(0, 2 << 20), (1, -1 << 20)]
     with pytest.raises(ZeroDivisionError):
         record(lambda: 1 // 0, torch.device("cuda", 1))
     assert asked[-1] is None

@@ -64,7 +64,9 @@ def recording(predicted: Predicted, events: Sequence[Event], **changes: int | No
 
 def test_a_card_that_does_as_simulated(predicted: Predicted) -> None:
     truth = recording(predicted, predicted.later)
+    truth = replace(truth, grown=[(3, 2 << 20), (7, -2 << 20)])
     assert unpacked(json.loads(json.dumps(packed(truth)))) == truth
+    assert len({event.address for event in truth.events}) > 20
     judged = judge(predicted, truth, truth)
     assert {judged[f"{name}_error"] for name in ("allocated", "reserved", "process")} == {0.0}
     assert judged["events"]["differing"] == 0
