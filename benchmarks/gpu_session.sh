@@ -34,10 +34,12 @@ if [ "$what" = checks ]; then
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
     at "killed runs: $?"
   ) &
+  # of these the pool was a segment larger than planned; addresses, which were not recorded then, may say why
+  zcat benchmarks/results/recorded_h200.jsonl.gz | grep -vE '^\{"index": (75|134|162|205|272),' >"$TMPDIR/known.jsonl"
   (
     PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 timeout "$limit" python3 benchmarks/plan_accuracy.py \
       --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
-      --known benchmarks/results/recorded_h200.jsonl.gz --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
+      --known "$TMPDIR/known.jsonl" --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
     at "configurations: $?"
   ) &
   wait
