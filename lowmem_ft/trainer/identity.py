@@ -53,26 +53,26 @@ def check_identity(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> N
     Raises:
         CheckpointError: they differ.
     """
-    changed = [name for name, value in now.items() if saved is not None and saved[name] != value]
-    if saved is None or not changed:
+    if saved is None or saved == now:
         return
-    was, wanted = (", ".join(f"{name} {_short(of, now, name, saved)}" for name in changed) for of in (saved, now))
+    was, wanted = _flat(saved), _flat(now)
+    changed = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
+    given, allowed = (", ".join(f"{key} {of.get(key)}" for key in changed) for of in (wanted, was))
     raise CheckpointError(
         "The checkpoint is of a run with another base, adapter or objective, so the run cannot go on.",
-        given=wanted,
-        allowed=was,
+        given=given,
+        allowed=allowed,
         fix="put the settings back, or start over in another output folder; `adapter.init: FOLDER` starts from a saved "
         "adapter",
     )
 
 
-def _short(of: Mapping[str, Any], now: Mapping[str, Any], name: str, saved: Mapping[str, Any]) -> str:
-    """A value, and of several that belong together those that differ."""
-    value = of[name]
-    if not isinstance(value, Mapping):
-        return str(value)
-    other = saved[name] if of is now else now[name]
-    return ", ".join(f"{key} {it}" for key, it in value.items() if other.get(key) != it) or "as it is by default"
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a section by themselves, `adapter.alpha`."""
+    found: dict[str, Any] = {}
+    for name, value in identity.items():
+        found |= {f"{name}.{key}": it for key, it in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def held_out_identity(config: RunConfig, examples: Sequence[Any]) -> str | None:
