@@ -79,6 +79,11 @@ def plan(
         "data.seq_len": seq_len,
         "train.tokens_per_step": tokens_per_step,
     }
+    tokens = None if dataset_tokens is None else parse_count(dataset_tokens)
+    if price_per_hour is not None and tokens is None:
+        raise ConfigError(
+            "--price-per-hour says what an epoch costs.", given=price_per_hour, fix="add --dataset-tokens, such as 50M"
+        )
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = RunConfig.from_dict({"model": model}, [*given, *(overrides or [])])
 
@@ -87,7 +92,6 @@ def plan(
     from lowmem_ft.report.tables import plan_table
 
     made = make_plan(config)
-    tokens = None if dataset_tokens is None else parse_count(dataset_tokens)
     if verify and made.fits:
         from lowmem_ft.planner.verify import verified
 

@@ -35,6 +35,12 @@ def lanes(config: RunConfig) -> int:
     return 1 if config.train.objective in ("sft", "kto") else 2
 
 
+def step_tokens(config: RunConfig) -> int:
+    """Positions of a step in full rows, as `data.loader` fills them: those of so many rows as fit, at least one."""
+    together = lanes(config) * config.data.seq_len
+    return max(1, config.train.tokens_per_step // together) * together
+
+
 def settings_of(config: RunConfig) -> dict[str, float]:
     """What the objective reads, with its defaults."""
     return {**KEYS[config.train.objective], **_given(config)}

@@ -23,14 +23,15 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     factor = _FOLDED.get(match[2].lower()) if match else None
-    if match is None or factor is None or float(match[1]) <= 0:
+    size = round(float(match[1]) * factor) if match is not None and factor is not None else 0
+    if size < 1:
         raise ConfigError(
             "Not a size.",
             given=repr(text),
             allowed="a positive number and a unit: 6GiB, 6GB, 800MB, 512MiB or bytes",
             fix="write for example 8GiB",
         )
-    return round(float(match[1]) * factor)
+    return size
 
 
 def parse_count(text: str | int) -> int:
@@ -40,9 +41,10 @@ def parse_count(text: str | int) -> int:
         ConfigError: the text is no number, or not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", str(text))
-    if match is None or float(match[1]) <= 0:
+    count = int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()]) if match else 0
+    if count < 1:
         raise ConfigError("Not a number.", given=repr(text), allowed="a positive number: 50M, 2B, 800k or 1234567")
-    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+    return count
 
 
 def format_size(size: int | float) -> str:

@@ -76,6 +76,11 @@ class Answer:
         return binds_host(self.device.kind, taken=self.host, allowed=self.host_budget)
 
     @property
+    def less_may_serve(self) -> bool:
+        """Whether the host or a phase without steps is what does not fit."""
+        return self.host_binds or max(self.phases[name]["device_bytes"] for name in ("load", "save")) >= self.process
+
+    @property
     def fits(self) -> bool:
         return self.process <= self.budget and not self.host_binds
 
@@ -92,7 +97,7 @@ class Answer:
 
 def host_budget(config: RunConfig, device: Device) -> int:
     """Bytes that a run on a card may take of the host; 0 where that is unknown."""
-    return min((size for size in (config.budget.host, device.host_free_bytes) if size), default=0)
+    return min((size for size in (config.budget.host, device.host_free_bytes) if size), default=0)  # a profile has none
 
 
 def write_plan(answer: Answer) -> Plan:
@@ -186,7 +191,8 @@ def _reason(answer: Answer, own: Option, frontier: Sequence[Option]) -> str:
         refused.append(f"None of {count} policies fits {budget}: the smallest takes {format_size(answer.process)}.")
     if answer.host_binds:
         allowed = format_size(answer.host_budget)
-        refused.append(f"The host binds: any policy takes {format_size(answer.host)} of it, and {allowed} is allowed.")
+        taken = format_size(answer.host)
+        refused.append(f"The host binds: {taken} of it are the least that was found, and {allowed} is allowed.")
     if refused:
         return " ".join(refused)
     goal = {

@@ -56,12 +56,20 @@ def _groups(config: RunConfig) -> Iterator[list[tuple[str, Any]]]:
     groups: list[list[tuple[str, Any]]] = [
         [("train.optimizer", config.train.optimizer + "8bit")] if not config.train.optimizer.endswith("8bit") else [],
         [("quant.bits", bits) for bits in (8, 4) if config.quant.bits != "auto" and bits < config.quant.bits],
-        [("data.seq_len", length) for length in _halved(config.data.seq_len, SHORTEST)],
+        [("data.seq_len", length) for length in _shorter(config)],
         [("adapter.rank", rank) for rank in _halved(config.adapter.rank, LOWEST_RANK)]
         if config.adapter.method == "lora"
         else [],
     ]
     yield from (group for group in groups if group)
+
+
+def _shorter(config: RunConfig) -> list[int]:
+    """Lengths of sequences that leave room for a sample's prompt; none where the plan finds the length itself."""
+    if config.policy.objective == "context":
+        return []
+    room = config.eval.max_new_tokens + 1 if config.eval.samples else 0
+    return _halved(config.data.seq_len, max(SHORTEST, room))
 
 
 def _halved(value: int, least: int) -> list[int]:

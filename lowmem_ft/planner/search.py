@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.core.preference import lanes
+from lowmem_ft.core.preference import lanes, step_tokens
 from lowmem_ft.planner.answer import Answer, Option
 from lowmem_ft.planner.choices import MLP_TILES, WORTH_TILES, Choices, Place, first_policy, replace_rows
 from lowmem_ft.planner.device import Device, cost_of, links_of
@@ -28,6 +28,7 @@ WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what a
 # Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused. Holes between
 # the large pieces of a long sequence took 11% to 20% of 24 GB
 MARGINS = (1.0, 1.01, 1.03, 1.1, 1.15, 1.2)
+WORTH_PLACE = 0.05  # of the budget that the optimizer's state must be, for its other place to be worth a search
 SHOWN = 4  # numbers of streamed blocks, of each micro-batch, that show what streaming buys
 
 
@@ -90,11 +91,11 @@ class Search:
     def _size(self, config: RunConfig) -> None:
         seq_len, pinned = config.data.seq_len, config.policy.micro_batch_tokens
         together = lanes(config)
-        groups = max(1, config.train.tokens_per_step // (together * seq_len))
-        self.tokens = groups * together * seq_len
+        self.tokens = step_tokens(config)
+        groups = self.tokens // (together * seq_len)
         self._estimated: dict[Policy, Option] = {}
         choices = {math.ceil(groups / times) for times in range(1, groups + 1)}
-        taken = sorted(choices) if pinned is None else [max(1, pinned // (together * seq_len))]
+        taken = sorted(choices) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
         self._attentions = self.choices.attentions()
 
@@ -109,7 +110,27 @@ class Search:
             if not answer.fits:
                 answer = self._smallest(budget, place, options)  # says whether it is worth the search
                 answer = self._best(budget, place, options, tiled=True) if answer.fits else answer
+            elif self._may_gain_by(place, answer, budget):
+                other = self._best(budget, place, options, tiled=True)
+                better = other.fits and self._rank(other) < self._rank(answer)
+                answer = replace(other if better else answer, options=tuple(options.values()))
         return answer
+
+    def _rank(self, answer: Answer) -> tuple[float, ...]:
+        """How well it serves the objective: the less the better."""
+        policy, seconds = answer.weighed.policy, answer.weighed.seconds
+        return {
+            "memory": (answer.process, seconds),
+            "batch": (-policy.micro_batch_tokens, seconds),
+        }.get(self.config.policy.objective, (seconds, answer.process))
+
+    def _may_gain_by(self, place: Place, answer: Answer, budget: int) -> bool:
+        """Whether another place of the optimizer is worth a search, where `answer` fits with the first."""
+        if self.config.policy.objective in ("memory", "batch"):
+            return True
+        policy = answer.weighed.policy
+        copies = policy.streams or policy.offload_blocks > 0
+        return copies and self.scales.optimizer_stored(replace(policy, optimizer_on=place)) > WORTH_PLACE * budget
 
     def _may_gain_by_tiles(self, policy: Policy) -> bool:
         """Whether tiles are worth a search, if `policy` is what serves best without, or the smallest of all."""
@@ -144,8 +165,15 @@ class Search:
         return self._smallest(budget, place, options, most=most)
 
     def _smallest(self, budget: int, place: Place, options: dict[Policy, Option], *, most: int | None = None) -> Answer:
-        """The policy with the smallest peak of the process, added to `options` if it is not there; `most` as of
-        `process_peak`."""
+        """`smallest_answer`, whose policy is added to `options` if it is not there."""
+        found = self.smallest_answer(budget, place, most=most)
+        policy = found.weighed.policy
+        options.setdefault(policy, self._option(policy))
+        return replace(found, options=tuple(options.values()))
+
+    def smallest_answer(self, budget: int, place: Place, *, most: int | None = None) -> Answer:
+        """The policy with the smallest peak of the process; if that fits but for the host, the one of those that fit
+        so which takes the least of it. `most` as of `process_peak`."""
         found: Answer | None = None
         for weighed in sorted(self.few(place, timed=True), key=lambda it: it.allocated):
             # on a card one that takes more in tensors may have fewer holes, which matters where the holes do not fit
@@ -154,9 +182,41 @@ class Search:
                 answer = self.answer(weighed, (), budget, most=most if found is None else found.process)
                 found = answer if found is None or answer.process < found.process else found
         assert found is not None
-        policy = found.weighed.policy
-        options.setdefault(policy, self._option(policy))
-        return replace(found, options=tuple(options.values()))
+        if found.fits or not found.less_may_serve:
+            return found
+        others = (self.answer(self.scales.weigh(it), (), budget) for it in self._with_less_below(found.weighed.policy))
+        return min((found, *others), key=lambda it: (not it.fits, max(it.process, budget), it.host))
+
+    def any_answer(self, budget: int) -> Answer | None:
+        """One of the smallest policies that fits, if one does; its time is that of a first micro-batch."""
+        least = self.least
+        if min(self.process_estimate(it, 0, 0) for it in (least, *self._with_less_below(least))) > NEAR * budget:
+            return None  # without a trace
+        less = False
+        for weighed in self.few(self.choices.optimizers[-1], timed=False):
+            if self.process_estimate(weighed.policy, weighed.allocated, weighed.heap) <= NEAR * budget:
+                answer = self.answer(weighed, (), budget, most=budget)
+                if answer.fits:
+                    return answer
+                less |= answer.less_may_serve
+            else:
+                less |= self.process_estimate(weighed.policy, 0, 0) > NEAR * budget
+                break
+        others = self._with_less_below(least) if less else ()
+        answers = (self.answer(self.scales.weigh(it, timed=False), (), budget, most=budget) for it in others)
+        return next((it for it in answers if it.fits), None)
+
+    def _with_less_below(self, policy: Policy) -> Iterator[Policy]:
+        """The same with fewer blocks and less of the embeddings streamed, and with inputs on the device: a step takes
+        the least with all of that below, but loading, or the host, may not."""
+        choices = self.choices
+        for level, streamed in itertools.product(choices.levels, sorted({choices.streams[0], choices.most_saved})):
+            below = replace(policy, stream_embeddings=level)
+            below = replace(below, loss_chunk_tokens=choices.chunks(below)[0])
+            for offload in choices.offloads(below, policy.keep_blocks):
+                other = choices.blocks(below, policy.keep_blocks, streamed=streamed, offload=offload)
+                if other != policy:
+                    yield other
 
     @property
     def base(self) -> Base:
@@ -173,40 +233,43 @@ class Search:
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy), kernels)
         return max(process_estimate(self.device, allocated, heap, kernels), beside)
 
-    def smallest(self) -> Weighed:
-        """The policy with the smallest peak of bytes in tensors; its time is that of a first micro-batch."""
-        return min(self.few(self.choices.optimizers[-1], timed=False), key=lambda it: it.allocated)
-
     def few(self, place: Place, *, timed: bool) -> Iterator[Weighed]:
         """Policies of which one is the smallest, with the optimizer in `place`. Where the loss takes little, the last
-        block may as well keep: its backward is the first thing that follows."""
-        return (self.scales.weigh(self._least(keep, place), timed=timed) for keep in self.choices.keep[:2])
+        block may as well keep: its backward is the first thing that follows. Where all have to keep, tiles save more
+        than a larger micro-batch takes."""
+        rows = self._rows[:1]
+        if self.choices.keep[0] == self.scales.depth:
+            tiled = (it for it in self._rows if len(self.choices.tiles(self._sized(it))) > 1)
+            rows = [*dict.fromkeys((*rows, *itertools.islice(tiled, 1)))]
+        both = itertools.product(rows, self.choices.keep[:2])
+        return (self.scales.weigh(self._least(keep, place, row), timed=timed) for row, keep in both)
 
     def smallest_process(self) -> int:
-        """What the process takes under that policy, about."""
-        weighed = self.smallest()
+        """What the process takes at least, about."""
+        weighed = min(self.few(self.choices.optimizers[-1], timed=False), key=lambda it: it.allocated)
         return self.process_estimate(weighed.policy, weighed.allocated, weighed.heap)
 
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
-        return self._least(self.choices.keep[0], self.choices.optimizers[-1])
+        return self._least(self.choices.keep[0], self.choices.optimizers[-1], self._rows[0])
 
-    def _least(self, keep: int, place: Place) -> Policy:
+    def _sized(self, rows: int) -> Policy:
+        """The first policy in micro-batches of so many rows."""
+        return replace_rows(self._start, rows, self.config.data.seq_len, self.tokens)
+
+    def _least(self, keep: int, place: Place, rows: int) -> Policy:
         choices = self.choices
-        fewest = replace_rows(self._start, self._rows[0], self.config.data.seq_len, self.tokens)
-        below = replace(fewest, stream_embeddings=choices.levels[-1], optimizer_on=place)
+        below = replace(self._sized(rows), stream_embeddings=choices.levels[-1], optimizer_on=place)
         sized = replace(below, loss_chunk_tokens=choices.chunks(below)[0], mlp_tile_tokens=choices.tiles(below)[-1])
         return choices.blocks(sized, keep, streamed=choices.most_saved, offload=choices.offloads(sized, keep)[-1])
 
     def options(self, budget: int, *, optimizer_on: Place = "device", tiled: bool = True) -> Iterator[Option]:
         """Policies with their estimates: every one with no more below the device than is asked for, then for those that
         do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
-        seq_len = self.config.data.seq_len
         resident = []
         for rows in self._rows:
-            start = replace(self._start, optimizer_on=optimizer_on, stream_embeddings=self.choices.levels[0])
-            sized = replace_rows(start, rows, seq_len, self.tokens)
+            sized = replace(self._sized(rows), optimizer_on=optimizer_on, stream_embeddings=self.choices.levels[0])
             tiles = self.choices.tiles(sized)
             for tile, chunk in itertools.product(tiles if tiled else tiles[:1], self.choices.chunks(sized)):
                 for kept, keep in itertools.product(self._attentions, self.choices.keep):

@@ -18,13 +18,16 @@ from lowmem_ft.core.errors import BudgetError, LowMemError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
+from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.sizes import format_least, format_size
 from lowmem_ft.data.sources import load_readers
 from lowmem_ft.planner.answer import Answer, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, find_device
-from lowmem_ft.planner.reserve import process_estimate, process_peak
+from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.search import NEAR, Search
+from lowmem_ft.planner.weigh import LONGEST
+from lowmem_ft.quant.checkpoint import Checkpoint
 
 CONTEXT_STEP = 256  # the longest sequence is found to this many tokens
 
@@ -69,17 +72,25 @@ def _make_plan(config: RunConfig, device: Device | None) -> Plan:
         answer = search.best(budget)
         if answer.fits:
             break  # with the highest precision that does
-    for remark in search.choices.remarks():
+    for remark in (*_remarks(config, device), *search.choices.remarks()):
         warnings.warn(remark, stacklevel=3)
     if not answer.fits:
         answer = replace(answer, changes=cheapest_changes(config, _smallest(search, budget)))
     return write_plan(answer)
 
 
+def _remarks(config: RunConfig, device: Device) -> Iterator[str]:
+    """What of the budget the device cannot give."""
+    memory = config.budget.memory
+    if memory is not None and memory > device.free_bytes:
+        given, free = format_size(memory), format_size(device.free_bytes)
+        yield f"budget.memory: {given} is more than {device.name} has free: planned for {free}"
+
+
 def _budget(config: RunConfig, device: Device) -> int:
     """Bytes that the process may take of the device, which on a CPU is the host."""
     stated = (config.budget.memory, config.budget.host if device.kind == "cpu" else None)
-    return min([device.free_bytes, *(size for size in stated if size)])
+    return min([device.free_bytes, *(size for size in stated if size is not None)])
 
 
 def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None]:
@@ -110,15 +121,7 @@ def _smallest(first: Search, budget: int) -> Callable[[RunConfig], Answer | None
                 return None  # not everything goes in every precision
             searches.append((apart, search))
         search.lengthen(config)
-        if search.process_estimate(search.least, 0, 0) > NEAR * budget:
-            return None  # without a trace
-        for step in search.few(search.choices.optimizers[-1], timed=False):
-            if search.process_estimate(step.policy, step.allocated, step.heap) > NEAR * budget:
-                return None
-            answer = search.answer(step, (), budget, most=budget)
-            if answer.fits:
-                return answer
-        return None
+        return search.any_answer(budget)
 
     return of
 
@@ -142,12 +145,15 @@ def require_fit(plan: Plan) -> Plan:
     if tight == ["budget.host"]:
         holder, size = "the host", predicted.host_peak_bytes
     changes = "; ".join(f"{change.key}={change.value}" for change in plan.changes)
+    more = f"raise {' and '.join(tight)}"
+    if "budget.memory" in tight and plan.budget["device_bytes"] >= plan.device["free_bytes"]:
+        more = "that is all that the device has free: take one with more memory, or a smaller model"
     raise BudgetError(
         "Nothing fits the budget.",
         given=budget_words(plan),
         allowed=f"at least {' and '.join(least)} ({plan.policy.describe()})",
         fix=f"what binds most is {holder} ({format_size(size)}); "
-        + (f"any one of these fits: {changes}" if changes else f"raise {' and '.join(tight)}"),
+        + (f"any one of these fits: {changes}" if changes else more),
     )
 
 
@@ -156,17 +162,21 @@ def _precisions(config: RunConfig) -> tuple[Literal[4, 8, 16], ...]:
 
 
 def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
-    """`config` with the longest sequences whose smallest policy fits; as it is if not even the shortest does."""
+    """`config` with the longest sequences whose smallest policy fits; with the shortest if not even these do."""
     budget = _budget(config, device)
+    longest = (
+        positions_of(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False).config)
+        or LONGEST
+    )
 
     def of(steps: int) -> RunConfig:
-        data = config.data.model_copy(update={"seq_len": steps * CONTEXT_STEP})
-        tokens = max(steps * CONTEXT_STEP, config.train.tokens_per_step)
-        train = config.train.model_copy(update={"tokens_per_step": tokens})
+        length = min(steps * CONTEXT_STEP, longest)
+        data = config.data.model_copy(update={"seq_len": length})
+        train = config.train.model_copy(update={"tokens_per_step": max(length, config.train.tokens_per_step)})
         return config.model_copy(update={"data": data, "train": train})
 
     search = Search(of(1), device, _precisions(config)[-1])
-    low, high = 0, search.scales.longest // CONTEXT_STEP
+    low, high = 0, -(-longest // CONTEXT_STEP)
     while low < high:
         middle = (low + high + 1) // 2
         search.lengthen(of(middle))
@@ -177,7 +187,7 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
 
     def fits(steps: int) -> bool:
         search.lengthen(of(steps))
-        return process_peak(device, search.scales, search.smallest()).process <= budget
+        return search.any_answer(budget) is not None
 
     high, stride = low + 1, 1
     while low and not fits(low):  # the estimate was too low, maybe by much
@@ -185,5 +195,4 @@ def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    search.lengthen(of(max(low, 1)))
-    return search.config if low else config
+    return of(max(low, 1))

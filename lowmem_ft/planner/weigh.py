@@ -18,6 +18,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import LARGE
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import positions_of
+from lowmem_ft.core.preference import step_tokens
 from lowmem_ft.planner.compose import (
     Part,
     Pieces,
@@ -412,8 +413,7 @@ class Scales:
         for matrix in moved.matrices:
             if matrix.embedding is not None:
                 one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
-        whole = max(self.stage.config.train.tokens_per_step, tokens)
-        return one * whole / tokens + places[-1].segment.seconds
+        return one * max(step_tokens(self.stage.config), tokens) / tokens + places[-1].segment.seconds
 
 
 def _in_loss(policy: Policy) -> int:

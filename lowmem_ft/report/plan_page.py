@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -248,17 +250,26 @@ def _commands(plan: Plan) -> str:
     config.setdefault("data", {}).setdefault("train", "train.jsonl")
     config.setdefault("budget", {})["memory"] = plan.budget["device_bytes"]
     text = yaml.safe_dump(config, sort_keys=False)
-    lines = f"# run.yaml\n{text}\nlowmem-ft train run.yaml\nlowmem-ft plan {plan.config['model']} --html plan.html"
-    overrides = [f"{key}={value}" for key, value in _flat(config) if key not in ("model", "data.train")]
+    model = shlex.quote(plan.config["model"])
+    lines = f"# run.yaml\n{text}\nlowmem-ft train run.yaml\nlowmem-ft plan {model} --html plan.html"
+    overrides = [
+        shlex.quote(f"{key}={_inline(value)}") for key, value in _flat(config) if key not in ("model", "data.train")
+    ]
     return f"<pre>{html.escape(' '.join([lines, *overrides]))}</pre>"
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+def _flat(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Keys of sections by themselves, as overrides name them; names in a mapping may have dots of their own."""
+    for name, section in config.items():
+        if isinstance(section, dict):
+            yield from ((f"{name}.{key}", value) for key, value in section.items())
         else:
-            yield prefix + key, value
+            yield name, section
+
+
+def _inline(value: Any) -> str:
+    """A value as YAML in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _runs(samples: Sequence[Sample]) -> Iterable[tuple[int, int, str]]:

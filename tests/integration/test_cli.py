@@ -173,6 +173,8 @@ def test_plan_as_a_page_and_verified(
     shown = here(*arguments, "--verify", "--dataset-tokens", "50M", "--price-per-hour", "0.4").stdout
     for words in ("Verified", "What fills it", "50,000,000 tokens take", "an hour"):
         assert words in shown
+    for options in (("--price-per-hour", "0.4"), ("--dataset-tokens", "0.1")):
+        assert here(*arguments, *options).returncode == 2
     nowhere = here(*arguments, "--html", tmp_path / "no" / "plan.html")
     assert nowhere.returncode == 2
     assert "cannot be written" in nowhere.stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,19 @@ def test_the_config_that_it_shows_is_one() -> None:
     assert config.budget.memory == 11 * GIB
     assert "lowmem-ft train run.yaml" in commands
     assert "data.seq_len=4096" in commands
+
+
+def test_the_command_that_it_shows_is_read_as_the_config(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "model": str(tmp_path / "a model"), "train": {"grad_clip": None}, "budget": {"memory": 11 * GIB},
+        "adapter": {"targets": ["q_proj", "v_proj"], "rank_pattern": {"layers.0.q_proj": 4}},
+    }  # fmt: skip
+    config = RunConfig.from_dict(keys)
+    shown = re.search(r"<pre>(.*?)</pre>", plan_page(realistic(config=config.model_dump(mode="json"))), re.DOTALL)
+    assert shown
+    _, _, model, _, page, *overrides = shlex.split(html.unescape(shown[1]).splitlines()[-1])
+    assert page == "plan.html"
+    assert RunConfig.from_dict({"model": model}, overrides) == config
 
 
 @pytest.mark.parametrize(
