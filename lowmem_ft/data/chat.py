@@ -16,6 +16,8 @@ from lowmem_ft.core.errors import DataError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
+MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
+PROBE = "lowmem"
 
 
 Spans = Sequence[tuple[int, int]]  # (start, end) in characters, in order
@@ -54,7 +56,7 @@ class ChatRenderer:
                 so that the answers cannot be told from the rest.
         """
         template = self._template(tools)
-        checked = _checked(messages)
+        checked = template.with_parts_as_wanted(_checked(messages))
         if any(message.get("tool_calls") for message in checked):
             checked = template.with_arguments_as_wanted(checked)
             if template.leaves_out_calls(checked):
@@ -154,6 +156,25 @@ class _Template:
         """The text of `messages` and the spans of its `{% generation %}` blocks."""
         return self._render(messages, return_assistant_tokens_mask=True)
 
+    def with_parts_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with text parts joined, but for a template that goes through parts itself."""
+        if all(isinstance(message.get("content", ""), str) for message in messages) or self._takes_parts():
+            return list(messages)
+        return [
+            {**message, "content": "".join(part["text"] for part in _texts(number, message["content"]))}
+            if isinstance(message.get("content"), list)
+            else message
+            for number, message in enumerate(messages, start=1)
+        ]
+
+    def _takes_parts(self) -> bool:
+        """Whether the text of a part stands in the template's text. In quotes it does where the list was written."""
+        try:
+            text = self.render([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+        except DataError:
+            return False
+        return PROBE in text and not re.search(f"[\"']{PROBE}[\"']", text)
+
     def with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """`messages` with the arguments of calls as objects, or for a template that joins them to text as JSON text."""
         objects = _arguments(messages, _parsed)
@@ -225,6 +246,18 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
+def _texts(number: int, parts: list[Any]) -> list[dict[str, str]]:
+    """The parts of message `number`, all of which must be text."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            raise DataError(
+                f"message {number} has a part that is no text, and the chat template takes no parts.",
+                given=str(part)[:80],
+                allowed='a string, or parts of {"type": "text", "text": ...}',
+            )
+    return parts
+
+
 def _checked(messages: object) -> list[dict[str, Any]]:
     """`messages` with absent values (null) left out, as transformers hands them to a template."""
     if not isinstance(messages, list) or not messages:
@@ -237,10 +270,14 @@ def _checked(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message.get("role"), str):
             raise DataError(f"message {number} has no 'role'.", given=", ".join(message) or "no keys", allowed=ROLES)
         message = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(message.get("content", "" if "tool_calls" in message else None), str | list):
-            given = type(message.get("content")).__name__
+        content = message.get("content", "" if "tool_calls" in message else None)
+        if not isinstance(content, str | list):
+            given = type(content).__name__
             raise DataError(
                 f"message {number} has no 'content' of text.", given=given, allowed="a string, or text parts"
             )
+        parts = content if isinstance(content, list) else []
+        if media := [part["type"] for part in parts if isinstance(part, dict) and part.get("type") in MEDIA]:
+            raise DataError(f"message {number} has a part that is no text.", given=media[0], allowed="text parts")
         checked.append(message)
     return checked

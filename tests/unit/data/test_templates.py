@@ -234,6 +234,38 @@ def test_template_that_drops_the_thoughts_that_it_asks_for_is_refused(tokenizer:
     assert answers(tokenizer, example) == [f"{answer}<｜end▁of▁sentence｜>" for answer in (ONE, TWO)]
 
 
+def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each content in two parts, where there is one to part."""
+    return [
+        {**it, "content": [{"type": "text", "text": text} for text in (it["content"][:3], it["content"][3:])]}
+        for it in messages
+    ]
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "doclm"])
+def test_text_parts_are_learnt_as_the_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if name in TEMPLATES:
+        tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
+    encoder = RecordEncoder(tokenizer)
+    assert encoder.encode({"messages": as_parts(MULTI)}) == encoder.encode({"messages": MULTI})
+    for part in ({"type": "image"}, {"type": "thinking", "thinking": "a"}, "a"):
+        with pytest.raises(DataError, match="message 3 has a part that is no text"):
+            encoder.encode({"messages": [*SINGLE, {"role": "user", "content": [part]}, MULTI[-1]]})
+
+
+def test_parts_stay_what_they_are_for_a_template_that_goes_through_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    spaced = [{"role": "user", "content": [{"type": "text", "text": f" {it} "} for it in "ab"]}, MULTI[-1]]
+    (example,) = RecordEncoder(tokenizer).encode({"messages": spaced})
+    assert tokenizer.decode(example.input_ids).startswith("<user>ab<|eos|>")
+    with pytest.raises(DataError, match="message 1 has a part that is no text"):
+        RecordEncoder(tokenizer).encode({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+
+
 def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """As GLM-4's, where the next turn's header ends an answer, and no header follows the last one."""
     path = tmp_path / "data.jsonl"
