@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 PREFERENCES = ("preference", "kto")
 BESIDE = ("prompt", "input", "label", "system", "tools")  # keys that say more of what other keys say
+OPTIONAL = ("input", "system", "tools")  # roles that a record may do without
 LISTS = ("messages", "conversations", "conversation")  # keys of a list of turns
 SHAREGPT_ROLES = {
     "system": "system",
@@ -31,7 +32,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
-VERDICTS = {"true": True, "1": True, "false": False, "0": False}
+VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +81,31 @@ class RecordReader:
     format: DataFormat = "auto"
     columns: Mapping[DataRole, str] = field(default_factory=dict)
     chat: bool = True
+    _found: set[str] = field(default_factory=set, init=False)  # optional roles that some record has a column for
+    _lacking: dict[str, DataError] = field(default_factory=dict, init=False)  # and those that some has none for
 
-    def read(self, record: Mapping[str, Any]) -> Content:
-        """What `record` says.
+    def read(self, record: Mapping[str, Any], *, judged: bool = False) -> Content:
+        """What `record` says. A null is an absent key.
+
+        Args:
+            judged: whether a number is known to be a verdict; otherwise a label of 0 or 1 may be the class of anything.
 
         Raises:
             DataError: columns or keys are missing, or have wrong types.
         """
-        mapped = {str(role): _column(record, role, name) for role, name in self.columns.items()}
+        given, record = record, {key: value for key, value in record.items() if value is not None}
+        mapped = self._mapped(record)
+        record = {key: value for key, value in record.items() if key not in self.columns}
+        judged = judged or "label" in mapped
         kind = None
         if mapped:  # what the user mapped decides the kind, whatever other columns are called
             beside = {key: record[key] for key in BESIDE if key in record} | mapped
-            kind = _kind(beside, self.format, judged="label" in mapped)
+            kind = _kind(beside, self.format, judged=judged)
             record = {**record, **mapped} if kind is None else beside
         if kind is None:
-            kind = _kind(record, self.format, judged="label" in mapped)
+            kind = _kind(record, self.format, judged=judged)
         if kind is None:
-            raise _lacks_keys(record, self.format)
+            raise _lacks_keys(given, self.format)
         if kind == "preference":
             good, bad = _pair(record)
             return Content(kind, good, None if self.format == "chosen" else bad)
@@ -111,6 +120,32 @@ class RecordReader:
             return Content(kind, Completion(None, _string(record, "text")))
         turns = _parsed(next(record[key] for key in LISTS if key in record))
         return Content("sharegpt" if _is_sharegpt(turns) else "messages", _conversation(record, turns))
+
+    def check_columns(self) -> None:
+        """Raise DataError for an optional column that none of the records had. Of each record that is no error."""
+        for role, error in self._lacking.items():
+            if role not in self._found:
+                raise DataError(
+                    f"no record has the column that data.columns names for '{role}'.",
+                    given=error.given,
+                    allowed=error.allowed,
+                    fix=error.fix or "remove it from data.columns",
+                )
+
+    def _mapped(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Role -> value, of the columns that the user mapped."""
+        mapped: dict[str, Any] = {}
+        pairs = "chosen" in self.columns or "chosen" in record
+        for role, name in self.columns.items():
+            optional = role in OPTIONAL or (role == "prompt" and pairs)
+            if (value := _column(record, name)) is not None:
+                mapped[role] = value
+                self._found.add(role)
+            elif not optional:
+                raise _lacks_column(record, role, name)
+            elif role not in self._lacking:
+                self._lacking[role] = _lacks_column(record, role, name)
+        return mapped
 
     def _instruction(self, record: Mapping[str, Any]) -> Conversation | Completion:
         instruction, output = _string(record, "instruction"), _string(record, "output")
@@ -149,27 +184,32 @@ def _lacks_keys(record: Mapping[str, Any], format: DataFormat) -> DataError:
     fix = "; ".join(f"did you mean '{near}' by '{key}'?" for key, near in close.items())
     return DataError(
         "the record lacks the keys of its format.",
-        given=", ".join(record) or "no keys",
+        given=", ".join(f"{key} (null)" if value is None else key for key, value in record.items()) or "no keys",
         allowed=allowed,
         fix=fix or "name the columns in data.columns, for example {instruction: question, output: answer}",
     )
 
 
-def _column(record: Mapping[str, Any], role: str, name: str) -> Any:
+def _column(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, None where there is none."""
     if name in record:
         return record[name]
     value: Any = record
     for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            near = nearest(name, record)
-            raise DataError(
-                f"the record lacks the column that data.columns names for '{role}'.",
-                given=name,
-                allowed=", ".join(record) or "no keys",
-                fix=f"did you mean '{near}'?" if near else None,
-            )
-        value = value[part]
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
     return value
+
+
+def _lacks_column(record: Mapping[str, Any], role: str, name: str) -> DataError:
+    near = nearest(name, record)
+    return DataError(
+        f"the record lacks the column that data.columns names for '{role}'.",
+        given=name,
+        allowed=", ".join(record) or "no keys",
+        fix=f"did you mean '{near}'?" if near else None,
+    )
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
@@ -182,7 +222,7 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 def _verdict(label: Any) -> bool:
     found = VERDICTS.get(str(label).lower())
     if found is None:
-        raise DataError("'label' is no verdict.", given=repr(label), allowed="true or false")
+        raise DataError("'label' is no verdict.", given=repr(label), allowed="true or false, 1 or 0")
     return found
 
 

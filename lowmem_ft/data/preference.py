@@ -96,7 +96,7 @@ def encode_preference(encoder: RecordEncoder, record: Mapping[str, Any]) -> tupl
     Raises:
         DataError: missing keys, wrong types, what the chat template refuses; WrongDataError: no preference.
     """
-    content = encoder.reader.read(record)
+    content = encoder.reader.read(record, judged=True)
     if content.kind not in PREFERENCES:
         raise WrongDataError(
             "the record is no preference.",
@@ -137,6 +137,7 @@ def preference_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally
         for example, part in zip(found.example.documents, parts, strict=True):
             tally.counts.update(tokens=len(example), loss_tokens=example.loss_tokens)
             yield example, part
+    encoder.reader.check_columns()
 
 
 def pair_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:

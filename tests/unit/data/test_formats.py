@@ -150,6 +150,57 @@ def test_verdicts(label: Any, good: bool) -> None:
     assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
 
 
+@pytest.mark.parametrize("label", [1, "0", 1.0, False])
+def test_numbers_are_verdicts_where_they_are_known_to_be(label: Any) -> None:
+    record = {"prompt": "a", "completion": "b", "label": label}
+    content = RecordReader().read(record, judged=True)
+    assert (content.kind, content.good is None) == ("kto", label in ("0", False))
+    if not isinstance(label, bool):
+        assert RecordReader().read(record).kind == "prompt_completion"
+
+
+def test_nulls_are_absent_keys() -> None:
+    """As to_json of datasets and pandas writes what a record has not."""
+    record = {"text": "a", "chosen": None, "rejected": None, "messages": None, "prompt": None}
+    assert RecordReader().read(record).good == Completion(None, "a")
+    assert RecordReader(columns={"text": "body"}).read({"body": "a", "text": None}).good == Completion(None, "a")
+    with pytest.raises(DataError, match=r"text \(null\), id"):
+        RecordReader().read({"text": None, "id": 3})
+    with pytest.raises(DataError, match=r"lacks the column that data\.columns names for 'text'"):
+        RecordReader(columns={"text": "body"}).read({"body": None})
+
+
+def test_columns_that_a_record_may_lack() -> None:
+    columns: dict[DataRole, str] = {"instruction": "q", "output": "a", "input": "ctx", "system": "meta.rules"}
+    reader, whole = RecordReader(columns=columns), {"q": "What is", "a": "List files.", "ctx": "ls?"}
+    reader.check_columns()  # nothing was read
+    asked = RecordReader().read({"instruction": "What is", "output": "List files."}).good
+    for lacking in ({"ctx": None, "meta": None}, {"meta": {"rules": None}, "ctx": None, "input": "is another column"}):
+        assert reader.read({**whole, **lacking}).good == asked
+    with pytest.raises(DataError, match=r"no record has the column[\s\S]*for 'input'[\s\S]*ctx[\s\S]*q, a"):
+        reader.check_columns()
+    assert reader.read(whole).good == Conversation([{"role": "user", "content": "What is\n\nls?"}, ANSWERED])
+    with pytest.raises(DataError, match=r"for 'system'[\s\S]*meta\.rules"):
+        reader.check_columns()
+    assert reader.read({**whole, "meta": {"rules": "Be brief."}}).good != asked
+    reader.check_columns()
+    with pytest.raises(DataError, match=r"lacks the column that data\.columns names for 'output'"):
+        reader.read({**whole, "a": None})
+    pairs = RecordReader(columns={"prompt": "q", "chosen": "better", "rejected": "worse"})
+    content = pairs.read({"better": "Q: ls? A: yes", "worse": "Q: ls? A: no"})
+    assert content.good == Completion("Q: ls? A:", " yes")
+    with pytest.raises(DataError, match="for 'prompt'"):
+        RecordReader(columns={"prompt": "q", "completion": "a"}).read({"a": "b"})
+
+
+def test_a_column_that_no_record_has_is_an_error(tokenizer: PreTrainedTokenizerBase, jsonl: Write) -> None:
+    columns: dict[DataRole, str] = {"instruction": "q", "output": "a", "input": "ctx"}
+    path = jsonl({"q": "b", "a": "c"}, {"q": "b", "a": "c", "ctx": "d"})
+    assert len(read_examples(path, tokenizer, seq_len=64, columns=columns)[0]) == 2
+    with pytest.raises(DataError, match="no record has the column"):
+        read_examples(jsonl({"q": "b", "a": "c"}), tokenizer, seq_len=64, columns=columns, invalid="skip")
+
+
 def test_columns() -> None:
     record = {"question": "What is ls?", "answer": {"text": "List files."}, "text": "all of it", "a.b": "dotted"}
     reader = RecordReader(columns={"instruction": "question", "output": "answer.text"})

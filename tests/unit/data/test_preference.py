@@ -123,6 +123,16 @@ def test_what_kto_lacks_is_said(
     assert note is None if said is None else re.search(said, note or "")
 
 
+def test_verdicts_as_numbers(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
+    records = [{**VERDICTS[1], "label": label} for label in (0, 1)]
+    assert [it.label for it in read(jsonl(*records), tokenizer, tmp_path)] == [False, True]
+    with pytest.raises(DataError, match=r"'label' is no verdict[\s\S]*3[\s\S]*1 or 0"):
+        read(jsonl({**VERDICTS[1], "label": 3}), tokenizer, tmp_path)
+    columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="no record has the column"):
+        read(jsonl({"a": "Yes.", "b": "No."}), tokenizer, tmp_path, columns=columns)
+
+
 def test_what_is_no_preference_is_refused(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
     for invalid in ("error", "skip"):
         with pytest.raises(DataError, match=":2: the record is no preference"):
