@@ -7,13 +7,15 @@ reader: it knows lines, holds one of them, and leaves text that looks like a num
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lowmem_ft.core.errors import DataError
 
@@ -24,6 +26,11 @@ DEEPEST = 500  # brackets that may be open at once in a JSON file
 SUFFIXES = {
     ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
+BOM = b"\xef\xbb\xbf"
+COMPRESSED = {  # first bytes -> how
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip",
+}  # fmt: skip
+TABLES = ("parquet", "arrow")
 ARROW_MAGIC = b"ARROW1"  # of the file format; what lacks it is a stream, as datasets writes it
 
 
@@ -46,32 +53,48 @@ def at(place: str, error: DataError) -> DataError:
     return DataError(f"{place}: {error.what}", given=error.given, allowed=error.allowed, fix=error.fix)
 
 
+def kind_of(path: Path) -> str:
+    """A key of `_READERS`, by a file's name. What is not JSON, CSV, TSV, Parquet or Arrow is JSONL."""
+    named = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return SUFFIXES.get(named.suffix.lower(), "jsonl")
+
+
 def read_rows(path: Path, progress: Progress | None = None) -> Iterator[Row]:
-    """The records of a file, in its order. What is not JSON, CSV, TSV, Parquet or Arrow by its name is JSONL.
+    """The records of a file, in its order. Text may be compressed by gzip.
 
     Raises:
         DataError: the file cannot be read, or not from some place on.
     """
-    kind = SUFFIXES.get(path.suffix.lower(), "jsonl")
+    kind = kind_of(path)
     try:
         file = path.open("rb")
         size = path.stat().st_size
     except OSError as error:
         raise DataError("The data file cannot be read.", given=f"{path} ({error.strerror})") from error
     with file, _telling(path):
-        if kind == "json" and _first_character(file) != b"[":
-            kind = "jsonl"  # many name it so
         if not file.seekable():
             progress = None  # a pipe does not say how far it is
         done = 0
-        for row in _READERS[kind](path, file):
+        for row in _READERS[kind](path, _unpacked(path, file, kind)):
             yield row
             if progress is not None and (now := file.tell()) > done:
                 done = now
                 progress(min(done, size), size)
 
 
-def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _unpacked(path: Path, file: io.BufferedReader, kind: str) -> io.BufferedReader:
+    """What a file holds that may be compressed; its first bytes tell."""
+    head = file.peek(8)
+    how = next((how for magic, how in COMPRESSED.items() if head.startswith(magic)), None)
+    if how is None:
+        return file
+    if how == "gzip" and kind not in TABLES:
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+    allowed = "text that gzip compressed, or a file that is not compressed"
+    raise DataError(f"{path}: the file is compressed.", given=how, allowed=allowed, fix="unpack it")
+
+
+def _jsonl(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     for number, raw in enumerate(file, start=1):
         try:
             record = _record(raw)
@@ -103,10 +126,13 @@ def _record(raw: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    """The objects of an array."""
+def _json(path: Path, file: io.BufferedReader) -> Iterator[Row]:
+    """The objects of an array, or of lines: many name them so."""
     import ijson
 
+    if not _at_array(file):
+        yield from _lines_of_json(path, file)
+        return
     records = enumerate(_items(file), start=1)
     while True:
         try:
@@ -123,7 +149,33 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
             yield Row(number, place, DataError("not a JSON object.", given=str(record)[:80], allowed="an object"))
 
 
-def _items(file: IO[bytes]) -> Iterator[Any]:
+def _at_array(file: io.BufferedReader) -> bool:
+    """Whether an array begins behind spaces and a byte order mark, which are passed then. Else nothing is."""
+    start = file.tell()
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    while (head := file.peek(1)) and not head.lstrip():
+        file.read(len(head))
+    if head.lstrip().startswith(b"["):
+        return True
+    file.seek(start)
+    return False
+
+
+def _lines_of_json(path: Path, file: io.BufferedReader) -> Iterator[Row]:
+    """The objects of lines. Where the first line is none, the file is something else, such as one object over lines."""
+    for at_line, row in enumerate(_jsonl(path, file)):
+        if at_line == 0 and isinstance(row.record, DataError):
+            raise DataError(
+                f"{path}: neither an array nor lines of JSON objects.",
+                given=row.record.given,
+                allowed="[{...}, {...}], or {...} on each line",
+                fix="write the records as an array",
+            )
+        yield row
+
+
+def _items(file: io.BufferedReader) -> Iterator[Any]:
     """The elements of a JSON array, one at a time.
 
     Not by `ijson.items`, which writes the way to each value: of a million brackets it would take terabytes.
@@ -145,7 +197,8 @@ def _items(file: IO[bytes]) -> Iterator[Any]:
             builder = ijson.ObjectBuilder()
 
 
-def _csv(path: Path, file: IO[bytes], delimiter: str = ",") -> Iterator[Row]:
+def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
+    kind = "TSV" if delimiter == "\t" else "CSV"
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -161,8 +214,10 @@ def _csv(path: Path, file: IO[bytes], delimiter: str = ",") -> Iterator[Row]:
                 f"{place}: not UTF-8 text.", given=f"{error.reason}", fix="write the file as UTF-8"
             ) from None
         except csv.Error as error:
-            fix = f"fields of more than {csv.field_size_limit()} characters want JSONL or Parquet"
-            raise DataError(f"{place}: not valid CSV.", given=f"{error}", fix=fix) from None
+            fix = "close a field that begins with a quote by a quote, and double the quotes in it"
+            if "field limit" in str(error):  # what follows a quote that nothing closes is one field, too
+                fix += f"; fields of more than {csv.field_size_limit()} characters want JSONL or Parquet"
+            raise DataError(f"{place}: not valid {kind}.", given=f"{error}", fix=fix) from None
         if not cells:
             continue
         if header is None:
@@ -177,11 +232,11 @@ def _csv(path: Path, file: IO[bytes], delimiter: str = ",") -> Iterator[Row]:
             yield Row(line, place, dict(zip(header, cells, strict=True)))
 
 
-def _tsv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _tsv(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     return _csv(path, file, "\t")
 
 
-def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _parquet(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file, buffer_size=TABLE_BUFFER, pre_buffer=False)
@@ -193,11 +248,11 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
     return _of_batches(path, batches)
 
 
-def _arrow(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _arrow(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     import pyarrow as pa
 
     # read, never mapped: mapped pages count into the process's memory
-    if file.peek(len(ARROW_MAGIC))[: len(ARROW_MAGIC)] == ARROW_MAGIC:  # type: ignore[attr-defined]
+    if file.peek(len(ARROW_MAGIC)).startswith(ARROW_MAGIC):
         source = pa.ipc.open_file(file)
         batches = (source.get_batch(i) for i in range(source.num_record_batches))
     else:
@@ -255,20 +310,13 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # what pyarrow and gzip raise is of these
         raise DataError(
             f"{path}: the file cannot be read.", given=" ".join(str(error).split())[:200], fix="write it again"
         ) from error
 
 
-def _first_character(file: IO[bytes]) -> bytes:
-    """The first that is not a space or a byte order mark; the file is then at its start again."""
-    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    file.seek(0)
-    return start
-
-
-_READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, io.BufferedReader], Iterator[Row]]] = {
     "jsonl": _jsonl,
     "json": _json,
     "csv": _csv,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lowmem_ft.core.config import DataConfig, DataSource, Sources
 from lowmem_ft.core.errors import DataError, nearest
-from lowmem_ft.data.records import SUFFIXES, Progress, Row, read_rows
+from lowmem_ft.data.records import SUFFIXES, TABLES, Progress, Row, kind_of, read_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 STATE, SPLITS = "state.json", "dataset_dict.json"  # as save_to_disk names them
@@ -87,7 +87,7 @@ def load_readers(data: DataConfig) -> None:
     for source in (it for given in (data.train, data.eval) if given is not None for it in list_sources(given, data)):
         path = Path(source.path).expanduser()
         hub = not path.exists() and _may_be_hub_id(source.path)
-        if hub or path.is_dir() or SUFFIXES.get(path.suffix.lower()) in ("parquet", "arrow"):
+        if hub or path.is_dir() or kind_of(path) in TABLES:
             import pyarrow.parquet  # noqa: F401
 
 
@@ -115,7 +115,7 @@ def _may_be_hub_id(path: str) -> bool:
 
     Of a folder that exists a file is meant: the hub is not asked for what was misspelt.
     """
-    known = Path(path).suffix.lower() in (*SUFFIXES, ".jsonl", ".txt")
+    known = Path(path).suffix.lower() in (*SUFFIXES, ".jsonl", ".txt", ".gz")
     misspelt = "/" in path and Path(path).parent.is_dir()
     return HUB_ID.fullmatch(path) is not None and not known and not misspelt
 

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.core.files import is_full
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
-from lowmem_ft.data.records import Progress
+from lowmem_ft.data.records import Progress, kind_of
 from lowmem_ft.data.sources import FileSet
 from lowmem_ft.data.tally import DataReport
 
@@ -159,7 +159,7 @@ def content_key(
     total, done = hashlib.sha256(), 0
     size = sum(path.stat().st_size for path in found.files if path.exists())
     for path in found.files:
-        content = hashlib.sha256(path.suffix.lower().encode())
+        content = hashlib.sha256(kind_of(path).encode())
         try:
             with path.open("rb") as file:
                 while block := file.read(WRITE_BYTES):

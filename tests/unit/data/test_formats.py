@@ -245,6 +245,12 @@ def test_wrong_records(record: dict[str, Any], message: str) -> None:
         RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": "maybe"})
 
 
+def test_records_beneath_a_key() -> None:
+    with pytest.raises(DataError) as error:
+        RecordReader().read({"version": 1, "data": [{"prompt": "a", "completion": "b"}]})
+    assert error.value.fix == "'data' holds records: write them as an array of their own, or one a line"
+
+
 def loss_text(tokenizer: PreTrainedTokenizerBase, labels: Any) -> str:
     return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
 

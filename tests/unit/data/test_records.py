@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import json
 import random
 from pathlib import Path
@@ -68,6 +69,34 @@ def test_json_of_lines_and_of_nothing(tmp_path: Path) -> None:
     assert list(read_rows(path)) == []
 
 
+@pytest.mark.parametrize("before", ["\ufeff", "\ufeff \n", " \n" * 5000])
+def test_what_stands_before_an_array(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(before + '[{"text": "a"}, {"text": "b"}]', encoding="utf-8")
+    assert [row.record for row in read_rows(path)] == [{"text": "a"}, {"text": "b"}]
+    path.write_text(before + '{"text": "a"}\n{"text": 3', encoding="utf-8")
+    first, second = read_rows(path)
+    assert first.record == {"text": "a"}
+    assert isinstance(second.record, DataError)
+    assert second.number == before.count("\n") + 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
+def test_text_that_gzip_compressed(tmp_path: Path, kind: str) -> None:
+    plain = write(tmp_path, kind)
+    packed = plain.with_name(f"{plain.name}.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    told: list[tuple[int, int]] = []
+    assert [row.record for row in read_rows(packed, lambda *at: told.append(at))] == RECORDS
+    assert told[-1][0] <= told[-1][1] == packed.stat().st_size
+    packed.rename(plain)  # a name that does not tell
+    assert [row.record for row in read_rows(plain)] == RECORDS
+    for broken in (gzip.compress(b"a" * 5000)[:-12], b"\x1f\x8b and so on"):
+        packed.write_bytes(broken)
+        with pytest.raises(DataError, match=r"data\.\w+\.gz: the file cannot be read"):
+            list(read_rows(packed))
+
+
 def test_numbers_stay_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('[{"a": 1, "b": 0.5, "c": 1e3, "d": null, "e": true}]')
@@ -123,8 +152,16 @@ BROKEN = {
     "json depth": ("data.json", b"[" * 100_000, r"data\.json: not valid JSON[\s\S]*nested too deeply"),
     "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
     "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
+    "json object": ("data.json", b'{\n  "data": [\n', r"data\.json: neither an array nor lines[\s\S]*fix: +write the"),
     "csv field": ("data.csv", b"text\n" + b"a" * 200_000, r"data\.csv:2: not valid CSV[\s\S]*JSONL or Parquet"),
-    "csv quote": ("data.csv", b'text\n"a" b\n', r"data\.csv:2: not valid CSV"),
+    "csv quote": ("data.csv", b'text\n"a" b\n', r"data\.csv:2: not valid CSV[\s\S]*double the quotes in it$"),
+    "tsv quote": ("data.tsv", b'text\n"a\n', r"data\.tsv:2: not valid TSV[\s\S]*double the quotes in it$"),
+    "zstd": (
+        "data.jsonl.zst",
+        b"\x28\xb5\x2f\xfd....",
+        r"data\.jsonl\.zst: the file is compressed[\s\S]*zstd[\s\S]*unpack",
+    ),
+    "packed table": ("data.parquet.gz", gzip.compress(b"PAR1"), r"the file is compressed[\s\S]*gzip[\s\S]*unpack it"),
     "parquet": ("data.parquet", b"PAR1 and so on", r"data\.parquet: the file cannot be read"),
     "arrow": ("data.arrow", b"nothing of the kind", r"data\.arrow: the file cannot be read"),
     "empty arrow": ("data.arrow", b"", r"data\.arrow: the file cannot be read"),
