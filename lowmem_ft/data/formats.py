@@ -182,10 +182,9 @@ def _lacks_keys(record: Mapping[str, Any], format: DataFormat) -> DataError:
     known = sorted({key for keys in wanted.values() for key in keys})
     close = {key: near for key in record if key not in known and (near := nearest(key, known))}
     fix = "; ".join(f"did you mean '{near}' by '{key}'?" for key, near in close.items())
-    if beneath := [
-        key for key, value in record.items() if _is_messages(value) and _kind(value[0], "auto", judged=True)
-    ]:
-        fix = f"'{beneath[0]}' holds records: write them as an array of their own, or one a line"
+    beneath = next((k for k, v in record.items() if _is_messages(v) and _kind(v[0], "auto", judged=True)), None)
+    if beneath is not None:
+        fix = f"'{beneath}' holds records: write them as an array of their own, or one a line"
     return DataError(
         "the record lacks the keys of its format.",
         given=", ".join(f"{key} (null)" if value is None else key for key, value in record.items()) or "no keys",

@@ -50,6 +50,12 @@ class Mixture(Sequence[T]):
         """Whether epochs draw different examples, and so may have different numbers of steps."""
         return any(weight % 1 for weight in self.weights)
 
+    @property
+    def unused(self) -> list[int]:
+        """Numbers of the sources whose weights are so small that no epoch uses an example of them."""
+        sources = enumerate(zip(self.sources, self.weights, strict=True))
+        return [number for number, (source, weight) in sources if not int(weight) + _drawn(source, weight)]
+
     def of_epoch(self, seed: int) -> NDArray[np.int64]:
         """Indices of the examples of one epoch, those of the first source first; `seed` decides what is drawn."""
         found, start = [], 0
@@ -57,10 +63,15 @@ class Mixture(Sequence[T]):
             indices = np.arange(start, start + len(source))
             # sources of the same length must not draw the same
             generator = torch.Generator().manual_seed(seed + (number << 32))
-            drawn = torch.randperm(len(source), generator=generator).numpy()[: round(weight % 1 * len(source))]
+            drawn = torch.randperm(len(source), generator=generator).numpy()[: _drawn(source, weight)]
             found += [*[indices] * int(weight), start + np.sort(drawn)]
             start += len(source)
         return np.concatenate(found)
+
+
+def _drawn(source: Sequence[T], weight: float) -> int:
+    """Examples that an epoch uses once more."""
+    return round(weight % 1 * len(source))
 
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +43,8 @@ def read_sources(
         ConfigError: the folder of `data.cache` cannot be written.
     """
     stored, weights, notes = _stored(sources, data, tokenizer, use, task, _examples)
-    return Mixture(tuple(stored), weights), notes
+    mixture = Mixture(tuple(stored), weights)
+    return mixture, notes + _weight_notes(mixture, stored)
 
 
 def read_preferences(
@@ -68,7 +69,8 @@ def read_preferences(
     """
     data = data.model_copy(update={"assistant_only": True})
     stored, weights, notes = _stored(sources, data, tokenizer, use, task, ENTRIES[wanted])
-    return Mixture(tuple(StoredPreferences.of(part) for part in stored), weights), notes
+    mixture = Mixture(tuple(StoredPreferences.of(part) for part in stored), weights)
+    return mixture, notes + _weight_notes(mixture, stored)
 
 
 def _examples(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
@@ -91,6 +93,14 @@ def _stored(
     if data.cache is not None and folder is None:
         notes.append("The user's cache folder cannot be written: tokens are not kept for another run (data.cache).")
     return stored, weights, notes
+
+
+def _weight_notes(mixture: Mixture[Any], stored: Sequence[StoredExamples]) -> list[str]:
+    return [
+        f"Warning: {stored[number].report.path}: no epoch uses an example, "
+        f"for a weight of {mixture.weights[number]:g} is less than half of one of {len(mixture.sources[number])}"
+        for number in mixture.unused
+    ]
 
 
 def _one(

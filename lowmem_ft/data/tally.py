@@ -49,6 +49,11 @@ class DataReport:
         """Examples left out because no token of theirs is in the loss."""
         return len(self.masked_lines)
 
+    @property
+    def encoded(self) -> int:
+        """All examples that records gave, whatever became of them."""
+        return self.examples + self.dropped + self.masked
+
     def notes(self) -> list[str]:
         """Sentences that a user must read before training; none where nothing was cut or left out."""
         notes = []
@@ -58,16 +63,17 @@ class DataReport:
                 f"{self.path}: {self.skipped} of {self.records} records skipped, they cannot be used:{reasons}"
             )
         if self.truncated:
-            notes.append(f"{self.path}: {self.truncated} of {self.records} examples truncated to data.seq_len")
+            notes.append(f"{self.path}: {self.truncated} of {self.encoded} examples truncated to data.seq_len")
         if self.dropped:
-            notes.append(f"{self.path}: {self.dropped} of {self.records} examples dropped, longer than data.seq_len")
+            notes.append(f"{self.path}: {self.dropped} of {self.encoded} examples dropped, longer than data.seq_len")
         if self.unended:
             notes.append(
                 f"{self.path}: {self.unended} of {self.examples} examples end without a special token, so that the "
                 "model does not learn when to stop; the chat template should end answers with one"
             )
         if self.masked:
-            lines = ", ".join(map(str, self.masked_lines[:NOTE_LINES])) + (", ..." if self.masked > NOTE_LINES else "")
+            numbers = list(dict.fromkeys(self.masked_lines))  # a record may give several examples
+            lines = ", ".join(map(str, numbers[:NOTE_LINES])) + (", ..." if len(numbers) > NOTE_LINES else "")
             notes.append(
                 f"{self.path}: {self.masked} examples left out, no token of theirs is in the loss: line {lines}"
             )

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -45,6 +46,13 @@ def only(mixture: Mixture[Example]) -> StoredExamples:
     (stored,) = mixture.sources
     assert isinstance(stored, StoredExamples)
     return stored
+
+
+def test_a_weight_that_uses_no_example_is_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    sources = [{"path": str(FILE), "weight": weight} for weight in (0.001, 1, 0.01)]
+    _, notes = read(DataConfig.model_validate({"train": sources}).train, tokenizer, tmp_path)
+    (note,) = notes
+    assert re.search(r"Warning: .*whatis-eval\.jsonl: no epoch uses an example, .*weight of 0\.001 .* of 300$", note)
 
 
 @pytest.mark.parametrize("cached", [True, False])

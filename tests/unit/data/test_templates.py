@@ -266,6 +266,22 @@ def test_parts_stay_what_they_are_for_a_template_that_goes_through_them(tokenize
         RecordEncoder(tokenizer).encode({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
 
 
+def test_counts_are_of_examples_where_a_record_gives_several(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (FOLDER / "qwen-3.jinja").read_text()
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": MULTI * 2}) + "\n" + json.dumps({"text": "ls lists files"}) + "\n")
+    lengths = sorted(map(len, read_examples(path, tokenizer, seq_len=1024)[0]))
+    assert len(lengths) == 5
+    _, cut = read_examples(path, tokenizer, seq_len=lengths[0])
+    truncated, left_out = cut.notes()
+    assert "4 of 5 examples truncated" in truncated
+    assert left_out.endswith("4 examples left out, no token of theirs is in the loss: line 1")
+    _, dropped = read_examples(path, tokenizer, seq_len=lengths[0], overlong="drop")
+    assert "4 of 5 examples dropped" in dropped.notes()[0]
+
+
 def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """As GLM-4's, where the next turn's header ends an answer, and no header follows the last one."""
     path = tmp_path / "data.jsonl"
