@@ -130,7 +130,8 @@ DataRole = Literal[
 class DataSource(Section):
     """Where records come from. What is None is taken from the keys of the same name in `data`.
 
-    `path`: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a folder that datasets' `save_to_disk` wrote, or a hub id.
+    `path`: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files (`data/*.jsonl`), a folder that datasets'
+    `save_to_disk` wrote, or a hub id.
     `weight`: how often an epoch uses each of its examples; of 2.5, every example twice, and half of them, drawn anew
     for each epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
     """
@@ -300,6 +301,7 @@ class RunConfig(Section):
                 "eval.max_new_tokens leaves no room for a prompt.",
                 given=self.eval.max_new_tokens,
                 allowed=f"less than data.seq_len, which is {self.data.seq_len}",
+                fix=f"set eval.max_new_tokens={self.data.seq_len // 2}, or raise data.seq_len",
             )
         if self.train.warmup >= 1 and self.train.warmup != int(self.train.warmup):
             raise ConfigError(

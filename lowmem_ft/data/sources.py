@@ -1,7 +1,8 @@
-"""Where records come from: a file, a folder that datasets saved, or a hub id; each becomes a list of files."""
+"""Where records come from: files, a folder that datasets saved, or a hub id; each becomes a list of files."""
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import subprocess
@@ -76,7 +77,13 @@ def find_source(source: DataSource, use: Use) -> FileSet:
     if path.is_dir():
         return FileSet(source.path, tuple(_saved(path, source, use)))
     _refuse_unread(source, ("split",), "concern saved datasets and hub ids")
-    return FileSet(source.path, (path,))
+    parts = [part.strip() for part in source.path.split(",")]
+    if not path.exists() and len(parts) > 1 and all(part and Path(part).expanduser().exists() for part in parts):
+        fix = f"give a list: [{', '.join(parts)}]"
+        raise DataError("There is no such file.", given=source.path, allowed="one file, or a list of them", fix=fix)
+    if not (files := _files(path)):
+        raise DataError("No file matches.", given=source.path, allowed="a pattern of files, such as data/*.jsonl")
+    return FileSet(source.path, tuple(files))
 
 
 def load_readers(data: DataConfig) -> None:
@@ -87,7 +94,7 @@ def load_readers(data: DataConfig) -> None:
     for source in (it for given in (data.train, data.eval) if given is not None for it in list_sources(given, data)):
         path = Path(source.path).expanduser()
         hub = not path.exists() and _may_be_hub_id(source.path)
-        if hub or path.is_dir() or kind_of(path) in TABLES:
+        if hub or path.is_dir() or any(kind_of(it) in TABLES for it in _files(path)):
             import pyarrow.parquet  # noqa: F401
 
 
@@ -108,6 +115,13 @@ def unknown_split(name: str, splits: Sequence[str], wanted: str | None) -> DataE
         allowed=", ".join(splits),
         fix=f"did you mean '{near}'?" if near else f"name one: {{path: {name}, split: {splits[0]}}}",
     )
+
+
+def _files(path: Path) -> list[Path]:
+    """A path, or the files that it stands for as a pattern, by their names: they are read in this order."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    return sorted(found for it in glob.glob(str(path), recursive=True) if (found := Path(it)).is_file())
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -141,10 +155,12 @@ def _saved(folder: Path, source: DataSource, use: Use) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
+        endings = sorted({path.suffix for path in folder.glob("*.*") if path.suffix in (*SUFFIXES, ".jsonl", ".gz")})
         raise DataError(
             "The data file cannot be read.",
             given=f"{folder} (a folder without a readable {STATE})",
             allowed="a file, a folder that datasets' save_to_disk wrote, or a hub id",
+            fix=f"give its files: {' or '.join(str(folder / f'*{it}') for it in endings)}" if endings else None,
         ) from error
 
 

@@ -46,6 +46,22 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         list(absent.rows())
 
 
+def test_patterns_lists_and_folders_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "c[1].jsonl", "d.csv"):
+        Path(name).write_text(json.dumps({"text": name}))
+    Path("x.jsonl").mkdir()
+    found = find_source(DataSource(path="*.jsonl"), "train")
+    assert [record["text"] for record in records(found)] == ["a.jsonl", "b.jsonl", "c[1].jsonl"]
+    assert records(find_source(DataSource(path="c[1].jsonl"), "train")) == [{"text": "c[1].jsonl"}]
+    with pytest.raises(DataError, match="No file matches"):
+        find_source(DataSource(path="*.tsv"), "train")
+    with pytest.raises(DataError, match=r"no such file[\s\S]*give a list: \[a\.jsonl, b\.jsonl\]"):
+        find_source(DataSource(path="a.jsonl, b.jsonl"), "train")
+    with pytest.raises(DataError, match=r"give its files: .*\*\.csv or .*\*\.jsonl"):
+        find_source(DataSource(path=str(tmp_path)), "train")
+
+
 def test_saved_datasets(tmp_path: Path) -> None:
     Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one", num_shards=2)
     found = find_source(DataSource(path=str(tmp_path / "one")), "train")
@@ -95,8 +111,11 @@ def prepared(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("train", "tables"), [("a.jsonl", False), ("a.parquet", True), (".", True), ("an/id", True)])
-def test_what_reads_tables_is_there_when_a_plan_measures_the_process(train: str, tables: bool) -> None:
+@pytest.mark.parametrize(
+    ("train", "tables"), [("a.jsonl", False), ("a.parquet", True), (".", True), ("an/id", True), ("{here}/*", True)]
+)
+def test_what_reads_tables_is_there_when_a_plan_measures_the_process(tmp_path: Path, train: str, tables: bool) -> None:
+    (tmp_path / "a.parquet").touch()
     code = """
 import sys
 from lowmem_ft.core.config import RunConfig
@@ -108,7 +127,7 @@ def measured(name):
 solver.find_device = measured
 solver.make_plan(RunConfig.from_dict({"model": "m", "data": {"eval": "b.jsonl", "train": sys.argv[1]}}))
 """
-    done = subprocess.run([sys.executable, "-c", code, train], check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, train.format(here=tmp_path)], check=False, timeout=300)
     assert done.returncode == 10 + tables
 
 

@@ -125,5 +125,8 @@ def test_prompts_of_chats_are_what_a_chat_template_asks_with() -> None:
 def test_answers_that_leave_no_room_for_a_prompt_are_refused() -> None:
     keys = {"model": "m", "data": {"seq_len": 64}, "eval": {"max_new_tokens": 64}}
     RunConfig.from_dict(keys)
-    with pytest.raises(ConfigError, match="leaves no room for a prompt"):
+    with pytest.raises(ConfigError, match="leaves no room for a prompt") as error:
         RunConfig.from_dict(keys, ["eval.samples=1"])
+    fix = "eval.max_new_tokens=32"
+    assert f"set {fix}" in str(error.value)
+    RunConfig.from_dict(keys, ["eval.samples=1", fix])
