@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.core.config import DataSource, RunConfig
+from lowmem_ft.core.errors import ConfigError, DataError, UnsupportedError
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lowmem_ft.data.preview import Preview, Segments
 
+EMBEDDED = ""  # in place of a model: the embedded one
 BAR = 40  # characters of the longest bar
 SHOWN = 2000  # characters of an example
 
@@ -40,18 +41,30 @@ def data_preview(
     """Show a data file as training would see it: format, columns, lengths, and the first examples with their loss."""
     given = [] if seq_len is None else [f"data.seq_len={seq_len}"]
     config = RunConfig.from_dict(
-        {"model": model or "embedded", "data": {"train": {"path": file}}}, [*given, *(overrides or [])]
+        {"model": model or EMBEDDED, "data": {"train": {"path": file}}}, [*given, *(overrides or [])]
     )
 
     from lowmem_ft.data.preview import preview
     from lowmem_ft.data.sources import list_sources
 
     reporter = Reporter(quiet=as_json)
-    assert config.data.train is not None, "it was given"
-    (source,) = list_sources(config.data.train, config.data)
-    tokenizer = _tokenizer(model, config.trust_remote_code)
+    sources = list_sources(config.data.train or [], config.data)
+    named = [source.path for source in sources]
+    if named != [DataSource(path=file).path]:
+        given_too = f"{file} and data.train: {', '.join(named) or 'null'}"
+        raise ConfigError("The data to show is named twice.", given=given_too, fix="remove data.train")
+    tokenizer = _tokenizer(config.model, config.trust_remote_code)
+    objective = config.train.objective if "objective" in config.train.model_fields_set else None
     with reporter.task(f"Reading {Path(file).name}", unit="B") as update:
-        found = preview(source, config.data, tokenizer, rows=rows or None, samples=examples, progress=update)
+        found = preview(
+            sources[0],
+            config.data,
+            tokenizer,
+            objective=objective,
+            rows=rows or None,
+            samples=examples,
+            progress=update,
+        )
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
@@ -66,11 +79,11 @@ def data_preview(
         raise DataError("The data file has no records.", given=file)
 
 
-def _tokenizer(model: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from lowmem_ft.assemble import load_tokenizer
     from lowmem_ft.quant.checkpoint import Checkpoint
 
-    if model is None:
+    if model == EMBEDDED:
         with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as folder:
             found = load_tokenizer(folder)
     elif (folder := Path(model)).is_dir():

@@ -190,13 +190,16 @@ class DataConfig(Section):
         return self
 
 
+Objective = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
+
+
 class TrainConfig(Section):
     """The optimization. `warmup` is a share of the steps below 1, a number of steps from 1 on.
 
     `objective`: what is learned from; sft learns answers, the others learn from preferences (see `PreferenceConfig`).
     """
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    objective: Objective = "sft"
     tokens_per_step: Positive = 16384
     epochs: Annotated[float, Field(gt=0)] = 1
     steps: Positive | None = None

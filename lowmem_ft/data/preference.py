@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder
 from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation
-from lowmem_ft.data.records import Row
+from lowmem_ft.data.records import Row, at
 from lowmem_ft.data.store import BAD, CHOSEN, GOOD, REJECTED, StoredExamples
 from lowmem_ft.data.tally import Tally, WrongDataError
 
@@ -148,12 +148,7 @@ def pair_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> I
     """
     for example, part in preference_entries(rows, encoder, tally):
         if part in (GOOD, BAD):
-            raise WrongDataError(
-                f"{tally.path}: a record has one answer with a verdict, and pairs are learned from.",
-                given="prompt, completion, label",
-                allowed="chosen and rejected (with prompt, or beginning alike)",
-                fix="set train.objective: kto",
-            )
+            raise at(tally.path, no_pair())
         yield example, part
 
 
@@ -162,6 +157,16 @@ def verdict_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -
     for example, part in preference_entries(rows, encoder, tally):
         tally.counts["examples"] += part == REJECTED
         yield example, {CHOSEN: GOOD, REJECTED: BAD}.get(part, part)
+
+
+def no_pair() -> WrongDataError:
+    """What to say of an answer with a verdict where pairs are learned from."""
+    return WrongDataError(
+        "a record has one answer with a verdict, and pairs are learned from.",
+        given="prompt, completion, label",
+        allowed="chosen and rejected (with prompt, or beginning alike)",
+        fix="set train.objective: kto",
+    )
 
 
 class _Cut(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataSource
+from lowmem_ft.core.config import DataConfig, DataSource, Objective
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder
 from lowmem_ft.data.formats import PREFERENCES
 from lowmem_ft.data.packing import pack
-from lowmem_ft.data.preference import cut_preference, encode_preference
+from lowmem_ft.data.preference import cut_preference, encode_preference, no_pair
 from lowmem_ft.data.records import Progress, Row, at
 from lowmem_ft.data.sources import find_source
-from lowmem_ft.data.tally import Overlong
+from lowmem_ft.data.tally import Overlong, WrongDataError
 
 COLUMN_ROWS = 100  # whose columns and types are listed
 WRONG_ROWS = 10  # told one by one
@@ -40,7 +39,8 @@ class Preview:
         lengths: tokens of each example, before it is cut.
         used: tokens of those that are trained on, as they are then.
         loss_tokens: of those that are trained on.
-        overlong: what becomes of the `truncated` examples, which are longer than `seq_len`.
+        overlong: what becomes of the `truncated` examples, which are longer than `seq_len`. A pair of answers is
+            dropped as a whole; both count then.
         masked: examples without a token in the loss.
         endings: text of the last token of an answer -> examples.
         samples: the first examples, cut to `seq_len`: (name, runs of text).
@@ -125,6 +125,7 @@ def preview(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    objective: Objective | None = None,
     rows: int | None,
     samples: int,
     progress: Progress | None = None,
@@ -133,15 +134,18 @@ def preview(
 
     Records that cannot be used are collected. Of preferences, both answers count as examples.
 
+    Args:
+        objective: what training would read them for; None: whatever they are for.
+
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, holds records that are not for `objective`, or no record has a column.
     """
     found = Preview(name=source.path, seq_len=data.seq_len, overlong=data.overlong)
     encoder = RecordEncoder(
         tokenizer,
         format=source.format or data.format,
         columns=data.columns if source.columns is None else source.columns,
-        assistant_only=data.assistant_only,
+        assistant_only=data.assistant_only or objective not in (None, "sft"),  # as `read_preferences`
     )
     for row in find_source(source, "train").rows(progress):
         if found.records == rows:
@@ -149,47 +153,59 @@ def preview(
             break
         found.records += 1
         try:
-            examples = list(_encoded(row, encoder, found))
+            examples, together = _encoded(row, encoder, objective, found)
+        except WrongDataError as error:
+            raise at(row.place, error) from error
         except DataError as error:
             found.unusable += 1
             if len(found.wrong) < WRONG_ROWS:
                 found.wrong.append(str(at(row.place, error)))
             continue
         shown = found.records - found.unusable <= samples
+        longest = max((len(example) for _, example in examples), default=0)
         for what, example in examples:
-            _count(example, found, encoder)
+            whole = (longest if together and data.overlong != "truncate" else len(example)) <= data.seq_len
+            _count(example, found, encoder, whole=whole)
             if shown:
                 name = f"{row.place} {what}".rstrip()
                 found.samples.append((name, segments(example.cut(data.seq_len), tokenizer)))
+    if found.complete:
+        encoder.reader.check_columns()
     return found
 
 
-def _encoded(row: Row, encoder: RecordEncoder, found: Preview) -> Iterator[tuple[str, Example]]:
-    """(what it is, example) of a record."""
+def _encoded(
+    row: Row, encoder: RecordEncoder, objective: Objective | None, found: Preview
+) -> tuple[list[tuple[str, Example]], bool]:
+    """(what it is, example) of a record, and whether these are used together or not at all."""
     if isinstance(row.record, DataError):
         raise row.record
     if found.records <= COLUMN_ROWS:
         for name, value in row.record.items():
             found.columns.setdefault(name, Counter())[_type(value)] += 1
-    kind = encoder.reader.read(row.record).kind
-    if kind in PREFERENCES and encoder.format != "chosen":
-        kind, pair = encode_preference(encoder, row.record)
-        longest = max(map(len, pair.documents))
-        if found.overlong == "truncate" or longest <= found.seq_len:
-            cut_preference(pair, found.seq_len)  # which training would refuse
-        named = [("chosen", pair.chosen), ("rejected", pair.rejected)]
-        examples = [(what, example) for what, example in named if example is not None]
+    if objective is None:
+        learnt = encoder.format == "chosen" or encoder.reader.read(row.record).kind not in PREFERENCES
     else:
-        examples = [("", example) for example in encoder.encode(row.record)]
+        learnt = objective == "sft"
+    if learnt:
+        kind, examples = encoder.encode_known(row.record)
+        found.formats[kind] += 1
+        return [("", example) for example in examples], False
+    kind, pair = encode_preference(encoder, row.record)
+    if kind == "kto" and objective not in (None, "kto"):
+        raise no_pair()
+    if found.overlong == "truncate" or max(map(len, pair.documents)) <= found.seq_len:
+        cut_preference(pair, found.seq_len)  # which training would refuse
     found.formats[kind] += 1
-    yield from examples
+    named = [("chosen", pair.chosen), ("rejected", pair.rejected)]
+    return [(what, example) for what, example in named if example is not None], True
 
 
-def _count(example: Example, found: Preview, encoder: RecordEncoder) -> None:
+def _count(example: Example, found: Preview, encoder: RecordEncoder, *, whole: bool) -> None:
     found.lengths.append(len(example))
-    found.truncated += len(example) > found.seq_len
+    found.truncated += not whole
     kept = example.cut(found.seq_len)
-    if found.overlong == "truncate" or kept is example:
+    if found.overlong == "truncate" or whole:
         found.masked += not kept.loss_tokens
         if kept.loss_tokens:
             found.used.append(len(kept))

@@ -77,6 +77,58 @@ def test_the_figures_are_those_of_training(run: Run, tmp_path: Path) -> None:
         assert found["masked"] == report.masked
 
 
+def test_the_figures_of_pairs_are_those_of_training(run: Run) -> None:
+    from transformers import AutoTokenizer
+
+    from lowmem_ft.core.config import DataConfig
+    from lowmem_ft.data.reading import read_preferences
+    from lowmem_ft.data.tally import DataReport
+
+    from ..data.test_store import silent
+
+    path = ASSETS / "whatis-pairs-eval.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
+    for overlong, objective in (("truncate", "dpo"), ("drop", "dpo"), ("drop", "kto")):
+        data = DataConfig(seq_len=28, cache=None, overlong=overlong)  # type: ignore[arg-type]
+        wanted: Any = "pairs" if objective == "dpo" else "verdicts"
+        mixture, _ = read_preferences(str(path), data, tokenizer, use="train", task=silent, wanted=wanted)
+        report: DataReport = mixture.sources[0].stored.report  # type: ignore[attr-defined]
+        found = json.loads(
+            run(path, "--json", "--seq-len", "28", f"data.overlong={overlong}", f"train.objective={objective}")[1]
+        )
+        assert found["used"] == report.examples * (2 if wanted == "pairs" else 1)
+        assert (found["tokens"], found["loss_tokens"]) == (report.tokens, report.loss_tokens)
+        assert report.truncated + report.dropped > 0
+        if overlong == "drop":
+            assert found["truncated"] == 2 * report.dropped
+
+
+def test_keys_that_decide_what_training_sees(run: Run, write: Callable[..., Path]) -> None:
+    path = write(PAIR)
+    code, _, err = run(path, f"model={path.parent / 'absent'}")
+    assert (code, "absent" in err) == (2, True)
+    code, _, err = run(path, f"data.train={ASSETS / 'whatis-eval.jsonl'}")
+    assert (code, "named twice" in err, "remove data.train" in err) == (2, True, True)
+    assert run(path, "data.train.weight=2")[0] == 0
+    for objective in ("dpo", "kto"):
+        code, _, err = run(path, f"train.objective={objective}", "data.invalid=skip")
+        assert (code, "data.jsonl:1: the record is no preference" in err) == (2, True)
+    verdicts = write(*({**PAIR, "label": label} for label in (0, 1)))
+    found = json.loads(run(verdicts, "train.objective=kto", "--json")[1])
+    assert (found["formats"], [it["what"].split()[-1] for it in found["samples"]]) == (
+        {"kto": 2},
+        ["rejected", "chosen"],
+    )
+    code, _, err = run(verdicts, "train.objective=dpo")
+    assert (code, "set train.objective: kto" in err) == (2, True)
+    pairs = write({"prompt": "a", "chosen": " b", "rejected": " c"})
+    assert run(pairs, "train.objective=dpo")[0] == 0
+    code, _, err = run(pairs, "train.objective=sft")
+    assert (code, "data.jsonl:1: the record is a preference" in err) == (2, True)
+    code, _, err = run(pairs, "data.columns.system=rules")
+    assert (code, "no record has the column" in err) == (2, True)
+
+
 def test_piped(run: Run, write: Callable[..., Path]) -> None:
     code, out, _ = run(write(PAIR, {"text": "all of it"}))
     assert code == 0
