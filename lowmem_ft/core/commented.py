@@ -40,7 +40,7 @@ COMMENTS: Mapping[str, str] = {
     "budget.memory": "of the device, such as 8GiB (on a CPU: RAM); null: what is free",
     "budget.host": "of RAM, beside a card; null: what is free",
     "data": "records, and how they become sequences",
-    "data.train": "a file, a saved dataset, a hub id, or a list of them",
+    "data.train": "a file, a pattern, a saved dataset, a hub id, or a list of them",
     "data.eval": "held-out records, likewise; null: none",
     "data.format": "auto, messages, sharegpt, alpaca, prompt_completion, text, chosen, preference, kto",
     "data.columns": "{role: column} where columns have other names",
