@@ -17,6 +17,7 @@ from lowmem_ft.core.errors import DataError
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
+TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
 PROBE = "lowmem"
 
 
@@ -161,7 +162,7 @@ class _Template:
         if all(isinstance(message.get("content", ""), str) for message in messages) or self._takes_parts():
             return list(messages)
         return [
-            {**message, "content": "".join(part["text"] for part in _texts(number, message["content"]))}
+            {**message, "content": _joined(number, message["content"])}
             if isinstance(message.get("content"), list)
             else message
             for number, message in enumerate(messages, start=1)
@@ -246,16 +247,20 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _texts(number: int, parts: list[Any]) -> list[dict[str, str]]:
-    """The parts of message `number`, all of which must be text."""
+def _joined(number: int, parts: list[dict[str, Any]]) -> str:
+    """The text of message `number`, all of whose parts must be text."""
     for part in parts:
-        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+        if not _is_text(part):
             raise DataError(
                 f"message {number} has a part that is no text, and the chat template takes no parts.",
                 given=str(part)[:80],
-                allowed='a string, or parts of {"type": "text", "text": ...}',
+                allowed=f"a string, or {TEXT_PARTS}",
             )
-    return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _is_text(part: dict[str, Any]) -> bool:
+    return part.get("type") in (None, "text")
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:
@@ -276,8 +281,10 @@ def _checked(messages: object) -> list[dict[str, Any]]:
             raise DataError(
                 f"message {number} has no 'content' of text.", given=given, allowed="a string, or text parts"
             )
-        parts = content if isinstance(content, list) else []
-        if media := [part["type"] for part in parts if isinstance(part, dict) and part.get("type") in MEDIA]:
-            raise DataError(f"message {number} has a part that is no text.", given=media[0], allowed="text parts")
+        for part in content if isinstance(content, list) else ():
+            whole = isinstance(part, dict) and (isinstance(part.get("text"), str) or not _is_text(part))
+            if not whole or part.get("type") in MEDIA:
+                what = f"message {number} has a part that is no text."
+                raise DataError(what, given=str(part)[:80], allowed=TEXT_PARTS)
         checked.append(message)
     return checked

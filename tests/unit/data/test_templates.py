@@ -262,8 +262,9 @@ def test_parts_stay_what_they_are_for_a_template_that_goes_through_them(tokenize
     spaced = [{"role": "user", "content": [{"type": "text", "text": f" {it} "} for it in "ab"]}, MULTI[-1]]
     (example,) = RecordEncoder(tokenizer).encode({"messages": spaced})
     assert tokenizer.decode(example.input_ids).startswith("<user>ab<|eos|>")
-    with pytest.raises(DataError, match="message 1 has a part that is no text"):
-        RecordEncoder(tokenizer).encode({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+    for part in ({"type": "image"}, {"type": "text", "text": None}, "a"):
+        with pytest.raises(DataError, match="message 1 has a part that is no text"):
+            RecordEncoder(tokenizer).encode({"messages": [{"role": "user", "content": [part]}]})
 
 
 def test_counts_are_of_examples_where_a_record_gives_several(
