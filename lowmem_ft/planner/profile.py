@@ -258,7 +258,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     """The first problem of a pydantic error, in this project's form."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    unknown = first["type"] == "extra_forbidden" or path[-1:] == ["[key]"]
+    unknown = first["type"] in ("extra_forbidden", "invalid_key") or path[-1:] == ["[key]"]
     if path[-1:] == ["[key]"]:  # pydantic's place of a mapping's key that is no dtype
         path.pop()
     key = ".".join(path)

@@ -110,7 +110,7 @@ class Search:
             if not answer.fits:
                 answer = self._smallest(budget, place, options)  # says whether it is worth the search
                 answer = self._best(budget, place, options, tiled=True) if answer.fits else answer
-            elif self._may_gain_by(place, answer, budget):
+            elif self._may_gain_by(place, answer):
                 other = self._best(budget, place, options, tiled=True)
                 better = other.fits and self._rank(other) < self._rank(answer)
                 answer = replace(other if better else answer, options=tuple(options.values()))
@@ -124,13 +124,16 @@ class Search:
             "batch": (-policy.micro_batch_tokens, seconds),
         }.get(self.config.policy.objective, (seconds, answer.process))
 
-    def _may_gain_by(self, place: Place, answer: Answer, budget: int) -> bool:
-        """Whether another place of the optimizer is worth a search, where `answer` fits with the first."""
+    def _may_gain_by(self, place: Place, answer: Answer) -> bool:
+        """Whether another place of the optimizer is worth a search, where `answer` fits with the first: no policy can
+        be faster than the fastest of all with an update there."""
         if self.config.policy.objective in ("memory", "batch"):
             return True
         policy = answer.weighed.policy
-        copies = policy.streams or policy.offload_blocks > 0
-        return copies and self.scales.optimizer_stored(replace(policy, optimizer_on=place)) > WORTH_PLACE * budget
+        if self.scales.optimizer_stored(replace(policy, optimizer_on=place)) < WORTH_PLACE * answer.budget:
+            return False
+        fastest = min(option.seconds for option in answer.options)
+        return fastest + self.scales.slower_on_host < answer.weighed.seconds
 
     def _may_gain_by_tiles(self, policy: Policy) -> bool:
         """Whether tiles are worth a search, if `policy` is what serves best without, or the smallest of all."""

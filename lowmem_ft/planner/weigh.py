@@ -387,6 +387,12 @@ class Scales:
         heap = self.heap_held(policy) + round(self._heap_counts * heap)
         return Weighed(policy, allocated, heap, self._seconds(policy, places), places)
 
+    @property
+    def slower_on_host(self) -> float:
+        """Seconds that an update takes more there, of a model that was weighed."""
+        assert self._update is not None
+        return self._host_update.seconds - self._update.seconds
+
     @cached_property
     def _host_update(self) -> Segment:
         """An update that takes nothing of the device: gradients in fp32 and values go down, new values come up."""

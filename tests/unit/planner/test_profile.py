@@ -172,6 +172,11 @@ def test_a_broken_profile_is_named(path: str, value: Any, words: list[str], tmp_
         assert word in str(caught.value)
 
 
+def test_a_key_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Unknown key '1'"):
+        load({**facts(), 1: 2}, tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "name: [", "\x00", "name: x\ndate: 2026-13-01\n", "1: 2\n"])
 def test_a_file_that_is_no_profile(text: str, tmp_path: Path) -> None:
     file = tmp_path / "profile.yaml"
