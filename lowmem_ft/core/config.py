@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,15 +11,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.config_words import allowed_words, explain, keys_of
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.preference import check_objective
 from lowmem_ft.core.sizes import parse_duration, parse_size
+from lowmem_ft.core.yaml_text import QUOTE, read_value, read_yaml
 
 
 def _path_text(value: Any) -> Any:
     """A path as text; `~` stands for the home folder also where no shell has replaced it."""
     home = isinstance(value, str) and value.startswith("~")
-    return str(Path(value).expanduser()) if home or isinstance(value, Path) else value
+    try:
+        return str(Path(value).expanduser()) if home or isinstance(value, Path) else value
+    except RuntimeError:
+        raise ConfigError("A home folder is not known.", given=value, fix="write the path without `~`") from None
 
 
 PathText = Annotated[str, BeforeValidator(_path_text)]
@@ -43,13 +47,19 @@ class Section(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def changed(self) -> set[str]:
+        """Keys with other values than their defaults: a run's resolved config sets all of them."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_number(cls, data: Any) -> Any:
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
             if isinstance(value, bool) and field is not None and not _takes_bool(field.annotation):
-                raise ConfigError(f"'{key}' takes no boolean.", given=value, allowed=_allowed(field.annotation))
+                allowed = allowed_words(field.annotation)
+                fix = QUOTE if "text" in allowed.split(" | ") else None
+                raise ConfigError(f"'{key}' takes no boolean.", given=value, allowed=allowed, fix=fix)
         return data
 
 
@@ -62,7 +72,7 @@ class QuantConfig(Section):
 
     @model_validator(mode="after")
     def _warn_ignored(self) -> Self:
-        ignored = sorted({"type", "double_quant"} & self.model_fields_set)
+        ignored = sorted({"type", "double_quant"} & self.changed())
         if self.bits in (8, 16) and ignored:
             warnings.warn(f"quant.{' and quant.'.join(ignored)} concern 4 bits: ignored with {self.bits}", stacklevel=2)
         return self
@@ -97,7 +107,7 @@ class AdapterConfig(Section):
                     allowed="a peft config with peft_type, for example {peft_type: IA3}",
                     fix="set adapter.peft, or adapter.method: lora",
                 )
-            unread = sorted(self.model_fields_set - {"method", "peft", "init"})
+            unread = sorted(self.changed() - {"method", "peft", "init"})
             if unread:
                 warnings.warn(f"adapter.{', adapter.'.join(unread)} concern method lora: ignored", stacklevel=2)
         elif self.peft is not None:
@@ -156,7 +166,7 @@ def _parse_sources(value: Any) -> Any:
     try:
         return DataSource.model_validate(dict(value))
     except ValidationError as error:
-        raise _explain(error, DataSource) from None
+        raise explain(error, DataSource) from None
 
 
 Sources = Annotated[str | DataSource | list[str | DataSource], BeforeValidator(_parse_sources)]
@@ -321,6 +331,8 @@ class RunConfig(Section):
         Raises:
             ConfigError: an unknown key (with the nearest valid one), a wrong type or value, an impossible combination.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError("A config is a mapping of keys.", given=repr(data), allowed="{'model': ...}, or a path")
         merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
         for name, field in cls.model_fields.items():
             section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
@@ -331,18 +343,17 @@ class RunConfig(Section):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise _explain(error, cls) from None
+            raise explain(error, cls) from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         """A config from a YAML file. Raises ConfigError also where the file is missing or no YAML mapping."""
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("The config file cannot be read.", given=f"{path} ({error})") from None
-        except yaml.YAMLError as error:
-            raise ConfigError("The config file is not YAML.", given=f"{path}: {error}") from None
+        data = read_yaml(text, str(path))
         if not isinstance(data, dict):
             raise ConfigError("The config file holds no keys.", given=str(path), allowed="a YAML mapping with `model:`")
         return cls.from_dict(data, overrides)
@@ -361,89 +372,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         inner = data.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"'{parent}' has no keys below it.", given=override, allowed=", ".join(_keys(RunConfig)))
+            raise ConfigError(
+                f"'{parent}' has no keys below it.", given=override, allowed=", ".join(keys_of(RunConfig))
+            )
         data = inner
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError("The value of an override is not YAML.", given=override) from None
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key below `section`, parents included."""
-    found = []
-    for name, field in section.model_fields.items():
-        found.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _keys(field.annotation, f"{prefix}{name}.")
-    return found
-
-
-def _allowed(annotation: Any) -> str:
-    """An annotation in a user's words: `4 | 8 | 16 | auto`."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        bounds = [f"{sign} {limit}" for part in parts[1:] for sign, limit in _bounds(part)]  # of Field(gt=...)
-        return " ".join([_allowed(parts[0]), *bounds])
-    if origin is Literal:
-        return " | ".join(map(str, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if part is type(None) else _allowed(part) for part in parts)
-    if origin is list:
-        return f"a list of {_allowed(parts[0])}"
-    if origin is dict:
-        return f"a mapping of {_allowed(parts[0])} to {_allowed(parts[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"keys {', '.join(annotation.model_fields)}"
-    return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true | false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation).replace("typing.", "")
-    )
-
-
-def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
-    for item in getattr(constraint, "metadata", [constraint]):
-        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-            if getattr(item, name, None) is not None:
-                yield sign, getattr(item, name)
-
-
-def _explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
-    """The first problem of a pydantic error of `schema`, in this project's form."""
-    first = error.errors(include_url=False)[0]
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):
-        where = ".".join(str(part) for part in first["loc"])
-        return ConfigError(
-            f"{where}: {inner.what}" if where else inner.what, given=inner.given, allowed=inner.allowed, fix=inner.fix
-        )
-    # a union's location ends with the names of its members, which are no keys
-    known = _keys(schema)
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        close = nearest(key, known) or nearest(path[-1], (name.rpartition(".")[2] for name in known))
-        siblings = [
-            name for name in known if name.count(".") == len(path) - 1 and name.startswith(key[: -len(path[-1])])
-        ]
-        return ConfigError(
-            f"Unknown key '{key}'.",
-            given=first["input"],
-            allowed=", ".join(siblings),
-            fix=f"did you mean '{close}'?" if close else "remove it",
-        )
-    while len(path) > 1 and ".".join(path) not in known:
-        path.pop()
-    key = ".".join(path)
-    if first["type"] == "missing":
-        return ConfigError(f"'{key}' is missing.", allowed=_allowed(str), fix=f"add `{key}: ...`")
-    section: Any = schema
-    field = section.model_fields[path[0]]
-    for part in path[1:]:
-        field = typing.cast(type[BaseModel], field.annotation).model_fields[part]
-    limits = " and ".join(f"{sign} {limit}" for meta in field.metadata for sign, limit in _bounds(meta))
-    return ConfigError(
-        f"'{key}' has a value that is not allowed.",
-        given=repr(first["input"]),
-        allowed=" ".join(filter(None, [_allowed(field.annotation), limits])),
-        fix=first["msg"].removeprefix("Value error, "),
-    )
+    data[last] = read_value(override, value)

@@ -1,6 +1,7 @@
 """RunConfig: every kind of bad input is named, with the nearest valid key, before anything runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,11 +33,22 @@ REFUSED = [
     ("data.train=[]", ["data.train", "list of sources is empty"]),
     ("data.train={weight: 2}", ["data.train", "'path' is missing"]),
     ("data.train=[a, {path: b, weigth: 2}]", ["data.train", "Unknown key 'weigth'", "did you mean 'weight'"]),
+    ("data.train={path: b, 3: 1}", ["data.train", "Unknown key '3'"]),
     ("data.train={path: b, weight: 0}", ["data.train", "'weight'", "> 0"]),
     ("data.columns.promt=a", ["'data.columns'", "messages | prompt | completion"]),
     ("data.order=longest", ["shuffled | longest_first"]),
     ("train.lr", ["not KEY=VALUE"]),
-    ("train.lr=[", ["not YAML"]),
+    ("train.lr=[", ["not YAML", "in quotes"]),
+    ("lr=1", ["Unknown key 'lr'", "did you mean 'train.lr'"]),
+    ("budget.rank=4", ["did you mean 'adapter.rank'"]),
+    ("train={lr: 1, lr: 2}", ["'lr' is given twice", "line 1 and line 1"]),
+    ("train={1: 2}", ["Unknown key 'train.1'"]),
+    ("output=2026", ["'output'", "2026", "in quotes"]),
+    ("output=on", ["'output' takes no boolean", "in quotes"]),
+    ("train.steps=0b_", ["not YAML"]),
+    ("train.lr=@x", ["'train.lr'", "'@x'", "a number"]),
+    ("output=~nosuchuser/x", ["output", "home folder", "~nosuchuser/x"]),
+    ("data.train=[~nosuchuser/x]", ["data.train", "home folder"]),
 ]
 
 
@@ -46,6 +58,19 @@ def test_bad_input_is_named(override: str, words: list[str]) -> None:
         RunConfig.from_dict({"model": "m"}, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["@x", "#x", "%x", "*.jsonl", "2026-11-26", "2026-13-45"])
+def test_text_that_yaml_would_not_read_as_text(text: str) -> None:
+    config = RunConfig.from_dict({"model": "m"}, [f"output={text}"])
+    assert config.output == text
+    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("data", [None, 3, "model", ["model"], {1: 2, "model": "m"}])
+def test_keys_are_text_in_a_mapping(data: Any) -> None:
+    with pytest.raises(ConfigError, match=r"mapping of keys|Unknown key '1'"):
+        RunConfig.from_dict(data)
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING", "p_tuning"])
@@ -84,6 +109,16 @@ def test_ignored_options_are_said() -> None:
         RunConfig.from_dict({"model": "m", "quant": {"bits": 8, "type": "fp4"}})
     with pytest.warns(UserWarning, match=r"adapter\.rank concern method lora"):
         RunConfig.from_dict({"model": "m", "adapter": {"method": "peft", "peft": {"peft_type": "IA3"}, "rank": 4}})
+
+
+@pytest.mark.parametrize(
+    "sections", [{"quant": {"bits": 8}}, {"adapter": {"method": "peft", "peft": {"peft_type": "IA3"}}}]
+)
+def test_a_resolved_config_warns_of_nothing(sections: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    """It has every key, also those that the user never set."""
+    config = RunConfig.from_dict({"model": "m", **sections})
+    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+    assert [str(it.message) for it in recwarn] == []
 
 
 def test_yaml_overrides_and_round_trip(tmp_path: Path) -> None:
@@ -135,6 +170,16 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
         RunConfig.load(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         RunConfig.load(tmp_path / "missing.yaml")
+
+
+def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\ntrain:\n  lr: 1\n  steps: 3\n  lr: 2\n")
+    with pytest.raises(ConfigError, match="'lr' is given twice") as caught:
+        RunConfig.load(path)
+    assert caught.value.given == f"{path}, line 3 and line 5"
+    path.write_text("model: m\ndata: &a {seq_len: 8, train: x}\ntrain: {<<: {lr: 1, steps: 3}, lr: 2}\n")
+    assert RunConfig.load(path).train.lr == 2  # of a merged mapping a key may be replaced
 
 
 def test_a_model_is_required_and_configs_are_frozen() -> None:

@@ -1,0 +1,104 @@
+"""A schema's keys and values in a user's words, and what pydantic finds wrong with them in this project's form."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.yaml_text import QUOTE
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key below `section`, parents included."""
+    found = []
+    for name, field in section.model_fields.items():
+        found.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += keys_of(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def allowed_words(annotation: Any) -> str:
+    """An annotation in a user's words: `4 | 8 | 16 | auto`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = [f"{sign} {limit}" for part in parts[1:] for sign, limit in _bounds(part)]  # of Field(gt=...)
+        return " ".join([allowed_words(parts[0]), *bounds])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else allowed_words(part) for part in parts)
+    if origin is list:
+        return f"a list of {allowed_words(parts[0])}"
+    if origin is dict:
+        return f"a mapping of {allowed_words(parts[0])} to {allowed_words(parts[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"keys {', '.join(annotation.model_fields)}"
+    return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation).replace("typing.", "")
+    )
+
+
+def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
+    for item in getattr(constraint, "metadata", [constraint]):
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if getattr(item, name, None) is not None:
+                yield sign, getattr(item, name)
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
+    """The first problem of a pydantic error of `schema`, in this project's form."""
+    first = error.errors(include_url=False)[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        where = ".".join(str(part) for part in first["loc"])
+        return ConfigError(
+            f"{where}: {inner.what}" if where else inner.what, given=inner.given, allowed=inner.allowed, fix=inner.fix
+        )
+    # a union's location ends with the names of its members, which are no keys
+    known = keys_of(schema)
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        close = _meant(path, known)
+        siblings = [
+            name for name in known if name.count(".") == len(path) - 1 and name.startswith(key[: -len(path[-1])])
+        ]
+        return ConfigError(
+            f"Unknown key '{key}'.",
+            given=first["input"],
+            allowed=", ".join(siblings),
+            fix=f"did you mean '{close}'?" if close else "remove it",
+        )
+    while len(path) > 1 and ".".join(path) not in known:
+        path.pop()
+    key = ".".join(path)
+    if first["type"] == "missing":
+        return ConfigError(f"'{key}' is missing.", allowed=allowed_words(str), fix=f"add `{key}: ...`")
+    section: Any = schema
+    field = section.model_fields[path[0]]
+    for part in path[1:]:
+        field = typing.cast(type[BaseModel], field.annotation).model_fields[part]
+    limits = " and ".join(f"{sign} {limit}" for meta in field.metadata for sign, limit in _bounds(meta))
+    quoted = first["type"] == "string_type" and isinstance(first["input"], int | float)
+    return ConfigError(
+        f"'{key}' has a value that is not allowed.",
+        given=repr(first["input"]),
+        allowed=" ".join(filter(None, [allowed_words(field.annotation), limits])),
+        fix=QUOTE if quoted else first["msg"].removeprefix("Value error, "),
+    )
+
+
+def _meant(path: list[str], known: list[str]) -> str | None:
+    """The known key that an unknown one seems to mean, which may be in another section."""
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}  # of two the first
+    if path[-1] in leaves:
+        return leaves[path[-1]]
+    key, near = ".".join(path), nearest(path[-1], leaves)
+    close = nearest(key, (name for name in known if not key.startswith(f"{name}.")))
+    return close or (leaves[near] if near else None)

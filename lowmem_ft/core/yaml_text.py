@@ -1,0 +1,64 @@
+"""YAML as configs are written in it: no key twice, no dates; and values on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from lowmem_ft.core.errors import ConfigError
+
+QUOTE = "text that YAML reads as something else is written in quotes: \"'...'\" on a command line"
+_NO_VALUES = "#@`%&*"  # what begins with one of them is no value in YAML, or a note beside none
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's own loader takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(
+                    f"The key '{key.value}' is given twice.",
+                    given=f"{self.name}, line {lines[name]} and line {line}",
+                    fix="keep one of them",
+                )
+            lines[name] = line
+        return node
+
+
+# dates are text: no key wants one
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str, name: str, *, what: str = "The config file is not YAML.", fix: str | None = None) -> Any:
+    """What `text` says. `name` says where it is from.
+
+    Raises:
+        ConfigError: `what`, or a key is given twice.
+    """
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 0b_ passes for a number
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(what, given=f"{name}: {error}", fix=fix) from None
+
+
+def read_value(override: str, value: str) -> Any:
+    """The value of an override, which is text where YAML could not read one.
+
+    Raises:
+        ConfigError: it is no YAML, or has a key twice.
+    """
+    if value.startswith(tuple(_NO_VALUES)):
+        return value
+    return read_yaml(value, override, what="The value of an override is not YAML.", fix=QUOTE)
