@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -15,21 +15,70 @@ if TYPE_CHECKING:
     from lowmem_ft.report.progress import Reporter
 
 
+# What decides how a model is trained says nothing of one that is. Where it learns preferences, it is told so
+_OF_TRAINING = ("adapter", "train", "data.train", "data.order", "output")
+_OF_DATA = "train.objective"
+
+
 def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
-    """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file."""
+    """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file.
+
+    Raises:
+        ConfigError: an override without effect, a run that is not finished, a plan that cannot be read.
+        BudgetError: nothing fits the budget that overrides ask for.
+    """
     from lowmem_ft.planner.solver import make_plan, require_fit
 
-    if target.is_dir():
-        config = RunConfig.load(target / "config.yaml", overrides)
-        plan_file = target / "plan.json"
-        made = _read_plan(plan_file) if plan_file.exists() else make_plan(config)
-        chosen: bool | Path = target / "adapter"
-    else:
-        config = RunConfig.load(target, overrides)
-        made, chosen = require_fit(make_plan(config)), False
+    for override in overrides:
+        _refuse_without_effect(override)
+    run = target.is_dir()
+    config = RunConfig.load(target / "config.yaml" if run else target, overrides)
+    chosen: bool | Path = target / "adapter" if run else False
     if adapter is not None:
         chosen = False if adapter == "none" else Path(adapter)
-    return config, made, chosen
+    elif run and not (target / "adapter" / "adapter_config.json").exists():
+        raise ConfigError(
+            "The run has no adapter yet.",
+            given=str(target),
+            allowed="a finished run, or --adapter",
+            fix=f"finish it with `lowmem-ft train {target / 'config.yaml'} --resume`, or name another adapter: "
+            "--adapter FOLDER, or none for the base model",
+        )
+    if not run:
+        return config, require_fit(make_plan(config)), chosen
+    config = config.model_copy(update={"output": str(target)})
+    plan_file = target / "plan.json"
+    before = _read_plan(plan_file) if plan_file.exists() else None
+    if before is None:
+        return config, require_fit(make_plan(config)), chosen
+    saved = RunConfig.load(target / "config.yaml") if overrides else config
+    return config, require_fit(_plan_for(config, saved, before)), chosen
+
+
+def _refuse_without_effect(override: str) -> None:
+    key = override.partition("=")[0]
+    if key != _OF_DATA and any(f"{key}.".startswith(f"{name}.") for name in _OF_TRAINING):
+        raise ConfigError(
+            f"'{key}' has no effect on a model that is trained.",
+            given=override,
+            allowed=f"model, cache, {_OF_DATA}, and keys of quant, budget, policy, eval, preference, data",
+            fix="leave it out",
+        )
+
+
+def _plan_for(config: RunConfig, saved: RunConfig, before: Plan) -> Plan:
+    """The plan of a run, or another one where overrides touch what it follows from."""
+    from lowmem_ft.planner.solver import make_plan
+    from lowmem_ft.trainer.replan import plan_again
+
+    if _decisive(config) == _decisive(saved):
+        return before
+    return plan_again(config, before) if config.model == saved.model and before.config else make_plan(config)
+
+
+def _decisive(config: RunConfig) -> tuple[Any, ...]:
+    data = config.data
+    return config.model, config.quant, config.budget, config.policy, config.train.objective, data.seq_len, data.packing
 
 
 def _read_plan(file: Path) -> Plan:
@@ -37,9 +86,10 @@ def _read_plan(file: Path) -> Plan:
 
     try:
         return Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         fix = "delete it: what the run's config gives is planned anew then"
-        raise ConfigError("The plan cannot be read.", given=f"{file} ({error})", fix=fix) from None
+        why = str(error).partition("\n")[0]
+        raise ConfigError("The plan cannot be read.", given=f"{file} ({why})", fix=fix) from None
 
 
 def assemble_run(config: RunConfig, made: Plan, adapter: bool | Path, reporter: Reporter) -> Assembled:

@@ -190,12 +190,14 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Any) -> Self:
         """The plan that `to_dict` wrote.
 
         Raises:
             ConfigError: another schema, or keys missing.
         """
+        if not isinstance(data, dict):
+            raise ConfigError("A plan is a mapping of keys.", given=type(data).__name__, fix="plan again")
         if data.get("schema") != SCHEMA:
             raise ConfigError(
                 "The plan has another schema.", given=data.get("schema"), allowed=SCHEMA, fix="plan again"
@@ -203,6 +205,7 @@ class Plan:
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "measured"}
             fields["measured"] = data.get("measured", {})
+            fields["breakdown"] = {name: fields["breakdown"][name] for name in BREAKDOWN}
             fields["policy"] = Policy(**fields["policy"])
             fields["predicted"] = Predicted(**fields["predicted"])
             for name in ("alternatives", "frontier"):

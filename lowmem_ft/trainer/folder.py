@@ -14,6 +14,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.files import remove_half_written
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.core.run import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +126,19 @@ class RunFolder:
         """Mark the run as complete."""
         self.write(self.finished.name, json.dumps(_finite(result), indent=2))
 
-    def result(self) -> dict[str, Any]:
-        """What a finished run wrote of itself.
+    def result(self) -> Run:
+        """A finished run, as it told of itself.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
         try:
-            result: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            result = json.loads(self.finished.read_text(encoding="utf-8"))
+            return Run(folder=self.path, plan=Plan.from_dict(result.pop("plan")), **result)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fix = "delete it: the run then goes on from its newest checkpoint"
-            raise CheckpointError(
-                "A run's result cannot be read.", given=f"{self.finished} ({error})", fix=fix
-            ) from None
-        return result
+            why = str(error).partition("\n")[0]
+            raise CheckpointError("A run's result cannot be read.", given=f"{self.finished} ({why})", fix=fix) from None
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def train(
     reporter = reporter or Reporter()
     folder = RunFolder(Path(config.output))
     if resume and folder.finished.exists():
-        result = folder.result()
+        run = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
-        return Run(folder=folder.path, plan=Plan.from_dict(result.pop("plan")), **result)
+        return run
     if config.eval.samples and not config.data.eval:
         warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
     if not resume:

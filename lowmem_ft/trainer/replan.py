@@ -23,11 +23,12 @@ def plan_again(config: RunConfig, before: Plan) -> Plan:
     """A plan for the rest of a run that followed `before`.
 
     What the config leaves open is decided as before, and where that no longer fits at least all that shows in the
-    results. With another budget or other pins than before all is planned anew, but for precision and lengths.
+    results. With another budget, other pins or other lengths than before all is planned anew, but for what of
+    precision and lengths the plan chose.
     """
     said = before.run_config
     settled = _settled(config, before)
-    same = (config.budget, config.policy) == (said.budget, said.policy)
+    same = (config.budget, config.policy, settled.data.seq_len) == (said.budget, said.policy, said.data.seq_len)
     for pinned in _pinned(settled, before.policy) if same else ():
         plan = make_plan(pinned)
         if plan.fits and plan.policy == before.policy:  # what was weighed beside it is known from then

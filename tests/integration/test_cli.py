@@ -115,6 +115,7 @@ def test_interrupting_saves_and_resume_goes_on(folder: Path) -> None:
         (["plan", "MODEL", "--budget", "6gigs"], "Not a size"),
         (["plan", "MODEL", "--device", "tpu"], "No such device"),
         (["eval", "CONFIG", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["eval", "CONFIG", "train.lr=5"], "no effect on a model that is trained"),
         (["generate", "CONFIG", "hello", "--adapter", "/nowhere"], "/nowhere"),
         (["frobnicate"], "frobnicate"),
     ],

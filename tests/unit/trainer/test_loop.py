@@ -21,6 +21,7 @@ from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.core.run import Run
+from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
@@ -135,16 +136,63 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
         loop.train(settings, reporter=QUIET)
 
 
-def test_damaged_files_of_a_run_are_told(data: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff"])
+def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
+    """Also those of other programs, with the same names."""
     folder = RunFolder(data / "run")
     folder.write("config.yaml", config(data).to_yaml())
-    folder.finished.write_text("{")
+    folder.finished.write_text(text)
     with pytest.raises(CheckpointError, match="result cannot be read"):
         loop.train(config(data), resume=True, reporter=QUIET)
-    (folder.path / "plan.json").write_text("{")
+    (folder.path / "plan.json").write_text(text)
     with pytest.raises(ConfigError, match="plan cannot be read"):
-        open_run(folder.path, [], None)
+        open_run(folder.path, [], "none")
     assert folder.plan() is None
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has a plan and nothing else."""
+    data = write_share(tmp_path_factory.mktemp("planned"), train=4, eval=4)
+    settings = config(data, budget={"memory": "4GiB"})
+    folder = RunFolder(data / "run")
+    folder.start(settings, resume=False)
+    folder.write_plan(make_plan(settings))
+    return folder.path
+
+
+def test_a_run_is_opened_under_its_own_plan(planned: Path) -> None:
+    plan = RunFolder(planned).plan()
+    for overrides in ([], ["eval.samples=1", "eval.max_new_tokens=4"], ["quant.bits=4"], ["budget.memory=4GiB"]):
+        assert open_run(planned, overrides, "none")[1:] == (plan, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["quant.bits=16"], {"bits": 16, "quant": "none", "micro_batch_tokens": 128}),
+        (["policy.micro_batch_tokens=64"], {"micro_batch_tokens": 64}),
+        (["budget.memory=2GiB"], {}),
+        (["data.seq_len=128", "policy.micro_batch_tokens=256"], {"micro_batch_tokens": 256}),
+    ],
+)
+def test_overrides_are_planned_for(planned: Path, overrides: list[str], changes: dict[str, Any]) -> None:
+    before = RunFolder(planned).plan()
+    made = open_run(planned, overrides, "none")[1]
+    assert before is not None
+    assert made != before
+    assert {name: getattr(made.policy, name) for name in changes} == changes
+
+
+def test_overrides_that_cannot_be(planned: Path) -> None:
+    with pytest.raises(BudgetError):
+        open_run(planned, ["budget.memory=100MB"], "none")
+    for override in ("train.lr=5", "adapter.rank=64", "train={lr: 5}", "data.order=longest_first", "output=x"):
+        with pytest.raises(ConfigError, match="no effect on a model that is trained"):
+            open_run(planned, [override], "none")
+    with pytest.raises(ConfigError, match="no adapter yet") as caught:
+        open_run(planned, [], None)
+    assert "--resume" in str(caught.value.fix)
 
 
 def test_out_of_time_stops_with_a_checkpoint(data: Path) -> None:
