@@ -28,7 +28,7 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
-from lowmem_ft.quant.checkpoint import Checkpoint
+from lowmem_ft.quant.checkpoint import Checkpoint, first_line
 from lowmem_ft.quant.loader import effective_spec, head_path, load_weights, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.swap import swap_quantized
@@ -296,13 +296,15 @@ def quant_spec(policy: Policy) -> QuantSpec:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model folder, or None where the folder holds none."""
+    """The tokenizer in a model folder, or None where the folder holds none. Raises CheckpointError if it is broken."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError("The tokenizer cannot be loaded.", given=f"{folder} ({error})") from error
+    except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
+        fix = "download or copy its files again; a newer version of transformers and tokenizers may know its format"
+        given = f"{folder} ({first_line(error)})"
+        raise CheckpointError("The tokenizer cannot be loaded.", given=given, fix=fix) from error
 
 
 def attention_of(config: Any) -> str | None:

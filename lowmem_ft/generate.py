@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 from lowmem_ft.core.errors import DataError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.positions import has_position_table, positions_of
+from lowmem_ft.core.token_ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,7 @@ def generate(
 
     Raises:
         UnsupportedError: there is no tokenizer.
+        DataError: a prompt is longer than the model has positions for, or of tokens that it does not know.
     """
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which generating text needs.")
@@ -313,7 +315,8 @@ def _continued(
     sampling: dict[str, Any],
     **options: Any,
 ) -> Tensor:
-    """The ids that `model` puts behind `ids_1T`, (N,)."""
+    """The ids that `model` puts behind `ids_1T`, (N,). Raises DataError for ids that it does not know."""
+    check_ids(int(ids_1T.max()), tokenizer, model.config)
     output = model.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),

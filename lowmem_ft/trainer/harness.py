@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
+from lowmem_ft.core.token_ids import check_ids, pad_id_of
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Rows
@@ -150,13 +151,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             examples.append(Example(ids[-self.length :], labels[-self.length :]))
         if not examples:
             return []
-        pad = self.tokenizer.pad_token_id
+        config = self._recovery.ready.model.config
+        check_ids(max(max(it.input_ids) for it in examples), self.tokenizer, config)
         batches = MicroBatches(
             examples,
             Rows.single(np.arange(len(examples))),
             np.asarray([len(example) for example in examples], np.int32),
             micro_batch_tokens=self._recovery.policy.micro_batch_tokens,
-            pad_id=0 if pad is None else int(pad),
+            pad_id=pad_id_of(self.tokenizer, config),
             width=None,
             most=self.length,
         )

@@ -21,6 +21,7 @@ from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.pairs import balance_note, preferences_of
@@ -110,8 +111,13 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any],
 
 
 def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Any]:
-    """The examples of `sources`, tokenized as `config.data` says, on disk; preferences where the run learns these."""
-    tokenizer = load_tokenizer(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).folder)
+    """The examples of `sources`, tokenized as `config.data` says, on disk; preferences where the run learns these.
+
+    Raises:
+        DataError: records that cannot be used, or tokens that the model does not know.
+    """
+    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder)
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=config.model)
     preferences = preferences_of(config)
@@ -124,6 +130,9 @@ def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: 
         examples, notes = read_preferences(sources, config.data, tokenizer, wanted=wanted, **common)
         balance = balance_note(config, examples) if use == "train" else None
         notes += [balance] if balance else []
+    if goes_beyond(tokenizer, checkpoint.config):
+        documents = (it for example in examples for it in getattr(example, "documents", [example]))  # or a pair's
+        check_ids(max(max(it.input_ids) for it in documents), tokenizer, checkpoint.config)
     for note in notes:
         reporter.say(note)
     return examples
@@ -139,7 +148,7 @@ def evaluate(
         seq_len=config.data.seq_len,
         packing=config.data.packing,
         micro_batch_tokens=recovery.policy.micro_batch_tokens,
-        pad_id=_pad_id(recovery.ready),
+        pad_id=pad_id_of(recovery.ready.tokenizer, recovery.ready.model.config),
         preferences=preferences_of(config),
     )
     with reporter.task("Evaluating", unit="batches") as progress:
@@ -149,12 +158,6 @@ def evaluate(
 def device_of(plan: Plan) -> torch.device:
     """The device that a plan was made for. Raises UnsupportedError if it is not on this machine."""
     return Device(**plan.device).torch_device
-
-
-def _pad_id(ready: Assembled) -> int:
-    """Any id will do: padding is told by segments, never by its id."""
-    pad = ready.tokenizer.pad_token_id if ready.tokenizer is not None else None
-    return int(pad) if pad is not None else 0
 
 
 @dataclass
@@ -199,7 +202,7 @@ class _Loop:
             micro_batch_tokens=self.plan.policy.micro_batch_tokens,
             tokens_per_step=settings.tokens_per_step,
             seed=settings.seed,
-            pad_id=_pad_id(self.ready),
+            pad_id=pad_id_of(self.ready.tokenizer, self.ready.model.config),
             order=self.config.data.order,
             preferences=preferences_of(self.config),
         )

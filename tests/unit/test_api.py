@@ -53,12 +53,16 @@ def test_a_section_and_an_argument_say_the_same() -> None:
 def test_load_and_generate(plan: lowmem_ft.Plan) -> None:
     model, tokenizer = lowmem_ft.load(MODEL, plan)
     state = torch.get_rng_state()
+    assert tokenizer is not None
     greedy = lowmem_ft.generate(model, tokenizer, ["What is ls?"], max_new_tokens=5)
     sampled = [lowmem_ft.generate(model, tokenizer, ["What is ls?"], temperature=1.0, seed=s)[0] for s in (1, 1, 2)]
     assert torch.equal(state, torch.get_rng_state())
     assert greedy[0]
     assert sampled[0] == sampled[1] != sampled[2]
     assert model.training
+    tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(lowmem_ft.LowMemError, match="no row"):
+        lowmem_ft.generate(model, tokenizer, ["What is <extra>?"])
 
 
 def test_prompts_without_tokens_and_beyond_a_table_of_positions() -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
@@ -148,6 +150,30 @@ def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="plan cannot be read"):
         open_run(folder.path, [], "none")
     assert folder.plan() is None
+
+
+def test_tokens_that_the_model_does_not_know(data: Path) -> None:
+    """A tokenizer may have some: it is refused where the data uses one."""
+    model = data / "model"
+    shutil.copytree(ASSETS / "doclm-7m", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(model)
+    settings = config(data, model=str(model), train={"steps": 1}, data={"packing": False})
+    assert loop.train(settings, reporter=QUIET).status == "finished"
+    (data / "train.jsonl").write_text('{"text": "what is <extra>"}\n')
+    with pytest.raises(DataError, match="no row") as caught:
+        loop.train(config(data, "other", model=str(model)), reporter=QUIET)
+    assert "'<extra>'" in str(caught.value.given)
+    assert not (data / "other").exists()
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "doclm-7m", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "new"}}')
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
