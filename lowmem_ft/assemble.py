@@ -322,6 +322,13 @@ def _equip(
     dtype = torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
     saved = adapter if isinstance(adapter, (str, Path)) else settings.init
     if saved not in get_args(Init):
+        if adapter is True and not Path(saved).exists():
+            raise ConfigError(
+                "adapter.init is neither a way to begin nor a folder.",
+                given=saved,
+                allowed=f"{', '.join(get_args(Init))}, or the folder of a saved adapter",
+                fix="check the path, if it is one; PiSSA and others that change the base are not possible here",
+            )
         return load_adapter(model, saved, dropout=settings.dropout, dtype=dtype)
     if settings.method == "peft":
         assert settings.peft is not None, "the config refuses method peft without its keys"

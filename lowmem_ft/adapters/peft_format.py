@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from lowmem_ft.adapters.inject import adapter_at, eject_lora, inject_resolved, injection_of, is_injected
 from lowmem_ft.adapters.lora import LoraLinear, module_device
 from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora_config, to_lora_config, with_tied
-from lowmem_ft.adapters.peft_methods import is_prompt_learning
+from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
-from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, remove_orphans
 
 _PREFIX = "base_model.model."
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
 _SHOWN = 4  # keys that a message names
 
@@ -84,7 +83,8 @@ def load_adapter(
     """
     folder = Path(folder)
     settings = read_adapter_config(folder)
-    _check_base_unchanged(settings, folder)
+    conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    check_base_unchanged(settings, folder / CONFIG_NAME, fix=f"convert it with peft: {conversion}")
     fresh = not is_injected(model)
     if _is_peft_only(settings) or (fresh and not is_native(model, folder)):
         return _load_through_peft(model, settings, folder)
@@ -93,7 +93,7 @@ def load_adapter(
         _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
     try:
         _check_same(model, config, folder)
-        _fill(model, folder, tied=bool(config.ensure_weight_tying))
+        _fill(model, folder, tied=bool(config.ensure_weight_tying), other=_other_base(model, settings))
     except BaseException:
         if fresh:
             eject_lora(model)
@@ -127,7 +127,11 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError("the adapter's config cannot be read", given=f"{path} ({error})") from error
+        raise CheckpointError(
+            "the adapter's config cannot be read",
+            given=f"{path} ({error})",
+            allowed=f"a folder with {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}",
+        ) from error
     known = [kind.value for kind in peft.PeftType]
     if not isinstance(settings, dict) or settings.get("peft_type") not in known:
         given = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
@@ -189,13 +193,12 @@ def _write(model: nn.Module, folder: Path, base_model: str) -> None:
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _check_base_unchanged(settings: Mapping[str, Any], folder: Path) -> None:
-    if settings["peft_type"] == "LORA" and settings.get("init_lora_weights", True) not in _HARMLESS_INITS:
-        raise UnsupportedError(
-            "the adapter starts from changed base weights, which a quantized model does not have",
-            given=f"init_lora_weights: {settings['init_lora_weights']} in {folder / CONFIG_NAME}",
-            fix="convert it with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
+def _other_base(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
+    """What to do where the adapter was made for another model; None where that is not known."""
+    base, here = settings.get("base_model_name_or_path"), getattr(model.config, "_name_or_path", None)
+    if not base or not here or base == here:
+        return None
+    return f"it was trained on {base}, and this is {here}: load it into the model that it was trained on"
 
 
 def _load_through_peft(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -210,12 +213,14 @@ def _load_through_peft(model: nn.Module, settings: Mapping[str, Any], folder: Pa
         with safe_open(file, framework="pt") as saved:
             keys = set(saved.keys())
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})") from error
+        fix = _other_base(model, settings)
+        raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})", fix=fix) from error
     expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if keys != expected:  # peft only warns
         raise CheckpointError(
             "the adapter's tensors are not those that its config calls for",
             given=f"{', '.join(sorted(keys ^ expected)[:_SHOWN])}: either missing or unexpected in {file}",
+            fix=_other_base(model, settings),
         )
     return wrapped
 
@@ -229,6 +234,7 @@ def _inject(
         raise CheckpointError(
             "the adapter was made for another model: none of its targets is in this one",
             given=f"{config.target_modules or config.target_parameters} in {folder / CONFIG_NAME}",
+            fix=_other_base(model, config.to_dict()),
         )
     inject_resolved(
         model,
@@ -274,19 +280,19 @@ def _check_same(model: nn.Module, config: Any, folder: Path) -> None:
             )
 
 
-def _fill(model: nn.Module, folder: Path, *, tied: bool) -> None:
-    """Copy the file's tensors into the model, once all of them are known to be right."""
+def _fill(model: nn.Module, folder: Path, *, tied: bool, other: str | None) -> None:
+    """Copy the file's tensors into the model, once all of them are known to be right. `other` as of `_other_base`."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
     expected = adapter_tensors(model)
     try:
         with safe_open(file, framework="pt") as saved:
             # with `bias: all` peft writes the biases of its fully trained modules twice more, under its own names
             keys = [key for key in saved.keys() if not _PEFT_COPIES.search(key)]  # noqa: SIM118  (not a dict)
-            _check_keys(keys, expected, file, tied=tied)
+            _check_keys(keys, expected, file, tied=tied, other=other)
             values: dict[int, tuple[str, Tensor]] = {}
             for key in keys:
                 value = saved.get_tensor(key)
-                _check_value(key, value, expected[key], file)
+                _check_value(key, value, expected[key], file, other)
                 first, same = values.setdefault(id(expected[key]), (key, value))
                 if not torch.equal(same, value):
                     raise CheckpointError(
@@ -301,13 +307,13 @@ def _fill(model: nn.Module, folder: Path, *, tied: bool) -> None:
         raise CheckpointError("the adapter's weights cannot be read", given=f"{file} ({error})") from error
 
 
-def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, tied: bool) -> None:
+def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, tied: bool, other: str | None) -> None:
     unexpected = sorted(set(keys) - set(expected))
     if unexpected:
         raise CheckpointError(
             f"the adapter has {len(unexpected)} tensors for which this model has no place",
             given=f"{', '.join(unexpected[:_SHOWN])} in {file}",
-            fix="load it into the base model that it was trained on",
+            fix=other or "load it into the base model that it was trained on",
         )
     there = {id(expected[key]) for key in keys}
     missing = [key for key in expected if key not in keys and not (tied and id(expected[key]) in there)]
@@ -315,17 +321,17 @@ def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, 
         raise CheckpointError(
             f"the adapter lacks {len(missing)} tensors that its config calls for",
             given=f"no {', '.join(missing[:_SHOWN])} in {file}",
-            fix="save it again",
+            fix=other or "save it again",
         )
 
 
-def _check_value(key: str, value: Tensor, expected: Tensor, file: Path) -> None:
+def _check_value(key: str, value: Tensor, expected: Tensor, file: Path, other: str | None) -> None:
     if value.shape != expected.shape:
         raise CheckpointError(
             "a tensor of the adapter has another shape than this model and the config give it",
             given=f"{key} {tuple(value.shape)} in {file}",
             allowed=tuple(expected.shape),
-            fix="load it into the base model that it was trained on",
+            fix=other or "load it into the base model that it was trained on",
         )
     if not value.isfinite().all():
         raise CheckpointError("the adapter holds NaN or Inf", given=f"{key} in {file}", fix="use an earlier checkpoint")

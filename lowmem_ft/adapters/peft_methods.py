@@ -15,7 +15,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.errors import ConfigError, UnsupportedError, nearest
+
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
 
 def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -31,15 +33,30 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ConfigError: no or an unknown `peft_type`, an unknown field, or values that peft refuses.
+        UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     settings = peft_config(config)
+    check_base_unchanged(
+        settings.to_dict(), "adapter.peft", fix="leave init_lora_weights out: LoRA starts from nothing"
+    )
     try:
         wrapped: nn.Module = peft.get_peft_model(model, settings)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(
             f"peft cannot put {settings.peft_type.value} into this model", given=dict(config), allowed=str(error)
         ) from error
     return wrapped
+
+
+def check_base_unchanged(settings: Mapping[str, Any], where: object, *, fix: str) -> None:
+    """Raise UnsupportedError for LoRA that starts from changed base weights. `where` says where settings are from."""
+    if settings["peft_type"] == "LORA" and settings.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        raise UnsupportedError(
+            "the adapter starts from changed base weights, which a quantized model does not have",
+            given=f"init_lora_weights: {settings['init_lora_weights']} in {where}",
+            allowed=", ".join(str(init).lower() for init in _HARMLESS_INITS),
+            fix=fix,
+        )
 
 
 def peft_config(config: Mapping[str, Any]) -> Any:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
+from lowmem_ft.adapters.lora import Init
 from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -71,6 +72,15 @@ class Choices:
         if config.adapter.prompt_learning and pinned.activations in ("recompute", "offload"):
             given = f"policy.activations: {pinned.activations}"
             yield f"{given} has no effect on virtual tokens, whose blocks keep their activations"
+        if config.adapter.prompt_learning and pinned.keep_blocks not in (None, self.scales.depth):
+            yield f"policy.keep_blocks: {pinned.keep_blocks} has no effect on virtual tokens, all of whose blocks keep"
+        if pinned.micro_batch_tokens is not None and pinned.micro_batch_tokens % self._group:
+            whole = max(1, pinned.micro_batch_tokens // self._group) * self._group
+            yield f"policy.micro_batch_tokens: {pinned.micro_batch_tokens} is taken for {whole}, in whole rows"
+        if config.adapter.init not in get_args(Init) and config.adapter.method == "lora":
+            unread = sorted(config.adapter.changed() - {"init", "dropout", "lora_plus_ratio"})
+            if unread:
+                yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
         if pinned.mlp_tile_tokens and not len(ready.mlps):
             yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
         if pinned.keep_attention and not self.attends:
@@ -82,6 +92,11 @@ class Choices:
                 f"data.seq_len: {config.data.seq_len} is more than the {self.scales.longest} positions that the model "
                 "was made for: of what lies behind them it may make no sense"
             )
+
+    @property
+    def _group(self) -> int:
+        """Tokens of the rows that belong together, which are the smallest micro-batch."""
+        return lanes(self.config) * self.config.data.seq_len
 
     @property
     def _too_long(self) -> bool:
@@ -106,7 +121,7 @@ class Choices:
             return (0,)
         if pinned.keep_blocks is None:
             return range(depth + 1) if pinned.activations is None else (0,)
-        return (min(pinned.keep_blocks, depth),)
+        return (pinned.keep_blocks,)
 
     def offloads(self, policy: Policy, keep: int) -> tuple[int, ...]:
         """Numbers of blocks that may offload where `keep` keep, ascending: none, or all others. Fewer would not be
@@ -257,10 +272,29 @@ def _trains_matrices(model: Any) -> bool:
 
 def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:
     """Of a policy what this model or device does not have."""
-    resident = config.policy.resident_blocks
-    if resident is not None and resident > depth:
-        raise ConfigError("There are not so many blocks.", given=f"policy.resident_blocks: {resident}", allowed=depth)
-    if config.policy.stream_from == "host" and device.kind == "cpu":
+    policy = config.policy
+    for name, count in (("resident_blocks", policy.resident_blocks), ("keep_blocks", policy.keep_blocks)):
+        if count is not None and count > depth:
+            raise ConfigError("There are not so many blocks.", given=f"policy.{name}: {count}", allowed=f"0 to {depth}")
+    of_all = {"keep": depth, "recompute": 0}.get(policy.activations or "")
+    if of_all is not None and policy.keep_blocks not in (None, of_all) and not config.adapter.prompt_learning:
+        raise ConfigError(
+            "Two pins of the policy say different things.",
+            given=f"policy.activations: {policy.activations}, which concerns all blocks, "
+            f"and policy.keep_blocks: {policy.keep_blocks}",
+            allowed=f"policy.keep_blocks: {of_all}",
+            fix="leave one of them out; keep_blocks alone has the other blocks recompute or offload",
+        )
+    least, pinned = lanes(config) * config.data.seq_len, policy.micro_batch_tokens
+    if pinned is not None and pinned < least and policy.objective != "context":  # which chooses data.seq_len
+        rows = "data.seq_len" if lanes(config) == 1 else "two rows of data.seq_len, for a pair"
+        raise ConfigError(
+            "A micro-batch holds whole rows.",
+            given=f"policy.micro_batch_tokens: {pinned}",
+            allowed=f"{least} ({rows}), or a multiple of it",
+            fix=f"set policy.micro_batch_tokens: {least}, or a smaller data.seq_len",
+        )
+    if policy.stream_from == "host" and device.kind == "cpu":
         raise ConfigError(
             "On a CPU the host is the device: blocks are streamed from disk.",
             given="policy.stream_from: host",

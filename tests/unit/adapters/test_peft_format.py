@@ -232,6 +232,17 @@ def test_an_adapter_of_a_larger_model_is_refused(tmp_path: Path) -> None:
         load_adapter(plain_model("llama"), tmp_path)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_of_another_model_says_of_which(layers: int, tmp_path: Path) -> None:
+    save_adapter(trained(plain_model("llama", num_hidden_layers=layers)), tmp_path, base_model="models/one")
+    model = plain_model("llama")
+    model.config._name_or_path = "models/other"
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(model, tmp_path)
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith("it was trained on models/one, and this is models/other")
+
+
 def test_two_values_for_one_tied_tensor_are_refused(tmp_path: Path) -> None:
     options = {"train_modules": ["wte"], "targets": ["c_attn"]}
     save_adapter(trained(plain_model("gpt2"), **options), tmp_path, base_model="base")

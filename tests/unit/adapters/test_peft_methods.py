@@ -12,7 +12,7 @@ import torch
 from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, trainable_parameters
 from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft, is_prompt_learning
-from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
 
 PROMPT = {"num_virtual_tokens": 4}
@@ -102,11 +102,18 @@ def test_prompt_learning_is_told_apart() -> None:
         ({"peft_type": "IA3", "target_module": ["q_proj"]}, "did you mean target_modules"),
         ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", **PROMPT}, "refuses its values"),
         ({"peft_type": "IA3", "target_modules": ["q_porj"], "feedforward_modules": []}, "cannot put IA3"),
+        ({"peft_type": "XLORA"}, "cannot put XLORA"),
     ],
 )
 def test_bad_configs_are_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         inject_peft(plain_model("llama"), config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_lora_that_changes_the_base_is_refused(init: str) -> None:
+    with pytest.raises(UnsupportedError, match="changed base weights"):
+        inject_peft(quantized_model("llama"), {"peft_type": "LORA", "init_lora_weights": init})
 
 
 def test_a_damaged_file_of_another_method_is_refused(tmp_path: Path) -> None:

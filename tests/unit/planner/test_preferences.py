@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.planner.compose import Pieces, holders, peaks, segments, shorten
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, block_kinds, simulate
@@ -113,5 +114,7 @@ def test_passes_of_the_reference_take_their_time(models: Path) -> None:
 
 
 def test_a_pair_is_never_less_than_two_rows(models: Path) -> None:
-    pinned = config_of(models / "llama", "dpo", policy={"micro_batch_tokens": 64}, train={"tokens_per_step": 8})
-    assert make_plan(pinned).policy.micro_batch_tokens == 128
+    small = config_of(models / "llama", "dpo", train={"tokens_per_step": 8})
+    assert make_plan(small).policy.micro_batch_tokens == 128
+    with pytest.raises(ConfigError, match=r"two rows of data\.seq_len, for a pair"):
+        make_plan(config_of(models / "llama", "dpo", policy={"micro_batch_tokens": 64}))

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from lowmem_ft.adapters.inject import inject_lora
+from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError
@@ -23,7 +25,7 @@ from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime.blocks import causal_model
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_model
 
 GIB = 2**30
 DEVICE = Device(
@@ -133,11 +135,37 @@ def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], nam
 
 @pytest.mark.parametrize(
     ("pins", "words"),
-    [({"resident_blocks": 9}, "not so many blocks"), ({"stream_from": "host"}, "streamed from disk")],
+    [
+        ({"resident_blocks": 9}, "not so many blocks"),
+        ({"keep_blocks": 9}, "not so many blocks"),
+        ({"stream_from": "host"}, "streamed from disk"),
+        ({"activations": "keep", "keep_blocks": 0}, "keep_blocks: 6"),
+        ({"activations": "recompute", "keep_blocks": 3}, "keep_blocks: 0"),
+        ({"micro_batch_tokens": 1}, "allowed: 64"),
+    ],
 )
 def test_pins_that_cannot_be(models: dict[str, Path], pins: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_plan(config(models["deep"], policy=pins), device=DEVICE)
+
+
+def test_what_an_adapter_to_go_on_from_decides(models: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    inject_lora(model, targets="all-linear", rank=4, alpha=8)
+    save_adapter(model, tmp_path, base_model="base")
+    given = config(models["llama"], adapter={"init": str(tmp_path), "rank": 64, "dropout": 0.1})
+    with pytest.warns(UserWarning, match=r"adapter\.rank: ignored, as .* has its own"):
+        plan = make_plan(given, device=DEVICE)
+    assert plan.model["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="neither a way to begin nor a folder") as caught:
+        make_plan(config(models["llama"], adapter={"init": "pissa"}), device=DEVICE)
+    assert "default, gaussian" in str(caught.value.allowed)
+
+
+def test_a_micro_batch_is_of_whole_rows(models: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="micro_batch_tokens: 200 is taken for 192"):
+        plan = make_plan(config(models["llama"], policy={"micro_batch_tokens": 200}), device=DEVICE)
+    assert plan.policy.micro_batch_tokens == 192
 
 
 def test_sequences_that_the_model_has_no_positions_for(models: dict[str, Path]) -> None:
