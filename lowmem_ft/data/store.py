@@ -119,7 +119,7 @@ class StoredExamples(Sequence[Example]):
 def cache_folder(setting: str | None) -> Path | None:
     """The folder that `data.cache` names, made if it is missing; None for no cache.
 
-    `auto` is `lowmem-ft/data` in XDG_CACHE_HOME (or ~/.cache), and no cache where nothing can be written there.
+    `auto` is `lowmem-ft/data` in XDG_CACHE_HOME (or ~/.cache), and no cache where there is no such place to write to.
 
     Raises:
         ConfigError: the folder is named by the user and cannot be written.
@@ -127,6 +127,8 @@ def cache_folder(setting: str | None) -> Path | None:
     if setting is None:
         return None
     folder = cache_path(setting)
+    if folder is None:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -142,10 +144,15 @@ def cache_folder(setting: str | None) -> Path | None:
     return folder
 
 
-def cache_path(setting: str) -> Path:
-    """The folder that `data.cache` names, which may not be there yet."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lowmem-ft" / "data" if setting == "auto" else Path(setting).expanduser()
+def cache_path(setting: str) -> Path | None:
+    """The folder that `data.cache` names, which may not be there yet; None for `auto` of a user without a home."""
+    if setting != "auto":
+        return Path(setting).expanduser()
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return None
+    return Path(home) / "lowmem-ft" / "data"
 
 
 def content_key(

@@ -57,8 +57,9 @@ def check_machine(config: RunConfig) -> Iterator[Check]:
     yield from check_kernels(where, torch.bfloat16 if native else torch.float16)
     yield from check_memory()
     yield check_folder("disk: runs", Path(config.output), "output")
-    if config.data.cache is not None:
-        yield check_folder("disk: tokenized data", cache_path(config.data.cache), "data.cache")
+    tokens = None if config.data.cache is None else cache_path(config.data.cache)
+    if tokens is not None:
+        yield check_folder("disk: tokenized data", tokens, "data.cache")
     yield check_folder("disk: downloaded models", Path(HF_HUB_CACHE), "HF_HUB_CACHE")
     yield check_streaming(Path(config.cache or config.output))
     yield check_allocator()

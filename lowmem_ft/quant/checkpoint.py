@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -277,23 +277,30 @@ def scan(folder: Path, index_name: str = INDEX) -> tuple[tuple[Path, ...], dict[
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and metadata that a safetensors file's header declares, checked against the file's size."""
-    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            return _header(stream, file, size=file.stat().st_size)
+    except OSError as error:
+        raise CheckpointError(
+            "a weight file cannot be read", given=f"{file} ({error.strerror})", fix="see who may read it, and its disk"
+        ) from error
 
+
+def _header(stream: BinaryIO, file: Path, *, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     def broken(why: str) -> CheckpointError:
         return CheckpointError(
             f"a weight file is broken: {why}", given=f"{file} ({size} bytes)", fix="download or copy this file again"
         )
 
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise broken("it ends within its header, or is no safetensors file")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise broken("its header cannot be read") from error
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise broken("it ends within its header, or is no safetensors file")
+    try:
+        header: dict[str, Any] = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise broken("its header cannot be read") from error
     tensors: dict[str, TensorInfo] = {}
     for name, dtype, shape, begin, end in entries:
         if dtype not in DTYPES:
@@ -371,7 +378,7 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise TypeError("not a JSON object")
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError("config.json cannot be read", given=f"{path}: {error}") from error
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -420,7 +427,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
             raise ValueError("a file name that is none, or leads out of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("the index of the weight files cannot be read", given=f"{index}: {error}",
                               fix="download it again") from error  # fmt: skip
     return dict(weight_map)

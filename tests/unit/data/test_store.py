@@ -223,6 +223,10 @@ def test_no_room(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_where_the_cache_is(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +244,10 @@ def test_where_the_cache_is(
     assert cache_folder("auto") is None
     mixture, notes = read_sources(str(FILE), DataConfig(seq_len=64), tokenizer, use="train", task=silent)
     assert len(mixture) == 300
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder("auto") is None
+    assert cache_folder(str(tmp_path / "own")) == tmp_path / "own"
     assert "tokens are not kept" in notes[-1]
 
 

@@ -135,6 +135,15 @@ def test_a_folder_that_does_not_exist_and_a_file_are_refused(llama: Path) -> Non
         Checkpoint.open(llama / SINGLE)
 
 
+def test_a_weight_file_that_may_not_be_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(file: Path, mode: str) -> None:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("lowmem_ft.quant.checkpoint.open", denied, raising=False)
+    with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*Permission denied"):
+        Checkpoint.open(llama)
+
+
 def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
