@@ -20,10 +20,9 @@ from lowmem_ft.adapters.inject import (
     parameter_groups,
     trainable_parameters,
 )
-from lowmem_ft.adapters.lora import Init
 from lowmem_ft.adapters.peft_format import load_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft
-from lowmem_ft.core.config import AdapterConfig, RunConfig
+from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
 from lowmem_ft.core.plan import Policy

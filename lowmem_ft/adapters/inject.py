@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lowmem_ft.adapters.lora import Init, LoraLinear
+from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.adapters.peft_methods import peft_remaps
 from lowmem_ft.adapters.stack import DenseStack, LoraStack
 from lowmem_ft.adapters.targets import (
@@ -24,6 +24,7 @@ from lowmem_ft.adapters.targets import (
     is_linear,
     select_targets,
 )
+from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.quant.experts import QuantStack
 

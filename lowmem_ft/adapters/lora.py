@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_ft.core.config import Init
 from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.quant.products import mm, mm_low_rank
 
-Init = Literal["default", "gaussian"]
 WeightSource = Callable[[torch.dtype], Tensor]
 
 _DORA_ROWS = 1024  # rows of W whose gradient-sized product exists at a time in the magnitude's gradient

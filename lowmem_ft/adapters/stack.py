@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowmem_ft.adapters.lora import Init, initial_factor, lora_linear, lora_scaling, module_device
+from lowmem_ft.adapters.lora import initial_factor, lora_linear, lora_scaling, module_device
+from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack, StackSlice
 from lowmem_ft.quant.linear import FrozenLinear, get_base_weight

@@ -33,6 +33,7 @@ Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Init = Literal["default", "gaussian"]  # of adapters; another one is the folder of a saved adapter
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
 
 
@@ -358,10 +359,45 @@ class RunConfig(Section):
             raise ConfigError("The config file holds no keys.", given=str(path), allowed="a YAML mapping with `model:`")
         return cls.from_dict(data, overrides)
 
+    def rooted(self) -> RunConfig:
+        """The same for any working folder: paths that are there, or are written to, are absolute. Hub ids stay."""
+        adapter, data = self.adapter, self.data
+        init = adapter.init if adapter.init in typing.get_args(Init) else _rooted(adapter.init)
+        cache = data.cache if data.cache is None or data.cache == "auto" else _absolute(data.cache)
+        sources = {"train": _rooted_sources(data.train), "eval": _rooted_sources(data.eval), "cache": cache}
+        changed = {
+            "model": _rooted(self.model),
+            "adapter": adapter.model_copy(update={"init": init}),
+            "data": data.model_copy(update=sources),
+            "output": _absolute(self.output),
+            "cache": None if self.cache is None else _absolute(self.cache),
+        }
+        return self.model_copy(update=changed)
+
     def to_yaml(self) -> str:
         """The whole config with every default filled in; `load` reads it back equal."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         return text
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _rooted(path: str) -> str:
+    return _absolute(path) if Path(path).exists() else path
+
+
+def _rooted_source(source: str | DataSource) -> str | DataSource:
+    if isinstance(source, str):
+        return _rooted(source)
+    return source.model_copy(update={"path": _rooted(source.path)})
+
+
+def _rooted_sources(given: Sources | None) -> Sources | None:
+    if isinstance(given, list):
+        return [_rooted_source(source) for source in given]
+    return None if given is None else _rooted_source(given)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -11,9 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
-from lowmem_ft.adapters.lora import Init
 from lowmem_ft.adapters.targets import is_inside
-from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.config import Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import has_position_table, positions_of

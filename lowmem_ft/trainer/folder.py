@@ -60,10 +60,11 @@ class RunFolder:
             )
 
     def start(self, config: RunConfig, plan: Plan) -> None:
-        """Make the folder and write config.yaml and plan.json. What a process that was killed was writing goes."""
+        """Make the folder and write plan.json, and config.yaml so that it serves from any folder. What a killed process
+        was writing goes."""
         for folder in (self.path, self.checkpoints, self.adapter):
             remove_half_written(folder)
-        self.write("config.yaml", config.to_yaml())
+        self.write("config.yaml", config.rooted().to_yaml())
         self.write("plan.json", plan.to_json())
 
     def write(self, name: str, text: str) -> None:

@@ -145,6 +145,28 @@ def test_paths_are_taken_where_a_path_is_meant() -> None:
         RunConfig.from_dict({"model": "m", "output": 3})
 
 
+def test_a_config_for_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there stays as it is: it may be a hub id."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "t", "e", "default"):
+        (tmp_path / name).mkdir()
+    data = {"train": ["t", {"path": "t"}, "owner/name", {"path": "owner/name"}], "eval": "e", "cache": "c"}
+    config = RunConfig.from_dict({"model": "m", "data": data, "adapter": {"init": "t"}, "output": "o", "cache": "q"})
+    rooted = config.rooted()
+    here = {name: str(tmp_path / name) for name in ("m", "t", "e", "c", "o", "q")}
+    sources = [here["t"], DataSource(path=here["t"]), "owner/name", DataSource(path="owner/name")]
+    assert (rooted.model, rooted.adapter.init, rooted.output, rooted.cache) == (
+        here["m"],
+        here["t"],
+        here["o"],
+        here["q"],
+    )
+    assert (rooted.data.train, rooted.data.eval, rooted.data.cache) == (sources, here["e"], here["c"])
+    assert rooted.rooted() == rooted
+    hub = RunConfig.from_dict({"model": "owner/name", "output": str(tmp_path / "o")})
+    assert hub.rooted() == hub
+
+
 def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config file has seen no shell that would replace the sign for it."""
     monkeypatch.setenv("HOME", "/home/me")

@@ -138,6 +138,20 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
         loop.train(settings, reporter=QUIET)
 
 
+def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "model").symlink_to(ASSETS / "doclm-7m")
+    paths = {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "tokens"}
+    monkeypatch.chdir(data)
+    begun = config(Path(), "run", model="model", data=paths, train={"max_time": 0.001})
+    assert loop.train(begun, reporter=QUIET).status == "out_of_time"
+    (data / "elsewhere").mkdir()
+    monkeypatch.chdir(data / "elsewhere")
+    again = RunConfig.load("../run/config.yaml", ["train.max_time=null", "train.steps=2"])
+    assert loop.train(again, resume=True, reporter=QUIET).status == "finished"
+    assert open_run(Path("../run"), [], None)[0].model == str(data / "model")
+    assert not any((data / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff"])
 def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
     """Also those of other programs, with the same names."""
