@@ -16,7 +16,7 @@ from lowmem_ft.core.config import Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import has_position_table, positions_of
-from lowmem_ft.core.preference import lanes
+from lowmem_ft.core.preference import lanes, step_tokens
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
@@ -73,9 +73,10 @@ class Choices:
             yield f"{given} has no effect on virtual tokens, whose blocks keep their activations"
         if config.adapter.prompt_learning and pinned.keep_blocks not in (None, self.scales.depth):
             yield f"policy.keep_blocks: {pinned.keep_blocks} has no effect on virtual tokens, all of whose blocks keep"
-        if pinned.micro_batch_tokens is not None and pinned.micro_batch_tokens % self._group:
-            whole = max(1, pinned.micro_batch_tokens // self._group) * self._group
-            yield f"policy.micro_batch_tokens: {pinned.micro_batch_tokens} is taken for {whole}, in whole rows"
+        if (tokens := pinned.micro_batch_tokens) is not None:
+            taken = min(max(1, tokens // self._group) * self._group, step_tokens(config))
+            if taken != tokens:
+                yield f"policy.micro_batch_tokens: {tokens} is taken for {taken}, whole rows of a step"
         if config.adapter.init not in get_args(Init) and config.adapter.method == "lora":
             unread = sorted(config.adapter.changed() - {"init", "dropout", "lora_plus_ratio"})
             if unread:

@@ -11,8 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from lowmem_ft.adapters.lora import Init
-from lowmem_ft.core.config import AdapterConfig, RunConfig
+from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import settings_of
