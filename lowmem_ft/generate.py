@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,14 +10,54 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers.modeling_outputs import CausalLMOutput
 
-from lowmem_ft.core.errors import DataError, UnsupportedError
+from lowmem_ft.core.errors import ConfigError, DataError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.positions import has_position_table, positions_of
 from lowmem_ft.core.token_ids import check_ids
+from lowmem_ft.runtime.blocks import causal_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How many tokens follow a prompt, and how each is chosen; see `generate`.
+
+    Raises:
+        ConfigError: a value that means nothing.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            # beyond these the scores that are divided by it are no numbers any more, or all the same
+            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or from 1e-6 to 1e6"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1"),
+            "seed": (0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1"),
+        }
+        for name, (is_allowed, allowed) in rules.items():
+            if not is_allowed:
+                raise ConfigError(f"{name} has no such value.", given=getattr(self, name), allowed=allowed)
+        unused = [name for name, off in (("top_p", 1), ("seed", 0)) if getattr(self, name) != off]
+        if unused and self.temperature == 0:
+            warnings.warn(
+                f"{' and '.join(unused)}: without effect at temperature 0, which takes the likeliest token",
+                stacklevel=1,  # the caller is generated code
+            )
+
+    def options(self) -> dict[str, Any]:
+        """For transformers' GenerationConfig."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        # from all tokens: transformers would take the 50 likeliest
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +79,7 @@ class Answer:
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -51,7 +92,9 @@ def generate(
     A tokenizer with a chat template gets each prompt as one user message, another one gets it as it is.
 
     Args:
-        model: as `lowmem_ft.load` returns it; its mode (train or eval) is restored afterwards.
+        model: as `lowmem_ft.load` returns it; its mode (train or eval) is restored afterwards. Of its generation config
+            the tokens that begin and end text count alone.
+        prompts: a string is one.
         temperature: 0 takes the likeliest token each time; above, tokens are sampled, from the smallest set that holds
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
         seed: of the sampling; the caller's random numbers are left as they are.
@@ -62,15 +105,16 @@ def generate(
 
     Raises:
         UnsupportedError: there is no tokenizer.
-        DataError: a prompt is longer than the model has positions for, or of tokens that it does not know.
+        ConfigError: a value that means nothing.
+        DataError: a prompt that is no text, for which the model has no positions, or of tokens that it does not know.
     """
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which generating text needs.")
-    sampling = _sampling(temperature, top_p)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with _sampled(model, seed):
         return [
-            _answer(model, tokenizer, prompt, max_new_tokens, sampling, None if say is None else partial(say, index))
-            for index, prompt in enumerate(prompts)
+            _answer(model, tokenizer, prompt, sampling, None if say is None else partial(say, index))
+            for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
         ]
 
 
@@ -98,11 +142,11 @@ def complete(
         one text per prompt, special tokens removed.
     """
     answers = []
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with _sampled(model, seed):
         for ids in prompts:
             ids_1T = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
             stops = StoppingCriteriaList([_Until(tokenizer, len(ids), until)] if until else [])
-            sampling = _sampling(temperature, top_p)
             new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, sampling, stopping_criteria=stops)
             text = str(tokenizer.decode(new_N, skip_special_tokens=True))
             answers.append(text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))])
@@ -146,8 +190,10 @@ def converse(
 
     Raises:
         UnsupportedError: there is no tokenizer, or it has no chat template.
+        ConfigError: a value that means nothing.
         DataError: the template refuses the messages, or the model has no position for an answer to them.
     """
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if tokenizer is None or not tokenizer.chat_template:
         raise UnsupportedError(
             "The model's tokenizer has no chat template, so it cannot hold a conversation.",
@@ -171,7 +217,7 @@ def converse(
             tokenizer,
             ids_1T,
             min(max_new_tokens, room),
-            _sampling(temperature, top_p),
+            sampling,
             streamer=_Told(tokenizer, say),
             stopping_criteria=StoppingCriteriaList([stops]),
         )
@@ -205,35 +251,45 @@ class _Told:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    """(1, T) of what the chat template makes of these messages, up to the answer's beginning."""
+    for message in messages:
+        _refuse_halves(message["content"])
     try:
         inputs = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
-            return_tensors="pt",
             return_dict=True,
             tokenizer_kwargs={"verbose": False},  # it would warn of a length that is refused here, in clearer words
         )
-    except TemplateError as error:
+    except Exception as error:  # of any kind: a template is a program of the model's folder
         raise DataError(
             "The chat template refuses the conversation.",
-            given=f"{', '.join(message['role'] for message in messages)} ({error})",
+            given=f"{', '.join(message['role'] for message in messages)} ({type(error).__name__}: {error})",
             fix="some templates take no system message",
         ) from None
-    ids_1T: Tensor = inputs["input_ids"]
-    return ids_1T
+    if not inputs["input_ids"]:
+        raise DataError("The chat template makes nothing of the conversation.", fix="see chat_template.jinja")
+    return torch.tensor([list(inputs["input_ids"])], dtype=torch.int64)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """(1, T) of a text; of an empty one that which begins every text."""
-    try:
-        ids = list(tokenizer(prompt.encode().decode(), verbose=False)["input_ids"])
-    except UnicodeEncodeError:
-        raise DataError(
-            "The prompt is not Unicode: half of a surrogate pair stands alone.", given=ascii(prompt)
-        ) from None
+    _refuse_halves(prompt)
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
     if not ids and tokenizer.bos_token_id is None:
         raise DataError("The prompt has no tokens.", given=repr(prompt), fix="write something")
     return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
+
+
+def _refuse_halves(text: str) -> None:
+    """Refuse what no tokenizer takes; bytes of the command line that are not UTF-8 come in as such, too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "The prompt is not Unicode: half of a surrogate pair stands alone, or a byte that is not UTF-8.",
+            given=ascii(text),
+        ) from None
 
 
 def _room(ids_1T: Tensor, positions: int, problem: str, fix: str) -> int:
@@ -271,12 +327,6 @@ def _ended(
     return "positions" if room < asked and len(new_N) == room else "length"
 
 
-def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    if temperature > 0:
-        return {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    return {"do_sample": False}
-
-
 @contextmanager
 def _sampled(model: Any, seed: int) -> Iterator[None]:
     """Within it the model answers, with random numbers of its own; its mode is put back."""
@@ -290,19 +340,18 @@ def _answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     say: Callable[[str], None] | None,
 ) -> str:
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template:
         ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         ids_1T = _tokens(tokenizer, prompt)
     positions = _learned_positions(model)
     room = _room(ids_1T, positions, "The prompt is longer than the model has positions for.", "write less")
-    max_new_tokens = min(max_new_tokens, room)
+    new = min(sampling.max_new_tokens, room)
     streamer = None if say is None else _Told(tokenizer, say)
-    new_N = _continued(model, tokenizer, ids_1T.to(model.device), max_new_tokens, sampling, streamer=streamer)
+    new_N = _continued(model, tokenizer, ids_1T.to(model.device), new, sampling, streamer=streamer)
     text: str = tokenizer.decode(new_N, skip_special_tokens=True)
     return text.strip()
 
@@ -312,19 +361,41 @@ def _continued(
     tokenizer: PreTrainedTokenizerBase,
     ids_1T: Tensor,
     max_new_tokens: int,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     **options: Any,
 ) -> Tensor:
     """The ids that `model` puts behind `ids_1T`, (N,). Raises DataError for ids that it does not know."""
     check_ids(int(ids_1T.max()), tokenizer, model.config)
-    output = model.generate(
-        input_ids=ids_1T,
-        attention_mask=torch.ones_like(ids_1T),
+    causal = causal_model(model)
+    theirs: GenerationConfig = causal.generation_config
+    pad = tokenizer.pad_token_id
+    ours = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        use_cache=True,
-        **sampling,
-        **options,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        use_cache=keeps_cache(model),
+        **sampling.options(),
     )
+    causal.generation_config = ours  # or transformers would take from it what ours leaves open
+    # a learnt prefix comes in as a cache, which some models return, whatever they are told
+    hook = None if ours.use_cache else causal.register_forward_hook(lambda *it: CausalLMOutput(logits=it[-1].logits))
+    try:
+        output = model.generate(
+            input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=ours, **options
+        )
+    finally:
+        causal.generation_config = theirs
+        if hook is not None:
+            hook.remove()
     new_N: Tensor = output[0, ids_1T.shape[1] :]
     return new_N
+
+
+def keeps_cache(model: Any) -> bool:
+    """Whether keys and values are kept from token to token.
+
+    Not under a prompt that was learnt: peft 0.21 looks for them where transformers 5.24 has them no more, and would put
+    the prompt before each token anew.
+    """
+    return not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)

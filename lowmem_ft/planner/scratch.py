@@ -32,21 +32,21 @@ def whole_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Whole]:
     return _WHOLE_CPU if kind == "cpu" else whole_on(card)
 
 
-def _flash_blocks(q: Tensor) -> tuple[int, int, int]:
+def _flash_blocks(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     """Threads, queries and keys at a time in PyTorch's aten/native/cpu/FlashAttentionKernel.cpp."""
     length = q.shape[2]
     queries = 256 if length >= 768 else 64 if length >= 192 else 32
-    return torch.get_num_threads(), min(queries, length), min(512, length)
+    return torch.get_num_threads(), min(queries, length), min(512, k.shape[2])
 
 
-def _flash_forward(q: Tensor, *_: Any, **__: Any) -> list[int]:
-    threads, queries, keys = _flash_blocks(q)
+def _flash_forward(q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    threads, queries, keys = _flash_blocks(q, k)
     rounded = 0 if q.dtype == torch.float32 else threads * queries * keys * q.element_size()
     return [4 * threads * queries * (keys + 2 + q.shape[3]), rounded]
 
 
-def _flash_backward(dout: Tensor, q: Tensor, *_: Any, **__: Any) -> list[int]:
-    threads, queries, keys = _flash_blocks(q)
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    threads, queries, keys = _flash_blocks(q, k)
     rounded = 0 if q.dtype == torch.float32 else 2 * threads * queries * keys * q.element_size()
     # what oneDNN takes for every thread in every thread: a little above 360 measured values, with one thread and two
     inside = 2 * keys * queries + 4 * keys * min(q.shape[3], 64) + 12288 if _goes_to_onednn(q) else 0

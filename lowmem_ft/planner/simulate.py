@@ -24,6 +24,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.isolation import attention_inputs, taking_masks
 from lowmem_ft.data.packing import Answers, Batch, as_bounds
+from lowmem_ft.generate import keeps_cache
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
@@ -277,16 +278,17 @@ class Stage:
         at its end is the cache of the blocks that ran, and the logits of one token.
 
         That is all its tokens at once, as if they were the prompt: blocks then hold more for the tokens they work on
-        than a later token's turn takes for the cache.
+        than a later token's turn takes for the cache. A learnt prompt comes before them, without a cache.
         """
         tracer, model = self.tracer, self.ready.model
         virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
-        causal, length = causal_model(model), self.config.data.seq_len + virtual
+        causal, length = causal_model(model), self.config.data.seq_len
+        answering = model if virtual else causal
         keeps = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
         self.ready.mlps.work_in(policy.mlp_tile_tokens)
         tracer.begin()
         with (
-            evaluating(causal),
+            evaluating(model),
             _numbered(list(self.blocks), only),
             only_blocks(model, only),
             self.attending(),
@@ -295,8 +297,12 @@ class Stage:
         ):
             tracer.phase, tracer.block = "eval", None
             ids_1T = torch.zeros((1, length), dtype=torch.int64, device="meta")
-            beside = [torch.zeros_like(ids_1T) for _ in range(2)]  # a mask and positions, which generating makes
-            said = causal(input_ids=ids_1T, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
+            # masks and positions, which generating makes
+            beside = [ids_1T.new_zeros((1, virtual + length)) for _ in range(3 if virtual else 2)]
+            options: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+            if virtual:
+                options["attention_mask"] = torch.ones_like(ids_1T)
+            said = answering(input_ids=ids_1T, use_cache=keeps_cache(model), **options)
             said.logits = said.logits[:, -1].to(copy=True, dtype=torch.float32)
             said.logits.argmax(-1)
             del beside

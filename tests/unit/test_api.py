@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 
 import lowmem_ft
 from lowmem_ft.data.examples import read_examples
+from lowmem_ft.generate import Sampling, complete
 from tests.models import save_tiny, tiny_model
 
 MODEL = str(files("lowmem_ft") / "assets" / "doclm-7m")
@@ -65,6 +67,59 @@ def test_load_and_generate(plan: lowmem_ft.Plan) -> None:
         lowmem_ft.generate(model, tokenizer, ["What is <extra>?"])
 
 
+def test_nothing_of_the_models_generation_config_changes_what_is_asked_for(plan: lowmem_ft.Plan) -> None:
+    model, tokenizer = lowmem_ft.load(MODEL, plan, adapter=False)
+    assert tokenizer is not None
+    ask: dict[str, Any] = {"max_new_tokens": 8}
+    prompts = ["What is ls?"]
+    greedy = lowmem_ft.generate(model, tokenizer, prompts, **ask)
+    sampled = lowmem_ft.generate(model, tokenizer, prompts, **ask, temperature=1.5, top_p=0.9, seed=1)
+    steered = transformers.GenerationConfig(
+        do_sample=True, temperature=3.0, top_k=2, repetition_penalty=5.0, num_beams=3, num_return_sequences=2,
+        stop_strings=["e"], return_dict_in_generate=True, output_scores=True, min_new_tokens=5, max_length=4,
+        eos_token_id=model.generation_config.eos_token_id, bos_token_id=model.generation_config.bos_token_id,
+    )  # fmt: skip
+    model.generation_config = steered
+    assert lowmem_ft.generate(model, tokenizer, prompts[0], **ask) == greedy, "a string is one prompt"
+    assert lowmem_ft.generate(model, tokenizer, prompts, **ask, temperature=1.5, top_p=0.9, seed=1) == sampled
+    assert model.generation_config is steered
+
+
+def test_samples_are_from_all_tokens() -> None:
+    """Of a model without a preference for any token more than 50 come up."""
+    model = tiny_model("llama")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.generation_config.eos_token_id = None
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda ids, **_: " ".join(map(str, ids)))
+    (said,) = complete(model, tokenizer, [[5, 6]], max_new_tokens=100, temperature=1.0)
+    assert len(set(said.split())) > 60
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": 1e-40},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"temperature": 1.0, "top_p": 2.0},
+        {"temperature": 1.0, "top_p": -1.0},
+        {"seed": 2**70},
+    ],
+    ids=str,
+)
+def test_what_no_sampling_can_be(wrong: dict[str, Any]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    with pytest.raises(lowmem_ft.LowMemError, match=rf"{list(wrong)[-1]} has no such value(?s:.*)allowed: "):
+        lowmem_ft.generate(tiny_model("llama"), tokenizer, ["hi"], **wrong)
+
+
+def test_what_has_no_effect_without_chance_is_told() -> None:
+    with pytest.warns(UserWarning, match="top_p and seed: without effect at temperature 0"):
+        Sampling(max_new_tokens=1, top_p=0.5, seed=1)
+
+
 def test_prompts_without_tokens_and_beyond_a_table_of_positions() -> None:
     model = tiny_model("gpt2", vocab_size=4096, n_positions=16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
@@ -75,6 +130,15 @@ def test_prompts_without_tokens_and_beyond_a_table_of_positions() -> None:
     assert "at most 15" in str(caught.value)
     with pytest.raises(lowmem_ft.LowMemError, match="surrogate"):
         lowmem_ft.generate(model, tokenizer, ["\udc80"])
+    tokenizer.chat_template = ""
+    assert len(lowmem_ft.generate(model, tokenizer, ["What is"], max_new_tokens=2)) == 1
+    for template, words in (("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ '' }}", "makes nothing"), ("{{", "refuses")):
+        tokenizer.chat_template = template
+        with pytest.raises(lowmem_ft.LowMemError, match=words):
+            lowmem_ft.generate(model, tokenizer, ["What is"])
+        with pytest.raises(lowmem_ft.LowMemError, match="surrogate"):
+            lowmem_ft.generate(model, tokenizer, ["\udc80"])
+    tokenizer.chat_template = None
     tokenizer.bos_token = None
     with pytest.raises(lowmem_ft.LowMemError, match="no tokens"):
         lowmem_ft.generate(model, tokenizer, [""])

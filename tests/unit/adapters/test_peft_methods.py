@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, train
 from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft, is_prompt_learning
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
+from lowmem_ft.generate import complete
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
 
 PROMPT = {"num_virtual_tokens": 4}
@@ -87,6 +89,25 @@ def test_planning_on_meta_counts_the_same_parameters(method: str, tmp_path: Path
     assert {name: parameter.shape for name, parameter in trainable_parameters(planned)} == shapes
     loaded = load_adapter(quantized_model("qwen2").to("meta"), tmp_path)
     assert all(parameter.is_meta for _, parameter in trainable_parameters(loaded))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])  # the first returns a cache, whatever it is told
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning", "ia3"])
+def test_generated_tokens_are_those_of_whole_passes(method: str, name: str) -> None:
+    model = inject_peft(quantized_model(name), METHODS[method]).eval()
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda ids, **_: str(ids.tolist()))
+    ids_1T = tokens()[:1]
+    (said,) = complete(model, tokenizer, ids_1T.tolist(), max_new_tokens=8)
+    with adapters_disabled(model):
+        assert complete(model, tokenizer, ids_1T.tolist(), max_new_tokens=8) != [said]
+    whole_1T = ids_1T
+    for _ in range(8):
+        whole_1T = torch.cat((whole_1T, logits(model, whole_1T)[:, -1:].argmax(-1)), dim=1)
+    assert said == str(whole_1T[0, ids_1T.shape[1] :].tolist())
 
 
 def test_prompt_learning_is_told_apart() -> None:
