@@ -1,7 +1,7 @@
 """Fine-tune large language models inside the memory budget you name.
 
-`plan` proves a budget, `load` gives a quantized model with an adapter, `train` runs a whole fine-tuning, `generate`
-samples. Names are imported on first use, so `import lowmem_ft` costs nothing.
+`plan` proves a budget, `load` gives a quantized model with an adapter, `save` writes that adapter, `train` runs a whole
+fine-tuning, `generate` samples. Names are imported on first use, so `import lowmem_ft` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_ft.api import load, plan, train
+    from lowmem_ft.api import load, plan, save, train
     from lowmem_ft.core.config import RunConfig
     from lowmem_ft.core.errors import LowMemError
     from lowmem_ft.core.plan import Plan
     from lowmem_ft.generate import generate
 
-__all__ = ["LowMemError", "Plan", "RunConfig", "generate", "load", "plan", "train"]
+__all__ = ["LowMemError", "Plan", "RunConfig", "generate", "load", "plan", "save", "train"]
 _HOMES = {
     "LowMemError": "core.errors",
     "Plan": "core.plan",
@@ -27,6 +27,7 @@ _HOMES = {
     "generate": "generate",
     "load": "api",
     "plan": "api",
+    "save": "api",
     "train": "api",
 }
 

@@ -1,13 +1,17 @@
-"""The Python form of `lowmem-ft plan`, `load` and `train`."""
+"""The Python form: `plan`, `load`, `save` and `train`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import peft
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.adapters.inject import is_injected
+from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -16,6 +20,7 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.trainer import loop
 
 
@@ -70,24 +75,70 @@ def load(
 
     Args:
         model: a local folder or a hub id; must be the one that `plan` was made for.
-        adapter: True for a fresh one as the plan's config describes it, False for none, or the folder of a saved one.
+        adapter: True for a fresh one as the plan's config describes it, False for none, or the folder of a saved one or
+            of a run.
 
     Returns:
         a transformers model (blocks recompute their activations as planned; only the adapter is trainable) that
-        `generate`, `transformers.Trainer` and TRL accept.
+        `generate`, `transformers.Trainer` and TRL accept. Its `save_pretrained` writes the adapter alone, as `save`.
 
     Raises:
-        ConfigError: the plan is for another model.
+        ConfigError: the plan is for another model, or `adapter` is nothing of these.
         BudgetError: the plan does not fit.
         LowMemError: as loading finds it.
     """
     config = require_fit(plan).run_config
-    if str(model) != config.model:
+    if _place(model) != _place(config.model):
         raise ConfigError("The plan was made for another model.", given=str(model), allowed=config.model)
+    if not isinstance(adapter, (bool, str, Path)):
+        raise ConfigError(
+            "That is no adapter.", given=f"adapter={adapter!r}", allowed="True (a fresh one), False (none), or a folder"
+        )
     device = find_device(config.budget.device).torch_device
     with Reporter().task("Loading weights", unit="B") as update:
         ready = assemble(config, plan.policy, device, adapter=adapter, optimizer=False, progress=update)
+    if isinstance(ready.model, peft.PeftModel):  # which saves itself, and must know of what it is an adapter
+        ready.model.peft_config[ready.model.active_adapter].base_model_name_or_path = config.model
+    else:
+        ready.model.save_pretrained = MethodType(_save_pretrained, ready.model)
     return ready.model, ready.tokenizer
+
+
+def save(model: Any, folder: str | Path) -> None:
+    """Write the adapter of a model from `load` in PEFT's format, whoever trained it.
+
+    `load`, the command line's `--adapter` and peft's `PeftModel.from_pretrained` take the folder.
+
+    Args:
+        folder: made if missing; an adapter in it is replaced.
+
+    Raises:
+        ConfigError: the model has no adapter.
+        CheckpointError: the folder cannot be written to.
+    """
+    if not (is_injected(model) or isinstance(model, peft.PeftModel)):
+        raise ConfigError(
+            "The model has no adapter, and its quantized base is not saved.",
+            fix="load(model, plan) puts a fresh adapter into it; `lowmem-ft merge RUN` writes a whole model",
+        )
+    save_adapter(model, folder, base_model=str(causal_model(model).config._name_or_path))
+
+
+def _save_pretrained(
+    model: Any, save_directory: str | Path, *, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
+) -> None:
+    """Takes the place of transformers' own, which would write the quantized base under names that nothing reads. What
+    else it is told is about files of whole models."""
+    if push_to_hub:
+        raise ConfigError("The adapter is written to a folder alone.", given="push_to_hub", fix="`lowmem-ft push`")
+    if is_main_process:
+        save(model, save_directory)
+
+
+def _place(model: str | Path) -> str | Path:
+    """The folder that this names here; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return folder.resolve() if folder.is_dir() else str(model)
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:

@@ -20,7 +20,7 @@ from lowmem_ft.adapters.inject import (
     parameter_groups,
     trainable_parameters,
 )
-from lowmem_ft.adapters.peft_format import load_adapter
+from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter
 from lowmem_ft.adapters.peft_methods import inject_peft
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
@@ -112,7 +112,7 @@ def assemble(
     Args:
         device: where the model lives. On `meta` no weight is read and no byte is taken: that is how planning
             counts what training will hold. Only config.json is needed then.
-        adapter: True for a fresh one (or `adapter.init`), False for none, or the folder of a saved one.
+        adapter: True for a fresh one (or `adapter.init`), False for none, or the folder of a saved one or of its run.
         optimizer: whether optimizer state and gradient buffers are made.
         progress: called with (bytes done, bytes in all) while weights load.
         on_card: whether `device` is a card; on `meta`, whether it stands for one.
@@ -328,7 +328,7 @@ def _equip(
                 allowed=f"{', '.join(get_args(Init))}, or the folder of a saved adapter",
                 fix="check the path, if it is one; PiSSA and others that change the base are not possible here",
             )
-        return load_adapter(model, saved, dropout=settings.dropout, dtype=dtype)
+        return load_adapter(model, adapter_folder(saved), dropout=settings.dropout, dtype=dtype)
     if settings.method == "peft":
         assert settings.peft is not None, "the config refuses method peft without its keys"
         return inject_peft(model, settings.peft)

@@ -147,6 +147,13 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """Where the adapter is that this folder, its own or that of a run, holds."""
+    folder = Path(folder).expanduser()
+    inside = folder / "adapter"
+    return inside if (inside / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every trained tensor (not a copy) under the key that it has in peft's file.
 
