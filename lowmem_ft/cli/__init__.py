@@ -7,6 +7,7 @@ import os
 import sys
 
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.files import is_full
 from lowmem_ft.core.host import prefer_huge_pages
 from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
@@ -23,9 +24,20 @@ def main() -> None:
     from lowmem_ft.cli.app import app
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends: that it cannot be written is told
     except LowMemError as error:
         print(f"lowmem-ft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if not (is_full(error) or isinstance(error, BrokenPipeError)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more
+        if isinstance(error, BrokenPipeError):  # whoever read has enough
+            sys.exit(1)
+        print(f"lowmem-ft: The output cannot be written.\n  given:   {error}", file=sys.stderr)
+        sys.exit(2)

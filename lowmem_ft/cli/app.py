@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lowmem_ft.cli.chat import chat
+from lowmem_ft.cli.chat import chat, piped_lines
 from lowmem_ft.cli.data import data_preview
 from lowmem_ft.cli.docs import docs
 from lowmem_ft.cli.doctor import doctor
@@ -23,7 +23,7 @@ from lowmem_ft.cli.harness import run_harness
 from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
-from lowmem_ft.cli.runs import assemble_run, open_run
+from lowmem_ft.cli.runs import DeviceOption, assemble_run, on_device, open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import write_text
@@ -202,14 +202,16 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print answers as they are generated.")] = False,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:
     """Answers of a run's model to prompts."""
-    config, made, chosen = open_run(target, [], adapter)
-    texts = prompts or [line.strip() for line in sys.stdin if line.strip()]
-
+    from lowmem_ft.generate import Sampling
     from lowmem_ft.generate import generate as generate_texts
 
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config, made, chosen = open_run(target, on_device(device), adapter)
+    texts = prompts or list(piped_lines())
     if stream and as_json:
         raise ConfigError("--stream and --json do not go together.", allowed="one of them", fix="leave one out")
     shown = -1
@@ -220,16 +222,7 @@ def generate(
         shown = index
 
     ready = assemble_run(config, made, chosen, Reporter(quiet=as_json))
-    answers = generate_texts(
-        ready.model,
-        ready.tokenizer,
-        texts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        say=say if stream else None,
-    )
+    answers = generate_texts(ready.model, ready.tokenizer, texts, **asdict(sampling), say=say if stream else None)
     if stream:
         say(len(texts), "")
         return

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowmem_ft.cli.runs import assemble_run, open_run
+from lowmem_ft.cli.runs import DeviceOption, assemble_run, on_device, open_run
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.report.progress import Reporter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lowmem_ft.generate import Answer
 
 HELP = "/reset begins anew, /system TEXT sets the system message and begins anew, /exit or end of input ends"
+COMMAND = re.compile(r"/[a-z]+")  # a path goes on behind that
 NOTES = {
     "length": "cut by --max-new-tokens",
     "positions": "cut: the model has no further positions; /reset begins anew",
@@ -38,12 +40,14 @@ def chat(
     seed: Annotated[
         int, typer.Option(min=0, max=2**62, help="Of the first answer; each further one takes the next.")
     ] = 0,
+    device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per turn on stdout.")] = False,
 ) -> None:
     """Talk to a run's model: turns from the terminal, or one per line of stdin. Ctrl-C stops an answer."""
-    from lowmem_ft.generate import converse
+    from lowmem_ft.generate import Sampling, converse
 
-    config, made, chosen = open_run(target, [], adapter)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config, made, chosen = open_run(target, on_device(device), adapter)
     reporter = Reporter(quiet=as_json)
     ready = assemble_run(config, made, chosen, reporter)
     ask = sys.stdin.isatty() and not as_json
@@ -58,10 +62,7 @@ def chat(
                 messages,
                 say=lambda text: None if as_json else print(text, end="", flush=True),
                 stop=lambda: bool(stopped),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed + turn,
+                **asdict(replace(sampling, seed=seed + turn) if temperature else sampling),
             )
 
     start = [{"role": "system", "content": system}] if system else []
@@ -77,6 +78,8 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
+            if COMMAND.fullmatch(command):
+                raise DataError("There is no such command.", given=command, allowed=HELP)
             said = answer(messages, turn)
         except DataError as error:
             if not ask:
@@ -99,13 +102,24 @@ def _renamed(said: Answer) -> dict[str, Any]:
     return {"answer": found.pop("text"), **found}
 
 
+def piped_lines() -> Iterator[str]:
+    """Lines of stdin that are not empty.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    try:
+        for line in filter(None, map(str.strip, sys.stdin)):
+            line.encode()  # in some locales Python reads bytes that are no text as halves of surrogate pairs
+            yield line
+    except UnicodeError as error:
+        raise DataError("The input is no text.", given=str(error), allowed="UTF-8, one per line") from None
+
+
 def _lines(ask: bool) -> Iterator[str]:
     """Turns that are not empty, until the input ends."""
     if not ask:
-        try:
-            yield from filter(None, map(str.strip, sys.stdin))
-        except UnicodeDecodeError as error:
-            raise DataError("The input is no text.", given=str(error), allowed="UTF-8, a turn per line") from None
+        yield from piped_lines()
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and the keys of a line editor
@@ -117,6 +131,9 @@ def _lines(ask: bool) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\n/exit ends")
+            continue
+        except UnicodeDecodeError:
+            print("That is no UTF-8.")
             continue
         if line:
             yield line

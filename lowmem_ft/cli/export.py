@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from lowmem_ft.cli.runs import open_run
+from lowmem_ft.cli.runs import DeviceOption, on_device, open_run
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.report.progress import Reporter
 
@@ -33,6 +33,7 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (the default), float16 or float32.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Quantize again: nf4, fp4 or int8.")] = None,
     text: Text = None,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:
     """Merge a run's adapter into its base model, and check that the result computes what was trained.
@@ -51,7 +52,7 @@ def merge(
     named = _one_of(dtype or "bfloat16", ("bfloat16", "float16", "float32"), "--dtype")
     kind = None if quantize is None else _one_of(quantize, ("nf4", "fp4", "int8"), "--quantize")
     reporter = Reporter(quiet=as_json)
-    run = _trained_run(target, adapter, out)
+    run = _trained_run(target, adapter, out, device)
 
     import torch
 
@@ -82,6 +83,7 @@ def export(
     adapter: Adapter = None,
     base: BaseOption = None,
     text: Text = None,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:
     """Export a run for llama.cpp, Ollama or vLLM, and check that what was written computes what was trained."""
@@ -91,7 +93,7 @@ def export(
         raise ConfigError("--base concerns merged models.", given=base, fix="leave it out, or export --gguf TYPE")
     chosen = _one_of(base or "dequantized", ("dequantized", "original"), "--base")
     reporter = Reporter(quiet=as_json)
-    run = _trained_run(target, adapter, out)
+    run = _trained_run(target, adapter, out, device)
 
     from lowmem_ft.export.exports import export_gguf, export_gguf_adapter, export_vllm
     from lowmem_ft.export.gguf_file import TYPES
@@ -120,8 +122,8 @@ def _show(found: dict[str, object], lines: list[str], as_json: bool) -> None:
         Console(highlight=False).print(line, soft_wrap=True)
 
 
-def _trained_run(target: Path, adapter: Path | None, out: Path | None) -> TrainedRun:
-    config, plan, chosen = open_run(target, [], None if adapter is None else str(adapter))
+def _trained_run(target: Path, adapter: Path | None, out: Path | None, device: str | None) -> TrainedRun:
+    config, plan, chosen = open_run(target, on_device(device), None if adapter is None else str(adapter))
     if not isinstance(chosen, Path):
         raise ConfigError("There is no adapter to export.", given=target, fix="--adapter FOLDER, or give a run folder")
 
@@ -133,8 +135,13 @@ def _trained_run(target: Path, adapter: Path | None, out: Path | None) -> Traine
     logging.disable_progress_bar()  # of loading what was written, beside the reporter's own
 
     scratch = target if target.is_dir() else (out or Path(config.output)).absolute().parent
-    device = find_device(config.budget.device).torch_device
-    return TrainedRun(config=config, policy=plan.policy, adapter=chosen, device=device, scratch=scratch)
+    return TrainedRun(
+        config=config,
+        policy=plan.policy,
+        adapter=chosen,
+        device=find_device(config.budget.device).torch_device,
+        scratch=scratch,
+    )
 
 
 def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
     from lowmem_ft.assemble import Assembled
     from lowmem_ft.core.plan import Plan
     from lowmem_ft.report.progress import Reporter
+
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: the run's.")]
+
+
+def on_device(device: str | None) -> list[str]:
+    """What overrides a run's device by that of `--device`."""
+    return [] if device is None else [f"budget.device={device}"]
 
 
 # What decides how a model is trained says nothing of one that is. Where it learns preferences, it is told so
@@ -27,6 +36,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
         ConfigError: an override without effect, a run that is not finished, a plan that cannot be read.
         BudgetError: nothing fits the budget that overrides ask for.
     """
+    from lowmem_ft.adapters.peft_format import adapter_folder
     from lowmem_ft.planner.solver import make_plan, require_fit
 
     for override in overrides:
@@ -35,7 +45,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     config = RunConfig.load(target / "config.yaml" if run else target, overrides)
     chosen: bool | Path = target / "adapter" if run else False
     if adapter is not None:
-        chosen = False if adapter == "none" else Path(adapter)
+        chosen = False if adapter == "none" else adapter_folder(adapter)
     elif run and not (target / "adapter" / "adapter_config.json").exists():
         raise ConfigError(
             "The run has no adapter yet.",

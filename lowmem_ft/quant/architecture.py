@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.checkpoint import Checkpoint, first_line
 from lowmem_ft.quant.conversion import Plan, matcher, plan_conversion
 from lowmem_ft.quant.prequantized import open_source
@@ -55,6 +56,7 @@ def meta_model(
     Raises:
         UnsupportedError: the architecture is no causal language model that transformers has, or it lacks the attention
             implementation.
+        CheckpointError: generation_config.json is broken.
     """
     config = text_config(checkpoint)
     model = _build(checkpoint, config, dtype, attn_implementation)
@@ -65,8 +67,24 @@ def meta_model(
             model = _build(checkpoint, config, dtype, attn_implementation)
     model.config._name_or_path = checkpoint.name
     if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config = _generation_config(checkpoint.folder)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(config, name)
+            if not all(it is None or type(it) is int for it in (ids if isinstance(ids, list) else [ids])):
+                raise TypeError(f"{name}: {ids!r}")
+    except Exception as error:  # of any kind: transformers trusts what it reads
+        raise CheckpointError(
+            "generation_config.json cannot be read",
+            given=f"{folder / 'generation_config.json'}: {first_line(error)}",
+            fix="mend it, or delete it: then config.json says which tokens begin and end text",
+        ) from error
+    return config
 
 
 def conversion_plan(checkpoint: Checkpoint, template: Template) -> Plan:

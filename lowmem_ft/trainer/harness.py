@@ -136,7 +136,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 [tokens[-(self.length - new) :]],
                 max_new_tokens=new,
                 temperature=float(options.get("temperature", 1.0)) if samples else 0.0,
-                top_p=float(options.get("top_p", 1.0)),
+                top_p=float(options.get("top_p", 1.0)) if samples else 1.0,
                 until=[stop for stop in until if stop],
             )
         )[0]

@@ -136,6 +136,15 @@ def test_bad_input_exits_2_with_one_message(
     assert done.stdout == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_output_that_cannot_be_written_is_told() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "docs"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lowmem-ft: The output cannot be written.")
+    assert "Traceback" not in done.stderr
+
+
 def test_plan_needs_no_tokenizer_and_prints_json_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

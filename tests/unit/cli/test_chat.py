@@ -142,10 +142,53 @@ def test_generate_streams(command: Command, config: Path) -> None:
     assert (code, "do not go together" in err) == (2, True)
 
 
-def test_input_that_is_no_text(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
-    code, _, err = command("chat", config)
-    assert (code, "The input is no text" in err) == (2, True)
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # by the locale
+def test_input_that_is_no_text(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    for name in ("chat", "generate"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out, err = command(name, config)
+        assert (code, out, "The input is no text" in err) == (2, "", True)
+
+
+def test_prompts_that_are_no_text(command: Command, config: Path) -> None:
+    code, out, err = command("generate", config, os.fsdecode(b"\xff"))
+    assert (code, out, "is not Unicode" in err) == (2, "", True)
+
+
+def test_no_such_command(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/rest\n"))
+    code, out, err = command("chat", config)
+    assert (code, out, "/reset begins anew" in err) == (2, "", True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/usr/bin is what?\n"))
+    assert command("chat", config, "--max-new-tokens", "1")[0] == 0
+
+
+def test_sampling_is_checked_before_the_model_is_loaded(command: Command, tmp_path: Path) -> None:
+    for name in ("chat", "generate"):
+        code, _, err = command(name, tmp_path / "none.yaml", "--temperature", "1e-40")
+        assert (code, "temperature has no such value" in err) == (2, True)
+    with pytest.warns(UserWarning, match="top_p and seed: without effect"):
+        command("generate", tmp_path / "none.yaml", "--top-p", "0.5", "--seed", "1")
+
+
+def test_a_run_of_a_card_that_is_not_here(command: Command, config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    data = MODEL.parent / "whatis-train.jsonl"
+    code, _, err = command("train", config, f"data.train={data}", f"output={output}", "train.steps=1")
+    assert code == 0, err
+    settings = (output / "config.yaml").read_text()
+    assert "device: auto" in settings
+    (output / "config.yaml").write_text(settings.replace("device: auto", "device: cuda:7"))
+    words = ("generate", output, "What is cp?", "--max-new-tokens", "2")
+    code, _, err = command(*words)
+    assert (code, "cuda:7" in err) == (2, True)
+    assert command(*words, "--device", "cpu")[0] == 0
+    text = tmp_path / "held-out.txt"
+    text.write_text("What is cp? A program that copies files.\n")
+    for export in (("merge",), ("export", "--vllm")):
+        code, _, err = command(*export, output, "--device", "cpu", "--text", text)
+        assert code == 0, err
 
 
 def test_a_turn_that_is_too_long_ends_a_pipe(command: Command, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

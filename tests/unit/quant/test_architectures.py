@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
@@ -40,6 +41,13 @@ UNLIKE_BITSANDBYTES = {"falcon"}  # transformers does not convert its own linear
 # so that both sides run the same products; at most 2e-3 on AVX2, where ours sum in float32 (`quant.products`) and
 # PyTorch's own loops round in another order.
 SAME_WEIGHTS = 1e-3 if multiplies(torch.bfloat16) else 1e-2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token_id": "</s>"}', '{"pad_token_id": [0, null, 1.5]}'])
+def test_a_broken_generation_config_is_refused(text: str, tmp_path: Path) -> None:
+    (save_tiny("llama", tmp_path) / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        meta_model(Checkpoint.open(tmp_path))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
