@@ -8,13 +8,16 @@ from types import MethodType
 from typing import Any
 
 import peft
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lowmem_ft.adapters.inject import is_injected
+from lowmem_ft.adapters.inject import is_injected, trainable_parameters
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.planner.device import find_device
@@ -80,7 +83,8 @@ def load(
 
     Returns:
         a transformers model (blocks recompute their activations as planned; only the adapter is trainable) that
-        `generate`, `transformers.Trainer` and TRL accept. Its `save_pretrained` writes the adapter alone, as `save`.
+        `generate`, `transformers.Trainer` and TRL accept. Its `save_pretrained` writes the adapter as `save`, and
+        once more for Trainer to resume from.
 
     Raises:
         ConfigError: the plan is for another model, or `adapter` is nothing of these.
@@ -128,11 +132,20 @@ def _save_pretrained(
     model: Any, save_directory: str | Path, *, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
 ) -> None:
     """Takes the place of transformers' own, which would write the quantized base under names that nothing reads. What
-    else it is told is about files of whole models."""
+    else it is told is about files of whole models.
+
+    What is trained is written twice: of classes that are not peft's Trainer resumes from `model.safetensors` alone.
+    """
     if push_to_hub:
         raise ConfigError("The adapter is written to a folder alone.", given="push_to_hub", fix="`lowmem-ft push`")
-    if is_main_process:
-        save(model, save_directory)
+    if not is_main_process:
+        return
+    save(model, save_directory)
+    trained = {name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}
+    try:
+        save_file(trained, Path(save_directory) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError("The adapter cannot be written.", given=f"{save_directory} ({error})") from error
 
 
 def _place(model: str | Path) -> str | Path:
