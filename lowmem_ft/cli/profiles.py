@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_ft.core.files import check_writable
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.profile import Bytes, Profile, Rate, load_profile, profile_names, write_profile
 from lowmem_ft.report.progress import Reporter
@@ -52,6 +53,7 @@ def measure_device(
     from lowmem_ft.planner.measure import measure
 
     found = find_device(device)
+    check_writable(out or Path("profile.yaml"))
     with Reporter().task(f"Measuring {found.name}", unit="figures") as update:
         profile = measure(found, done=update)
     path = out or Path(f"{profile.name}.yaml")

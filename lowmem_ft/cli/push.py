@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+
+CONFIG = "adapter_config.json"
 
 
 def push(
@@ -17,7 +20,7 @@ def push(
 ) -> None:
     """Upload a run's adapter and its model card to the Hugging Face hub, with the token of `hf auth login`."""
     adapter = run / "adapter"
-    if not (adapter / "adapter_config.json").exists():
+    if not all((adapter / name).is_file() for name in (CONFIG, "adapter_model.safetensors")):
         raise ConfigError(
             "There is no adapter to upload.",
             given=str(run),
@@ -26,13 +29,20 @@ def push(
         )
 
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    from lowmem_ft.adapters.peft_format import read_adapter_config
+    from lowmem_ft.report.card import without_places
+
+    settings = without_places(read_adapter_config(adapter))  # where the base lies here is nobody's business
+    files: dict[str, Path | bytes] = {it.name: it for it in sorted(adapter.iterdir()) if it.is_file()}
+    files[CONFIG] = f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     hub = HfApi()
     try:
         address = hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=address.repo_id, folder_path=adapter, commit_message=f"Adapter of {run.name}")
+        hub.create_commit(address.repo_id, operations, commit_message=f"Adapter of {run.resolve().name}")
     except HFValidationError as error:
         raise ConfigError("That is no name for a repository.", given=repo, allowed="OWNER/NAME") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:

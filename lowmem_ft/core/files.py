@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -33,9 +34,26 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ConfigError(
-            "The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder"
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def check_writable(path: Path) -> None:
+    """Refuse at once what `write_text` would refuse after long work.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError("The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder")
 
 
 def remove_half_written(folder: Path) -> None:

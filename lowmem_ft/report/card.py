@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import yaml
@@ -11,13 +11,13 @@ from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.tables import memory_rows
 
-SHOWN = {"quant", "adapter", "train", "preference", "policy"}  # sections that name no place of this machine
+SHOWN = {"quant", "adapter", "train", "preference", "policy"}  # the other sections have places of their own here
 
 
 def model_card(run: Run) -> str:
     """Markdown with the front matter of a PEFT adapter. Of places of this machine names alone are told."""
     config = run.plan.run_config
-    model = _name(config.model)
+    model = without_places(config.model)
     front = {
         "base_model": model,
         "library_name": "peft",
@@ -40,7 +40,7 @@ def model_card(run: Run) -> str:
         _table(("", ""), run.plan.rows()),
         _table(("memory", "planned", "measured", "of plan"), memory_rows(run)),
         "## Settings",
-        f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json', include=SHOWN), sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(without_places(config.model_dump(mode='json', include=SHOWN)), sort_keys=False)}```",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
@@ -67,10 +67,23 @@ def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _name(value: Any) -> Any:
-    """A local path without its folders, in sources too; all else as it is."""
+    """Of a source its path, of several all; all else as it is."""
     if isinstance(value, list):
-        return ", ".join(str(_name(it["path"] if isinstance(it, dict) else it)) for it in value)
-    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        return ", ".join(str(_name(it)) for it in value)
+    return without_places(value["path"] if isinstance(value, dict) and "path" in value else value)
+
+
+def without_places(value: Any) -> Any:
+    """The same, in which local paths have lost their folders."""
+    if isinstance(value, dict):
+        return {key: without_places(it) for key, it in value.items()}
+    if isinstance(value, list):
+        return [without_places(it) for it in value]
+    return os.path.basename(os.path.abspath(value)) if isinstance(value, str) and _is_local(value) else value
+
+
+def _is_local(text: str) -> bool:
+    return os.path.isabs(text) or text.startswith(("~", "./", "../")) or (text != "" and os.path.exists(text))
 
 
 def _table(header: tuple[str, ...], rows: Any) -> str:

@@ -69,6 +69,16 @@ def test_show_as_json_reads_back(tmp_path: Path) -> None:
     assert json.loads(run("show", str(tmp_path / "mine.yaml"), "--json"))["name"] == "h100-80gb"
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem_ft.planner.measure.measure", lambda *_, **__: pytest.fail("it measures"))
+    for out in (tmp_path / "no" / "x.yaml", tmp_path):
+        result = CliRunner().invoke(profiles_app, ["measure", "--device", "cpu", "--out", str(out)])
+        assert isinstance(result.exception, ConfigError)
+        assert "cannot be written" in str(result.exception)
+
+
 def test_show_of_an_unknown_name_is_bad_input() -> None:
     result = CliRunner().invoke(profiles_app, ["show", "rtx-4090"])
     assert isinstance(result.exception, ConfigError)  # `main` prints it and exits with 2

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
@@ -18,6 +22,7 @@ from lowmem_ft.cli.app import app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError
 from lowmem_ft.core.run import Run
+from lowmem_ft.report.card import model_card
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from tests.assets import ASSETS, write_share
@@ -99,6 +104,16 @@ def test_the_card_tells_plan_data_and_metrics(tracked: Run) -> None:
         assert part in body, part
 
 
+def test_the_card_tells_no_place_of_this_machine(tracked: Run) -> None:
+    (other := copy.deepcopy(tracked.plan.config))["adapter"]["init"] = "/gone/old-adapter"
+    other["data"]["train"] = {"path": "/gone/records.jsonl", "format": "messages"}
+    other["data"]["eval"] = [{"path": "~/one.jsonl"}, {"path": "owner/two"}]
+    text = model_card(replace(tracked, plan=replace(tracked.plan, config=other)))
+    assert "/gone" not in text
+    for words in ("init: old-adapter", "| records.jsonl |", "| one.jsonl, owner/two |"):
+        assert words in text
+
+
 def test_push_uploads_the_adapter(tracked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -109,13 +124,22 @@ def test_push_uploads_the_adapter(tracked: Run, tmp_path: Path, monkeypatch: pyt
         seen.update(repo=repo, **options)
         return Address("hub/me/mine")
 
+    def commit(self: HfApi, repo_id: str, operations: list[CommitOperationAdd], **options: Any) -> None:
+        seen.update(repo_id=repo_id, files={it.path_in_repo: it.path_or_fileobj for it in operations}, **options)
+
     monkeypatch.setattr(HfApi, "create_repo", create)
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: seen.update(options))
-    done = CliRunner().invoke(app, ["push", str(tracked.folder), "mine", "--private"])
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.chdir(tracked.folder)
+    (tracked.adapter / ".saving-1-x").mkdir()  # what a killed run left
+    done = CliRunner().invoke(app, ["push", ".", "mine", "--private"])
     assert done.exit_code == 0, done.output
     assert "hub/me/mine" in done.output
     assert (seen["repo"], seen["private"], seen["repo_id"]) == ("mine", True, "me/mine")
-    assert {it.name for it in seen["folder_path"].iterdir()} >= {"README.md", "adapter_model.safetensors"}
+    assert seen["commit_message"] == f"Adapter of {tracked.folder.name}"
+    assert set(seen["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    local = json.loads((tracked.adapter / "adapter_config.json").read_text())
+    assert local["base_model_name_or_path"] == str(ASSETS / "doclm-7m")
+    assert json.loads(seen["files"]["adapter_config.json"]) == {**local, "base_model_name_or_path": "doclm-7m"}
 
 
 def test_push_says_what_is_wrong(tracked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +152,9 @@ def test_push_says_what_is_wrong(tracked: Run, tmp_path: Path, monkeypatch: pyte
     unfinished = pushed(tmp_path, "me/mine")
     assert isinstance(unfinished, ConfigError)
     assert "no adapter" in str(unfinished)
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(tracked.adapter / "adapter_config.json", tmp_path / "adapter")
+    assert "no adapter" in str(pushed(tmp_path, "me/mine")), "its weights are not there"
     assert "no name for a repository" in str(pushed(tracked.folder, "not a/name/at all"))
     monkeypatch.setattr(HfApi, "create_repo", refused)
     error = pushed(tracked.folder, "me/mine")
