@@ -81,7 +81,7 @@ def init(
     from lowmem_ft.assemble import load_tokenizer
     from lowmem_ft.core.errors import UnsupportedError
     from lowmem_ft.planner.device import find_device
-    from lowmem_ft.planner.suggest import free_words, suggest_budget, suggest_data
+    from lowmem_ft.planner.suggest import free_words, suggest_budget, suggest_data, suggest_step
     from lowmem_ft.quant.checkpoint import Checkpoint
 
     reporter = Reporter()
@@ -116,6 +116,8 @@ def init(
     method = ask(method, f"Method ({', '.join(METHODS)})", METHODS[0], _method)
     rank = ask(rank, "Rank of the adapter", RANK, _rank)
 
+    step = suggest_step(found.tokens, seq_len)
+    reporter.say(f"Updates of {step} tokens (train.tokens_per_step): about {-(-found.tokens // step)} in an epoch")
     adapter: dict[str, Any] = {"rank": rank, "alpha": 2 * rank, **({} if method == "lora" else {method: True})}
     config = RunConfig.from_dict(
         {
@@ -123,7 +125,7 @@ def init(
             "adapter": adapter,
             "budget": {"memory": budget},
             "data": {"train": data, "eval": held_out, "format": found.format, "seq_len": seq_len},
-            "train": {"tokens_per_step": max(RunConfig.model_fields["train"].default.tokens_per_step, seq_len)},
+            "train": {"tokens_per_step": step},
             "output": f"runs/{out.stem}",
         }
     )

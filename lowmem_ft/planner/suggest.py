@@ -7,7 +7,7 @@ from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataFormat, DataSource
+from lowmem_ft.core.config import DataConfig, DataFormat, DataSource, TrainConfig
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.data.preview import Preview, preview
@@ -16,6 +16,7 @@ from lowmem_ft.planner.device import Device
 
 STEP = 256  # sequences are suggested in multiples of so many tokens
 ROWS = 2000  # records that are looked at
+UPDATES = 50  # that an epoch has at least, where its tokens suffice: with few, a warmup and a schedule mean nothing
 SHARE = 0.9  # of what is free: the rest is for what else the machine does meanwhile
 
 
@@ -27,11 +28,13 @@ class Suggestion:
         seq_len: tokens, a multiple of `STEP` that holds the longest example that was looked at, or all positions of
             the model.
         format: the one that all records have, else `auto`.
+        tokens: of an epoch; from the share of the file that was looked at, if that was not all.
         notes: what the user should know.
     """
 
     seq_len: int
     format: DataFormat
+    tokens: int
     notes: tuple[str, ...]
 
 
@@ -47,7 +50,15 @@ def suggest_data(
         DataError: the file cannot be read, or none of its records can be trained on.
     """
     data = DataConfig(seq_len=positions or 1 << 30)
-    found = preview(DataSource(path=path), data, tokenizer, rows=ROWS, samples=0, progress=progress)
+    read = whole = 1
+
+    def told(done: int, size: int) -> None:
+        nonlocal read, whole
+        read, whole = done, size
+        if progress is not None:
+            progress(done, size)
+
+    found = preview(DataSource(path=path), data, tokenizer, rows=ROWS, samples=0, progress=told)
     kinds = list(found.formats)
     if not found.lengths:
         raise DataError(
@@ -66,7 +77,20 @@ def suggest_data(
     seq_len = -(-longest // STEP) * STEP
     if positions:
         seq_len = min(seq_len, positions)
-    return Suggestion(seq_len=seq_len, format=_format(kinds), notes=tuple(_notes(found, longest, seq_len)))
+    return Suggestion(
+        seq_len=seq_len,
+        format=_format(kinds),
+        tokens=found.tokens if found.complete else found.tokens * whole // read,
+        notes=tuple(_notes(found, longest, seq_len)),
+    )
+
+
+def suggest_step(tokens: int, seq_len: int) -> int:
+    """Tokens of an update for an epoch of so many: the default, or less where it would leave few updates."""
+    step: int = TrainConfig().tokens_per_step
+    while tokens < UPDATES * step and step // 2 >= seq_len:
+        step //= 2
+    return max(step, seq_len)
 
 
 def _format(kinds: list[str]) -> DataFormat:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lowmem_ft.cli.app import app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.planner.suggest import suggest_data
+from lowmem_ft.planner.suggest import suggest_data, suggest_step
 from tests.models import save_tiny
 from tests.unit.cli.conftest import ASSETS, Command
 
@@ -125,6 +125,25 @@ def test_bad_input(command: Command, tmp_path: Path) -> None:
     code, _, err = command("init", "no/folder/new.yaml", *[str(it) for pair in good.items() for it in pair])
     assert (code, "cannot be written" in err) == (2, True)
     assert not Path("new.yaml").exists()
+
+
+def test_an_epoch_has_enough_updates(command: Command) -> None:
+    Path("few.jsonl").write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:60]))
+    code, _, err = command("init", "--model", MODEL, "--data", "few.jsonl", "--yes", "--seq-len", "64")
+    assert code == 0, err
+    assert RunConfig.load("config.yaml").train.tokens_per_step == 64
+    assert "Updates of 64 tokens (train.tokens_per_step): about " in err
+    assert [suggest_step(tokens, 256) for tokens in (1, 50 * 1024, 50 * 16384, 10**9)] == [256, 1024, 16384, 16384]
+    assert suggest_step(10, 300) == 512
+    assert suggest_step(10**9, 32768) == 32768
+
+
+def test_tokens_of_a_file_that_is_not_read_whole() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    record = json.dumps({"text": "a" + " a" * 9}) + "\n"
+    for count in (2000, 6000):
+        Path("many.jsonl").write_text(record * count)
+        assert suggest_data("many.jsonl", tokenizer, 1024).tokens == pytest.approx(11 * count, rel=0.05)
 
 
 def test_suggestions() -> None:
