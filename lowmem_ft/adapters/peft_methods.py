@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import peft
@@ -15,7 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from lowmem_ft.core.errors import ConfigError, UnsupportedError, nearest
+from lowmem_ft.adapters.targets import adaptable, ends_with, is_linear
+from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
 
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
@@ -32,7 +34,8 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         Its adapters are float32.
 
     Raises:
-        ConfigError: no or an unknown `peft_type`, an unknown field, or values that peft refuses.
+        ConfigError: no or an unknown `peft_type`, an unknown field, values that peft refuses, or parameters that are
+            out of its reach.
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     settings = peft_config(config)
@@ -40,7 +43,10 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         settings.to_dict(), "adapter.peft", fix="leave init_lora_weights out: LoRA starts from nothing"
     )
     try:
+        _check_parameters(model, settings)
         wrapped: nn.Module = peft.get_peft_model(model, settings)
+    except LowMemError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError) as error:
         raise ConfigError(
             f"peft cannot put {settings.peft_type.value} into this model", given=dict(config), allowed=str(error)
@@ -111,6 +117,32 @@ def is_prompt_learning(config: Mapping[str, Any]) -> bool:
         ConfigError: no or an unknown `peft_type`.
     """
     return issubclass(config_class(config), peft.PromptLearningConfig)
+
+
+def _check_parameters(model: nn.Module, settings: Any) -> None:
+    """Refuse what peft would leave out with no more than a warning, while the file's config goes on naming it.
+
+    Raises:
+        ConfigError: a target, as peft reads it, is a stack of experts, or a parameter that is none here (quantized).
+    """
+    read = deepcopy(settings)
+    convert_peft_config_for_transformers(read, model=model, conversions=None)  # names of transformers 4's experts, too
+    stacks = [path for path, target in adaptable(model).items() if not is_linear(target)]
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in sorted(getattr(read, "target_parameters", None) or ()):
+        stack = next((path for path in stacks if ends_with(path, name)), None)
+        if stack is not None:
+            raise ConfigError(
+                "peft cannot adapt stacked experts here",
+                given=f"{name}, which is {stack}",
+                fix="use method: lora, which adapts experts; or targets without them",
+            )
+        if not any(ends_with(parameter, name) for parameter in parameters):
+            raise ConfigError(
+                "a name in target_parameters is no parameter that peft could adapt",
+                given=name,
+                fix="name linear layers in target_modules",
+            )
 
 
 def peft_remaps(leaf: str, model: nn.Module) -> bool:

@@ -137,6 +137,28 @@ def test_lora_that_changes_the_base_is_refused(init: str) -> None:
         inject_peft(quantized_model("llama"), {"peft_type": "LORA", "init_lora_weights": init})
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},  # transformers 4 had them one by one
+    ],
+    ids=["by parameter", "by names of old"],
+)
+def test_experts_are_left_to_method_lora(targets: dict[str, Any], quantized: bool) -> None:
+    model = quantized_model("qwen3_moe") if quantized else plain_model("qwen3_moe")
+    with pytest.raises(ConfigError, match=r"^peft cannot adapt stacked experts here\n.*\n.*use method: lora"):
+        inject_peft(model, {"peft_type": "LORA", "r": 4, **targets})
+    assert trainable_parameters(inject_peft(model, {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}))
+
+
+def test_the_weight_of_a_quantized_layer_is_no_parameter() -> None:
+    config = {"peft_type": "LORA", "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}
+    with pytest.raises(ConfigError, match="name linear layers in target_modules"):
+        inject_peft(quantized_model("llama"), config)
+
+
 def test_a_damaged_file_of_another_method_is_refused(tmp_path: Path) -> None:
     save_adapter(inject_peft(plain_model("llama"), METHODS["ia3"]), tmp_path, base_model="base")
     with pytest.raises(CheckpointError, match="peft cannot load the adapter"):
