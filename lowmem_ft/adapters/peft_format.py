@@ -83,11 +83,10 @@ def load_adapter(
     """
     folder = Path(folder)
     settings = read_adapter_config(folder)
-    conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-    check_base_unchanged(settings, folder / CONFIG_NAME, fix=f"convert it with peft: {conversion}")
     fresh = not is_injected(model)
     if _is_peft_only(settings) or (fresh and not is_native(model, folder)):
-        return _load_through_peft(model, settings, folder)
+        return load_through_peft(model, folder)
+    _check_base_unchanged(settings, folder)
     config = read_lora_config(settings, folder)
     if fresh:
         _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
@@ -105,11 +104,13 @@ def is_native(model: nn.Module, folder: str | Path) -> bool:
     """Whether `load_adapter` puts this package's own layers into `model`, which has no adapters, and not peft's.
 
     Raises:
-        CheckpointError: as `read_adapter_config`.
+        CheckpointError: as `read_adapter_config`, and weights that cannot be read.
     """
     folder = Path(folder)
     settings = read_adapter_config(folder)
-    return not _is_peft_only(settings) and not _unties(model, read_lora_config(settings, folder))
+    if _is_peft_only(settings) or _unties(model, read_lora_config(settings, folder)):
+        return False
+    return not _adapts_others(model, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def _is_peft_only(settings: Mapping[str, Any]) -> bool:
@@ -200,6 +201,11 @@ def _write(model: nn.Module, folder: Path, base_model: str) -> None:
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
+def _check_base_unchanged(settings: Mapping[str, Any], folder: Path) -> None:
+    conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    check_base_unchanged(settings, folder / CONFIG_NAME, fix=f"convert it with peft: {conversion}")
+
+
 def _other_base(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
     """What to do where the adapter was made for another model; None where that is not known."""
     base, here = settings.get("base_model_name_or_path"), getattr(model.config, "_name_or_path", None)
@@ -208,7 +214,14 @@ def _other_base(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
     return f"it was trained on {base}, and this is {here}: load it into the model that it was trained on"
 
 
-def _load_through_peft(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> nn.Module:
+def load_through_peft(model: nn.Module, folder: Path) -> nn.Module:
+    """`load_adapter` of what is not native, whatever `model` has become since that was found out.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `load_adapter`.
+    """
+    settings = read_adapter_config(folder)
+    _check_base_unchanged(settings, folder)
     file, device = folder / SAFETENSORS_WEIGHTS_NAME, module_device(model)
     try:
         wrapped: nn.Module = peft.PeftModel.from_pretrained(
@@ -268,6 +281,19 @@ def _unties(model: nn.Module, config: Any) -> bool:
     """Whether the file has a trained copy of one of two tied modules: peft keeps such a copy apart from its twin."""
     trained = _trained_modules(model, config)
     return not config.ensure_weight_tying and set(with_tied(model, trained)) != set(trained)
+
+
+def _adapts_others(model: nn.Module, file: Path) -> bool:
+    """Whether the file has LoRA for modules of the model on which this package puts none: embeddings, the head."""
+    own = adaptable(model)
+    known = set(own) | {path.rpartition(".")[0] for path, target in own.items() if not is_linear(target)}
+    others = {path for path, _ in model.named_modules() if path not in known}
+    try:
+        with safe_open(file, framework="pt") as saved:
+            keys = list(saved.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError("the adapter's weights cannot be read", given=f"{file} ({error})") from error
+    return any(key.removeprefix(_PREFIX).partition(".lora_")[0] in others for key in keys)
 
 
 def _check_same(model: nn.Module, config: Any, folder: Path) -> None:

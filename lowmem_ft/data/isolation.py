@@ -178,7 +178,7 @@ def probe_batch(model: PreTrainedModel) -> Batch:
     """The batch for `isolation_fault`: two rows, each with the same random document twice."""
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    document = torch.randint(0, embedding.num_embeddings, (PROBE_TOKENS,), generator=generator)
+    document = torch.randint(0, embedding.weight.shape[0], (PROBE_TOKENS,), generator=generator)
     position = torch.arange(PROBE_TOKENS)
     segment = torch.tensor([1, 2], dtype=torch.int32).repeat_interleave(PROBE_TOKENS)
     rows = [tensor.expand(2, -1).contiguous() for tensor in (document.repeat(2), position.repeat(2), segment)]

@@ -7,18 +7,18 @@ plain layer with the weight in question takes the base's place.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_ft.adapters.peft_format import load_adapter
+from lowmem_ft.adapters.peft_format import load_through_peft
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.experts import QuantStack
@@ -66,23 +66,15 @@ class TrainedThroughPeft:
 
     Raises:
         CheckpointError: as `load_adapter`.
-        UnsupportedError: a trained copy of one of two tied modules.
+        UnsupportedError: one of two tied modules is trained.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
-        model.to_empty(device="cpu")
-        adapted = load_adapter(model, folder)
-        assert isinstance(adapted, PeftModel), "others are native"
+        model.to_empty(device="cpu")  # which unties what is tied
+        load_through_peft(model, folder)
         self.model = model
-        tied = getattr(model, "all_tied_weights_keys", {})
-        copies = [path for path, it in model.named_modules() if isinstance(it, ModulesToSaveWrapper)]
-        apart = [name for name in [*tied, *tied.values()] if name.rpartition(".")[0] in copies]
-        if apart and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            raise UnsupportedError(
-                "the adapter holds a trained copy of one of two tied modules, which merged are no longer tied",
-                given=apart[0],
-                fix="merge it with peft into a model with tie_word_embeddings: false",
-            )
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            self._refuse_untied(getattr(model, "all_tied_weights_keys", {}))
 
     @property
     def source(self) -> Checkpoint:
@@ -120,9 +112,19 @@ class TrainedThroughPeft:
     def forget(self) -> None:
         """Nothing is kept."""
 
+    def _refuse_untied(self, tied: Mapping[str, str]) -> None:
+        """Peft changes one of two tied modules (name of a parameter -> that of the other), or each on its own."""
+        changed = [name for name in [*tied, *tied.values()] if self.is_adapted(name)]
+        if changed:
+            raise UnsupportedError(
+                "the adapter changes one of two tied modules, which merged are no longer tied",
+                given=changed[0],
+                fix="merge it with peft into a model with tie_word_embeddings: false",
+            )
+
     def _owner(self, name: str) -> nn.Module:
         owner: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
-        return owner
+        return owner.token_adapter if isinstance(owner, TrainableTokensWrapper) else owner
 
     def _stack(self, name: str) -> nn.Module | None:
         owner = self._owner(name)
@@ -138,9 +140,9 @@ def _base(owner: nn.Module) -> nn.Module:
 def _plain(base: nn.Module, leaf: str, value: Tensor, *, transposed: bool) -> nn.Module:
     """A layer like `base`, unquantized and in fp32, whose parameter `leaf` is a copy of `value` and the other zero."""
     values = value.detach().to(device="cpu", dtype=torch.float32, copy=True)  # where the adapter lies
-    if not isinstance(base, nn.Linear | Conv1D):  # a norm: small
-        plain = copy.deepcopy(base)
-        setattr(plain, leaf, nn.Parameter(values, requires_grad=False))
+    if not isinstance(base, nn.Linear | Conv1D):  # a norm, an embedding
+        plain = copy.copy(base)
+        plain._parameters = {**base._parameters, leaf: nn.Parameter(values, requires_grad=False)}
         return plain
     outputs, inputs = (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
     plain = Conv1D(outputs, 0) if isinstance(base, Conv1D) else nn.Linear(0, outputs, bias=base.bias is not None)

@@ -59,13 +59,19 @@ def head_of(model: nn.Module) -> Head:
     logits in place of the head's, on the CPU and without touching a weight, so it works on meta and fake models too.
 
     Raises:
-        UnsupportedError: the head is no plain linear layer, or the forward does something else to hidden states or
-            logits than a scale and a soft cap.
+        UnsupportedError: the head is no plain linear layer or has an adapter, or the forward does something else to
+            hidden states or logits than a scale and a soft cap.
     """
     causal = causal_model(model)
     linear = causal.get_output_embeddings()
     if hasattr(linear, "modules_to_save"):  # peft trains a copy
         linear = linear.modules_to_save[linear.active_adapters[0]]
+    if hasattr(linear, "base_layer") or hasattr(linear, "token_adapter"):
+        raise UnsupportedError(
+            "An adapter on the output head cannot be trained: the loss is computed from the head's own matrix.",
+            given=f"peft's {type(linear).__name__}, which is also put on the head where that is tied to what it adapts",
+            fix="leave the head out, or train it whole: train_modules with method: lora, modules_to_save with peft",
+        )
     if type(linear) not in (nn.Linear, TiledLinear):
         raise _unsupported(causal, f"its head is {type(linear).__name__}, not a plain linear layer")
     with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from lowmem_ft.assemble import assemble
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.export.adapters import plain_factors
 from lowmem_ft.export.merge import write_merged
@@ -25,7 +26,7 @@ from lowmem_ft.quant.checkpoint import Checkpoint, scan
 from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.adapters.helpers import error
 from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
-from tests.unit.export.runs import Trained, logits, plain, trained
+from tests.unit.export.runs import CPU, Trained, logits, plain, trained
 from tests.unit.quant.loading import change_tensors, save_gemma3
 from tests.unit.quant.test_prequantized import FORMATS, ROUND, save_bitsandbytes, save_fp8, save_mxfp4
 
@@ -195,6 +196,40 @@ def test_copies_that_peft_trains(tied: bool, tmp_path: Path) -> None:
             write(run, tmp_path / "out")
     else:
         assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+
+
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+# name -> (the method, what a tied model says to it)
+ON_EMBEDDINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "lora": ({**LORA, "target_modules": ["q_proj", "embed_tokens"]}, "no longer tied"),
+    "tokens": ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6]}, "adapter on the output head"),
+    "lora and tokens": ({**LORA, "trainable_token_indices": [5, 6]}, "adapter on the output head"),
+    "copy": ({**LORA, "modules_to_save": ["embed_tokens"]}, "no longer tied"),
+    "copy of the head": ({**LORA, "modules_to_save": ["lm_head"]}, "no longer tied"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", ON_EMBEDDINGS)
+def test_what_peft_does_to_embeddings(method: str, tmp_path: Path) -> None:
+    run = trained("llama", tmp_path, method="peft", peft=ON_EMBEDDINGS[method][0])
+    assert torch.equal(logits(assemble(run.config, run.policy, CPU, adapter=run.adapter).model.eval()), run.logits)
+    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", ON_EMBEDDINGS)
+def test_what_peft_does_to_tied_embeddings_is_refused(method: str, tmp_path: Path) -> None:
+    config, message = ON_EMBEDDINGS[method]
+    with pytest.raises(UnsupportedError, match=message):  # noqa: PT012  (some are refused before they are trained)
+        run = trained("llama", tmp_path, model={"tie_word_embeddings": True}, method="peft", peft=config)
+        write(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_peft_on_the_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="adapter on the output head"):
+        trained("llama", tmp_path, method="peft", peft={**LORA, "target_modules": ["lm_head"]})
 
 
 @pytest.mark.parametrize("method", sorted(PROMPTS))

@@ -88,6 +88,19 @@ def test_stored_bytes_are_those_of_the_real_model(models: dict[str, Path], name:
     assert planned.optimizer == sum(t.nbytes for t in real.optimizer.state_tensors().values())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [{"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6]},
+     {"peft_type": "LORA", "target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+     {"peft_type": "LORA", "target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["tokens", "lora and tokens", "lora"],
+)  # fmt: skip
+def test_packing_is_planned_with_adapters_on_the_embedding(models: dict[str, Path], method: dict[str, Any]) -> None:
+    settings = config(models["llama"], adapter={"method": "peft", "peft": method})
+    assert settings.data.packing
+    assert make_plan(settings, device=DEVICE).fits
+
+
 def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) -> None:
     settings = config(models["llama"], data={"seq_len": 512}, train={"tokens_per_step": 2048})
     roomy = make_plan(settings, device=DEVICE)
