@@ -1,7 +1,7 @@
-"""Any method of the peft library on our (quantized) models.
+"""Methods of the peft library on our (quantized) models.
 
-A quantized linear layer is an nn.Linear whose `weight` has the logical shape, which is all that peft's methods ask
-of it; stacked experts are out of their reach.
+A quantized linear layer is an nn.Linear whose `weight` has the logical shape, which is all that most of peft's methods
+ask of it; stacked experts are out of their reach.
 """
 
 from __future__ import annotations
@@ -21,6 +21,38 @@ from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, ne
 
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
+# Of peft 0.21.2, trained, saved, loaded, and merged where they can be: tests/unit/adapters/test_peft_methods.py
+SERVED = frozenset({
+    "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING",
+    "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
+    "P_TUNING", "RANDLORA", "ROAD", "SUPERTUNING", "TRAINABLE_TOKENS", "UNILORA", "VERA",
+})  # fmt: skip
+_BY_VALUES = "it goes by the values of tensors, which a plan does not have"
+_BY_TASKS = "it needs the task of each example"
+_UNSERVED = {  # tried, too
+    "ADALORA": "ranks are dealt out by calls between steps, which only a training loop of its own makes",
+    "ADAMSS": _BY_VALUES,
+    "ADAPTION_PROMPT": "it takes the place of whole attention layers",
+    "CARTRIDGE": "it trains keys and values in a cache, which training here does without",
+    "CPT": "its loss weighs the tokens of its prompt",
+    "FROD": _BY_VALUES,
+    "MULTITASK_PROMPT_TUNING": _BY_TASKS,
+    "POLY": _BY_TASKS,
+    "SHADOW": "it trains a second model beside",
+    "SHIRA": _BY_VALUES,
+    "TINYLORA": _BY_VALUES,
+    "VBLORA": _BY_VALUES,
+    "WAVEFT": _BY_VALUES,
+    "XLORA": "it mixes adapters that are trained already",
+}
+_UNSERVED_OPTIONS = {
+    "arrow_config": "it routes between adapters that are trained already",
+    "kasa_config": "it cuts down the base weights, which are not trained here",
+    "layer_replication": "the model would have other layers than its files",
+    "monteclora_config": _BY_VALUES,
+    "velora_config": "it keeps activations in a form of its own, which plans do not know",
+}
+
 
 def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """Put the adapter that a peft config describes into `model`, and freeze everything else.
@@ -34,11 +66,12 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         Its adapters are float32.
 
     Raises:
-        ConfigError: no or an unknown `peft_type`, an unknown field, values that peft refuses, or parameters that are
-            out of its reach.
+        ConfigError: no or an unknown `peft_type`, one that is not served, an unknown field, values that peft refuses,
+            or parameters that are out of its reach.
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     settings = peft_config(config)
+    _check_served(settings)
     check_base_unchanged(
         settings.to_dict(), "adapter.peft", fix="leave init_lora_weights out: LoRA starts from nothing"
     )
@@ -117,6 +150,19 @@ def is_prompt_learning(config: Mapping[str, Any]) -> bool:
         ConfigError: no or an unknown `peft_type`.
     """
     return issubclass(config_class(config), peft.PromptLearningConfig)
+
+
+def _check_served(settings: Any) -> None:
+    name = settings.peft_type.value
+    if name not in SERVED:
+        raise ConfigError(
+            f"peft's {name} cannot be trained here: {_UNSERVED.get(name, 'it was never tried')}",
+            given=f"peft_type: {name}",
+            allowed=", ".join(sorted(SERVED)),
+        )
+    for option, why in _UNSERVED_OPTIONS.items():
+        if getattr(settings, option, None):
+            raise ConfigError(f"peft's {option} cannot be used here: {why}", given=option, fix="leave it out")
 
 
 def _check_parameters(model: nn.Module, settings: Any) -> None:

@@ -18,12 +18,14 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_ft.adapters.peft_format import load_through_peft
+from lowmem_ft.adapters.peft_format import load_through_peft, read_adapter_config
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.ops import QuantSpec
+
+_PARTS_OF_BASES = frozenset({"OSF", "PSOFT"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +41,10 @@ class PeftUpdate:
             trained = self.layer.modules_to_save[self.layer.active_adapters[0]]
             weight.copy_(trained.get_parameter(self.leaf))
             return
-        layer: Any = self.layer
+        layer: Any = copy.copy(self.layer)  # what peft notes down of a merge goes with it
         base = layer.base_layer
-        layer.base_layer = _plain(base, self.leaf, weight, transposed=transposed)
+        layer._modules = {**layer._modules, "base_layer": _plain(base, self.leaf, weight, transposed=transposed)}
+        layer.merged_adapters = []
         try:
             layer.merge(safe_merge=True)
             merged = getattr(layer.get_base_layer(), self.leaf).detach()
@@ -50,9 +53,6 @@ class PeftUpdate:
                 "peft cannot merge an adapter of this kind", given=f"{type(layer).__name__}: {error}",
                 fix="serve it as an adapter",
             ) from error  # fmt: skip
-        finally:
-            layer.base_layer = base
-            layer.merged_adapters = []
         turned = transposed and not isinstance(base, Conv1D)
         weight.copy_(merged.t() if turned else merged)
 
@@ -66,10 +66,17 @@ class TrainedThroughPeft:
 
     Raises:
         CheckpointError: as `load_adapter`.
-        UnsupportedError: one of two tied modules is trained.
+        UnsupportedError: one of two tied modules is trained, or a method that reads the bases to be loaded.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
+        kind = read_adapter_config(folder)["peft_type"]
+        if kind in _PARTS_OF_BASES:
+            raise UnsupportedError(
+                "an adapter of this kind cannot be merged: it is made from parts of the base weights, all at once",
+                given=f"peft_type {kind}",
+                fix="serve it as an adapter, or merge it with peft",
+            )
         model.to_empty(device="cpu")  # which unties what is tied
         load_through_peft(model, folder)
         self.model = model

@@ -9,10 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, trainable_parameters
 from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
-from lowmem_ft.adapters.peft_methods import inject_peft, is_prompt_learning
+from lowmem_ft.adapters.peft_methods import SERVED, inject_peft, is_prompt_learning
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.generate import complete
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
@@ -27,6 +28,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "boft": {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": ["q_proj"]},
     "ln_tuning": {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm", "norm"]},
     "lora_bias": {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "lora_bias": True},  # a variant of LoRA
+    "beft": {"peft_type": "BEFT", "target_modules": ["v_proj"]},
+    "c3a": {"peft_type": "C3A", "block_size": 12, "target_modules": ["q_proj", "v_proj"]},
+    "deft": {"peft_type": "DEFT", "r": 4, "target_modules": ["q_proj"]},
+    "delora": {"peft_type": "DELORA", "r": 4, "target_modules": ["q_proj"]},
+    "fourierft": {"peft_type": "FOURIERFT", "n_frequency": 20, "target_modules": ["q_proj"]},
+    "gralora": {"peft_type": "GRALORA", "r": 4, "gralora_k": 2, "target_modules": ["q_proj"]},
+    "hira": {"peft_type": "HIRA", "r": 4, "target_modules": ["q_proj"]},
+    "hra": {"peft_type": "HRA", "r": 4, "target_modules": ["q_proj"]},
+    "lily": {"peft_type": "LILY", "r": 4, "target_modules": ["q_proj"]},
+    "miss": {"peft_type": "MISS", "r": 4, "target_modules": ["q_proj"]},
+    "osf": {"peft_type": "OSF", "target_modules": ["q_proj"]},
+    "peanut": {"peft_type": "PEANUT", "r": 4, "target_modules": ["q_proj"]},
+    "psoft": {"peft_type": "PSOFT", "r": 4, "target_modules": ["q_proj"]},
+    "pvera": {"peft_type": "PVERA", "r": 4, "target_modules": ["q_proj"]},
+    "randlora": {"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj"]},
+    "road": {"peft_type": "ROAD", "group_size": 8, "target_modules": ["q_proj"]},
+    "supertuning": {"peft_type": "SUPERTUNING", "target_modules": ["q_proj"]},
+    "tokens": {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(range(131))},
+    "unilora": {"peft_type": "UNILORA", "r": 4, "theta_d_length": 64, "target_modules": ["q_proj"]},
     "prompt": {"peft_type": "PROMPT_TUNING", **PROMPT},
     "prefix": {"peft_type": "PREFIX_TUNING", **PROMPT},
     "p_tuning": {"peft_type": "p_tuning", "encoder_hidden_size": 16, **PROMPT},
@@ -108,6 +128,29 @@ def test_generated_tokens_are_those_of_whole_passes(method: str, name: str) -> N
     for _ in range(8):
         whole_1T = torch.cat((whole_1T, logits(model, whole_1T)[:, -1:].argmax(-1)), dim=1)
     assert said == str(whole_1T[0, ids_1T.shape[1] :].tolist())
+
+
+def test_those_that_were_tried_are_served_and_others_refused_by_name() -> None:
+    tried = {str(config["peft_type"]).upper() for config in METHODS.values()}
+    assert {*tried, "GLORA"} == SERVED
+    needed = {"CPT": {"cpt_token_ids": [3]}, "ADALORA": {"total_step": 3}}
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        if kind.value not in SERVED:
+            with pytest.raises(ConfigError, match=rf"peft's {kind.value} cannot be trained here[\s\S]*VERA"):
+                inject_peft(plain_model("llama"), {"peft_type": kind.value, **needed.get(kind.value, {})})
+
+
+def test_one_takes_unquantized_layers_alone() -> None:
+    config = {"peft_type": "GLORA", "r": 4, "target_modules": ["q_proj"]}
+    assert trainable_parameters(inject_peft(plain_model("llama"), config))
+    with pytest.raises(ConfigError, match="cannot put GLORA into this model"):
+        inject_peft(quantized_model("llama"), config)
+
+
+def test_options_of_lora_that_are_not_served() -> None:
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 2]]}
+    with pytest.raises(ConfigError, match="layer_replication cannot be used here"):
+        inject_peft(plain_model("llama"), config)
 
 
 def test_prompt_learning_is_told_apart() -> None:

@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 PROMPTS = {"prompt", "prefix", "p_tuning"}
+UNMERGED = {"osf", "psoft", "lily"}  # methods of peft that can be served as adapters alone
 
 
 def write(run: Trained, out: Path, base: Base = "dequantized", dtype: torch.dtype = torch.float32) -> Path:
@@ -170,12 +171,21 @@ def test_what_is_beyond_it_and_was_not_trained(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("method", sorted(set(PEFT_METHODS) - PROMPTS))
+@pytest.mark.parametrize("method", sorted(set(PEFT_METHODS) - PROMPTS - UNMERGED))
 def test_methods_of_peft(method: str, bits: int, tmp_path: Path) -> None:
     run = trained("qwen2", tmp_path, bits=bits, method="peft", peft=PEFT_METHODS[method])
     assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
     with pytest.raises(UnsupportedError, match="cannot serve this adapter"):
         plain_factors(MergedWeights(run.config, run.policy, run.adapter).trained, server="vLLM")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", sorted(UNMERGED))
+def test_methods_that_cannot_be_merged(method: str, tmp_path: Path) -> None:
+    run = trained("qwen2", tmp_path, method="peft", peft=PEFT_METHODS[method])
+    with pytest.raises(UnsupportedError, match=r"merge[\s\S]*serve it as an adapter"):
+        write(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
