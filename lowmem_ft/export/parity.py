@@ -134,17 +134,7 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
     most = min(TOKENS, max(2, LOGITS_BYTES // (2 * len(tokenizer))))
     sources = config.data.eval if text is None else str(text) if text.suffix.lower() in RECORDS else None
     if sources:
-        changes = {"seq_len": SEQUENCE, "assistant_only": False, "overlong": "truncate", "cache": None}
-        data = config.data.model_copy(update=changes)
-        common: dict[str, Any] = {"use": "eval", "task": lambda _: nullcontext(lambda *_: None)}
-        if text is None and learns_preferences(config):
-            data = config.data.model_copy(update={"cache": None})  # a shorter row may not hold an answer
-            answers, _ = read_preferences(sources, data, tokenizer, wanted="verdicts", **common)
-            some = (answers[at] for at in range(min(len(answers), most)))
-            few = [it.input_ids[:SEQUENCE] for pair in some for it in pair.documents]
-        else:
-            examples, _ = read_sources(sources, data, tokenizer, **common)
-            few = [examples[at].input_ids for at in range(min(len(examples), most))]
+        few = _read_records(config, sources, tokenizer, most, own=text is None)
         return HeldOut(sequences=_few(few, most), origin="data.eval" if text is None else str(text))
     if text is not None:
         try:
@@ -161,6 +151,24 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
     return HeldOut(
         sequences=_few([ids[at : at + SEQUENCE] for at in range(0, len(ids), SEQUENCE)], most), origin=origin
     )
+
+
+def _read_records(config: RunConfig, sources: Any, tokenizer: Any, most: int, *, own: bool) -> list[Sequence[int]]:
+    """Token ids of up to `most` records, of the run's `own` data or of a file whose format is found out."""
+    data = config.data.model_copy(update={"cache": None})
+    common: dict[str, Any] = {"use": "eval", "task": lambda _: nullcontext(lambda *_: None)}
+    try:
+        if own and learns_preferences(config):  # whole rows: a shorter one may not hold an answer
+            answers, _ = read_preferences(sources, data, tokenizer, wanted="verdicts", **common)
+            some = (answers[at] for at in range(min(len(answers), most)))
+            return [it.input_ids[:SEQUENCE] for pair in some for it in pair.documents]
+        changes = {"seq_len": SEQUENCE, "assistant_only": False, "overlong": "truncate"}
+        changes |= {} if own else {"format": "auto", "columns": {}}
+        examples, _ = read_sources(sources, data.model_copy(update=changes), tokenizer, **common)
+        return [examples[at].input_ids for at in range(min(len(examples), most))]
+    except DataError as error:
+        fix = "name what to check on with --text FILE: records, or plain text in a file such as FILE.txt"
+        raise DataError(error.what, given=error.given, allowed=error.allowed, fix=fix) from error
 
 
 def _few(sequences: Sequence[Sequence[int]], most: int) -> list[Sequence[int]]:

@@ -171,6 +171,20 @@ def test_text_to_check_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         held_out(config, model, tmp_path / "missing.txt")
 
 
+def test_text_of_ones_own_has_a_format_of_its_own(tmp_path: Path) -> None:
+    model = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
+    data = {"format": "chosen", "columns": {"chosen": "answer"}, "eval": str(tmp_path / "moved.jsonl")}
+    config = RunConfig.from_dict({"model": str(model), "data": data})
+    with pytest.raises(DataError, match=r"moved\.jsonl[\s\S]*--text FILE"):
+        held_out(config, model)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "one two three four five"}) + "\n")
+    assert held_out(config, model, tmp_path / "own.jsonl").sequences
+    (tmp_path / "other.jsonl").write_text(json.dumps({"what": "one two three four five"}) + "\n")
+    with pytest.raises(DataError, match="--text FILE: records, or plain text") as refused:
+        held_out(config, model, tmp_path / "other.jsonl")
+    assert "data.format" not in str(refused.value.fix)
+
+
 def test_bounds_are_bounds() -> None:
     fine = Parity(kl=1e-3, kl_most=1, top1=0.99, tokens=9)
     fine.check(SIXTEEN_BITS, what="It")
