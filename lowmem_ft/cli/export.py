@@ -27,7 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")
 
 def merge(
     target: Target,
-    out: Annotated[Path | None, typer.Option(help="A new folder. Default: `merged` in the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder. Default: `merged` in the run folder (a config's `output`).")
+    ] = None,
     adapter: Adapter = None,
     base: BaseOption = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (the default), float16 or float32.")] = None,
@@ -52,7 +54,7 @@ def merge(
     named = _one_of(dtype or "bfloat16", ("bfloat16", "float16", "float32"), "--dtype")
     kind = None if quantize is None else _one_of(quantize, ("nf4", "fp4", "int8"), "--quantize")
     reporter = Reporter(quiet=as_json)
-    run = _trained_run(target, adapter, out, device)
+    run, folder = _trained_run(target, adapter, out, "merged", device)
 
     import torch
 
@@ -64,7 +66,7 @@ def merge(
         spec = QuantSpec(bits=8) if kind == "int8" else QuantSpec(type="fp4" if kind == "fp4" else "nf4")
     done = merge_run(
         run,
-        out or run.scratch / "merged",
+        folder,
         base="original" if chosen == "original" else "dequantized",
         dtype=getattr(torch, named),
         quantize_to=spec,
@@ -79,7 +81,9 @@ def export(
     gguf: Annotated[str | None, typer.Option(help="The merged model in one file: f16, q8_0, q4_0 ...")] = None,
     gguf_adapter: Annotated[bool, typer.Option("--gguf-adapter", help="The adapter alone, for llama.cpp.")] = False,
     vllm: Annotated[bool, typer.Option("--vllm", help="The adapter alone, as a folder for vLLM.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A new folder. Default: a name in the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder. Default: a name in the run folder (a config's `output`).")
+    ] = None,
     adapter: Adapter = None,
     base: BaseOption = None,
     text: Text = None,
@@ -93,7 +97,7 @@ def export(
         raise ConfigError("--base concerns merged models.", given=base, fix="leave it out, or export --gguf TYPE")
     chosen = _one_of(base or "dequantized", ("dequantized", "original"), "--base")
     reporter = Reporter(quiet=as_json)
-    run = _trained_run(target, adapter, out, device)
+    run, folder = _trained_run(target, adapter, out, "gguf" if gguf else "vllm" if vllm else "gguf-adapter", device)
 
     from lowmem_ft.export.exports import export_gguf, export_gguf_adapter, export_vllm
     from lowmem_ft.export.gguf_file import TYPES
@@ -101,16 +105,16 @@ def export(
     if gguf is not None:
         done = export_gguf(
             run,
-            out or run.scratch / "gguf",
+            folder,
             kind=_one_of(gguf.lower(), TYPES, "--gguf"),
             base="original" if chosen == "original" else "dequantized",
             text=text,
             reporter=reporter,
         )
     elif vllm:
-        done = export_vllm(run, out or run.scratch / "vllm", text=text, reporter=reporter)
+        done = export_vllm(run, folder, text=text, reporter=reporter)
     else:
-        done = export_gguf_adapter(run, out or run.scratch / "gguf-adapter", text=text, reporter=reporter)
+        done = export_gguf_adapter(run, folder, text=text, reporter=reporter)
     _show(done.to_dict(), done.lines(), as_json)
 
 
@@ -122,7 +126,10 @@ def _show(found: dict[str, object], lines: list[str], as_json: bool) -> None:
         Console(highlight=False).print(line, soft_wrap=True)
 
 
-def _trained_run(target: Path, adapter: Path | None, out: Path | None, device: str | None) -> TrainedRun:
+def _trained_run(
+    target: Path, adapter: Path | None, out: Path | None, name: str, device: str | None
+) -> tuple[TrainedRun, Path]:
+    """What to export, and the folder for it: `out`, or `name` in the run folder."""
     config, plan, chosen = open_run(target, on_device(device), None if adapter is None else str(adapter))
     if not isinstance(chosen, Path):
         raise ConfigError("There is no adapter to export.", given=target, fix="--adapter FOLDER, or give a run folder")
@@ -134,14 +141,10 @@ def _trained_run(target: Path, adapter: Path | None, out: Path | None, device: s
 
     logging.disable_progress_bar()  # of loading what was written, beside the reporter's own
 
-    scratch = target if target.is_dir() else (out or Path(config.output)).absolute().parent
-    return TrainedRun(
-        config=config,
-        policy=plan.policy,
-        adapter=chosen,
-        device=find_device(config.budget.device).torch_device,
-        scratch=scratch,
-    )
+    folder = out or (target if target.is_dir() else Path(config.output)) / name
+    scratch = target if target.is_dir() else folder.absolute().parent
+    where = find_device(config.budget.device).torch_device
+    return TrainedRun(config=config, policy=plan.policy, adapter=chosen, device=where, scratch=scratch), folder
 
 
 def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:

@@ -46,14 +46,14 @@ class Factors:
         return self.A_KI.shape[0]
 
 
-def plain_factors(trained: TrainedWeights, *, server: str) -> list[Factors]:
+def plain_factors(trained: TrainedWeights, config: PretrainedConfig, *, server: str) -> list[Factors]:
     """The layers' updates, if they are all that was trained.
 
     Raises:
         UnsupportedError: DoRA, biases, whole modules or experts, which `server` has no place for.
     """
     if not isinstance(trained, Trained):
-        raise _unserved(server, "a method of peft other than LoRA, or a variant of LoRA")
+        raise _unserved(server, config, "a method of peft other than LoRA, or a variant of LoRA")
     injection = injection_of(trained.model)
     named = {
         "DoRA": injection.dora,
@@ -65,7 +65,7 @@ def plain_factors(trained: TrainedWeights, *, server: str) -> list[Factors]:
     }
     wrong = [name for name, is_there in named.items() if is_there]
     if wrong:
-        raise _unserved(server, ", ".join(wrong))
+        raise _unserved(server, config, ", ".join(wrong))
     found = []
     for path in injection.paths:
         adapter, update = adapter_at(trained.model, path), trained.update(f"{path}.weight")
@@ -75,12 +75,13 @@ def plain_factors(trained: TrainedWeights, *, server: str) -> list[Factors]:
     return found
 
 
-def _unserved(server: str, given: str) -> UnsupportedError:
+def _unserved(server: str, config: PretrainedConfig, given: str) -> UnsupportedError:
+    ways = "lowmem-ft merge, or export --gguf" if config.model_type in ARCHITECTURES else "lowmem-ft merge"
     return UnsupportedError(
         f"{server} cannot serve this adapter beside its base model.",
         given=given,
         allowed="LoRA and rsLoRA on linear layers",
-        fix="lowmem-ft merge, or export --gguf: a merged model has all of it",
+        fix=f"{ways}: a merged model has all of it",
     )
 
 
@@ -94,7 +95,7 @@ def write_vllm(trained: TrainedWeights, config: PretrainedConfig, adapter: Path,
         UnsupportedError: see `plain_factors`; a rank above 512; or a model, or one of its layers, on which vLLM puts no
             adapter.
     """
-    layers = plain_factors(trained, server="vLLM")
+    layers = plain_factors(trained, config, server="vLLM")
     if config.model_type in _NO_ADAPTERS_IN_VLLM:
         raise UnsupportedError(
             "vLLM takes no adapters on models of this architecture.", given=config.model_type,
@@ -139,7 +140,7 @@ def write_gguf_adapter(trained: TrainedWeights, config: PretrainedConfig, path: 
     """
     import gguf
 
-    layers = plain_factors(trained, server="llama.cpp")
+    layers = plain_factors(trained, config, server="llama.cpp")
     alpha = _common_alpha(layers)
     names, permutes, architecture = _names(layers, config)
     writer = gguf.GGUFWriter(None, architecture)
@@ -166,7 +167,7 @@ def unpack_gguf_adapter(
     """Write what a GGUF adapter says as peft's files into `folder`, to check it. Of `adapter` the config is read."""
     import gguf
 
-    layers = plain_factors(trained, server="llama.cpp")
+    layers = plain_factors(trained, config, server="llama.cpp")
     names, permutes, _ = _names(layers, config)
     paths = {name: path for path, name in names.items()}
     reader = gguf.GGUFReader(file)
@@ -196,7 +197,7 @@ def _names(layers: list[Factors], config: PretrainedConfig) -> tuple[dict[str, s
     if known is None:
         raise UnsupportedError(
             "This architecture cannot be written as GGUF here.", given=config.model_type,
-            allowed=", ".join(ARCHITECTURES),
+            allowed=", ".join(ARCHITECTURES), fix="lowmem-ft merge, and convert the folder with llama.cpp's own script",
         )  # fmt: skip
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known.name)
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

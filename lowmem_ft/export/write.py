@@ -28,11 +28,11 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
         nbytes: that will be written.
 
     Raises:
-        ConfigError: `out` holds something.
+        ConfigError: as `refuse_filled`.
         CheckpointError: no space, or nothing can be written there.
     """
-    out = out.absolute()
     refuse_filled(out)
+    out = Path(os.path.realpath(out))  # a folder is not renamed onto a link
     with _explained(out, nbytes):
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_orphans(out.parent, _prefix(out))
@@ -52,13 +52,19 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
 
 
 def refuse_filled(out: Path) -> None:
-    """Raise ConfigError if `out` is a file, or a folder that holds something."""
+    """Raise ConfigError if `out` is a file, a folder that holds something, or one in whose place no other can come."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "The output exists already.",
             given=out,
             allowed="a new or an empty folder",
             fix="name another one with --out, or delete this one",
+        )
+    if os.path.realpath(out) == os.path.realpath(os.curdir) or os.path.ismount(out):
+        raise ConfigError(
+            "The output cannot take the place of a folder that is in use: the current one, or a mounted one.",
+            given=out,
+            fix=f"name a folder in it: --out {out / 'NAME'}",
         )
 
 
@@ -84,7 +90,8 @@ def _explained(out: Path, nbytes: int) -> Iterator[None]:
             "There is no space left for what is exported." if full else "The export cannot be written.",
             given=f"{out}: {error.strerror or error}",
             allowed=f"{format_size(nbytes)} of free space" if full else None,
-            fix="free some space, or name a folder on another disk with --out",
+            fix=("free some space, or name a folder on another disk" if full else "name another folder")
+            + " with --out",
         ) from error
 
 

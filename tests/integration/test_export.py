@@ -98,6 +98,17 @@ def test_exports(
     assert found["check"]["kl"] <= found["bound"]["kl"]
 
 
+def test_with_a_config_it_goes_to_the_run_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (trained.parent / "config.yaml").read_text().replace(str(trained), str(tmp_path / "runs" / "other"))
+    (tmp_path / "config.yaml").write_text(text)
+    options = ["--adapter", trained / "adapter", "--json"]
+    done = run_here("merge", tmp_path / "config.yaml", *options, monkeypatch=monkeypatch, capfd=capfd)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "runs" / "other" / "merged")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -110,6 +110,14 @@ def test_what_servers_cannot_serve(kind: str, name: str, method: dict[str, Any],
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize(("name", "known"), [("llama", True), ("gemma2", False)])
+def test_gguf_is_named_where_it_can_be_written(kind: str, name: str, known: bool, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="lowmem-ft merge") as refused:
+        exported(trained(name, tmp_path, dora=True), tmp_path, kind)
+    assert ("export --gguf" in str(refused.value.fix)) == known
+
+
 def test_ranks_beyond_vllm(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="given:   513"):
         exported(trained("llama", tmp_path, rank=513, targets=["q_proj"]), tmp_path, "vllm")

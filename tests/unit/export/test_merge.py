@@ -175,8 +175,9 @@ def test_what_is_beyond_it_and_was_not_trained(tmp_path: Path) -> None:
 def test_methods_of_peft(method: str, bits: int, tmp_path: Path) -> None:
     run = trained("qwen2", tmp_path, bits=bits, method="peft", peft=PEFT_METHODS[method])
     assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+    weights = MergedWeights(run.config, run.policy, run.adapter)
     with pytest.raises(UnsupportedError, match="cannot serve this adapter"):
-        plain_factors(MergedWeights(run.config, run.policy, run.adapter).trained, server="vLLM")
+        plain_factors(weights.trained, weights.model.config, server="vLLM")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -272,6 +273,35 @@ def test_no_space(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no space left"), new_folder(tmp_path / "out", nbytes=2**60):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    if there:
+        (tmp_path / "place").mkdir()
+    with new_folder(tmp_path / "link", nbytes=0) as folder:
+        (folder / "whole").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "whole").read_text() == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "place"}
+
+
+def test_a_folder_in_use_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="the current one"), new_folder(Path(), nbytes=0):
+        pass
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(ConfigError, match="--out mounted/NAME"), new_folder(Path("mounted"), nbytes=0):
+        pass
+
+
+@pytest.mark.parametrize("out", ["/proc/x/y", "/dev/null/x"])
+def test_a_path_that_is_wrong_is_not_called_full(out: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written") as refused, new_folder(Path(out), nbytes=0):
+        pass
+    assert refused.value.fix == "name another folder with --out"
 
 
 SLOW = """
