@@ -118,7 +118,8 @@ def tiny_model(
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, device=device)
-            centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            # Gemma multiplies by 1 + weight: with 2 for q and k attention would pick one token, and blow up all rounding
+            centre = 1.0 if "norm" in key and key.endswith("weight") and not name.startswith("gemma") else 0.0
             parameter.copy_(centre + noise * (0.1 if parameter.dim() < 2 else 0.08))
     model.tie_weights()
     return model.eval()
