@@ -70,6 +70,14 @@ class TrainedRun:
         chosen = dtype or (torch.float32 if self.compute_dtype == torch.float32 and not quantized else "auto")
         return self.transformers_logits(folder, text, dtype=chosen)
 
+    def exact_logits(self, folder: Path, text: HeldOut) -> list[Tensor]:
+        """What a folder in 16 bits says in fp32; where that does not fit, block by block, each of twice its size."""
+        nbytes = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if self.fits(nbytes):
+            return self.transformers_logits(folder, text, dtype=torch.float32)
+        moved = self.config.model_copy(update={"model": str(folder), "cache": None})
+        return self._assembled(moved, replace(self._in_16_bits(nbytes), compute_dtype="float32"), False, text)
+
     def transformers_logits(self, folder: Path, text: HeldOut, **options: Any) -> list[Tensor]:
         """The logits of a model that `from_pretrained` loads with these options."""
         trust = self.config.trust_remote_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,20 +12,33 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError, ParityError, UnsupportedError
 from lowmem_ft.export import parity
 from lowmem_ft.export.merge import Merge, merge, write_quantized
 from lowmem_ft.export.models import TrainedRun
-from lowmem_ft.export.parity import FOUR_BITS, SIXTEEN_BITS, Bound, Parity, compare, four_bits, held_out
+from lowmem_ft.export.parity import (
+    FOUR_BITS,
+    ROUNDED_MOST,
+    SIXTEEN_BITS,
+    Bound,
+    Parity,
+    compare,
+    four_bits,
+    held_out,
+    sixteen_bits,
+)
 from lowmem_ft.export.trained import Trained as Adapter
 from lowmem_ft.export.weights import MergedWeights
 from lowmem_ft.export.write import new_folder
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.report.progress import Reporter
+from tests.models import save_tiny
 from tests.unit.adapters.helpers import error
 from tests.unit.export.runs import CPU, Trained, trained
+from tests.unit.quant.loading import change_tensors
 
 QUIET = Reporter(quiet=True)
 
@@ -107,6 +121,30 @@ def test_a_wrong_merge_is_an_error_and_is_not_kept(tmp_path: Path, monkeypatch: 
     with pytest.raises(ParityError, match="does not compute what it should"):
         merged(made, tmp_path, dtype=torch.float32)
     assert set(tmp_path.iterdir()) == before
+
+
+def hard_attention(folder: Path) -> Path:
+    """A tiny Gemma whose norms of q and k scale scores by nine: attention is nearly hard, and blows up all rounding."""
+    save_tiny("gemma3", folder)
+    file = folder / "model.safetensors"
+    norms = {key: it for key, it in load_file(file).items() if key.endswith(("q_norm.weight", "k_norm.weight"))}
+    change_tensors(file, {key: it + 2 for key, it in norms.items()})
+    return folder
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rounding_is_told_from_a_wrong_merge(fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trained("gemma3", tmp_path, base=hard_attention(tmp_path / "base"), dtype="bfloat16")
+    monkeypatch.setattr(TrainedRun, "fits", lambda self, nbytes: fits)
+    done = merged(made, tmp_path)
+    assert not done.check.is_within(SIXTEEN_BITS)
+    assert SIXTEEN_BITS.kl < done.bound.kl <= ROUNDED_MOST.kl
+    shutil.rmtree(done.folder)
+    adapted = Adapter.is_adapted
+    wrong = "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(Adapter, "is_adapted", lambda self, name: name != wrong and adapted(self, name))
+    with pytest.raises(ParityError, match="does not compute what it should"):
+        merged(made, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [QuantSpec(), QuantSpec(type="fp4", double_quant=False), QuantSpec(bits=8)], ids=str)
@@ -196,6 +234,15 @@ def test_bounds_are_bounds() -> None:
         replace(one_of_few, clear_top1=31 / 33).check(SIXTEEN_BITS, what="It")
     with pytest.raises(ParityError):
         replace(one_of_few, kl=5e-3).check(SIXTEEN_BITS, what="It")
+
+
+def test_sixteen_bits_are_held_against_the_rounding_of_the_model() -> None:
+    def rounding(kl: float, clear_top1: float) -> Bound:
+        return sixteen_bits(Parity(kl=kl, kl_most=1, top1=1, tokens=9, clear_top1=clear_top1))
+
+    assert rounding(1e-4, 1.0) == SIXTEEN_BITS
+    assert rounding(5e-3, 0.96) == Bound(kl=pytest.approx(1.5e-2), top1=pytest.approx(0.88))
+    assert rounding(1.0, 0.1) == rounding(math.inf, 0.0) == ROUNDED_MOST
 
 
 def test_four_bits_are_held_against_the_quantization_of_the_run() -> None:
