@@ -20,7 +20,7 @@ from lowmem_ft.adapters.inject import (
     parameter_groups,
     trainable_parameters,
 )
-from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter
+from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter, warn_of_other_base
 from lowmem_ft.adapters.peft_methods import inject_peft
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
@@ -175,7 +175,7 @@ def assemble(
     attention = model.config._attn_implementation
     if loaded is not None:
         loaded()
-    equipped = _equip(model, config.adapter, adapter, dtype)
+    equipped = _equip(model, config.adapter, adapter, dtype, base=None if simulated else config.model)
     if objective is not None and objective.has_reference:
         _refuse_trained_reference(equipped)
     if streaming is not None:
@@ -312,9 +312,14 @@ def attention_of(config: Any) -> str | None:
 
 
 def _equip(
-    model: PreTrainedModel, settings: AdapterConfig, adapter: bool | str | Path, compute_dtype: torch.dtype
+    model: PreTrainedModel,
+    settings: AdapterConfig,
+    adapter: bool | str | Path,
+    compute_dtype: torch.dtype,
+    *,
+    base: str | None,
 ) -> Any:
-    """Put the adapter that was asked for into `model`."""
+    """Put the adapter that was asked for into `model`, and warn if it names another base than `base`."""
     if adapter is False:
         return model
     # fp16 keeps too few digits for weights that learn by small steps; fp32 runs keep everything in fp32
@@ -328,7 +333,10 @@ def _equip(
                 allowed=f"{', '.join(get_args(Init))}, or the folder of a saved adapter",
                 fix="check the path, if it is one; PiSSA and others that change the base are not possible here",
             )
-        return load_adapter(model, adapter_folder(saved), dropout=settings.dropout, dtype=dtype)
+        folder = adapter_folder(saved)
+        if base is not None:
+            warn_of_other_base(folder, base)
+        return load_adapter(model, folder, dropout=settings.dropout, dtype=dtype)
     if settings.method == "peft":
         assert settings.peft is not None, "the config refuses method peft without its keys"
         return inject_peft(model, settings.peft)

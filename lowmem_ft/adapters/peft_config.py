@@ -136,6 +136,9 @@ def read_lora_config(settings: Mapping[str, Any], folder: Path) -> Any:
     """
     given = {key: deepcopy(value) for key, value in settings.items() if key in _READ and value is not None}
     try:
+        for key in ("r", "lora_alpha"):  # of what is null peft takes its default, but not of these
+            if settings.get(key, 0) is None:
+                raise ValueError(f"{key} is null")
         config = peft.LoraConfig(**given)
         patterns = [*config.rank_pattern, *config.alpha_pattern]
         for pattern in patterns + ([config.target_modules] if isinstance(config.target_modules, str) else []):

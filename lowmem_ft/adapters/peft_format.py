@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,6 +154,32 @@ def adapter_folder(folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     inside = folder / "adapter"
     return inside if (inside / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
+
+
+def warn_of_other_base(folder: str | Path, base_model: str) -> None:
+    """Warn if the adapter says that it was trained on another base, which of the same shape loads without a word.
+
+    Args:
+        folder: of the adapter.
+        base_model: path or hub id; of both only names count, as folders move.
+
+    Raises:
+        CheckpointError: as `read_adapter_config`.
+    """
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    if isinstance(named, str) and named and not _names(named) & _names(base_model):
+        warnings.warn(
+            f"the adapter in {folder} says that it was trained on {named}, and this is {base_model}: on another model "
+            "it computes something else",
+            stacklevel=4,
+        )
+
+
+def _names(base: str) -> set[str]:
+    """The last part of a path or hub id, of where links lead, and of the id that a folder in the hub's cache is of."""
+    path = Path(base)
+    cached = {part.rpartition("--")[2] for part in path.parts if part.startswith("models--")}
+    return {name.lower() for name in (path.name, path.resolve().name, *cached)}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

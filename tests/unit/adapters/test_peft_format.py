@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import inject_lora, is_injected, trainable_parameters
-from lowmem_ft.adapters.peft_format import adapter_tensors, load_adapter, read_adapter_config, save_adapter
+from lowmem_ft.adapters.peft_format import (
+    adapter_tensors,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+    warn_of_other_base,
+)
 from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError, UnsupportedError
 from tests.models import ARCHITECTURES
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, shake
@@ -193,6 +199,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "inf": (edit_tensors(lambda t: t[A_KEY][0].fill_(torch.inf)), CheckpointError, "NaN or Inf"),
     "rank": (edit_config(r=5), CheckpointError, "another shape"),
     "rank zero": (edit_config(r=0), CheckpointError, "config is not valid"),
+    "no alpha": (edit_config(lora_alpha=None), CheckpointError, "lora_alpha is null"),
     "broken pattern": (edit_config(rank_pattern={"(": 3}), CheckpointError, "config is not valid"),
     "no such layers": (edit_config(target_modules=["c_attn"]), CheckpointError, "made for another model"),
     "more layers": (edit_config(target_modules=["q_proj", "v_proj"]), CheckpointError, "lacks 4 tensors"),
@@ -241,6 +248,29 @@ def test_an_adapter_of_another_model_says_of_which(layers: int, tmp_path: Path) 
         load_adapter(model, tmp_path)
     assert caught.value.fix is not None
     assert caught.value.fix.startswith("it was trained on models/one, and this is models/other")
+
+
+@pytest.mark.parametrize(
+    ("base", "same"),
+    [
+        ("meta-llama/Llama-3", True),
+        ("/models/llama-3/", True),
+        ("/cache/models--meta-llama--Llama-3/snapshots/0123", True),
+        ("/models/latest", True),
+        ("/models/Llama-2", False),
+        ("meta-llama/Llama-3.1", False),
+    ],
+)
+def test_another_base_is_warned_of_by_name(
+    base: str, same: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "Llama-3").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "Llama-3")
+    save_adapter(trained(plain_model("llama"), targets=["q_proj"]), tmp_path / "adapter", base_model="hub/Llama-3")
+    recwarn.clear()
+    warn_of_other_base(tmp_path / "adapter", base.replace("/models/latest", str(tmp_path / "latest")))
+    assert len(recwarn) == (0 if same else 1)
+    assert same or "trained on hub/Llama-3" in str(recwarn[0].message)
 
 
 def test_two_values_for_one_tied_tensor_are_refused(tmp_path: Path) -> None:

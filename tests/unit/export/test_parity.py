@@ -183,6 +183,14 @@ def test_a_model_that_does_not_fit_is_streamed(tmp_path: Path, monkeypatch: pyte
     assert done.other is not None
 
 
+def test_another_base_of_the_same_shape_is_warned_of(tmp_path: Path) -> None:
+    made = trained("llama", tmp_path)
+    save_tiny("llama", tmp_path / "other", seed=1)
+    moved = replace(made, config=made.config.model_copy(update={"model": str(tmp_path / "other")}))
+    with pytest.warns(UserWarning, match=r"trained on .*/base, and this is .*/other"):
+        merged(moved, tmp_path)
+
+
 def test_what_is_there_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trained("llama", tmp_path)
     (tmp_path / "out").mkdir()
