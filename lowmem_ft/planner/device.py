@@ -123,7 +123,7 @@ def find_device(name: str) -> Device:
         "No such device.",
         given=name,
         allowed=f"{', '.join(present)}, or a profile (`lowmem-ft profiles list`)",
-        fix=f"did you mean '{close}'?" if close else "set budget.device, or leave it at auto",
+        fix=f"did you mean '{close}'?" if close else "set budget.device (or --device), or leave it at auto",
     )
 
 

@@ -297,8 +297,8 @@ class Stage:
         ):
             tracer.phase, tracer.block = "eval", None
             ids_1T = torch.zeros((1, length), dtype=torch.int64, device="meta")
-            # masks and positions, which generating makes
-            beside = [ids_1T.new_zeros((1, virtual + length)) for _ in range(3 if virtual else 2)]
+            # masks and positions, which generating makes; before a prompt that is learnt each twice
+            beside = [ids_1T.new_zeros((1, virtual + length)) for _ in range(4 if virtual else 2)]
             options: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
             if virtual:
                 options["attention_mask"] = torch.ones_like(ids_1T)

@@ -61,7 +61,9 @@ def test_learnt_prompts_are_counted(method: str, name: str, tmp_path: Path) -> N
     config = settings(save_tiny(name, tmp_path), adapter=adapter, policy=kept)
     policy, scales = weighed(config)
     policy = replace(policy, keep_blocks=scales.depth, recompute_blocks=0)
-    assert 1 <= predicted_over_measured(config, policy, scales) <= 1.03  # measured 1.003 to 1.018
+    assert (
+        1 <= predicted_over_measured(config, policy, scales) <= 1.03
+    )  # measured 1.001 to 1.022 (transformers 5.17 and 5.24)
 
 
 def predicted_over_measured(config: RunConfig, policy: Policy, scales: Scales) -> float:
