@@ -33,6 +33,8 @@ LOSS_CHUNKS = (32, 128, 512)  # tokens; a larger one reads the head's weight les
 STREAMED_CHUNKS = (32, 512, 2048)  # but where the head comes up for each chunk; it keeps logits of one tile
 MLP_TILES = (4096, 1024)  # tokens; each tile dequantizes the MLP's weights again, which takes less time with large ones
 WORTH_TILES = 2  # tiles that a micro-batch has at least, as the sum of their gradients takes memory, too
+# Of a micro-batch. A plan traces every chunk of the loss: it took 5 s of a CPU per million tokens, and memory alike
+MOST_TOKENS = 1 << 21
 ATTENDING = 0.15  # of a block's products: below it, keeping attention was planned to make a step 0.1% faster
 
 
@@ -255,6 +257,30 @@ def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> 
         loss_chunk_tokens=1,
         keep_attention=bool(config.policy.keep_attention),
     )
+
+
+def refuse_sizes(config: RunConfig) -> None:
+    """Of micro-batches: what is too large to be planned."""
+    pinned, shortest = config.policy.micro_batch_tokens or 0, lanes(config) * config.data.seq_len
+    if max(pinned, shortest) > MOST_TOKENS:
+        key = "data.seq_len" if shortest > MOST_TOKENS else "policy.micro_batch_tokens"
+        raise ConfigError(
+            "Micro-batches of so many tokens cannot be planned.",
+            given=f"{key}: {config.data.seq_len if shortest > MOST_TOKENS else pinned}",
+            allowed=f"at most {MOST_TOKENS // (lanes(config) if shortest > MOST_TOKENS else 1)}",
+            fix=f"set a smaller {key}",
+        )
+
+
+def groups_of(count: int, most: int) -> list[int]:
+    """How large the groups may be into which `count` is divided as evenly as can be: each ceil(count / n) up to `most`,
+    ascending."""
+    found, times = {1}, math.ceil(count / most)
+    while times < count:
+        whole = (count - 1) // times
+        found.add(whole + 1)
+        times = (count - 1) // whole + 1  # the next number of groups with which they are smaller
+    return sorted(found)
 
 
 def replace_rows(policy: Policy, rows: int, seq_len: int, tokens: int) -> Policy:

@@ -14,7 +14,17 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, step_tokens
 from lowmem_ft.planner.answer import Answer, Option
-from lowmem_ft.planner.choices import MLP_TILES, WORTH_TILES, Choices, Place, first_policy, replace_rows
+from lowmem_ft.planner.choices import (
+    MLP_TILES,
+    MOST_TOKENS,
+    WORTH_TILES,
+    Choices,
+    Place,
+    first_policy,
+    groups_of,
+    refuse_sizes,
+    replace_rows,
+)
 from lowmem_ft.planner.device import Device, cost_of, links_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import process_estimate, process_peak
@@ -60,6 +70,7 @@ class Search:
     """
 
     def __init__(self, config: RunConfig, device: Device, bits: Literal[4, 8, 16], *, base: Base | None = None) -> None:
+        refuse_sizes(config)
         self.config, self.device, self.bits = config, device, bits
         self._start = first_policy(config, device, bits)
         self.scales = Scales(
@@ -94,8 +105,8 @@ class Search:
         self.tokens = step_tokens(config)
         groups = self.tokens // (together * seq_len)
         self._estimated: dict[Policy, Option] = {}
-        choices = {math.ceil(groups / times) for times in range(1, groups + 1)}
-        taken = sorted(choices) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
+        most = max(1, MOST_TOKENS // (together * seq_len))
+        taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
         self._attentions = self.choices.attentions()
 

@@ -19,10 +19,12 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.plan_words import budget_words
 from lowmem_ft.core.positions import positions_of
+from lowmem_ft.core.preference import lanes
 from lowmem_ft.core.sizes import format_least, format_size
 from lowmem_ft.data.sources import load_readers
 from lowmem_ft.planner.answer import Answer, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
+from lowmem_ft.planner.choices import MOST_TOKENS
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.search import NEAR, Search
@@ -164,10 +166,8 @@ def _precisions(config: RunConfig) -> tuple[Literal[4, 8, 16], ...]:
 def _with_longest_sequence(config: RunConfig, device: Device) -> RunConfig:
     """`config` with the longest sequences whose smallest policy fits; with the shortest if not even these do."""
     budget = _budget(config, device)
-    longest = (
-        positions_of(Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False).config)
-        or LONGEST
-    )
+    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    longest = min(positions_of(checkpoint.config) or LONGEST, MOST_TOKENS // lanes(config))
 
     def of(steps: int) -> RunConfig:
         length = min(steps * CONTEXT_STEP, longest)

@@ -1,6 +1,8 @@
 """The solver: the best that fits, by brute force too; stored bytes are exact; pins, objectives, and what to change."""
 
 import gc
+import math
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner.answer import write_plan
-from lowmem_ft.planner.choices import products_of
+from lowmem_ft.planner.choices import groups_of, products_of
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.reserve import PROCESS_SLACK, process_peak
 from lowmem_ft.planner.search import Search
@@ -99,6 +101,29 @@ def test_packing_is_planned_with_adapters_on_the_embedding(models: dict[str, Pat
     settings = config(models["llama"], adapter={"method": "peft", "peft": method})
     assert settings.data.packing
     assert make_plan(settings, device=DEVICE).fits
+
+
+@pytest.mark.parametrize(
+    ("sections", "given"),
+    [({"data": {"seq_len": 10**9}, "train": {"tokens_per_step": 10**9}}, "data.seq_len: 1000000000"),
+     ({"train": {"tokens_per_step": 10**9}, "policy": {"micro_batch_tokens": 10**9}}, "policy.micro_batch_tokens")],
+    ids=["sequences", "micro-batches"],
+)  # fmt: skip
+def test_what_is_too_large_to_plan_is_refused_at_once(
+    models: dict[str, Path], sections: dict[str, Any], given: str
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=given):
+        make_plan(config(models["llama"], **sections), device=DEVICE)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 32, 1000])
+def test_groups_are_as_even_as_can_be(count: int) -> None:
+    every = sorted({math.ceil(count / times) for times in range(1, count + 1)})
+    assert groups_of(count, count) == every
+    assert groups_of(count, 5) == [group for group in every if group <= 5]
+    assert len(groups_of(10**15, 8)) == 8
 
 
 def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) -> None:
