@@ -126,7 +126,8 @@ class TrainedThroughPeft:
             raise UnsupportedError(
                 "the adapter changes one of two tied modules, which merged are no longer tied",
                 given=changed[0],
-                fix="merge it with peft into a model with tie_word_embeddings: false",
+                fix="merge it with peft into a model with tie_word_embeddings: false; a run with method: lora and "
+                "train_modules keeps them tied",
             )
 
     def _owner(self, name: str) -> nn.Module:
