@@ -20,8 +20,8 @@ from lowmem_ft.adapters.inject import (
     parameter_groups,
     trainable_parameters,
 )
-from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter, warn_of_other_base
-from lowmem_ft.adapters.peft_methods import inject_peft
+from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter, read_adapter_config, warn_of_other_base
+from lowmem_ft.adapters.peft_methods import check_served, inject_peft
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
@@ -334,6 +334,8 @@ def _equip(
                 fix="check the path, if it is one; PiSSA and others that change the base are not possible here",
             )
         folder = adapter_folder(saved)
+        if adapter is True:  # it is trained on
+            check_served(read_adapter_config(folder))
         if base is not None:
             warn_of_other_base(folder, base)
         return load_adapter(model, folder, dropout=settings.dropout, dtype=dtype)

@@ -71,7 +71,7 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     settings = peft_config(config)
-    _check_served(settings)
+    check_served(config)
     check_base_unchanged(
         settings.to_dict(), "adapter.peft", fix="leave init_lora_weights out: LoRA starts from nothing"
     )
@@ -152,8 +152,13 @@ def is_prompt_learning(config: Mapping[str, Any]) -> bool:
     return issubclass(config_class(config), peft.PromptLearningConfig)
 
 
-def _check_served(settings: Any) -> None:
-    name = settings.peft_type.value
+def check_served(config: Mapping[str, Any]) -> None:
+    """Refuse a peft config whose method, or an option of it, cannot be trained here.
+
+    Raises:
+        ConfigError: why.
+    """
+    name = str(config["peft_type"]).upper()
     if name not in SERVED:
         raise ConfigError(
             f"peft's {name} cannot be trained here: {_UNSERVED.get(name, 'it was never tried')}",
@@ -161,7 +166,7 @@ def _check_served(settings: Any) -> None:
             allowed=", ".join(sorted(SERVED)),
         )
     for option, why in _UNSERVED_OPTIONS.items():
-        if getattr(settings, option, None):
+        if config.get(option):
             raise ConfigError(f"peft's {option} cannot be used here: {why}", given=option, fix="leave it out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, trainable_parameters
 from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
 from lowmem_ft.adapters.peft_methods import SERVED, inject_peft, is_prompt_learning
+from lowmem_ft.assemble import assemble
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.generate import complete
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
+from tests.unit.export.runs import trained
 
 PROMPT = {"num_virtual_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -138,6 +142,15 @@ def test_those_that_were_tried_are_served_and_others_refused_by_name() -> None:
         if kind.value not in SERVED:
             with pytest.raises(ConfigError, match=rf"peft's {kind.value} cannot be trained here[\s\S]*VERA"):
                 inject_peft(plain_model("llama"), {"peft_type": kind.value, **needed.get(kind.value, {})})
+
+
+def test_training_does_not_go_on_from_those_that_are_not_served(tmp_path: Path) -> None:
+    run = trained("llama", tmp_path)
+    file = run.adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "VBLORA"}))
+    config = RunConfig.from_dict({"model": run.config.model, "adapter": {"init": str(run.adapter)}})
+    with pytest.raises(ConfigError, match="peft's VBLORA cannot be trained here"):
+        assemble(config, run.policy, torch.device("meta"))
 
 
 def test_one_takes_unquantized_layers_alone() -> None:
