@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowmem_ft.generate import Answer
 
 HELP = "/reset begins anew, /system TEXT sets the system message and begins anew, /exit or end of input ends"
-COMMAND = re.compile(r"/[a-z]+")  # a path goes on behind that
+COMMAND = re.compile(r"/[A-Za-z]+")  # a path goes on behind that
 NOTES = {
     "length": "cut by --max-new-tokens",
     "positions": "cut: the model has no further positions; /reset begins anew",
