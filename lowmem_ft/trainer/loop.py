@@ -355,7 +355,7 @@ class _Loop:
         if self.eval_examples and self.config.train.keep_best and self.folder.best.exists():
             state.restore_weights(self.ready.trainable, state.read_checkpoint(self.folder.best)[0])
             self.eval_loss = self.best_loss
-        save_adapter(self.ready.model, self.folder.adapter, base_model=self.config.model)
+        save_adapter(self.ready.model, self.folder.adapter, base_model=self.config.rooted().model)
         run = self._result("finished")
         self.folder.write("report.html", run_page(run))
         self.folder.write("adapter/README.md", model_card(run))
