@@ -208,24 +208,31 @@ def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[s
     return found
 
 
+def peer_model(folder: Path, device: Any) -> Any:
+    """What peers train: NF4 with double quantization, quantized by transformers as it loads."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": str(device)}
+    )
+
+
 def peer_step(model_folder: Path, device: Any, *, liger: bool) -> Any:
     """transformers + peft + bitsandbytes with gradient checkpointing, in bf16 autocast as their Trainer does it."""
     import torch
     from bitsandbytes.optim import PagedAdamW8bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": str(device)}
-    )
+    model = peer_model(model_folder, device)
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -264,15 +271,9 @@ def trainer_peer(side: str, model_folder: Path, device: Any, tokens_BT: Any) -> 
         adapter = None
     else:
         from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from transformers import AutoTokenizer
 
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(
-            model_folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": str(device)}
-        )
+        model = peer_model(model_folder, device)
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
