@@ -196,8 +196,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_share(tmp_path_factory.mktemp("planned"), train=4, eval=4)
     settings = config(data, budget={"memory": "4GiB"})
     folder = RunFolder(data / "run")
-    folder.start(settings, resume=False)
-    folder.write_plan(make_plan(settings))
+    folder.start(settings, make_plan(settings))
     return folder.path
 
 
