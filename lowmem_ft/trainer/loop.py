@@ -181,6 +181,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.identity = identity_of(self.config, self.plan.policy)
+        self.held_out = held_out_identity(self.config, self.eval_examples)
         if self.ready.device.type == "cpu":
             self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
         self.recovery = Recovery(
@@ -319,7 +320,7 @@ class _Loop:
                 "recovery": self.recovery.state_dict(),
                 "eval_loss": self.eval_loss,
                 "evaluated": self.evaluated,
-                "held_out": held_out_identity(self.config, self.eval_examples),
+                "held_out": self.held_out,
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
                 "identity": self.identity,
             },
@@ -338,8 +339,7 @@ class _Loop:
         self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
         self.step = meta["step"]
-        held_out = held_out_identity(self.config, self.eval_examples)
-        if meta.get("held_out", held_out) == held_out:
+        if meta.get("held_out", self.held_out) == self.held_out:
             self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         else:
