@@ -26,6 +26,7 @@ from lowmem_ft.data.packing import Batch, as_bounds
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
 _DROPOUTS = ("attention_dropout", "attn_pdrop")  # of attention, as configurations call it
+_LAYER_TYPES = "full_attention", "sliding_attention", "chunked_attention"  # those that attend
 PROBE_TOKENS = 8
 # Relative difference of the hidden states of two copies of a document in one row, which differ only by where they
 # stand. Measured on the architectures of tests/models.py (CPU, bf16 and fp32): at most 0.0005 with restarted
@@ -37,7 +38,8 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype
     """Keyword arguments for the decoder's forward (`model.base_model`) that isolate the documents of `batch`.
 
     A batch of one document per row needs none: padding stands behind the document, where causal attention never
-    looks, and the model takes its fast path (`is_causal`) with the positions it counts itself. Otherwise
+    looks, and the model takes its fast path (`is_causal`) with the positions it counts itself. But where rows are
+    longer than a layer looks back, our own attention is told here, or transformers would make masks for it. Otherwise
     `attention_mask` is a (B, 1, T, T) tensor, or a dictionary of them for a model whose layers differ
     (`config.layer_types`), and `position_ids` is passed where the decoder takes it.
 
@@ -48,41 +50,41 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype
     Raises:
         UnsupportedError: the attention implementation or a layer type takes no such mask.
     """
-    if not batch.packed:
-        return {}
     config, rows = model.base_model.config, batch.input_ids
-    implementation = config._attn_implementation
+    implementation, layer_types = config._attn_implementation, getattr(config, "layer_types", None) or []
     if implementation == ATTENTION and model.training and any(getattr(config, name, 0) for name in _DROPOUTS):
         implementation = "sdpa"  # which draws, and would make a mask in each layer
+    unknown = sorted(set(layer_types) - set(_LAYER_TYPES))
+    if batch.packed and unknown:
+        raise UnsupportedError(
+            f"Packing cannot be isolated for {config.model_type}: some layers do not attend, but carry a state along.",
+            given=", ".join(unknown),
+            allowed=", ".join(_LAYER_TYPES),
+            fix="set data.packing: false",
+        )
+    windows = _windows(config, rows.shape[1])
+    if not batch.packed and (implementation != ATTENTION or unknown or not any(windows.values())):
+        return {}
     masks = {
-        kind: _in_form_for(implementation, documents(batch, **limits), rows, dtype)
-        for kind, limits in _windows(config).items()
+        kind: _in_form_for(implementation, documents(batch, **limits), rows, dtype) if batch.packed or limits else None
+        for kind, limits in windows.items()
     }
-    inputs: dict[str, Any] = {"attention_mask": masks if getattr(config, "layer_types", None) else masks["all"]}
-    if "position_ids" in _parameters(type(model.base_model).forward):
+    inputs: dict[str, Any] = {"attention_mask": masks if layer_types else masks["all"]}
+    if batch.packed and "position_ids" in _parameters(type(model.base_model).forward):
         inputs["position_ids"] = batch.position_ids
     return inputs
 
 
-def _windows(config: Any) -> dict[str, dict[str, int]]:
-    """Limits on how far each layer type looks back; the one type of a uniform model is called `all`."""
+def _windows(config: Any, length: int) -> dict[str, dict[str, int]]:
+    """Limits on how far each layer type looks back in rows of this length; the type of a uniform model is `all`."""
     sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    window = {"window": sliding} if sliding is not None and sliding <= length else {}
+    cut = {"chunk": chunk} if chunk is not None and chunk <= length else {}
     layer_types = getattr(config, "layer_types", None)
     if not layer_types:
-        return {"all": {"window": sliding} if sliding is not None else {"chunk": chunk} if chunk is not None else {}}
-    known: dict[str, dict[str, Any]] = {
-        "full_attention": {},
-        "sliding_attention": {"window": sliding},
-        "chunked_attention": {"chunk": chunk},
-    }
-    if unknown := sorted(set(layer_types) - set(known)):
-        raise UnsupportedError(
-            f"Packing cannot be isolated for {config.model_type}: some layers do not attend, but carry a state along.",
-            given=", ".join(unknown),
-            allowed=", ".join(known),
-            fix="set data.packing: false",
-        )
-    return {kind: known[kind] for kind in known if kind in layer_types}
+        return {"all": cut if sliding is None else window}
+    limits = dict(zip(_LAYER_TYPES, ({}, window, cut), strict=True))
+    return {kind: limits[kind] for kind in _LAYER_TYPES if kind in layer_types}
 
 
 def documents(batch: Batch, *, window: int | None = None, chunk: int | None = None) -> Tensor:

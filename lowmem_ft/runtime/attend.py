@@ -30,6 +30,7 @@ from lowmem_ft.runtime.attention_cuda import additive, padded, repeated, takes_f
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.documents import tells_documents
 
+_OWN_MASKS = frozenset({"doge"})  # whose attention changes the mask before it calls the interface
 _PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_cache", "cache_position"})
 
 
@@ -38,7 +39,7 @@ def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
     by `attend_on_card`, if it uses SDPA."""
     if model.config._attn_implementation != "sdpa":
         return
-    if type(model)._supports_attention_backend:
+    if type(model)._supports_attention_backend and model.config.model_type not in _OWN_MASKS:
         AttentionInterface.register(ATTENTION, _transformers_attention)
         AttentionMaskInterface.register(ATTENTION, _transformers_mask)
         model.config._attn_implementation = ATTENTION
@@ -159,7 +160,7 @@ def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' SDPA mask: none where plain causal attention is meant, and one for all rows where a window is.
 
     To see which, transformers looks at the values of position ids, which a simulated run does not have: there it would
-    make a mask for each row. Packed rows never come here, since their masks are made by us.
+    make a mask for each row. What `data.isolation.attention_inputs` tells of never comes here.
     """
     window = kwargs.get("local_size")
     simulated = torch.device(kwargs.get("device", "cpu")).type == "meta"

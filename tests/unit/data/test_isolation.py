@@ -20,6 +20,7 @@ from lowmem_ft.data.isolation import (
 )
 from lowmem_ft.data.packing import Batch, collate
 from lowmem_ft.runtime.attend import use_attention
+from lowmem_ft.runtime.hidden import hidden_states
 from tests.models import ARCHITECTURES, MOE, MOE_ARCHITECTURES, SMALL, tiny_model
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"bloom"})
@@ -200,6 +201,28 @@ def test_our_attention_is_told_where_documents_begin() -> None:
             mask, documents = (masks, told) if kind is None else (masks[kind], told[kind])
             assert documents.untyped_storage().nbytes() == 4 * 97
             assert torch.equal(visible(documents, 2, 48, torch.device("cpu")), mask)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3"])
+def test_windows_of_single_documents_are_told_too(name: str) -> None:
+    """transformers would make masks of T x T for them, which a plan for packed rows does not count."""
+    model = tiny_model(name, dtype=torch.float32, sliding_window=8)
+    batch = collate([[FIRST], [THIRD]], pad_id=0)
+    assert attention_inputs(model, batch, dtype=torch.float32) == {}, "transformers' own attention has masks"
+    with torch.no_grad():
+        expected = hidden_states(model, batch, {})
+    use_attention(model)
+    inputs = attention_inputs(model, batch, dtype=torch.float32)
+    (masks,) = inputs.values()
+    told = list(masks.values()) if isinstance(masks, dict) else [masks]
+    assert any(it is not None for it in told)
+    assert all(it is None or it.dtype == torch.int32 for it in told)
+    with torch.no_grad():
+        found = hidden_states(model, batch, inputs)
+    real = batch.segment_ids.flatten() != 0
+    assert (found - expected)[real].norm() <= 1e-5 * expected[real].norm()
+    short = collate([[document(7, seed=6)]], pad_id=0, length=7)
+    assert attention_inputs(model, short, dtype=torch.float32) == {}, "each position sees all before it"
 
 
 def test_a_dropout_in_attention_wants_a_mask() -> None:
