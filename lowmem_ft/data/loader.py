@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -27,6 +28,7 @@ class MicroBatches(Sequence[Batch]):
         lengths: (N,) tokens of each example.
         micro_batch_tokens: positions, padding included, that a micro-batch holds at most; it always has one row.
         pad_id: token id that fills up rows.
+        packed: whether rows may hold several documents, of which a plan knows; also those that do not are treated so.
         width: length of every row; None pads each micro-batch to its longest row, a multiple of 8.
         most: that no row is padded beyond, as plans count so many; None: nothing.
         preferences: what the examples are, if they are no `Example`s.
@@ -40,12 +42,14 @@ class MicroBatches(Sequence[Batch]):
         *,
         micro_batch_tokens: int,
         pad_id: int,
+        packed: bool,
         width: int | None,
         most: int | None = None,
         preferences: Preferences | None = None,
     ) -> None:
         self.examples, self.lengths, self.preferences = examples, lengths, preferences
-        self.pad_id, self.width, self.most, self.micro_batch_tokens = pad_id, width, most, micro_batch_tokens
+        self.pad_id, self.packed, self.width, self.most = pad_id, packed, width, most
+        self.micro_batch_tokens = micro_batch_tokens
         tokens = rows.tokens(lengths)
         largest_first = np.argsort(-tokens, kind="stable")  # what fits then fits later
         self.rows = rows.reordered(largest_first)
@@ -77,7 +81,7 @@ class MicroBatches(Sequence[Batch]):
         rows = self.rows[slice(*[*self.starts, len(self.rows)][at : at + 2])]
         documents = [[self.examples[document] for document in row] for row in rows]
         make = collate if self.preferences is None else self.preferences.collate
-        return make(documents, pad_id=self.pad_id, length=self._widths[at])
+        return replace(make(documents, pad_id=self.pad_id, length=self._widths[at]), packed=self.packed)
 
     @property
     def mismatched(self) -> Sequence[Batch]:
@@ -88,13 +92,14 @@ class MicroBatches(Sequence[Batch]):
         mixed = Mismatched(self.examples, self.rows.documents, self.preferences.seq_len)
         lengths = mixed.lengths
         capacity = max(self.width or 0, int(lengths.max()))
-        rows = Rows.single(np.arange(len(mixed))) if self.width is None else pack(lengths, capacity=capacity, seed=0)
+        rows = pack(lengths, capacity=capacity, seed=0) if self.packed else Rows.single(np.arange(len(mixed)))
         return MicroBatches(
             mixed,
             rows,
             lengths,
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
+            packed=self.packed,
             width=None,
             most=mixed.seq_len,
             preferences=self.preferences,
@@ -110,6 +115,7 @@ class MicroBatches(Sequence[Batch]):
             self.lengths,
             micro_batch_tokens=micro_batch_tokens,
             pad_id=self.pad_id,
+            packed=self.packed,
             width=self.width,
             most=self.most,
             preferences=self.preferences,
@@ -193,6 +199,7 @@ class BatchLoader(Iterator[MicroBatches]):
             self.lengths,
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
+            packed=self.packing,
             width=self.width,
             most=self.seq_len,
             preferences=self.preferences,
@@ -278,6 +285,7 @@ def eval_batches(
         lengths,
         micro_batch_tokens=micro_batch_tokens,
         pad_id=pad_id,
+        packed=packing,
         width=_packed_width(rows, lengths, seq_len) if packing else None,
         most=seq_len,
         preferences=preferences,

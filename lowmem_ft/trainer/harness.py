@@ -159,6 +159,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             np.asarray([len(example) for example in examples], np.int32),
             micro_batch_tokens=self._recovery.policy.micro_batch_tokens,
             pad_id=pad_id_of(self.tokenizer, config),
+            packed=False,
             width=None,
             most=self.length,
         )

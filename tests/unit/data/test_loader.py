@@ -78,6 +78,14 @@ def test_packed_steps_have_their_tokens(examples: list[Example]) -> None:
     assert all(batch.input_ids.shape == (2, SEQ_LEN) for step in steps[:-1] for batch in step)
 
 
+def test_rows_of_a_packed_run_take_one_way() -> None:
+    """A plan counts what attention takes for documents, and kernels for whole rows may take more."""
+    long = [Example(range(1, SEQ_LEN + 1), range(1, SEQ_LEN + 1)) for _ in range(8)]
+    for step in itertools.islice(BatchLoader(long, **SETTINGS), 2):
+        assert all(batch.packed for batch in step)
+        assert all(batch.packed for batch in step.within(SEQ_LEN))
+
+
 def test_single_steps_have_their_tokens_on_average(examples: list[Example]) -> None:
     loader = BatchLoader(examples, **{**SETTINGS, "packing": False})
     mean = sum(map(len, examples)) / loader.steps_per_epoch
