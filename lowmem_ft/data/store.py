@@ -45,6 +45,7 @@ TAIL = 8 + 32 + len(MAGIC)
 INDEX_BYTES = 4 + 4 + 1  # of an example
 WRITE_BYTES = 1 << 20
 ABANDONED_SECONDS = 24 * 3600
+KEY_DIGITS = 40
 WHOLE, CHOSEN, REJECTED, GOOD, BAD = range(5)  # parts: an example of its own; of a pair; with a verdict
 Entries = Iterable[tuple[Example, int]]  # each with its part
 
@@ -194,7 +195,7 @@ def content_key(
         total.update(tokenizer.backend_tokenizer.to_str().encode())
     else:
         total.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    return total.hexdigest()[:40]
+    return total.hexdigest()[:KEY_DIGITS]
 
 
 def open_stored(folder: Path, key: str, name: str) -> StoredExamples | None:
@@ -275,7 +276,7 @@ def _nameless() -> int:
 
 def _forget_abandoned(folder: Path) -> None:
     """Remove what killed processes were writing; one that lives writes all the time."""
-    for path in folder.glob(".*.*"):
+    for path in folder.glob(f".{'[0-9a-f]' * KEY_DIGITS}.*"):  # else lies there what the user has in this folder
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()

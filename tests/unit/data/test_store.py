@@ -166,13 +166,17 @@ def test_errors_leave_nothing_behind(tokenizer: PreTrainedTokenizerBase, tmp_pat
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    old, new = tmp_path / ".abc.old", tmp_path / ".abc.new"
-    old.touch()
-    new.touch()
-    os.utime(old, (time.time() - 90_000,) * 2)
+    """But not what else lies in a folder that the user has named."""
+    key = "0123456789abcdef0123456789abcdef01234567"
+    old, new, others = tmp_path / f".{key}.old", tmp_path / f".{key}.new", tmp_path / ".pre-commit-config.yaml"
+    for path in (old, new, others):
+        path.touch()
+    for path in (old, others):
+        os.utime(path, (time.time() - 90_000,) * 2)
     read(str(FILE), tokenizer, tmp_path)
     assert not old.exists()
     assert new.exists()
+    assert others.exists()
 
 
 def test_pipes_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
