@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -389,9 +390,11 @@ def _rooted(path: str) -> str:
 
 
 def _rooted_source(source: str | DataSource) -> str | DataSource:
-    if isinstance(source, str):
-        return _rooted(source)
-    return source.model_copy(update={"path": _rooted(source.path)})
+    path = source if isinstance(source, str) else source.path
+    if glob.has_magic(path) and not Path(path).exists():
+        path = str(Path(glob.escape(str(Path.cwd()))) / path)
+    path = _rooted(path)
+    return path if isinstance(source, str) else source.model_copy(update={"path": path})
 
 
 def _rooted_sources(given: Sources | None) -> Sources | None:

@@ -1,5 +1,6 @@
 """RunConfig: every kind of bad input is named, with the nearest valid key, before anything runs."""
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,25 @@ def test_a_config_for_any_working_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert rooted.rooted() == rooted
     hub = RunConfig.from_dict({"model": "owner/name", "output": str(tmp_path / "o")})
     assert hub.rooted() == hub
+
+
+def test_patterns_of_files_for_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "a[1]"  # what is a pattern in the config only is one
+    here.mkdir()
+    (here / "b.jsonl").touch()
+    (here / "[c].jsonl").touch()
+    monkeypatch.chdir(here)
+    config = RunConfig.from_dict({"model": "m", "data": {"train": ["[c].jsonl", {"path": "?.jsonl"}], "eval": "*.csv"}})
+    data = config.rooted().data
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(data.train, list)
+    named, pattern = data.train
+    assert named == str(here / "[c].jsonl")
+    assert isinstance(pattern, DataSource)
+    assert glob.glob(pattern.path) == [str(here / "b.jsonl")]
+    assert config.rooted().rooted() == config.rooted()
+    assert isinstance(data.eval, str)
+    assert Path(data.eval).is_absolute()
 
 
 def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
