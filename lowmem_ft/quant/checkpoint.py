@@ -115,8 +115,8 @@ class Checkpoint:
             path_or_hub_id: a local folder, or a repository on the Hugging Face hub (`HF_HUB_OFFLINE` is honoured, and
                 only safetensors and small text files are downloaded).
             trust_remote_code: run Python code that comes with the checkpoint. Never done unless asked.
-            weights: False for planning, which needs only config.json: weight files are checked where they are, and not
-                downloaded where they are not. Without them `tensors` is empty.
+            weights: False for planning, which needs only config.json: weight files are checked where all of them are,
+                and not downloaded where they are not. Without them `tensors` is empty.
 
         Raises:
             CheckpointError: nothing there, only pickle files, or broken files (shard missing or truncated, index that
@@ -128,7 +128,7 @@ class Checkpoint:
         if (folder / OWN_INDEX).exists():
             raise UnsupportedError("this is an entry of the cache of quantized weights, not a model of its own",
                                    given=folder, fix="give the checkpoint; the cache is found by itself")  # fmt: skip
-        if not weights and not any(folder.glob("*.safetensors*")):
+        if not weights and not all(file.is_file() for file in _named_files(folder, INDEX)[0]):
             return cls(folder, str(path_or_hub_id), config, {}, (), {}, trust_remote_code)
         files, tensors, metadata = scan(folder)
         return cls(folder, str(path_or_hub_id), config, tensors, files, metadata, trust_remote_code)
@@ -395,12 +395,17 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def _find_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:
-    """The weight files, and tensor name -> file name where there is an index."""
+def _named_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The weight files that there should be, and tensor name -> file name where there is an index."""
     index = folder / index_name
     weight_map = _weight_map(index) if index.is_file() else {}
     names = sorted(set(weight_map.values())) if index.is_file() else [SINGLE]
-    files = tuple(folder / name for name in names)
+    return tuple(folder / name for name in names), weight_map
+
+
+def _find_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """`_named_files`, all of which are there."""
+    files, weight_map = _named_files(folder, index_name)
     missing = [file.name for file in files if not file.is_file()]
     if not missing and files:
         return files, weight_map

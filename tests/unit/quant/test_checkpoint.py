@@ -162,9 +162,18 @@ def test_a_hub_id_is_taken_from_the_hubs_cache(monkeypatch: pytest.MonkeyPatch, 
     checkpoint = Checkpoint.open("somebody/tiny")
     assert checkpoint.folder == folder
     assert checkpoint.name == "somebody/tiny"
+    assert Checkpoint.open("somebody/tiny", weights=False).tensors == checkpoint.tensors
     remove_shard(folder)
     with pytest.raises(CheckpointError, match="missing"):
         Checkpoint.open("somebody/tiny")
+
+
+@pytest.mark.parametrize("downloaded", [0, 1])
+def test_planning_takes_an_index_whose_files_are_still_to_be_downloaded(tmp_path: Path, downloaded: int) -> None:
+    folder = save_tiny("llama", tmp_path / "model", max_shard_size="50KB")
+    for file in sorted(folder.glob("*.safetensors"))[downloaded:]:
+        file.unlink()
+    assert Checkpoint.open(folder, weights=False).tensors == {}
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
