@@ -114,7 +114,7 @@ class Checkpoint:
         Args:
             path_or_hub_id: a local folder, or a repository on the Hugging Face hub (`HF_HUB_OFFLINE` is honoured, and
                 only safetensors and small text files are downloaded).
-            trust_remote_code: run Python code that comes with the checkpoint. Never done unless asked.
+            trust_remote_code: download and run Python code that comes with the checkpoint. Never done unless asked.
             weights: False for planning, which needs only config.json: weight files are checked where all of them are,
                 and not downloaded where they are not. Without them `tensors` is empty.
 
@@ -123,7 +123,7 @@ class Checkpoint:
                 does not match the shards).
             UnsupportedError: the architecture is unknown to transformers, or is remote code that is not trusted.
         """
-        folder = _find_folder(path_or_hub_id, weights=weights)
+        folder = _find_folder(path_or_hub_id, weights=weights, code=trust_remote_code)
         config = _read_config(folder, trust_remote_code=trust_remote_code)
         if (folder / OWN_INDEX).exists():
             raise UnsupportedError("this is an entry of the cache of quantized weights, not a model of its own",
@@ -331,7 +331,7 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool = True) -> Path:
+def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool, code: bool) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -341,14 +341,14 @@ def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool = True
                               fix=f"give its folder: {folder.parent}")  # fmt: skip
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("the model folder does not exist", given=name)
-    return _download(name, weights=weights)
+    return _download(name, weights=weights, code=code)
 
 
-def _download(hub_id: str, *, weights: bool) -> Path:
+def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    small = ["*.json", "*.jinja", "*.txt", "tokenizer.model", *(["*.py"] if code else [])]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=["*/*"]))
         if not weights:

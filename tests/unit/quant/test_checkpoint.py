@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
@@ -174,6 +175,29 @@ def test_planning_takes_an_index_whose_files_are_still_to_be_downloaded(tmp_path
     for file in sorted(folder.glob("*.safetensors"))[downloaded:]:
         file.unlink()
     assert Checkpoint.open(folder, weights=False).tensors == {}
+
+
+@pytest.mark.parametrize(("weights", "trusted"), [(False, False), (False, True), (True, True)])
+def test_of_a_hub_repository_only_what_is_needed_is_downloaded(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool, trusted: bool
+) -> None:
+    there = [*(file.name for file in llama.iterdir()), "pytorch_model.bin", "model.py", "original/model.safetensors"]
+
+    def download(
+        repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
+    ) -> str:
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            file = tmp_path / name
+            file.write_bytes((llama / name).read_bytes() if (llama / name).exists() else b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    checkpoint = Checkpoint.open("somebody/tiny", weights=weights, trust_remote_code=trusted)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert ("model.py" in names) == trusted
+    assert {name for name in names if name.endswith(".safetensors")} == {file.name for file in checkpoint.files}
+    assert bool(checkpoint.tensors) == weights
+    assert not any(name.endswith(".bin") for name in names)
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
