@@ -122,7 +122,7 @@ class BitsAndBytesSource:
         path = name.removesuffix(".weight")
         state = read_state(self._checkpoint.read(state_name))
         double = "nested_offset" in state
-        formats = {"blocksize": (state.get("blocksize"), BLOCK), "quant_type": (kind, kind)}
+        formats = {"blocksize": (state.get("blocksize"), BLOCK), "quant_type": (state.get("quant_type"), kind)}
         if double:
             formats["nested_blocksize"] = (state.get("nested_blocksize"), NESTED_BLOCK)
             formats["nested_dtype"] = (state.get("nested_dtype"), "float32")

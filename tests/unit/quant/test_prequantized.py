@@ -104,6 +104,7 @@ def test_a_quantized_head_is_dequantized(tmp_path: Path) -> None:
     [
         ({"blocksize": 128}, "blocksize 128"),
         ({"nested_blocksize": 512}, "nested_blocksize 512"),
+        ({"quant_type": "fp4"}, "quant_type fp4"),
     ],
 )
 def test_other_variants_of_bitsandbytes_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
