@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import subprocess
 import sys
@@ -167,8 +168,11 @@ def _saved(folder: Path, source: DataSource, use: Use) -> list[Path]:
 def _from_hub(source: DataSource, use: Use) -> list[Path]:
     """The Arrow files of a hub dataset, prepared in another process: what datasets takes in memory goes with it."""
     request = {"source": source.model_dump(), "use": use}
+    # what this process imports, and not what lies in the working folder: a datasets.py, say
+    path = os.pathsep.join(it or os.getcwd() for it in sys.path)
     done = subprocess.run(
-        [sys.executable, "-m", "lowmem_ft.data.hub"],
+        [sys.executable, "-P", "-m", "lowmem_ft.data.hub"],
+        env={**os.environ, "PYTHONPATH": path},
         input=json.dumps(request),
         stdout=subprocess.PIPE,  # its bars of progress pass through stderr
         text=True,

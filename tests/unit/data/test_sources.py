@@ -144,6 +144,8 @@ def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in cache.glob("someone___thing/*/*/*/thing-train.arrow"):
         assert name.exists()
     shutil.rmtree(tmp_path / "thing")
+    (tmp_path / "datasets.py").write_text("raise SystemExit('not what is meant')")
+    monkeypatch.chdir(tmp_path)
     assert records(find_source(DataSource(path="someone/thing"), "train")) == RECORDS
     with pytest.raises(DataError, match=r"no such split"):
         find_source(DataSource(path="someone/thing", split="test"), "train")
