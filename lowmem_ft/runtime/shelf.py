@@ -43,8 +43,9 @@ class Shelf:
             return
         nbytes = -(-tensor.nbytes // PAGE) * PAGE
         if nbytes > self._size:
-            self._size = nbytes
+            self._size, self._tier = 0, NoTier()  # first what it had is given back
             self._tier = NoTier() if tensor.is_meta else self._open_tier([nbytes] * self._last)
+            self._size = nbytes
         self._going = self._tier.store(place, flat), flat
         self._full.add(place)
 

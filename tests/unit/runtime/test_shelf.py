@@ -124,6 +124,31 @@ def test_what_never_arrives_is_let_go_of_too(monkeypatch: pytest.MonkeyPatch) ->
     assert tiers[0].said == ["down 0", "down 0"]
 
 
+def test_larger_inputs_have_a_tier_of_their_own_when_the_other_one_is_gone() -> None:
+    opened: list[weakref.ref[Recorded]] = []
+    full = True
+
+    def open_tier(sizes: list[int]) -> Recorded:
+        assert all(tier() is None for tier in opened), "both at once would take more than was planned"
+        if full and opened:
+            raise MemoryError
+        tier = Recorded(sizes)
+        opened.append(weakref.ref(tier))
+        return tier
+
+    shelf = Shelf(COUNT, open_tier)
+    shelf.put(0, inputs(1)[0])
+    given = [torch.cat([tensor, tensor]) for tensor in inputs(2)]
+    with pytest.raises(MemoryError):
+        shelf.put(0, given[0])
+    full = False
+    for place, tensor in enumerate(given):  # not into that which was too small
+        shelf.put(place, tensor)
+    for place in reversed(range(COUNT)):
+        found = shelf.take(place, given[place].shape, torch.float32, torch.device("cpu"))
+        assert torch.equal(found, given[place])
+
+
 def test_one_alone_needs_no_tier() -> None:
     shelf, tiers = shelf_and_tiers(1)
     (tensor, *_) = inputs(0)
