@@ -151,7 +151,7 @@ class Checkpoint:
         direct = out.device.type == "cpu" and out.dtype == info.dtype
         step = CHUNK_BYTES // size
         scratch = torch.empty(0 if direct else min(step, out.numel()), dtype=info.dtype)
-        with open(info.file, "rb", buffering=0) as file:
+        with _readable(info.file), open(info.file, "rb", buffering=0) as file:
             file.seek(info.offset + start * size)
             for begin in range(0, out.numel(), step):
                 piece = flat[begin : begin + step]
@@ -181,7 +181,7 @@ class Checkpoint:
         a, b = self.tensors[first], self.tensors[second]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
-        with open(a.file, "rb") as stream_a, open(b.file, "rb") as stream_b:
+        with _readable(a.file), open(a.file, "rb") as stream_a, open(b.file, "rb") as stream_b:
             stream_a.seek(a.offset)
             stream_b.seek(b.offset)
             sizes = [min(CHUNK_BYTES, a.nbytes - begin) for begin in range(0, a.nbytes, CHUNK_BYTES)]
@@ -192,9 +192,9 @@ class Checkpoint:
         other weights in a moment."""
         total = hashlib.sha256()
         for file in self.files:
-            size = file.stat().st_size
-            total.update(str(size).encode())
-            with open(file, "rb") as stream:
+            with _readable(file), open(file, "rb") as stream:
+                size = file.stat().st_size
+                total.update(str(size).encode())
                 for part in range(_SAMPLES):
                     stream.seek(max(0, size - _SAMPLE_BYTES) * part // (_SAMPLES - 1))
                     total.update(stream.read(_SAMPLE_BYTES))
@@ -210,10 +210,10 @@ class Checkpoint:
         known = _read_memo(memo)
         total = hashlib.sha256()
         for file in (self.folder / "config.json", *self.files):
-            stat = file.stat()
-            key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-            if key not in known:
-                with open(file, "rb") as stream:
+            with _readable(file), open(file, "rb") as stream:
+                stat = file.stat()
+                key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+                if key not in known:
                     known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
             total.update(f"{file.name}={known[key]};".encode())
         if memo is not None and known != _read_memo(memo):
@@ -277,9 +277,15 @@ def scan(folder: Path, index_name: str = INDEX) -> tuple[tuple[Path, ...], dict[
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and metadata that a safetensors file's header declares, checked against the file's size."""
+    with _readable(file), open(file, "rb") as stream:
+        return _header(stream, file, size=file.stat().st_size)
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Within it what the system says of `file` becomes a CheckpointError."""
     try:
-        with open(file, "rb") as stream:
-            return _header(stream, file, size=file.stat().st_size)
+        yield
     except OSError as error:
         raise CheckpointError(
             "a weight file cannot be read", given=f"{file} ({error.strerror})", fix="see who may read it, and its disk"

@@ -294,6 +294,23 @@ def test_a_file_that_shrinks_after_opening_is_noticed(tmp_path: Path) -> None:
         checkpoint.read(last)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda checkpoint, name: checkpoint.read(name),
+        lambda checkpoint, name: checkpoint.same_content(name, name),
+        lambda checkpoint, name: checkpoint.sample(),
+        lambda checkpoint, name: checkpoint.fingerprint(),
+    ],
+    ids=["read", "same_content", "sample", "fingerprint"],
+)
+def test_a_file_that_goes_after_opening_is_noticed(use: Callable[[Checkpoint, str], object], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_tiny("llama", tmp_path))
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        use(checkpoint, next(iter(checkpoint.tensors)))
+
+
 def test_the_fingerprint_is_that_of_the_content(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, memo = save_tiny("llama", tmp_path / "copy"), tmp_path / "cache" / "memo.json"
     first = Checkpoint.open(llama).fingerprint()
