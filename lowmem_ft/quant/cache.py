@@ -103,7 +103,7 @@ class CacheEntry:
         return OWN_INDEX if self.skip is None else INDEX
 
     def is_complete(self) -> bool:
-        """Whether it can be read. A damaged entry is removed, so that it is made again."""
+        """Whether it can be read. A damaged entry is removed, if that is allowed, so that it is made again."""
         if not self.folder.exists():
             return False
         try:
@@ -116,7 +116,9 @@ class CacheEntry:
         except (CheckpointError, OSError, ValueError, KeyError):
             complete = False
         if not complete:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(
+                self.folder, ignore_errors=True
+            )  # of somebody else it stays; writing says what is not allowed
         return complete
 
     def tensors(self) -> Layout:
@@ -137,7 +139,7 @@ class CacheEntry:
             nonlocal done
             tensor = source.read(name)
             if _checksum(tensor) != checksums[name]:
-                shutil.rmtree(self.folder)
+                shutil.rmtree(self.folder, ignore_errors=True)
                 raise CheckpointError("the cache of quantized weights was damaged, and has been removed",
                                       given=f"{name} in {self.folder}", fix="run again; it is made anew")  # fmt: skip
             done += tensor.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -173,6 +174,24 @@ def test_a_damaged_entry_is_made_again(damage: Callable[[Path], None], tmp_path:
     assert not second.from_cache
     assert torch.equal(logits(model), logits(again))
     assert load(folder, cache=tmp_path / "cache")[1].from_cache
+
+
+def test_an_entry_that_may_not_be_removed_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cache that several share, of whom one has another transformers."""
+    folder = save_tiny("llama", tmp_path / "model")
+    _, report = load(folder, cache=tmp_path / "cache")
+    assert report.cache is not None
+    come_from_another_version(report.cache)
+    remove = shutil.rmtree
+
+    def denied(path: Path, ignore_errors: bool = False) -> None:  # root may remove everything
+        if path != report.cache:
+            remove(path, ignore_errors)
+        elif not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    assert not load(folder, cache=tmp_path / "cache")[1].from_cache
 
 
 def test_damaged_content_is_refused_and_then_made_again(tmp_path: Path) -> None:
