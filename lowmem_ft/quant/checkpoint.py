@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.files import replace_text
 from lowmem_ft.quant.ops import Layout, QuantSpec
 
 INDEX = "model.safetensors.index.json"
@@ -234,13 +235,8 @@ def safetensors_header(tensors: Layout, metadata: Mapping[str, str] | None = Non
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a temporary name beside `path`, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `value` as JSON, whole or not at all."""
+    replace_text(path, json.dumps(value, indent=1))
 
 
 def check_finite(values: Tensor, name: str, where: Path) -> None:

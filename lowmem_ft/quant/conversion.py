@@ -9,6 +9,7 @@ experts never exists whole at full precision.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def read_sources(
     begin = 0
     for pattern, names in step.sources.items():
         for name, shape in zip(_slice_names(names, index), shapes[pattern], strict=True):
-            piece = buffer[begin : begin + _numel(shape)].view(shape)
+            piece = buffer[begin : begin + math.prod(shape)].view(shape)
             source.read_into(name, piece, _slice_index(names, index))
             pieces.setdefault(pattern, []).append(piece)
             begin += piece.numel()
@@ -214,7 +215,7 @@ def stored_names(step: Step, index: int | None) -> list[tuple[str, int | None]]:
 def input_numel(step: Step, source: TensorSource, *, sliced: bool) -> int:
     """Elements of all sources of a step, or of those of one slice."""
     shapes = _source_shapes(step.sources, source, step.slices if sliced else None)
-    return sum(_numel(shape) for group in shapes.values() for shape in group)
+    return sum(math.prod(shape) for group in shapes.values() for shape in group)
 
 
 def _group(
@@ -419,13 +420,6 @@ def _slice_names(names: tuple[str, ...], index: int | None) -> Iterable[str]:
 
 def _slice_index(names: tuple[str, ...], index: int | None) -> int | None:
     return index if len(names) == 1 else None
-
-
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def matcher(patterns: Iterable[str] | None) -> re.Pattern[str] | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import remove_half_written
+from lowmem_ft.core.files import remove_half_written, replace_text
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 
@@ -74,14 +72,10 @@ class RunFolder:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         target = self.path / name
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
+            replace_text(target, text)
         except OSError as error:
-            with contextlib.suppress(OSError):  # of a path that leads through a file
-                temporary.unlink(missing_ok=True)
             raise CheckpointError(
                 "A file could not be written.",
                 given=f"{target} ({error})",
