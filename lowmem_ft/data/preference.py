@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder
+from lowmem_ft.data.examples import Example, RecordEncoder
 from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation
 from lowmem_ft.data.records import Row, at
 from lowmem_ft.data.store import BAD, CHOSEN, GOOD, REJECTED, StoredExamples
@@ -39,16 +39,6 @@ class PreferenceExample:
     def documents(self) -> list[Example]:
         """Those that are there, of a pair the better answer's first."""
         return [it for it in (self.chosen, self.rejected) if it is not None]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens at the beginning that are in no loss, and the same in both."""
-        columns = zip(*(zip(it.input_ids, it.labels, strict=True) for it in self.documents), strict=False)
-        count = 0
-        for count, column in enumerate(columns):
-            if any(label != IGNORE_INDEX for _, label in column) or len({token for token, _ in column}) > 1:
-                return count
-        return count + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -170,13 +170,6 @@ class Checkpoint:
         self.read_elements(name, out, check=check)
         return out
 
-    def read_slice(self, name: str, index: int, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Slice `index` along dimension 0 of tensor `name`, without reading the rest."""
-        info = self.tensors[name]
-        out = torch.empty(info.shape[1:], dtype=dtype or info.dtype)
-        self.read_into(name, out, index)
-        return out
-
     def same_content(self, first: str, second: str) -> bool:
         """Whether two tensors are stored with the same bytes. Reads no further than the first piece that differs."""
         a, b = self.tensors[first], self.tensors[second]

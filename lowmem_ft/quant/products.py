@@ -97,11 +97,6 @@ def kept_bytes() -> int:
     return sum(room.nbytes for room in _rooms.all())
 
 
-def workspace_bytes(dtype: torch.dtype) -> int:
-    """What a thread that multiplies `dtype` on the CPU keeps for it."""
-    return 0 if multiplies(dtype) else 3 * 4 * TILE * TILE
-
-
 torch.library.define(
     "lowmem_ft::product",
     "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, Tensor(b!)? c, Tensor? by, Tensor? d, float alpha) -> ()",

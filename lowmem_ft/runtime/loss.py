@@ -66,79 +66,6 @@ def _slab(head: Head, chunk: int) -> int:
     return max(_SLAB, wanted)
 
 
-def chunked_cross_entropy(
-    hidden_ND: Tensor,
-    labels_N: Tensor,
-    head: Head,
-    *,
-    chunk_tokens: int,
-    grad_scale: float = 1.0,
-    ignore_index: int = -100,
-    kept: int | None = None,
-) -> Tensor:
-    """Sum of the cross-entropies of all tokens whose label is not `ignore_index`, differentiable.
-
-    Args:
-        hidden_ND: what the head reads, in any floating dtype; it is computed in the dtype of `head.weight`.
-        labels_N: int64, the target of each row, already shifted.
-        chunk_tokens: so many rows of logits exist at once. Only rows in the loss are computed.
-        grad_scale: factor on all gradients, applied in fp32 before they are rounded.
-        kept: how many labels are not `ignore_index`, if the caller knows; else they are counted, which waits for the
-            device and cannot work on fake tensors.
-
-    Returns:
-        fp32 scalar. Gradients go to `hidden_ND` and to the head's weight and bias where these require grad.
-    """
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight, head.bias, labels_N, head, chunk_tokens, grad_scale, ignore_index, kept
-    )
-    return loss
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are ready after forward, so that backward only hands them out, once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_N: Tensor,
-        head: Head,
-        chunk_tokens: int,
-        grad_scale: float,
-        ignore_index: int,
-        kept: int | None,
-    ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        weight_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        bias_grad = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        loss, hidden_grad = cross_entropy_and_gradients(
-            hidden_ND,
-            labels_N,
-            head,
-            chunk_tokens=chunk_tokens,
-            grad_scale=grad_scale,
-            ignore_index=ignore_index,
-            kept=kept,
-            hidden_grad=wants_hidden,
-            weight_grad=weight_grad,
-            bias_grad=bias_grad,
-        )
-        ctx.gradients = hidden_grad, weight_grad, bias_grad
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("chunked_cross_entropy can be differentiated once: it frees its gradients")
-        gradients, ctx.gradients = ctx.gradients, None
-        # multiplied even by one: to look at the factor first would wait for the device
-        scaled = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients]
-        return *scaled, None, None, None, None, None, None
-
-
 @torch.no_grad()
 def cross_entropy_and_gradients(
     hidden_ND: Tensor,
@@ -156,9 +83,15 @@ def cross_entropy_and_gradients(
     losses_N: Tensor | None = None,
     correct_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunked_cross_entropy` without autograd: loss and gradients in one go.
+    """Sum of the cross-entropies of all tokens whose label is not `ignore_index`, and its gradients, in one go.
 
     Args:
+        hidden_ND: what the head reads, in any floating dtype; it is computed in the dtype of `head.weight`.
+        labels_N: int64, the target of each row, already shifted.
+        chunk_tokens: so many rows of logits exist at once. Only rows in the loss are computed.
+        grad_scale: factor on all gradients, applied in fp32 before they are rounded.
+        kept: how many labels are not `ignore_index`, if the caller knows; else they are counted, which waits for the
+            device and cannot work on fake tensors.
         hidden_grad: whether the gradient of `hidden_ND` is wanted.
         weight_grad: fp32 (V, D), to which the gradient of the head's weight is *added*: given the buffer in which a
             step accumulates, a trained head needs no gradient tensor beside it.

@@ -52,10 +52,10 @@ def test_pairs_and_verdicts(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tm
             assert answer(tokenizer, preference.rejected).strip() == "No idea, sorry.<|eos|>"
             assert preference.chosen is not None
             assert preference.rejected is not None
-            shared = preference.prompt_tokens
+            labels = list(preference.chosen.labels)
+            shared = next(at for at, label in enumerate(labels) if label != IGNORE_INDEX)
             assert preference.chosen.input_ids[:shared] == preference.rejected.input_ids[:shared]
-            assert list(preference.chosen.labels[:shared]) == [IGNORE_INDEX] * shared
-            assert preference.chosen.labels[shared] != IGNORE_INDEX
+            assert set(preference.rejected.labels[:shared]) == {IGNORE_INDEX}
         assert found[3].rejected is None
         assert answer(tokenizer, found[3].chosen) == "List files.<|eos|>"
         assert found[4].chosen is None

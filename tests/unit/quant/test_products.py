@@ -107,7 +107,6 @@ def test_it_takes_no_memory_but_its_workspace(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(products, "multiplies", lambda dtype: False)
     a, b, out = operands((300, 500, 200), torch.bfloat16, "rows")
     assert peak_bytes(lambda: mm(a, b)) == out.nbytes
-    assert products.workspace_bytes(torch.bfloat16) == sum(tile.nbytes for tile in products._rooms.tiles)
 
 
 @pytest.mark.parametrize("low_rank", [True, False])
