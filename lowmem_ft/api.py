@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
@@ -151,7 +152,7 @@ def _save_pretrained(
 def _place(model: str | Path) -> str | Path:
     """The folder that this names here; a hub id as it is."""
     folder = Path(model).expanduser()
-    return folder.resolve() if folder.is_dir() else str(model)
+    return folder.resolve() if os.path.isdir(folder) else str(model)
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -326,7 +327,7 @@ def _equip(
     dtype = torch.float32 if compute_dtype == torch.float32 else torch.bfloat16
     saved = adapter if isinstance(adapter, (str, Path)) else settings.init
     if saved not in get_args(Init):
-        if adapter is True and not Path(saved).exists():
+        if adapter is True and not os.path.exists(saved):
             raise ConfigError(
                 "adapter.init is neither a way to begin nor a folder.",
                 given=saved,

@@ -153,7 +153,8 @@ def adapter_folder(folder: str | Path) -> Path:
     """Where the adapter is that this folder, its own or that of a run, holds."""
     folder = Path(folder).expanduser()
     inside = folder / "adapter"
-    return inside if (inside / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
+    # unlike pathlib's these answer where nobody may look
+    return inside if os.path.isfile(inside / CONFIG_NAME) and not os.path.exists(folder / CONFIG_NAME) else folder
 
 
 def warn_of_other_base(folder: str | Path, base_model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
 
     for override in overrides:
         _refuse_without_effect(override)
-    run = target.is_dir()
+    run = os.path.isdir(target)
     config = RunConfig.load(target / "config.yaml" if run else target, overrides)
     chosen: bool | Path = target / "adapter" if run else False
     if adapter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -386,12 +387,12 @@ def _absolute(path: str) -> str:
 
 
 def _rooted(path: str) -> str:
-    return _absolute(path) if Path(path).exists() else path
+    return _absolute(path) if os.path.exists(path) else path
 
 
 def _rooted_source(source: str | DataSource) -> str | DataSource:
     path = source if isinstance(source, str) else source.path
-    if glob.has_magic(path) and not Path(path).exists():
+    if glob.has_magic(path) and not os.path.exists(path):
         path = str(Path(glob.escape(str(Path.cwd()))) / path)
     path = _rooted(path)
     return path if isinstance(source, str) else source.model_copy(update={"path": path})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -115,7 +116,7 @@ def _one(
     """One source, found in `folder` or tokenized."""
     found = find_source(source, use)
     short, key = Path(found.name).name, ""
-    if not all(path.is_file() for path in found.files):  # what is no file (a pipe) can be read only once
+    if not all(map(os.path.isfile, found.files)):  # what is no file (a pipe) can be read only once
         folder = None
     before = _state(found) if folder is not None else None
     if folder is not None:

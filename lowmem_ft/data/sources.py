@@ -72,14 +72,14 @@ def find_source(source: DataSource, use: Use) -> FileSet:
         DataError: there is no such thing, no such split, or a key that it does not take.
     """
     path = Path(source.path).expanduser()
-    if not path.exists() and _may_be_hub_id(source.path):
+    if not os.path.exists(path) and _may_be_hub_id(source.path):  # unlike pathlib's it answers where nobody may look
         return FileSet(source.path, tuple(_from_hub(source, use)))
     _refuse_unread(source, ("subset", "revision"), "concern hub ids")
-    if path.is_dir():
+    if os.path.isdir(path):
         return FileSet(source.path, tuple(_saved(path, source, use)))
     _refuse_unread(source, ("split",), "concern saved datasets and hub ids")
     parts = [part.strip() for part in source.path.split(",")]
-    if not path.exists() and len(parts) > 1 and all(part and Path(part).expanduser().exists() for part in parts):
+    if not os.path.exists(path) and len(parts) > 1 and all(os.path.exists(os.path.expanduser(it)) for it in parts):
         fix = f"give a list: [{', '.join(parts)}]"
         raise DataError("There is no such file.", given=source.path, allowed="one file, or a list of them", fix=fix)
     if not (files := _files(path)):
@@ -94,8 +94,8 @@ def load_readers(data: DataConfig) -> None:
     """
     for source in (it for given in (data.train, data.eval) if given is not None for it in list_sources(given, data)):
         path = Path(source.path).expanduser()
-        hub = not path.exists() and _may_be_hub_id(source.path)
-        if hub or path.is_dir() or any(kind_of(it) in TABLES for it in _files(path)):
+        hub = not os.path.exists(path) and _may_be_hub_id(source.path)
+        if hub or os.path.isdir(path) or any(kind_of(it) in TABLES for it in _files(path)):
             import pyarrow.parquet  # noqa: F401
 
 
@@ -120,9 +120,9 @@ def unknown_split(name: str, splits: Sequence[str], wanted: str | None) -> DataE
 
 def _files(path: Path) -> list[Path]:
     """A path, or the files that it stands for as a pattern, by their names: they are read in this order."""
-    if path.exists() or not glob.has_magic(str(path)):
+    if os.path.exists(path) or not glob.has_magic(str(path)):
         return [path]
-    return sorted(found for it in glob.glob(str(path), recursive=True) if (found := Path(it)).is_file())
+    return sorted(found for it in glob.glob(str(path), recursive=True) if os.path.isfile(found := Path(it)))
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -131,7 +131,7 @@ def _may_be_hub_id(path: str) -> bool:
     Of a folder that exists a file is meant: the hub is not asked for what was misspelt.
     """
     known = Path(path).suffix.lower() in (*SUFFIXES, ".jsonl", ".txt", ".gz")
-    misspelt = "/" in path and Path(path).parent.is_dir()
+    misspelt = "/" in path and os.path.isdir(Path(path).parent)
     return HUB_ID.fullmatch(path) is not None and not known and not misspelt
 
 
@@ -143,7 +143,7 @@ def _refuse_unread(source: DataSource, keys: Sequence[str], why: str) -> None:
 def _saved(folder: Path, source: DataSource, use: Use) -> list[Path]:
     """The Arrow files of a folder that `save_to_disk` wrote."""
     try:
-        if (folder / SPLITS).exists():
+        if os.path.exists(folder / SPLITS):
             splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))["splits"]
             split = pick_split(splits, source.split, use)
             if split is None:

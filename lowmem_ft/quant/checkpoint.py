@@ -328,14 +328,14 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
 
 def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool, code: bool) -> Path:
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike pathlib's it answers where nobody may look
         return folder
     name = str(path_or_hub_id)
-    if folder.exists():
+    if os.path.exists(folder):
         raise CheckpointError("a model is a folder with config.json and safetensors files", given=f"the file {name}",
                               fix=f"give its folder: {folder.parent}")  # fmt: skip
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError("the model folder does not exist", given=name)
+        raise CheckpointError("the model folder does not exist, or may not be looked at", given=name)
     return _download(name, weights=weights, code=code)
 
 

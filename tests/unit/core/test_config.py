@@ -187,6 +187,13 @@ def test_patterns_of_files_for_any_working_folder(tmp_path: Path, monkeypatch: p
     assert Path(data.eval).is_absolute()
 
 
+def test_paths_of_which_nobody_may_know_whether_they_exist() -> None:
+    """As in a folder that lets nobody look inside, but also for root. Whoever reads them says what is wrong."""
+    path = "x" * 300
+    config = RunConfig.from_dict({"model": path, "data": {"train": [path, {"path": f"{path}*"}]}})
+    assert config.rooted().model == path
+
+
 def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config file has seen no shell that would replace the sign for it."""
     monkeypatch.setenv("HOME", "/home/me")

@@ -102,6 +102,13 @@ def test_which_split_is_meant(splits: list[str], wanted: str | None, use: Any, f
     assert pick_split(splits, wanted, use) == found
 
 
+@pytest.mark.parametrize("path", ["x" * 300 + ".jsonl", "x" * 300 + "*.csv", "a.jsonl," * 60 + "a.jsonl"])
+def test_what_the_system_will_not_look_for_is_told(path: str) -> None:
+    """Too long a name stands for a folder that lets nobody look inside, which root may always."""
+    with pytest.raises(DataError, match=r"cannot be read|No file matches"):
+        records(find_source(DataSource(path=path), "train"))
+
+
 def prepared(path: Path) -> dict[str, Any]:
     """What the process that has datasets says of a source."""
     request = json.dumps({"source": {"path": str(path)}, "use": "train"})

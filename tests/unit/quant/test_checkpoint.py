@@ -136,6 +136,13 @@ def test_a_folder_that_does_not_exist_and_a_file_are_refused(llama: Path) -> Non
         Checkpoint.open(llama / SINGLE)
 
 
+@pytest.mark.parametrize("name", ["/" + "x" * 300, "x" * 300])
+def test_what_the_system_will_not_look_for_is_told(name: str) -> None:
+    """Too long a name stands for a folder that lets nobody look inside, which root may always."""
+    with pytest.raises(CheckpointError, match=r"may not be looked at|neither a local folder"):
+        Checkpoint.open(name)
+
+
 def test_a_weight_file_that_may_not_be_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(file: Path, mode: str) -> None:  # root may read everything
         raise PermissionError(13, "Permission denied", str(file))
