@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,10 @@ def _record(raw: bytes) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         what = f"not valid JSON: {error.msg} at column {error.colno}."
         raise DataError(what, given=shown, allowed="one JSON object a line") from error
-    except RecursionError as error:
-        raise DataError("not valid JSON: nested too deeply.", given=shown) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(
+            "JSON that cannot be read: nested too deeply, or a number of too many digits.", given=shown
+        ) from error
     if not isinstance(record, dict):
         raise DataError("not a JSON object.", given=shown, allowed='an object, for example {"text": "..."}')
     return record
@@ -183,7 +186,9 @@ def _items(file: io.BufferedReader) -> Iterator[Any]:
     import ijson
 
     depth, builder = 0, ijson.ObjectBuilder()
-    for event, value in ijson.basic_parse(file, use_float=True):
+    for event, value in ijson.basic_parse(file):  # not with `use_float`, which refuses whole numbers of 64 bits
+        if isinstance(value, Decimal):
+            value = float(value)
         if event in ("end_map", "end_array"):
             depth -= 1
         if depth:
@@ -282,14 +287,18 @@ def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
     import pyarrow as pa
 
     if isinstance(kind, pa.JsonType):
-        return lambda text: None if text is None else json.loads(text)
+        return _but_null(json.loads)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = _json_reader(kind.value_type)
-        return None if inner is None else lambda values: [inner(value) for value in values]
+        return None if inner is None else _but_null(lambda values: [inner(value) for value in values])
     if pa.types.is_struct(kind):
         readers = {field.name: read for field in kind if (read := _json_reader(field.type))}
-        return (lambda value: {**value, **_read_texts(value, readers)}) if readers else None
+        return _but_null(lambda value: {**value, **_read_texts(value, readers)}) if readers else None
     return None
+
+
+def _but_null(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
 
 
 def _read_texts(values: dict[str, Any], readers: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:

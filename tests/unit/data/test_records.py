@@ -59,6 +59,33 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, kind: str) ->
     assert rows[100].place == (f"{path}:{line}" if kind in ("jsonl", "csv", "tsv") else f"{path}: row 101")
 
 
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_numbers_are_those_of_json(tmp_path: Path, name: str) -> None:
+    record = {"id": 2**64 - 1, "hash": -(10**30), "share": 0.1, "whole": 1.0, "text": "\N{GRINNING FACE}"}
+    path = tmp_path / name
+    path.write_text(json.dumps([record] if name.endswith(".json") else record))
+    (row,) = read_rows(path)
+    assert row.record == record
+    assert isinstance(row.record, dict)
+    assert [type(value) for value in row.record.values()] == [int, int, float, float, str]
+
+
+def test_a_line_with_a_number_that_python_refuses_is_one_wrong_record(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a", "n": ' + "1" * 5000 + '}\n{"text": "b"}\n')
+    first, second = read_rows(path)
+    assert isinstance(first.record, DataError)
+    assert second.record == {"text": "b"}
+
+
+def test_nothing_in_a_list_of_objects_with_json_texts(tmp_path: Path) -> None:
+    texts = pa.array(['{"a": 1}', None], type=pa.json_())
+    objects = pa.StructArray.from_arrays([texts], ["json"], mask=pa.array([False, True]))
+    pq.write_table(pa.table({"calls": pa.ListArray.from_arrays([0, 2], objects)}), tmp_path / "data.parquet")
+    (row,) = read_rows(tmp_path / "data.parquet")
+    assert row.record == {"calls": [{"json": {"a": 1}}, None]}
+
+
 def test_json_of_lines_and_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "lines.json"
     path.write_text('\ufeff {"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
