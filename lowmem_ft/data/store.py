@@ -203,9 +203,9 @@ def open_stored(folder: Path, key: str, name: str) -> StoredExamples | None:
     path = folder / f"{key}.tokens"
     try:
         stored = StoredExamples(os.open(path, os.O_RDONLY), path)
-    except FileNotFoundError:
+    except OSError:  # there is none, or it is not for this user: what is written now takes its place, if it may
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         _remove(path)
         return None
     was = stored.report

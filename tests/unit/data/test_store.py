@@ -21,7 +21,7 @@ from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.reading import read_sources
-from lowmem_ft.data.store import StoredExamples, cache_folder
+from lowmem_ft.data.store import StoredExamples, cache_folder, open_stored
 
 from .conftest import ASSETS
 
@@ -154,6 +154,22 @@ def test_damaged_tokens_are_noticed_when_they_are_read(tokenizer: PreTrainedToke
         stored[0]
     assert not entry.exists()
     assert len(read(str(FILE), tokenizer, tmp_path)[0]) == 300
+
+
+def test_a_file_that_cannot_be_opened_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be sound, and another user's."""
+    entry = tmp_path / "key.tokens"
+    entry.touch()
+
+    def denied(path: Path, flags: int) -> int:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem_ft.data.store.os.open", denied)
+        assert open_stored(tmp_path, "key", "name") is None
+    assert entry.exists()
+    assert open_stored(tmp_path, "key", "name") is None
+    assert not entry.exists(), "of what can be read it is known to be damaged"
 
 
 def test_errors_leave_nothing_behind(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, jsonl: Write) -> None:
