@@ -6,10 +6,14 @@ import datetime
 import json
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # what is measured is the package beside this folder, which need not be installed
 
 
 def on_cpu(threads: int) -> None:
@@ -37,10 +41,14 @@ def stamp(threads: int) -> dict[str, Any]:
 
 def leave(result: Mapping[str, Any], out: Path | None) -> None:
     """Print `result` as JSON, and write it to `out` if that is given."""
+    print(json.dumps(result, indent=1))
+    keep(result, out)
+
+
+def keep(result: Mapping[str, Any], out: Path | None) -> None:
+    """Write what is known by now, so that it is there if no more comes."""
     from lowmem_ft.core.files import write_text
 
-    text = json.dumps(result, indent=1)
-    print(text)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, text + "\n")
+        write_text(out, json.dumps(result, indent=1) + "\n")

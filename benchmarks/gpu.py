@@ -23,14 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import leave, stamp  # beside this file
+from common import keep, leave, stamp  # beside this file
 from limits import SHAPES
 from random_weights import write_model
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 MODEL = "Llama-3.1-8B"
-QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+QUICK = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "num_hidden_layers": 3, "vocab_size": 8192,
+}  # fmt: skip
 TIMED_BLOCKS = 8  # of the slowdown by streaming
 RANK, ALPHA, LR = 16, 32, 1e-4
 PARTS = ("peers", "streaming", "steps")
@@ -41,6 +42,7 @@ BATCHES = ((2, 2048), (1, 8192))  # rows and positions of the comparison with pe
 STREAMED_TOKENS = (512, 2048, 4096, 16384)
 DRAWN_TOKENS = 2048  # whose streamed step is recorded for timeline_plot.py
 GAP_US = 5  # busy times of a stream that are closer are one
+Keep = Callable[[Any], None]  # told what a part has found by now
 
 
 def configured(model: Path, rows: int, length: int, *, device: str, packing: bool = False, **sections: Any) -> Any:
@@ -126,7 +128,7 @@ def busy_times(step: Callable[[], float]) -> list[list[Any]]:
     return found
 
 
-def streaming(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def streaming(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) -> None:
     """A step of a few blocks with all of them streamed from the host, beside a resident one."""
     import torch
 
@@ -161,12 +163,12 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace) -> list[di
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         if count == DRAWN_TOKENS:
             found[-1]["timeline"] = busy_times(our_step(readies[-1], batches))
+        kept(found)
         del readies
         gc.collect()
-    return found
 
 
-def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def steps(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) -> None:
     """Where a step's time goes, as PyTorch's profiler tells it."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -203,9 +205,9 @@ def steps(folder: Path, device: Any, options: argparse.Namespace) -> list[dict[s
             }
         )  # fmt: skip
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        kept(found)
         del ready, step
         gc.collect()
-    return found
 
 
 def peer_model(folder: Path, device: Any) -> Any:
@@ -379,7 +381,7 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
     print(json.dumps(found), flush=True)
 
 
-def peers(folder: Path, device: Any, options: argparse.Namespace) -> dict[str, Any]:
+def peers(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) -> None:
     """All sides: they load side by side, and run one after the other."""
     write_model(folder / MODEL, SHAPES[MODEL], device=device.type)
     command = [sys.executable, __file__, "--folder", str(folder), "--device", str(device)]
@@ -387,19 +389,20 @@ def peers(folder: Path, device: Any, options: argparse.Namespace) -> dict[str, A
     command += ["--batches", *(f"{rows}x{length}" for rows, length in options.batches)]
 
     def begin(side: str) -> subprocess.Popen[str]:
-        own = {"PYTHONPATH": f"{options.unsloth}{os.pathsep}{ROOT}"} if side == "Unsloth" else {}
+        given = os.environ.get("PYTHONPATH")  # by which what this project needs may be found; TRL lies beside Unsloth
+        places = (options.unsloth, given) if side == "Unsloth" else (given, options.unsloth)
         with (folder / f"{side}.log").open("w") as log:
             return subprocess.Popen(
                 [*command, "--child", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, **own},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(str(it) for it in places if it)},
             )  # fmt: skip
 
     children = {side: begin(side) for side in options.sides if side != "Unsloth" or options.unsloth is not None}
-    found: dict[str, Any] = {"matmul_flops": matmul_flops(device)}
     waiting = {
         side: child.stdout is not None and child.stdout.readline().strip() == "ready"
         for side, child in children.items()
     }
+    found: dict[str, Any] = {"matmul_flops": matmul_flops(device)}  # now that nobody is at work
     for side, child in children.items():
         try:
             out, _ = child.communicate("go\n" if waiting[side] else None, timeout=options.seconds)
@@ -412,7 +415,7 @@ def peers(folder: Path, device: Any, options: argparse.Namespace) -> dict[str, A
             else {"failed": (folder / f"{side}.log").read_text()[-1500:]}
         )
         print(side, json.dumps(found[side])[:1500], file=sys.stderr, flush=True)
-    return found
+        kept(found)
 
 
 def main() -> None:
@@ -446,19 +449,16 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result: dict[str, Any] = {**stamp(torch.get_num_threads()), "card": name}
-    todo: Mapping[str, Callable[..., Any]] = {
-        "peers": peers,
-        "streaming": streaming,
-        "steps": steps,
-    }
+
+    def kept(part: str, found: Any) -> None:
+        result[part] = found
+        keep(result, options.out)
+
+    todo: Mapping[str, Callable[..., None]] = {"peers": peers, "streaming": streaming, "steps": steps}
     for part in options.parts:
         start = time.perf_counter()
-        try:
-            result[part] = todo[part](options.folder, device, options)
-        finally:
-            print(f"{part}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1))
+        todo[part](options.folder, device, options, functools.partial(kept, part))
+        print(f"{part}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     leave(result, options.out)
 
 

@@ -22,13 +22,11 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import leave, stamp  # beside this file
-from gpu import our_step, peaks_of, timed, watched
+from common import keep, leave, stamp  # beside this file
+from gpu import QUICK, our_step, peaks_of, timed, watched
 from limits import SHAPES
 from random_weights import write_model
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 CONTEXT_RANK = 32  # of the figures to beat
 LEAST = "least"
 # The most telling ones come first, for when time is short; one model's stand together, and it is removed after them.
@@ -57,8 +55,10 @@ class Case(NamedTuple):
 def planned(case: Case, folder: Path, device: str) -> Any:
     """The plan of a case; where the least is asked for, that of the smallest budget which a refused one names."""
     from lowmem_ft.core.config import RunConfig
+    from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.solver import make_plan
 
+    found = find_device(device)  # once: asked again the process takes a little more, and the least would not suffice
     longest = case.tokens == "longest"
     length = 2048 if longest else int(case.tokens)
 
@@ -70,7 +70,7 @@ def planned(case: Case, folder: Path, device: str) -> Any:
         }  # fmt: skip
         if longest:
             keys |= {"adapter": {"rank": CONTEXT_RANK}, "policy": {"objective": "context"}}
-        return make_plan(RunConfig.from_dict(keys))
+        return make_plan(RunConfig.from_dict(keys), device=found)
 
     if case.budget != LEAST:
         return with_budget(case.budget)
@@ -149,12 +149,6 @@ def log_of(case: Case, options: argparse.Namespace) -> Path:
     return folder / f"{'-'.join(case)}.log"
 
 
-QUICK = {
-    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "num_hidden_layers": 3, "vocab_size": 8192,
-}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="the smallest budgets, speeds in budgets, and the longest sequences")
     parser.add_argument("--cases", nargs="*", default=CASES, help="MODEL:TOKENS:BUDGET, in this order")
@@ -206,8 +200,7 @@ def main() -> None:
             said["log"] = log_of(case, options).read_text()[-1500:]
         result["cases"].append({"case": ":".join(case), **said})
         print(json.dumps(result["cases"][-1]), file=sys.stderr, flush=True)
-        if options.out:
-            leave(result, options.out)
+        keep(result, options.out)
         if time.perf_counter() - begun > options.seconds:
             break
         if not same and left:

@@ -15,11 +15,15 @@ mkdir -p "$folder/tmp" "$out"
 export TMPDIR=$folder/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 ulimit -c 0
 
+limited() { # [-s SIGNAL] SECONDS COMMAND...: killed where it does not end then, or nothing would come after it
+  timeout -k 20 "$@"
+}
+
 run_tests() { # SECONDS NAME PYTEST_ARGUMENT...
   local limit=$1 name=$2
   shift 2
   # an interrupt lets pytest print its summary
-  OMP_NUM_THREADS=1 timeout -s INT "$limit" python3 -m pytest -m gpu --timeout 90 -v --tb=short -p no:cacheprovider \
+  OMP_NUM_THREADS=1 limited -s INT "$limit" python3 -m pytest -m gpu --timeout 90 -v --tb=short -p no:cacheprovider \
     -o addopts="--strict-markers -ra" "$@" >"$out/$name.txt" 2>&1
   at "$name: $?, $(tail -1 "$out/$name.txt")"
 }
@@ -30,21 +34,21 @@ if [ "$what" = checks ]; then
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
     tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py &
   (
-    OMP_NUM_THREADS=1 timeout "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
+    OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
     at "killed runs: $?"
   ) &
   # of these the pool was a segment larger than planned; addresses, which were not recorded then, may say why
   zcat benchmarks/results/recorded_h200.jsonl.gz | grep -vE '^\{"index": (75|134|162|205|272),' >"$TMPDIR/known.jsonl"
   (
-    PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 timeout "$limit" python3 benchmarks/plan_accuracy.py \
+    PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
       --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
       --known "$TMPDIR/known.jsonl" --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
     at "configurations: $?"
   ) &
   wait
   cat "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
-  timeout "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
+  limited "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
     --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
   at "limits: $?"
   grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
@@ -52,7 +56,7 @@ if [ "$what" = checks ]; then
 else
   for part in peers streaming steps; do
     [ "$(left)" -gt 15 ] || break
-    timeout "$(left)" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
+    limited "$(left)" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
       --out "$out/gpu_$part.json" >/dev/null 2>>"$out/speed.txt"
     at "$part: $?"
   done

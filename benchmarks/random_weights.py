@@ -6,11 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(str(files("lowmem_ft"))) / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "lowmem_ft" / "assets"  # of a package that need not be installed
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES, WRITERS = 1 << 30, 8  # so that at most 8 GB are on their way
@@ -96,6 +95,8 @@ def write_model(folder: Path, shape: Mapping[str, Any], *, device: str, quantize
 
     with ThreadPoolExecutor(WRITERS) as pool:
         where = {name: file for part in pool.map(write, range(len(shards))) for name, file in part.items()}
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # or this process would hold it while others are measured
     copy_tokenizer(folder)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index))

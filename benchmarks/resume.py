@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-resume-") as name:
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": name, "PYTHONPATH": str(ROOT)}
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": name}
         # and on a card sums of cuBLAS in a fixed order, which it asks for in a variable
         on_device = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         environment = {**os.environ, **own, **on_device}

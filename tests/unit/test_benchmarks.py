@@ -1,5 +1,10 @@
 """What programs in `benchmarks/` share, where a mistake would falsify what they say."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -41,3 +46,20 @@ def test_copies_are_told_from_computing_in_a_timeline():
     ]  # fmt: skip
     assert share_covered(busy) == pytest.approx((2 + 1 + 1) / 5)
     assert lanes(busy)["copy", 20] == [(2.0, 2.0), (9.0, 3.0)]
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_limits"])
+def test_programs_for_a_card_find_the_package_that_is_not_installed(tmp_path, name):
+    file = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    # without what is installed, and what a variable names
+    done = subprocess.run([sys.executable, "-S", "-E", file, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_known_is_kept_before_the_end(tmp_path):
+    program = "import common, pathlib; common.keep({'found': [1]}, pathlib.Path('out/it.json')); import lowmem_ft.core"
+    folder = Path(__file__).parents[2] / "benchmarks"
+    packages = Path(torch.__file__).parents[1]  # a folder of PYTHONPATH alone: what installed this one says is not read
+    environment = {"PYTHONPATH": f"{folder}{os.pathsep}{packages}"}
+    subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "out" / "it.json").read_text() == '{\n "found": [\n  1\n ]\n}\n'
