@@ -33,6 +33,17 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        from lowmem_ft.trainer.recovery import NoSaferPolicyError, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        # where a step is not done again: while weights load, or in an answer, whose cache no plan knows
+        given = str(error).partition("\n")[0] or type(error).__name__
+        fix = "close what else takes memory, or ask for less: a shorter text, a smaller model"
+        told = NoSaferPolicyError("Memory ran out.", given=given, fix=fix)
+        print(f"lowmem-ft: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     except OSError as error:
         if not (is_full(error) or isinstance(error, BrokenPipeError)):
             raise

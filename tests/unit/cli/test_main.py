@@ -1,0 +1,46 @@
+"""What the command line makes of errors that have no message for users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_ft.planner import solver
+from tests.unit.cli.conftest import ASSETS
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def make_plan(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return make_plan
+
+
+@pytest.mark.parametrize(
+    ("error", "given"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"), "2.00 GiB."),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), "enforce"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_memory_that_runs_out(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, given: str
+) -> None:
+    monkeypatch.setattr(solver, "make_plan", raising(error))
+    code, out, err = command("plan", ASSETS / "doclm-7m")
+    assert (code, out) == (3, ""), err
+    assert "Memory ran out" in err
+    assert given in err
+    assert "See the documentation" not in err
+
+
+def test_other_errors_are_bugs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "make_plan", raising(RuntimeError("of our own")))
+    with pytest.raises(RuntimeError, match="of our own"):
+        command("plan", ASSETS / "doclm-7m")
