@@ -88,8 +88,8 @@ def _unserved(server: str, config: PretrainedConfig, given: str) -> UnsupportedE
 def write_vllm(trained: TrainedWeights, config: PretrainedConfig, adapter: Path, folder: Path) -> int:
     """Write a folder that vLLM takes (`--lora-modules NAME=FOLDER`) and return the rank that it must allow.
 
-    vLLM knows one rank and one alpha. Where layers differ, all get the largest rank, filled up with zeros, and their
-    scaling goes into B.
+    vLLM knows one rank and one alpha. Where patterns name others, all get the largest rank, filled up with zeros, and
+    their scaling goes into B.
 
     Raises:
         UnsupportedError: see `plain_factors`; a rank above 512; or a model, or one of its layers, on which vLLM puts no
@@ -115,7 +115,7 @@ def write_vllm(trained: TrainedWeights, config: PretrainedConfig, adapter: Path,
             fix="lowmem-ft merge: vLLM serves the merged folder",
         )  # fmt: skip
     settings = read_adapter_config(adapter)
-    if len({(it.rank, it.scaling) for it in layers}) == 1:
+    if not settings.get("rank_pattern") and not settings.get("alpha_pattern"):
         shutil.copyfile(adapter / SAFETENSORS_WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME)
     else:
         settings |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}

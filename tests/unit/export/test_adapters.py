@@ -85,6 +85,17 @@ def test_one_rank_for_vllm(tmp_path: Path) -> None:
     assert ranks == {7}
 
 
+def test_a_pattern_of_all_layers_is_a_pattern(tmp_path: Path) -> None:
+    made = trained("llama", tmp_path, rank=4, alpha=8, targets=["q_proj"])
+    file = made.adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 8, "rank_pattern": {"q_proj": 4}}))
+    folder = exported(made, tmp_path, "vllm").folder
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["rank_pattern"]) == (4, 4, {}), "vLLM reads no pattern"
+    ours, theirs = (load_file(it / "adapter_model.safetensors") for it in (made.adapter, folder))
+    assert all(torch.equal(theirs[name], ours[name] * (2.0 if "lora_B" in name else 1.0)) for name in ours)
+
+
 def test_what_is_uniform_goes_as_it_is(tmp_path: Path) -> None:
     made = trained("llama", tmp_path)
     done = exported(made, tmp_path, "vllm")
