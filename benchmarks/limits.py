@@ -10,10 +10,8 @@ Nothing here is measured on a card: these are predictions, the same that `lowmem
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -125,17 +123,15 @@ def main() -> None:
                     Path(name) / "Llama-3.1-8B", device=card, budget=None, seq_len=2048, data=data, **longest
                 )
                 add(f"Llama-3.1-8B, rank {rank}, the longest on {card}, {'' if packing else 'not '}packed", plan)
+    from common import leave, stamp  # beside this file, where scripts are run
+
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__},
+        **stamp(torch.get_num_threads()),
         "card": CARD,
         "measured": "nothing on a card: predictions",
         "peers": PEERS,
         "plans": found,
     }
-    from common import leave  # beside this file, where scripts are run
-
     leave(result, options.out)
 
 

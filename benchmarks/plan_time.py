@@ -10,10 +10,8 @@ of that peak refuses.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,16 +20,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from limits import SHAPES  # beside this file
+
 # Shapes as published; the card; the seconds that a plan may take
 MODELS: dict[str, tuple[dict[str, Any], str, float]] = {
-    "Llama-3.1-8B": (
-        {
-            "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-        },
-        "rtx-3060-12gb", 5.0,
-    ),
+    "Llama-3.1-8B": (SHAPES["Llama-3.1-8B"], "rtx-3060-12gb", 5.0),
     "Qwen3-30B-A3B": (
         {
             "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768,
@@ -40,22 +33,8 @@ MODELS: dict[str, tuple[dict[str, Any], str, float]] = {
         },
         "rtx-5090-32gb", 5.0,
     ),
-    "Qwen3-32B": (
-        {
-            "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600,
-            "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
-            "max_position_embeddings": 40960,
-        },
-        "rtx-5090-32gb", 15.0,
-    ),
-    "Llama-3-70B": (
-        {
-            "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
-            "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-        },
-        "h100-80gb", 15.0,
-    ),
+    "Qwen3-32B": (SHAPES["Qwen3-32B"], "rtx-5090-32gb", 15.0),
+    "Llama-3-70B": (SHAPES["Llama-3-70B"], "h100-80gb", 15.0),
 }  # fmt: skip
 
 
@@ -108,7 +87,6 @@ def main() -> None:
         print(json.dumps(plan_once(options.one)))
         return
 
-    import torch
     import transformers
 
     found = []
@@ -131,17 +109,15 @@ def main() -> None:
                     )  # fmt: skip
                     assert result["fits"] == (case == "fits"), found[-1]
                     print(f"{result['seconds']:6.2f} s of {target:.0f}  {found[-1]}", file=sys.stderr, flush=True)
+    from common import leave, stamp  # beside this file, where scripts are run
+
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": options.threads},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **stamp(options.threads),
         "settings": {"models": options.models, "seq_len": options.seq_len},
         "within_target": sum(one["seconds"] <= one["target"] for one in found),
         "of": len(found),
         "plans": found,
     }
-    from common import leave  # beside this file, where scripts are run
-
     leave(result, options.out)
 
 

@@ -6,10 +6,8 @@ python benchmarks/resume.py --kills 30 --out benchmarks/results/resume.json
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,11 +34,10 @@ def main() -> None:
         command += ["--device", options.device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
     runs = json.loads(done.stdout.splitlines()[-1])
-    from common import leave  # beside this file, where scripts are run
+    from common import leave, stamp  # beside this file, where scripts are run
 
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
+        **stamp(1),
         "settings": {name: getattr(options, name) for name in ("kills", "steps", "seed", "device")},
         "kills": sum(len(run["killed"]) for run in runs),
         "equal": sum(not run["differing"] for run in runs),

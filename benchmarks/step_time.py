@@ -10,9 +10,7 @@ fast at the end of a run as it was at its begin, so it is measured again after e
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import random
 import statistics
 import sys
@@ -119,10 +117,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
-    from common import leave, on_cpu  # beside this file, where scripts are run
+    from common import leave, on_cpu, stamp  # beside this file, where scripts are run
 
     on_cpu(options.threads)
-    import torch
 
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.measure import measure
@@ -145,8 +142,7 @@ def main() -> None:
             )
     off = sorted(abs(one["ratio"] - 1) for one in found)
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "threads": options.threads, "torch": torch.__version__},
+        **stamp(options.threads),
         "settings": {name: getattr(options, name) for name in ("count", "seed", "steps", "every")},
         "profiles": rates,
         "within_20_percent": sum(error <= 0.2 for error in off),

@@ -8,9 +8,7 @@ The tests run a part of this table in which every pair of values is met (tests/u
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -43,16 +41,15 @@ def main() -> None:
                     print(f"differs: {rows[-1]}", file=sys.stderr, flush=True)
             print(f"{architecture}: {len(rows)} rows done", file=sys.stderr, flush=True)
     differing = [row for row in rows if not row["equal"]]
+    from common import leave, stamp  # beside this file, where scripts are run
+
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "torch": torch.__version__},
+        **stamp(torch.get_num_threads()),
         "columns": ["quant", "adapter", "activations", "streamed", "packing", "embeddings"],
         "rows": len(rows),
         "equal": len(rows) - len(differing),
         "differing": differing,
     }
-    from common import leave  # beside this file, where scripts are run
-
     leave(result, options.out)
 
 
