@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import check_writable
 from lowmem_ft.core.sizes import format_size
-from lowmem_ft.planner.profile import Bytes, Profile, Rate, load_profile, profile_names, write_profile
+from lowmem_ft.planner.profile import SUFFIXES, Bytes, Profile, Rate, load_profile, profile_names, write_profile
 from lowmem_ft.report.progress import Reporter
 
 profiles_app = typer.Typer(
@@ -52,6 +53,8 @@ def measure_device(
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.measure import measure
 
+    if out is not None and out.suffix not in SUFFIXES:  # no plan would take it
+        raise ConfigError("A profile is known by its file's ending.", given=out, allowed="NAME.yaml")
     found = find_device(device)
     check_writable(out or Path("profile.yaml"))
     with Reporter().task(f"Measuring {found.name}", unit="figures") as update:

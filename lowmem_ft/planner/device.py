@@ -19,7 +19,7 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.pipeline import Links
-from lowmem_ft.planner.profile import Profile, load_profile, profile_names
+from lowmem_ft.planner.profile import SUFFIXES, Profile, load_profile, profile_names
 from lowmem_ft.planner.trace import Cost
 from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
@@ -116,7 +116,7 @@ def find_device(name: str) -> Device:
         return _cpu()
     if kind == "cuda" and (index or "0").isdigit() and f"cuda:{index or 0}" in present:
         return _cuda(int(index or 0))
-    if name in profile_names() or Path(name).suffix in (".yaml", ".yml"):
+    if name in profile_names() or Path(name).suffix in SUFFIXES:
         return _from_profile(load_profile(name), name)
     close = nearest(name, [*present, *profile_names()])
     raise UnsupportedError(

@@ -24,6 +24,7 @@ from lowmem_ft.core.sizes import parse_size
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Text = Annotated[str, Field(pattern=r"\S")]
+SUFFIXES = (".yaml", ".yml")  # by which the name of a file is told from that of a shipped profile
 BF16_CAPABILITY = (8, 0)  # Ampere: the first tensor cores that multiply bfloat16
 
 
@@ -194,7 +195,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         ConfigError: an unknown name, an unreadable file, a wrong or missing key, a value that is not allowed.
     """
     given = str(name_or_path)
-    if isinstance(name_or_path, Path) or "/" in given or os.sep in given or given.endswith((".yaml", ".yml")):
+    if isinstance(name_or_path, Path) or "/" in given or os.sep in given or given.endswith(SUFFIXES):
         file: Traversable = Path(name_or_path)
     elif given in profile_names():
         file = _folder() / f"{given}.yaml"

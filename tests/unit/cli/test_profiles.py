@@ -73,10 +73,16 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowmem_ft.planner.measure.measure", lambda *_, **__: pytest.fail("it measures"))
-    for out in (tmp_path / "no" / "x.yaml", tmp_path):
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    for out, words in (
+        (tmp_path / "no" / "x.yaml", "cannot be written"),
+        (folder, "cannot be written"),
+        (tmp_path / "x.profile", "NAME.yaml"),
+    ):
         result = CliRunner().invoke(profiles_app, ["measure", "--device", "cpu", "--out", str(out)])
         assert isinstance(result.exception, ConfigError)
-        assert "cannot be written" in str(result.exception)
+        assert words in str(result.exception)
 
 
 def test_show_of_an_unknown_name_is_bad_input() -> None:
