@@ -223,7 +223,8 @@ def run_tasks(
             task_manager=manager,
             log_samples=False,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:  # data that is not there, a task that is broken
+    # data or a package that is not there, a task that is broken
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if isinstance(error, LowMemError):
             raise
         raise LowMemError("The harness could not run the task.", given=f"{type(error).__name__}: {error}") from error

@@ -204,7 +204,14 @@ def test_bad_input(tasks: Path, command: Command) -> None:  # noqa: F811
         "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere.jsonl}}\ntest_split: test\n"
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     )
-    code, out, err = command("eval", config, "--harness", "broken", "--include", tasks)
-    assert code == 2, err
-    assert "could not run the task" in err
-    assert "Traceback" not in err
+    # as of many tasks that come with the harness
+    (tasks / "lacking.py").write_text("import no_such_package\n\ntext = str\n")
+    (tasks / "lacking.yaml").write_text(
+        "task: lacking\ndataset_path: json\noutput_type: loglikelihood_rolling\ndoc_to_text: !function lacking.text\n"
+    )
+    for name, words in (("broken", "/nowhere.jsonl"), ("lacking", "No module named 'no_such_package'")):
+        code, out, err = command("eval", config, "--harness", name, "--include", tasks)
+        assert code == 2, err
+        assert "could not run the task" in err
+        assert words in err
+        assert "Traceback" not in err
