@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,24 @@ class Trackers:
     """Trackers that are open, each of which gets every line of metrics.jsonl."""
 
     def __init__(self, open_ones: Sequence[Any]) -> None:
-        self._open = open_ones
+        self._open = list(open_ones)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """One line: training steps below `train/`, evaluations below `eval/`."""
+        """One line: training steps below `train/`, evaluations below `eval/`. Who fails is asked no more."""
         group = "eval" if "eval_loss" in line else "train"
         values = {f"{group}/{key}": value for key, value in line.items() if key not in NO_METRICS}
-        for tracker in self._open:
-            tracker.log(values, step=line["step"])
+        for tracker in [*self._open]:
+            try:
+                tracker.log(values, step=line["step"])
+            except Exception as error:
+                self._open.remove(tracker)
+                _warn(tracker, error)
+
+
+def _warn(tracker: Any, error: Exception) -> None:
+    """Of an error, each library has its own: a run does not end because a server is gone."""
+    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+    warnings.warn(f"{tracker.name} fails: what it lacks is in metrics.jsonl ({why})", stacklevel=3)
 
 
 @contextmanager
@@ -57,7 +68,10 @@ def tracking(config: RunConfig, folder: Path) -> Iterator[Trackers]:
         yield Trackers(opened)
     finally:
         for tracker in opened:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                _warn(tracker, error)
 
 
 def _opened(name: Name, folder: Path) -> Any:

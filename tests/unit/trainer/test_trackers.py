@@ -25,6 +25,8 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.report.card import model_card
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
+from lowmem_ft.trainer import trackers as trackers_module
+from lowmem_ft.trainer.trackers import tracking
 from tests.assets import ASSETS, write_share
 
 
@@ -51,6 +53,40 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Run:
         mlflow.set_tracking_uri((folder / "mlflow").as_uri())
         settings = config(folder, track=["tensorboard", "wandb", "mlflow"])
         return loop.train(settings, reporter=Reporter(quiet=True))
+
+
+class Gone:
+    """A tracker whose server is gone after the first step."""
+
+    name = "mlflow"
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if step > 1:
+            self.finish()
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        raise ConnectionError("the server is gone\nand more")
+
+
+def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, gone = r"mlflow fails: what it lacks is in metrics.jsonl \(ConnectionError: the server is gone\)$", Gone()
+    monkeypatch.setattr(trackers_module, "_opened", lambda name, folder: gone)
+
+    def three_steps() -> None:
+        with tracking(config(tmp_path, track=["mlflow"]), tmp_path) as trackers:
+            for step in (1, 2, 3):
+                trackers.log({"step": step, "loss": 1.0})
+
+    with pytest.warns(UserWarning, match=told) as warned:
+        three_steps()
+    assert gone.steps == [1]
+    assert len(warned) == 2, "when it fails, and when it ends"
 
 
 def series(run: Run, name: str) -> dict[int, float]:
