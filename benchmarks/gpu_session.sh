@@ -3,7 +3,8 @@
 #   benchmarks/gpu_session.sh OUT SECONDS checks   tests that failed or never ran, and the rest of the 300 configurations
 #                                                  beside them; killed runs; then limits until SECONDS are over
 #   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
-# What this project needs is installed before, and Unsloth (unsloth_wheels.sh) in the folder that $UNSLOTH names.
+# What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
+# the folder that $UNSLOTH names. The project itself need not be installed.
 set -u
 out=$1 seconds=$2 what=$3
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
