@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from lowmem_ft.cli.runs import DeviceOption, on_device, open_run
 from lowmem_ft.core.errors import ConfigError, nearest
@@ -119,11 +118,7 @@ def export(
 
 
 def _show(found: dict[str, object], lines: list[str], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found))
-        return
-    for line in lines:
-        Console(highlight=False).print(line, soft_wrap=True)
+    print(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def _trained_run(

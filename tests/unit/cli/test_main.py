@@ -1,4 +1,4 @@
-"""What the command line makes of errors that have no message for users."""
+"""What the command line makes of errors that have no message for users, and of others' text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem_ft.cli import export
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
 
@@ -44,3 +45,9 @@ def test_other_errors_are_bugs(command: Command, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(solver, "make_plan", raising(RuntimeError("of our own")))
     with pytest.raises(RuntimeError, match="of our own"):
         command("plan", ASSETS / "doclm-7m")
+
+
+def test_what_an_export_says_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["Exported: /runs/[draft]/gguf", "white space beside [/INST], which the tokenizer drops"]
+    export._show({}, lines, as_json=False)
+    assert capsys.readouterr().out.splitlines() == lines
