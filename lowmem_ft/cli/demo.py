@@ -21,6 +21,7 @@ from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.report.tables import memory_table, plan_table
 from lowmem_ft.trainer import loop
+from lowmem_ft.trainer.folder import RunFolder
 
 QUESTIONS = 3
 STEPS = 60
@@ -53,6 +54,7 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
         config = demo_config(assets, out, budget)
         if _is_demo(out, config):
             shutil.rmtree(out)
+        RunFolder(out).refuse_another()  # and not when all else is done
         plan = require_fit(make_plan(config))
         reporter.say(plan_table(plan))
         questions = _questions(assets / "whatis-eval.jsonl")

@@ -1,14 +1,15 @@
-"""What the command line makes of errors that have no message for users, and of others' text."""
+"""What the command line makes of errors that have no message for users, of others' text, and of folders in use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lowmem_ft.cli import export
+from lowmem_ft.cli import demo, export
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
 
@@ -51,3 +52,13 @@ def test_what_an_export_says_is_no_markup(capsys: pytest.CaptureFixture[str]) ->
     lines = ["Exported: /runs/[draft]/gguf", "white space beside [/INST], which the tokenizer drops"]
     export._show({}, lines, as_json=False)
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_demo_does_not_begin_over_another_run(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "make_plan", raising(AssertionError("it plans")))
+    (tmp_path / "metrics.jsonl").write_text("")
+    code, _, err = command("demo", "--out", tmp_path)
+    assert code == 2
+    assert "holds a run already" in err
