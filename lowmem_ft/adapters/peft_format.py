@@ -30,6 +30,7 @@ from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_lear
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, remove_orphans
+from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 
 _PREFIX = "base_model.model."
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -109,9 +110,10 @@ def is_native(model: nn.Module, folder: str | Path) -> bool:
     """
     folder = Path(folder)
     settings = read_adapter_config(folder)
-    if _is_peft_only(settings) or _unties(model, read_lora_config(settings, folder)):
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if _is_peft_only(settings) or _unties(model, read_lora_config(settings, folder), file):
         return False
-    return not _adapts_others(model, folder / SAFETENSORS_WEIGHTS_NAME)
+    return not _adapts_others(model, file)
 
 
 def _is_peft_only(settings: Mapping[str, Any]) -> bool:
@@ -305,10 +307,16 @@ def _trained_modules(model: nn.Module, config: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if any(name.endswith(end) for end in saved)]
 
 
-def _unties(model: nn.Module, config: Any) -> bool:
-    """Whether the file has a trained copy of one of two tied modules: peft keeps such a copy apart from its twin."""
+def _unties(model: nn.Module, config: Any, file: Path) -> bool:
+    """Whether the file has a trained copy of one of two tied modules, or two that differ: peft keeps copies apart."""
     trained = _trained_modules(model, config)
-    return not config.ensure_weight_tying and set(with_tied(model, trained)) != set(trained)
+    if config.ensure_weight_tying or not trained:
+        return False
+    if set(with_tied(model, trained)) != set(trained):
+        return True
+    stored = Checkpoint(file.parent, str(file.parent), model.config, read_header(file)[0], (file,))
+    pairs = [[_PREFIX + name for name in pair] for pair in getattr(model, "all_tied_weights_keys", {}).items()]
+    return any(set(pair) <= stored.tensors.keys() and not stored.same_content(*pair) for pair in pairs)
 
 
 def _adapts_others(model: nn.Module, file: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowmem_ft.adapters.inject import inject_lora, is_injected, trainable_parameters
 from lowmem_ft.adapters.peft_format import (
     adapter_tensors,
+    is_native,
     load_adapter,
     read_adapter_config,
     save_adapter,
@@ -279,6 +280,9 @@ def test_two_values_for_one_tied_tensor_are_refused(tmp_path: Path) -> None:
     edit_tensors(lambda t: t["base_model.model.lm_head.weight"].add_(1))(tmp_path)
     with pytest.raises(CheckpointError, match="two values for what is one tied tensor"):
         load_adapter(plain_model("gpt2"), tmp_path)
+    edit_config(ensure_weight_tying=False)(tmp_path)
+    assert not is_native(plain_model("gpt2"), tmp_path), "peft keeps two copies apart if nothing ties them"
+    edit_config(ensure_weight_tying=True)(tmp_path)
     edit_tensors(lambda t: t.pop("base_model.model.lm_head.weight"))(tmp_path)
     load_adapter(plain_model("gpt2"), tmp_path)  # the file says that they are tied
     edit_config(ensure_weight_tying=False)(tmp_path)
