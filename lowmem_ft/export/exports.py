@@ -21,6 +21,7 @@ from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, w
 from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
 from lowmem_ft.export.gguf_read import unpack_gguf
 from lowmem_ft.export.gguf_vocab import adds_bos, differences
+from lowmem_ft.export.merge import UNTIED
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.ollama import modelfile
 from lowmem_ft.export.parity import (
@@ -123,7 +124,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
     against = check if reference is trained else compare(trained, found)
     return Export(
         folder=out, files=(file.name, "Modelfile"), check=check, bound=bound, trained=against, text=read.origin,
-        notes=tuple(differences(tokenizer)),
+        notes=(*differences(tokenizer), *([UNTIED] if weights.is_untied else [])),
     )  # fmt: skip
 
 

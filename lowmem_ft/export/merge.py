@@ -47,6 +47,10 @@ FROM_ORIGINAL = (
     "quantize from the original base (--base original): values that lie on a grid of 4 bits go back to where they were "
     "before training when they are quantized again"
 )
+UNTIED = (
+    "Embeddings and output head, one matrix in the base, are two in what was written (tie_word_embeddings: false), as "
+    "training has changed them apart."
+)
 OTHER = "other-base"  # a folder for what is written only to be compared
 CONFIG_BYTES = 8 << 10  # config.json and generation_config.json
 LISTED_BYTES = 160  # of a tensor in a header and in the index, beside its two names
@@ -62,6 +66,7 @@ class Merge:
         trained: parity with the trained model.
         other: the same of a merge into the other base (of the original one, not merged); None where nothing lies
             between the bases, or if this one was quantized again from the original.
+        untied: embeddings and head were one matrix in the base, and are two now.
         text: what was compared on.
     """
 
@@ -74,6 +79,7 @@ class Merge:
     trained: Parity
     other: Parity | None
     text: str
+    untied: bool = False
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -85,7 +91,7 @@ class Merge:
         if self.other is not None:
             name = "original" if self.base == "dequantized" else "dequantized"
             found.append(f"Merged into the {name} base it would be: {self.other}")
-        return found
+        return [*found, UNTIED] if self.untied else found
 
     def to_dict(self) -> dict[str, Any]:
         """For a program."""
@@ -160,6 +166,7 @@ def merge(
         trained=against,
         other=other,
         text=read.origin,
+        untied=weights.is_untied,
     )
 
 

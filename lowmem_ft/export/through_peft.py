@@ -26,6 +26,7 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.ops import QuantSpec
 
 _PARTS_OF_BASES = frozenset({"OSF", "PSOFT"})
+_OF_PEFT = BaseTunerLayer | ModulesToSaveWrapper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ class TrainedThroughPeft:
 
     Raises:
         CheckpointError: as `load_adapter`.
-        UnsupportedError: one of two tied modules is trained, or a method that reads the bases to be loaded.
+        UnsupportedError: a method that reads the bases to be loaded.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
@@ -80,8 +81,6 @@ class TrainedThroughPeft:
         model.to_empty(device="cpu")  # which unties what is tied
         load_through_peft(model, folder)
         self.model = model
-        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            self._refuse_untied(getattr(model, "all_tied_weights_keys", {}))
 
     @property
     def source(self) -> Checkpoint:
@@ -106,7 +105,12 @@ class TrainedThroughPeft:
 
     def is_adapted(self, name: str) -> bool:
         """See `TrainedWeights`."""
-        return isinstance(self._owner(name), BaseTunerLayer | ModulesToSaveWrapper)
+        return isinstance(self._owner(name), _OF_PEFT)
+
+    @property
+    def untied(self) -> list[str]:
+        """See `TrainedWeights`."""
+        return untied_by_peft(self.model)
 
     def update(self, name: str, index: int | None = None) -> PeftUpdate:
         """See `TrainedWeights`."""
@@ -119,24 +123,28 @@ class TrainedThroughPeft:
     def forget(self) -> None:
         """Nothing is kept."""
 
-    def _refuse_untied(self, tied: Mapping[str, str]) -> None:
-        """Peft changes one of two tied modules (name of a parameter -> that of the other), or each on its own."""
-        changed = [name for name in [*tied, *tied.values()] if self.is_adapted(name)]
-        if changed:
-            raise UnsupportedError(
-                "the adapter changes one of two tied modules, which merged are no longer tied",
-                given=changed[0],
-                fix="merge it with peft into a model with tie_word_embeddings: false; a run with method: lora and "
-                "train_modules keeps them tied",
-            )
-
     def _owner(self, name: str) -> nn.Module:
-        owner: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
-        return owner.token_adapter if isinstance(owner, TrainableTokensWrapper) else owner
+        return _owner(self.model, name)
 
     def _stack(self, name: str) -> nn.Module | None:
         owner = self._owner(name)
         return None if isinstance(owner, BaseTunerLayer) else owner._modules.get(name.rpartition(".")[2])
+
+
+def untied_by_peft(model: nn.Module) -> list[str]:
+    """Names of tied parameters that peft's adapters in `model` change: one of two, or each on its own.
+
+    Args:
+        model: which peft has put its adapters into, not peft's wrapper around it.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    names = dict.fromkeys([*tied, *tied.values()])
+    return [name for name in names if isinstance(_owner(model, name), _OF_PEFT)]
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
+    return owner.token_adapter if isinstance(owner, TrainableTokensWrapper) else owner
 
 
 def _base(owner: nn.Module) -> nn.Module:

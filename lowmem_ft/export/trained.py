@@ -81,6 +81,11 @@ class TrainedWeights(Protocol):
         """How."""
         ...
 
+    @property
+    def untied(self) -> list[str]:
+        """Names of tied tensors that are changed apart from their twins, so that merged they are no longer tied."""
+        ...
+
     def key(self, name: str) -> str | None:
         """Under which key the file holds the whole tensor, if that was trained."""
         ...
@@ -170,6 +175,11 @@ class Trained:
         if leaf == "weight" and isinstance(owner, LoraLinear):
             return None
         return self._keys.get(id(getattr(owner, leaf)))
+
+    @property
+    def untied(self) -> list[str]:
+        """None: what is tied is trained together."""
+        return []
 
     def is_adapted(self, name: str) -> bool:
         """Whether there is an update of tensor `name`."""

@@ -7,7 +7,9 @@ had rounded; it is often the better model, but not the one that was trained.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.export.trained import TrainedWeights, open_trained
 from lowmem_ft.quant.architecture import conversion_plan, template_of
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, StoredSource
-from lowmem_ft.quant.conversion import Step, arrange, read_sources, rearrange_back, stored_names
+from lowmem_ft.quant.conversion import Plan, Step, arrange, read_sources, rearrange_back, stored_names
 from lowmem_ft.quant.loader import check_missing, effective_spec, head_path, meta_model, redundant_names
 from lowmem_ft.quant.ops import Layout, QuantSpec, dequantize, quantize
 from lowmem_ft.quant.prequantized import open_source, stored_spec
@@ -73,7 +75,6 @@ class MergedWeights:
         plan = conversion_plan(self.checkpoint, self.template)
         redundant = redundant_names(self.model, plan)
         check_missing(self.model, plan, redundant)
-        self.absent = {*plan.missing, *redundant}
         self.steps = [step for step in plan.steps if not set(step.targets) <= redundant]
         self.stored = stored and self.template.model is self.template.text
         self.spec: QuantSpec = effective_spec(self.checkpoint, quant_spec(policy))
@@ -84,11 +85,40 @@ class MergedWeights:
         head = head_path(trained)
         swap_quantized(trained, spec=self.spec, skip=[] if head is None else [head])
         self.trained: TrainedWeights = open_trained(trained, adapter, device=self.device)
+        self._added: set[str] = set()  # tensors of their own that the checkpoint does not have, as they were tied
+        self.is_untied = bool(self.trained.untied)
+        if self.is_untied:
+            self._untie(plan)
 
     @property
     def bases_differ(self) -> bool:
         """Whether quantization lies between the two bases. A checkpoint that is quantized itself has only one."""
         return self.spec.bits != 16 and not self.prequantized
+
+    def _untie(self, plan: Plan) -> None:
+        """Let the merged model have embeddings and head of its own, both made from the base's one matrix."""
+        config = copy.deepcopy(self.checkpoint.config)
+        config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
+        checkpoint = replace(self.checkpoint, config=config)
+        tied = self.model.all_tied_weights_keys
+        model = meta_model(checkpoint, dtype=self.dtype)
+        if model.all_tied_weights_keys:
+            raise UnsupportedError(
+                "the adapter changes one of two tied modules, and this architecture cannot be untied",
+                given=f"{self.trained.untied[0]} of {type(model).__name__}",
+                fix="serve it as an adapter; a run with method: lora and train_modules keeps them tied",
+            )
+        self.model, self.template = model, template_of(checkpoint, model.config, dtype=self.dtype)
+        self.steps = list(plan.steps)
+        stored = {step.only_target: step for step in plan.steps}
+        for name, other in [*tied.items(), *((source, target) for target, source in tied.items())]:
+            if name not in stored:
+                self.steps.append(replace(stored[other], targets={name: stored[other].targets[other]}))
+                self._added.add(name)
+
+    def _name(self, step: Step, source: str) -> str:
+        """Under which name what is read as `source` is written, where that is as the checkpoint stores it."""
+        return step.only_target if step.only_target in self._added else source
 
     def tensors(self) -> Layout:
         """Name -> (shape, dtype) of all that `parts` gives, in its order."""
@@ -96,7 +126,7 @@ class MergedWeights:
         for step in self.steps:
             if self.stored:
                 names = [name for group in step.sources.values() for name in group]
-                found |= {name: (self._shape(step, name), self._dtype(step, name)) for name in names}
+                found |= {self._name(step, name): (self._shape(step, name), self._dtype(step, name)) for name in names}
             else:
                 found |= {name: (self._final_shape(name, shape), self._dtypes[name]) for name, shape in
                           step.targets.items()}  # fmt: skip
@@ -140,7 +170,7 @@ class MergedWeights:
         del pieces, tensors
         for name, at in stored_names(step, index):
             tensor = sources.pop(0)
-            yield name, (at or 0) * tensor.numel(), tensor
+            yield self._name(step, name), (at or 0) * tensor.numel(), tensor
             del tensor  # before the next one exists
 
     def _copied(self, step: Step) -> Iterator[Part]:
@@ -148,7 +178,7 @@ class MergedWeights:
         key = self.trained.key(step.only_target)
         source, name = (self.source, step.only_source) if key is None else (self.trained.source, key)
         dtype = self._read_dtype(step) if key is None else self._dtype(step, step.only_source)
-        given = step.only_source if self.stored else step.only_target
+        given = self._name(step, step.only_source) if self.stored else step.only_target
         if not isinstance(source, Checkpoint):
             for _, start, part in self._in_sources(step, None):
                 yield given, start, part

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,7 @@ from lowmem_ft.assemble import quant_spec
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import attention_inputs, isolation_fault, probe_batch
+from lowmem_ft.export.through_peft import untied_by_peft
 from lowmem_ft.export.trained import MERGE_VALUES
 from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
@@ -34,7 +36,7 @@ from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_bl
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, safetensors_header
 from lowmem_ft.quant.experts import QuantStack
-from lowmem_ft.quant.footprint import LoadFootprint
+from lowmem_ft.quant.footprint import LISTED_BYTES, LoadFootprint
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.quant.loader import effective_spec
 from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize_scratch
@@ -150,8 +152,9 @@ class Aside:
             CheckpointError, UnsupportedError: what loading finds in headers.
         """
         base = base or Base.of(config, policy, scales.stage)
-        merged = base.footprint.merged + base.copied
-        adapters = _adapters(scales.stage.ready.model)
+        model = scales.stage.ready.model
+        merged = base.footprint.merged + base.copied + _untied_bytes(model)
+        adapters = _adapters(model)
         return cls(
             scales=scales,
             base=base,
@@ -356,6 +359,17 @@ def _norms(adapter: nn.Module) -> Tensor:
     with torch.no_grad():
         norm_O: Tensor = torch.linalg.vector_norm(_matrix(adapter), dim=1, dtype=torch.float32)
     return norm_O
+
+
+def _untied_bytes(model: nn.Module) -> int:
+    """In 16 bits, of the matrix that a merge writes once more where peft changes one of two tied ones."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sizes = [
+        2 * parameter.numel() + LISTED_BYTES + 2 * len(name)
+        for name in untied_by_peft(base)
+        for parameter in base.get_submodule(name.rpartition(".")[0]).parameters()
+    ]
+    return max(sizes, default=0)
 
 
 def _adapters(model: nn.Module) -> list[Any]:

@@ -22,7 +22,7 @@ from lowmem_ft.quant.ops import Layout, QuantSpec, layout_bytes
 from lowmem_ft.quant.prequantized import stored_spec
 from lowmem_ft.quant.swap import swap_quantized
 
-_LISTED_BYTES = 128  # of a tensor in a header and an index beside its two names
+LISTED_BYTES = 128  # of a tensor in a header and an index beside its two names
 # Tensors of its size that exist while a model makes a buffer that no file holds (measured with GPT-Neo's masks)
 _MAKING = 3
 
@@ -129,5 +129,5 @@ def _merged_bytes(steps: Iterable[StepLoader], dtype: torch.dtype) -> int:
         names = [name for group in step.step.sources.values() for name in group]
         tensors |= {name: (step.source.tensors[name].shape, kept) for name in names}
         times = step.step.slices or 1 if len(names) == 1 else 1  # each expert of a stack is written for itself
-        listed += times * sum(2 * len(name) + _LISTED_BYTES for name in names)
+        listed += times * sum(2 * len(name) + LISTED_BYTES for name in names)
     return layout_bytes(tensors) + listed

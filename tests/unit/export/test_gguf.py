@@ -87,6 +87,19 @@ def test_whatever_was_trained_is_in_it(method: dict[str, Any], tmp_path: Path) -
     assert exported(run).check.kl < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_embeddings_that_are_no_longer_tied(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "embed_tokens"]}
+    _, run = run_of(tmp_path, "tied", method="peft", peft=method)
+    if not whole:
+        monkeypatch.setattr(TrainedRun, "fits", lambda self, nbytes: False)
+    done = exported(run)
+    assert done.check.kl < 1e-9
+    assert "tie_word_embeddings: false" in done.lines()[-1]
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(done.folder / "model-f32.gguf").tensors}
+
+
 @pytest.mark.parametrize("kind", LOSSY)
 def test_types(kind: str, tmp_path: Path) -> None:
     made, run = run_of(tmp_path)

@@ -14,15 +14,20 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
+from lowmem_ft.export import weights as weights_module
 from lowmem_ft.export.adapters import plain_factors
-from lowmem_ft.export.merge import write_merged
+from lowmem_ft.export.merge import merge, write_merged
+from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.weights import Base, MergedWeights
 from lowmem_ft.export.write import new_folder
 from lowmem_ft.quant import shards
 from lowmem_ft.quant.checkpoint import Checkpoint, scan
+from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.report.progress import Reporter
 from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.adapters.helpers import error
 from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
@@ -55,6 +60,13 @@ PROMPTS = {"prompt", "prefix", "p_tuning"}
 UNMERGED = {"osf", "psoft", "lily"}  # methods of peft that can be served as adapters alone
 
 
+def merged_by_peft(base: Path, adapter: Path) -> Tensor:
+    """Logits of the original base with the adapter, by peft alone."""
+    model = plain(base, dtype=torch.float32, experts_implementation="eager")
+    model.config.tie_word_embeddings = False  # peft's merge would tie again what is no longer tied
+    return logits(PeftModel.from_pretrained(model, adapter).eval())
+
+
 def write(run: Trained, out: Path, base: Base = "dequantized", dtype: torch.dtype = torch.float32) -> Path:
     weights = MergedWeights(run.config, run.policy, run.adapter, base=base, dtype=dtype)
     with new_folder(out, nbytes=0) as folder:
@@ -85,8 +97,7 @@ def test_architectures(name: str, tmp_path: Path) -> None:
 def test_the_original_base_is_what_peft_merges_into(method: str, tmp_path: Path) -> None:
     name, adapter = METHODS[method]
     run = trained(name, tmp_path, **adapter)
-    base = plain(tmp_path / "base", dtype=torch.float32, experts_implementation="eager")
-    theirs = logits(PeftModel.from_pretrained(base, run.adapter).merge_and_unload())
+    theirs = merged_by_peft(tmp_path / "base", run.adapter)
     ours = merged_logits(write(run, tmp_path / "out", "original"))
     assert error(ours, theirs) < EXACT
     assert error(ours, run.logits) > 0.02, "4 bits lie between them"
@@ -202,40 +213,85 @@ def test_methods_of_peft_on_conv1d(bits: int, tmp_path: Path) -> None:
 def test_copies_that_peft_trains(tied: bool, tmp_path: Path) -> None:
     method = {**PEFT_METHODS["lora_bias"], "modules_to_save": ["lm_head", "norm"]}
     run = trained("qwen2", tmp_path, bits=16, model={"tie_word_embeddings": tied}, method="peft", peft=method)
-    if tied:
-        with pytest.raises(UnsupportedError, match="no longer tied"):
-            write(run, tmp_path / "out")
-    else:
-        assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
 
 
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
-# name -> (the method, what a tied model says to it)
-ON_EMBEDDINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora": ({**LORA, "target_modules": ["q_proj", "embed_tokens"]}, "no longer tied"),
-    "tokens": ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6]}, "adapter on the output head"),
-    "lora and tokens": ({**LORA, "trainable_token_indices": [5, 6]}, "adapter on the output head"),
-    "copy": ({**LORA, "modules_to_save": ["embed_tokens"]}, "no longer tied"),
-    "copy of the head": ({**LORA, "modules_to_save": ["lm_head"]}, "no longer tied"),
+ON_EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "lora": {**LORA, "target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6]},
+    "lora and tokens": {**LORA, "trainable_token_indices": [5, 6]},
+    "copy": {**LORA, "modules_to_save": ["embed_tokens"]},
+    "copy of the head": {**LORA, "modules_to_save": ["lm_head"]},
+    "copies of both": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]},
 }
+ON_THE_HEAD = ("tokens", "lora and tokens")  # where that is tied to the embeddings
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("method", ON_EMBEDDINGS)
 def test_what_peft_does_to_embeddings(method: str, tmp_path: Path) -> None:
-    run = trained("llama", tmp_path, method="peft", peft=ON_EMBEDDINGS[method][0])
+    run = trained("llama", tmp_path, method="peft", peft=ON_EMBEDDINGS[method])
     assert torch.equal(logits(assemble(run.config, run.policy, CPU, adapter=run.adapter).model.eval()), run.logits)
     assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("method", ON_EMBEDDINGS)
-def test_what_peft_does_to_tied_embeddings_is_refused(method: str, tmp_path: Path) -> None:
-    config, message = ON_EMBEDDINGS[method]
-    with pytest.raises(UnsupportedError, match=message):  # noqa: PT012  (some are refused before they are trained)
-        run = trained("llama", tmp_path, model={"tie_word_embeddings": True}, method="peft", peft=config)
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("method", sorted(set(ON_EMBEDDINGS) - set(ON_THE_HEAD)))
+def test_tied_embeddings_that_peft_changes_apart_are_untied(method: str, base: Base, tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    run = trained("llama", tmp_path, model=tied, method="peft", peft=ON_EMBEDDINGS[method])
+    assert torch.equal(logits(assemble(run.config, run.policy, CPU, adapter=run.adapter).model.eval()), run.logits)
+    out = write(run, tmp_path / "out", base)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert scan(out)[1].keys() == scan(tmp_path / "base")[1].keys() | {"lm_head.weight"}
+    exact = run.logits if base == "dequantized" else merged_by_peft(tmp_path / "base", run.adapter)
+    assert error(merged_logits(out), exact) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "copies of both"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bloom"])
+def test_other_architectures_are_untied(name: str, method: str, tmp_path: Path) -> None:
+    words = {"gpt2": "wte", "bloom": "word_embeddings"}.get(name, "embed_tokens")
+    leaf = {"gpt2": "c_attn", "bloom": "query_key_value"}.get(name, "q_proj")
+    names = {"embed_tokens": words, "q_proj": leaf}
+    method_of = {key: [names.get(it, it) for it in value] if isinstance(value, list) else value
+                 for key, value in ON_EMBEDDINGS[method].items()}  # fmt: skip
+    run = trained(name, tmp_path, model={"tie_word_embeddings": True}, method="peft", peft=method_of)
+    assert error(merged_logits(write(run, tmp_path / "out")), run.logits) < EXACT
+
+
+def test_an_untied_merge_says_so(tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    made = trained("llama", tmp_path, model=tied, method="peft", peft=ON_EMBEDDINGS["copy"])
+    run = TrainedRun(config=made.config, policy=made.policy, adapter=made.adapter, device=CPU, scratch=tmp_path)
+    done = merge(run, tmp_path / "out", dtype=torch.float32, reporter=Reporter(quiet=True))
+    assert done.untied
+    assert "tie_word_embeddings: false" in done.lines()[-1]
+    again = merge(run, tmp_path / "int8", quantize_to=QuantSpec(bits=8), reporter=Reporter(quiet=True))
+    assert "lm_head.weight" in scan(again.folder)[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_architecture_that_cannot_be_untied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = {"tie_word_embeddings": True}
+    run = trained("llama", tmp_path, model=tied, method="peft", peft=ON_EMBEDDINGS["copy"])
+    build = weights_module.meta_model
+    monkeypatch.setattr(
+        weights_module, "meta_model", lambda _, **options: build(Checkpoint.open(run.config.model), **options)
+    )
+    with pytest.raises(UnsupportedError, match="cannot be untied"):
         write(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", ON_THE_HEAD)
+def test_what_peft_puts_on_a_tied_head_is_refused(method: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="adapter on the output head"):
+        trained("llama", tmp_path, model={"tie_word_embeddings": True}, method="peft", peft=ON_EMBEDDINGS[method])
 
 
 def test_an_adapter_of_peft_on_the_head_is_refused(tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_phases_in_tensors(models: dict[str, Path], name: str, quant: int | str,
     assert written <= aside.merge.disk <= 1.002 * written
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_merge_that_unties(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "base", tie_word_embeddings=True)
+    method = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "embed_tokens"]}
+    settings = config(tmp_path / "base", adapter={"method": "peft", "peft": method}, data={"packing": False})
+    policy, _, aside = prepared(settings)
+    ready = assemble(settings, policy, torch.device("cpu"))
+    save_adapter(ready.model, tmp_path / "adapter", base_model=settings.model)
+    (tmp_path / "merged").mkdir()
+    write_merged(MergedWeights(settings, policy, tmp_path / "adapter"), tmp_path / "merged")
+    written = size(tmp_path / "merged")
+    assert written <= aside.merge.disk <= written + 2**14
+
+
 def check_steps(ready: Assembled, scales: Scales, settings: RunConfig, policy: Policy, held: int) -> None:
     batch = full_batches(settings, policy, vocabulary=100)[0]
     held += batch_bytes(batch)
