@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -160,7 +160,7 @@ def evaluate(
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
 
-    from lowmem_ft.core.preference import learns_preferences
+    from lowmem_ft.core.preference import counted, learns_preferences
     from lowmem_ft.data.examples import bytes_in_loss
     from lowmem_ft.trainer import loop
     from lowmem_ft.trainer.recovery import Recovery
@@ -172,10 +172,12 @@ def evaluate(
     recovery = Recovery(ready, made.policy, say=reporter.say)
     loss, metrics = loop.evaluate(recovery, config, examples, reporter)
     answers = samples(recovery, config, examples)
-    found = {"eval_loss": loss, "examples": len(examples)}
+    unit = counted(config)
+    found: dict[str, Any] = {"eval_loss": loss, "examples": len(examples), "unit": unit}
     if learns_preferences(config):
+        lines = [f"eval_loss {loss:.6g}", f"{unit} {len(examples)}"]
+        lines += [f"{name} {value:.6g}" for name, value in metrics.items()]
         found |= metrics
-        lines = [f"{name} {value:.6g}" for name, value in found.items()]
     else:
         accuracy = metrics["accuracy"]
         found |= {"perplexity": math.exp(loss), "eval_accuracy": accuracy}

@@ -132,14 +132,18 @@ def _facts(found: Preview) -> Table:
     table.add_row("format", ", ".join(f"{kind} ({number})" for kind, number in found.formats.items()) or "none known")
     if not count:
         return table
-    table.add_row("examples", f"{count}")
+    if found.pairs:
+        table.add_row("pairs", f"{found.pairs}")
+    table.add_row(found.unit, f"{count}")
     table.add_row("tokens", f"{sum(found.lengths)}, of which {found.tokens} are used")
     table.add_row("length", ", ".join(f"{name} {value}" for name, value in length.items()))
     done = {"truncate": "truncated", "drop": "dropped", "error": "too long, an error"}[found.overlong]
-    table.add_row(done, f"{found.truncated} ({found.truncated / count:.1%}) longer than {found.seq_len} tokens")
+    those = f"{found.truncated} {found.unit} ({found.truncated / count:.1%})"
+    pairs = ", or of a pair that is" if found.pairs and found.overlong != "truncate" else ""
+    table.add_row(done, f"{those} longer than {found.seq_len} tokens{pairs}")
     table.add_row("in the loss", f"{found.loss_tokens} tokens ({facts['loss_share']:.1%})")
     if found.masked:
-        table.add_row("without loss", f"{found.masked} examples, which training leaves out")
+        table.add_row("without loss", f"{found.masked} {found.unit}, which training leaves out")
     table.add_row("answers end", ", ".join(f"{text!r} ({number})" for text, number in found.endings.most_common(4)))
     if found.used:
         full = f"{facts['packed_share']:.1%} full"
@@ -148,7 +152,7 @@ def _facts(found: Preview) -> Table:
 
 
 def _histogram(found: Preview) -> Table:
-    table = _table("tokens", "examples", "", title="Lengths")
+    table = _table("tokens", found.unit, "", title="Lengths")
     ranges = found.histogram()
     most = max(count for _, _, count in ranges)
     for low, high, count in ranges:

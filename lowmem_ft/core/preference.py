@@ -35,6 +35,11 @@ def lanes(config: RunConfig) -> int:
     return 1 if config.train.objective in ("sft", "kto") else 2
 
 
+def counted(config: RunConfig) -> str:
+    """What a run's examples are, over which losses of preferences are means; a word in the plural."""
+    return {"sft": "examples", "kto": "answers"}.get(config.train.objective, "pairs")
+
+
 def step_tokens(config: RunConfig) -> int:
     """Positions of a step in full rows, as `data.loader` fills them: those of so many rows as fit, at least one."""
     together = lanes(config) * config.data.seq_len

@@ -110,8 +110,13 @@ def _one(encoder: RecordEncoder, answer: Conversation | Completion | None) -> Ex
     return examples[0]
 
 
-def preference_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
-    """What `store.write_stored` takes: of a pair the chosen answer and then the rejected one. `tally` counts pairs.
+def preference_entries(
+    rows: Iterable[Row], encoder: RecordEncoder, tally: Tally, *, apart: bool = False
+) -> Iterator[tuple[Example, int]]:
+    """What `store.write_stored` takes: of a pair the chosen answer and then the rejected one.
+
+    Args:
+        apart: `tally` counts both answers of a pair, which are still dropped together; otherwise the pair.
 
     Raises:
         DataError: as `examples.read_examples` raises it; a prompt that leaves no room for an answer, and answers that
@@ -119,11 +124,14 @@ def preference_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally
     """
     for row in rows:
         found = tally.attempt(row, partial(_cut, encoder, tally))
-        if found is None or not tally.fits(row, max(found.lengths)):
+        if found is None:
+            continue
+        lengths = found.lengths if apart else [max(found.lengths)]
+        if not tally.fits(row, *lengths):
             continue
         label = found.example.label
         parts = (CHOSEN, REJECTED) if label is None else (GOOD if label else BAD,)
-        tally.counts["examples"] += 1
+        tally.counts["examples"] += len(lengths)
         for example, part in zip(found.example.documents, parts, strict=True):
             tally.counts.update(tokens=len(example), loss_tokens=example.loss_tokens)
             yield example, part
@@ -136,6 +144,7 @@ def pair_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> I
     Raises:
         DataError: likewise, and for answers with a verdict.
     """
+    tally.unit = "pairs"
     for example, part in preference_entries(rows, encoder, tally):
         if part in (GOOD, BAD):
             raise at(tally.path, no_pair())
@@ -144,8 +153,8 @@ def pair_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> I
 
 def verdict_entries(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:
     """The same, each answer of a pair by itself: the better one is good, the other one bad."""
-    for example, part in preference_entries(rows, encoder, tally):
-        tally.counts["examples"] += part == REJECTED
+    tally.unit = "answers"
+    for example, part in preference_entries(rows, encoder, tally, apart=True):
         yield example, {CHOSEN: GOOD, REJECTED: BAD}.get(part, part)
 
 

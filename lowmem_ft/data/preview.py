@@ -36,6 +36,7 @@ class Preview:
         columns: name -> types that its values have in the first records.
         formats: kind -> records.
         wrong: what is wrong with the first records that cannot be used; `unusable` counts all.
+        pairs, answers: of preferences, whose answers are the examples.
         lengths: tokens of each example, before it is cut.
         used: tokens of those that are trained on, as they are then.
         loss_tokens: of those that are trained on.
@@ -53,6 +54,8 @@ class Preview:
     records: int = 0
     columns: dict[str, Counter[str]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
+    pairs: int = 0
+    answers: int = 0
     unusable: int = 0
     wrong: list[str] = field(default_factory=list)
     lengths: array[int] = field(default_factory=lambda: array("i"))
@@ -71,6 +74,11 @@ class Preview:
         width = max(1, -(-(high - low + 1) // BARS))
         counts = np.bincount((np.asarray(self.lengths) - low) // width).tolist()
         return [(low + i * width, low + (i + 1) * width - 1, count) for i, count in enumerate(counts)]
+
+    @property
+    def unit(self) -> str:
+        """What an example is: `answers` of pairs or with a verdict, else `examples`."""
+        return "answers" if self.answers == len(self.lengths) > 0 else "examples"
 
     @property
     def tokens(self) -> int:
@@ -97,6 +105,8 @@ class Preview:
             "formats": dict(self.formats),
             "columns": {name: sorted(types) for name, types in self.columns.items()},
             "examples": len(lengths),
+            "unit": self.unit,
+            "pairs": self.pairs,
             "seq_len": self.seq_len,
             "tokens": self.tokens,
             "used": len(self.used),
@@ -197,6 +207,8 @@ def _encoded(
     if found.overlong == "truncate" or max(map(len, pair.documents)) <= found.seq_len:
         cut_preference(pair, found.seq_len)  # which training would refuse
     found.formats[kind] += 1
+    found.pairs += pair.label is None
+    found.answers += len(pair.documents)
     named = [("chosen", pair.chosen), ("rejected", pair.rejected)]
     return [(what, example) for what, example in named if example is not None], True
 

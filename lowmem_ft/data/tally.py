@@ -26,6 +26,7 @@ class WrongDataError(DataError):
 class DataReport:
     """What became of a file. `truncated`, `dropped` and `masked` count examples; `masked_lines` numbers records.
 
+    `unit` says what an example is: of preferences a pair, or an answer with a verdict, of which a pair gives two.
     `examples`, `tokens` and `loss_tokens` are those that are left to train on. `formats` counts records by their kind.
     `skipped` counts records that could not be used, `reasons` says why the first of them could not. `unended` counts
     examples that were not cut, and whose last token in the loss is no special one: nothing tells a model to stop.
@@ -43,6 +44,7 @@ class DataReport:
     reasons: tuple[str, ...] = ()
     unended: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
+    unit: str = "examples"
 
     @property
     def masked(self) -> int:
@@ -63,9 +65,10 @@ class DataReport:
                 f"{self.path}: {self.skipped} of {self.records} records skipped, they cannot be used:{reasons}"
             )
         if self.truncated:
-            notes.append(f"{self.path}: {self.truncated} of {self.encoded} examples truncated to data.seq_len")
+            notes.append(f"{self.path}: {self.truncated} of {self.encoded} {self.unit} truncated to data.seq_len")
         if self.dropped:
-            notes.append(f"{self.path}: {self.dropped} of {self.encoded} examples dropped, longer than data.seq_len")
+            longer = "longer than data.seq_len" + (", or of a pair that is" if self.unit == "answers" else "")
+            notes.append(f"{self.path}: {self.dropped} of {self.encoded} {self.unit} dropped, {longer}")
         if self.unended:
             notes.append(
                 f"{self.path}: {self.unended} of {self.examples} examples end without a special token, so that the "
@@ -88,6 +91,7 @@ class Tally:
     seq_len: int
     overlong: Overlong = "truncate"
     invalid: Invalid = "error"
+    unit: str = "examples"  # what is counted as one
     counts: Counter[str] = field(default_factory=Counter)  # by the names of COUNTS
     formats: Counter[str] = field(default_factory=Counter)
     masked_lines: list[int] = field(default_factory=list)
@@ -118,20 +122,21 @@ class Tally:
         self.formats[kind] += 1
         return found
 
-    def fits(self, row: Row, length: int) -> bool:
-        """Whether an example of `length` tokens is used, whole or cut.
+    def fits(self, row: Row, *lengths: int) -> bool:
+        """Whether examples of so many tokens, which are used together or not at all, are used, whole or cut.
 
         Raises:
-            DataError: it is too long, and that is an error.
+            DataError: one is too long, and that is an error.
         """
+        length = max(lengths)
         if length <= self.seq_len or self.overlong == "truncate":
-            self.counts["truncated"] += length > self.seq_len
+            self.counts["truncated"] += sum(it > self.seq_len for it in lengths)
             return True
         if self.overlong == "error":
             fix = "raise data.seq_len, or set data.overlong to truncate or drop"
             error = DataError("the example is too long.", given=f"{length} tokens", allowed=self.seq_len, fix=fix)
             raise at(row.place, error)
-        self.counts["dropped"] += 1
+        self.counts["dropped"] += len(lengths)
         return False
 
     def report(self) -> DataReport:
@@ -141,6 +146,7 @@ class Tally:
             masked_lines=tuple(self.masked_lines),
             reasons=tuple(self.reasons),
             formats=dict(self.formats),
+            unit=self.unit,
             **{name: self.counts[name] for name in COUNTS},
         )
         if not report.examples:

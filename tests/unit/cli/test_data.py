@@ -88,7 +88,7 @@ def test_the_figures_of_pairs_are_those_of_training(run: Run) -> None:
 
     path = ASSETS / "whatis-pairs-eval.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
-    for overlong, objective in (("truncate", "dpo"), ("drop", "dpo"), ("drop", "kto")):
+    for overlong, objective in (("truncate", "dpo"), ("drop", "dpo"), ("truncate", "kto"), ("drop", "kto")):
         data = DataConfig(seq_len=28, cache=None, overlong=overlong)  # type: ignore[arg-type]
         wanted: Any = "pairs" if objective == "dpo" else "verdicts"
         mixture, _ = read_preferences(str(path), data, tokenizer, use="train", task=silent, wanted=wanted)
@@ -99,8 +99,11 @@ def test_the_figures_of_pairs_are_those_of_training(run: Run) -> None:
         assert found["used"] == report.examples * (2 if wanted == "pairs" else 1)
         assert (found["tokens"], found["loss_tokens"]) == (report.tokens, report.loss_tokens)
         assert report.truncated + report.dropped > 0
-        if overlong == "drop":
-            assert found["truncated"] == 2 * report.dropped
+        assert (report.unit, found["unit"], found["pairs"]) == (wanted.replace("verdicts", "answers"), "answers", 80)
+        each = 2 if objective == "dpo" and overlong == "drop" else 1
+        if (overlong, objective) != ("truncate", "dpo"):  # there one of a pair may be
+            assert found["truncated"] == each * (report.truncated + report.dropped)
+        assert found["examples"] == report.encoded * (2 if wanted == "pairs" else 1) == 160
 
 
 def test_keys_that_decide_what_training_sees(run: Run, write: Callable[..., Path]) -> None:

@@ -95,7 +95,27 @@ def test_pairs_alone_and_verdicts_alone(tokenizer: PreTrainedTokenizerBase, json
     assert error.value.fix == "set train.objective: kto"
     found, _ = read_preferences(path, data, tokenizer, use="train", task=silent, wanted="verdicts")
     assert [it.label for it in found] == [True, False] * 3 + [True, False]
-    assert found.sources[0].stored.report.examples == 8  # type: ignore[attr-defined]
+    report = found.sources[0].stored.report  # type: ignore[attr-defined]
+    assert (report.examples, report.unit) == (8, "answers")
+
+
+def test_kto_counts_answers_and_the_others_pairs(
+    tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path
+) -> None:
+    short, long = ({"prompt": "a", "chosen": " b", "rejected": " c" * count} for count in (1, 40))
+    records, verdict = [long, short, short], {"prompt": "a", "completion": " d", "label": True}
+    for wanted, overlong, given, said in (
+        ("pairs", "truncate", records, "1 of 3 pairs truncated"),
+        ("verdicts", "truncate", records, "1 of 6 answers truncated"),
+        ("pairs", "drop", records, "1 of 3 pairs dropped, longer than data.seq_len"),
+        ("verdicts", "drop", records, "2 of 6 answers dropped, longer than data.seq_len, or of a pair that is"),
+        ("verdicts", "drop", [long, verdict], "2 of 3 answers dropped"),
+    ):
+        data = DataConfig.model_validate({"seq_len": 16, "cache": None, "overlong": overlong})
+        wants: Any = wanted
+        _, notes = read_preferences(str(jsonl(*given)), data, tokenizer, use="train", task=silent, wanted=wants)
+        assert len(notes) == 1
+        assert said in notes[0]
 
 
 @pytest.mark.parametrize(
