@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -296,11 +297,18 @@ def quant_spec(policy: Policy) -> QuantSpec:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model folder, or None where the folder holds none. Raises CheckpointError if it is broken."""
+    """The tokenizer in a model folder, or None where the folder holds none. Raises CheckpointError if it is broken.
+
+    Of a multimodal model it has the processor's chat template, which older ones keep in a file of its own.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        older = folder / "chat_template.json"
+        if not tokenizer.chat_template and older.is_file():
+            tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
         fix = "download or copy its files again; a newer version of transformers and tokenizers may know its format"
         given = f"{folder} ({first_line(error)})"

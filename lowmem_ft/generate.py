@@ -18,6 +18,7 @@ from lowmem_ft.core.errors import ConfigError, DataError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.positions import has_position_table, positions_of
 from lowmem_ft.core.token_ids import check_ids
+from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.runtime.blocks import causal_model
 
 
@@ -256,7 +257,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
         _refuse_halves(message["content"])
     try:
         inputs = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            ChatRenderer(tokenizer).as_wanted(messages),
             add_generation_prompt=True,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},  # it would warn of a length that is refused here, in clearer words

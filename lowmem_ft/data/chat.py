@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
-PROBE = "lowmem"
+PROBE, SECOND = "lowmem", "second"  # what no template writes by itself
 
 
 Spans = Sequence[tuple[int, int]]  # (start, end) in characters, in order
@@ -39,6 +39,15 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special, key=len, reverse=True)  # of two with the same end the whole one
+        self._forms: dict[str, dict[str, _Forms]] = {}  # template -> role -> what it takes
+
+    def as_wanted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` whose contents have the form that the chat template takes: a string, or a list of parts.
+
+        Raises:
+            DataError: malformed messages, or no chat template.
+        """
+        return self._template(None).with_contents_as_wanted(_checked([*messages]))
 
     def render(
         self, messages: object, *, tools: object = None, answers_only: bool = True, first: int = 0
@@ -57,7 +66,7 @@ class ChatRenderer:
                 so that the answers cannot be told from the rest.
         """
         template = self._template(tools)
-        checked = template.with_parts_as_wanted(_checked(messages))
+        checked = template.with_contents_as_wanted(_checked(messages))
         if any(message.get("tool_calls") for message in checked):
             checked = template.with_arguments_as_wanted(checked)
             if template.leaves_out_calls(checked):
@@ -123,7 +132,15 @@ class ChatRenderer:
                 fix="use records of 'prompt' and 'completion', or a tokenizer with chat_template.jinja",
             )
         source = self.tokenizer.get_chat_template(tools=tools)
-        return _Template(source, tools, self.tokenizer.special_tokens_map)
+        return _Template(source, tools, self.tokenizer.special_tokens_map, self._forms.setdefault(source, {}))
+
+
+class _Forms(NamedTuple):
+    """Which forms of a content a template shows: a string, a list of one text part, or of several."""
+
+    text: bool
+    part: bool
+    parts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +150,7 @@ class _Template:
     source: str
     tools: list[dict[str, Any]] | None
     variables: Mapping[str, Any]
+    forms: dict[str, _Forms] = field(default_factory=dict)  # by role, as far as they are known
 
     def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The text of `messages`."""
@@ -148,8 +166,9 @@ class _Template:
 
     def continued(self, messages: Sequence[dict[str, Any]]) -> str | None:
         """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
+        asked = self.with_contents_as_wanted([{"role": "user", "content": "And then?"}])
         try:
-            return self.render([*messages, {"role": "user", "content": "And then?"}])
+            return self.render([*messages, *asked])
         except DataError:
             return None
 
@@ -157,24 +176,46 @@ class _Template:
         """The text of `messages` and the spans of its `{% generation %}` blocks."""
         return self._render(messages, return_assistant_tokens_mask=True)
 
-    def with_parts_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`messages` with text parts joined, but for a template that goes through parts itself."""
-        if all(isinstance(message.get("content", ""), str) for message in messages) or self._takes_parts():
-            return list(messages)
+    def with_contents_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with text parts joined, but for a template that goes through parts itself; and with strings as
+        parts for one that takes nothing else (LLaVA's would go through the letters, and leave all of them out)."""
         return [
-            {**message, "content": _joined(number, message["content"])}
-            if isinstance(message.get("content"), list)
+            {**message, "content": self._wanted(number, message["role"], message["content"])}
+            if "content" in message
             else message
             for number, message in enumerate(messages, start=1)
         ]
 
-    def _takes_parts(self) -> bool:
-        """Whether the text of a part stands in the template's text. In quotes it does where the list was written."""
+    def _wanted(self, number: int, role: str, content: Any) -> Any:
+        takes = self._takes(role)
+        if isinstance(content, str):
+            return content if takes.text or not takes.part else [_part(content)]
+        if takes.parts:
+            return content
+        joined = _joined(number, content)
+        return joined if takes.text or not takes.part else [_part(joined)]
+
+    def _takes(self, role: str) -> _Forms:
+        """Which forms of a content the template shows in the turns of `role`; where it shows none, those of a user."""
+        if role not in self.forms:
+            contents = (PROBE, [_part(PROBE)], [_part(PROBE), _part(SECOND)])
+            found = _Forms(*(self._shows(role, content) for content in contents))
+            self.forms[role] = found if any(found) or role == "user" else self._takes("user")
+        return self.forms[role]
+
+    def _shows(self, role: str, content: Any) -> bool:
+        """Whether the template's text has the texts of `content`. In quotes it does where a list was written."""
+        messages = [{"role": role, "content": content}]
+        if role != "user":
+            asked = self._wanted(0, "user", "a")
+            messages.insert(1 if role == "system" else 0, {"role": "user", "content": asked})
         try:
-            text = self.render([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+            text = self.render(messages)
         except DataError:
             return False
-        return PROBE in text and not re.search(f"[\"']{PROBE}[\"']", text)
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        quoted = isinstance(content, list) and re.search(f"[\"']{PROBE}[\"']", text)
+        return all(it in text for it in texts) and not quoted
 
     def with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """`messages` with the arguments of calls as objects, or for a template that joins them to text as JSON text."""
@@ -257,6 +298,10 @@ def _joined(number: int, parts: list[dict[str, Any]]) -> str:
                 allowed=f"a string, or {TEXT_PARTS}",
             )
     return "".join(part["text"] for part in parts)
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def _is_text(part: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.data.chat import ChatRenderer
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -220,7 +221,8 @@ def _adds_space(tokenizer: dict[str, Any], loaded: PreTrainedTokenizerBase) -> b
     scheme = str(before.get("prepend_scheme", "always"))
     if scheme == "first" and loaded.chat_template:
         try:
-            text = loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            messages = ChatRenderer(loaded).as_wanted([{"role": "user", "content": "a"}])
+            text = loaded.apply_chat_template(messages, tokenize=False)
         except Exception:  # a template raises what it likes for conversations that it does not take
             return True
         return not any(str(text).startswith(token) for token in loaded.all_special_tokens)

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.data.chat import ChatRenderer
+
 Messages = list[dict[str, str]]
 # contents that no template changes or contains; the conversations that the result is held against
 _USER, _ANSWER, _AGAIN, _SYSTEM = "usr0txt", "ans0txt", "usr1txt", "sys0txt"
@@ -86,8 +88,11 @@ def go_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool = False) -
     compared with what the chat template gives for others.
     """
 
+    renderer = ChatRenderer(tokenizer)
+
     def render(messages: Messages, start_answer: bool) -> str:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=start_answer)
+        wanted = renderer.as_wanted(messages)
+        text: Any = tokenizer.apply_chat_template(wanted, tokenize=False, add_generation_prompt=start_answer)
         return str(text)
 
     parts = _parts(render)

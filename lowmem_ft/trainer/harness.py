@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
 from lowmem_ft.core.token_ids import check_ids, pad_id_of
+from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Rows
@@ -49,6 +50,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.tokenizer: Any = recovery.ready.tokenizer
         if self.tokenizer is None:
             raise UnsupportedError("The model folder holds no tokenizer, which the harness needs.")
+        self._renderer = ChatRenderer(self.tokenizer)
         self.shortened = 0
 
     @property
@@ -76,7 +78,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text of its template; without a generation prompt its last message is left open."""
         text: str = self.tokenizer.apply_chat_template(
-            chat_history,
+            self._renderer.as_wanted(chat_history),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,

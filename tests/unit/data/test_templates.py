@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder, read_examples
+from lowmem_ft.generate import _rendered
 
 from .test_chat import answers
 
@@ -43,6 +45,9 @@ class Template:
         special: its special tokens beside BOS and EOS.
         answer: an answer as the model generates it, around `{}`.
         earlier: whether earlier answers stand in the text as they were generated; else each has a text of its own.
+        parts: whether contents are lists of parts, and nothing else.
+        between: what a template puts between parts and at their ends, so that parts are not learnt as their text.
+        joined: what of the next turn is one token with the end of an answer.
         call: the generated call of TOOL_TALK; None where the format has none.
         call_earlier: whether that holds in TOOL_TALK, too.
     """
@@ -53,6 +58,9 @@ class Template:
     answer: str
     system: bool = True
     earlier: bool = True
+    parts: bool = False
+    between: bool = False
+    joined: str = ""
     call: str | None = None
     call_earlier: bool = True
 
@@ -88,7 +96,12 @@ TEMPLATES = {
         bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>", system=False
     ),
     "gemma-3": Template(
-        bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>"
+        bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>", between=True
+    ),
+    "qwen-2-vl": Template(eos="<|im_end|>", special=IM, answer="{}<|im_end|>"),
+    "llava-1.5": Template(answer=" {} ", parts=True, between=True, joined="U"),
+    "smolvlm": Template(
+        bos="<|im_start|>", eos="<end_of_utterance>", answer=" {}<end_of_utterance>", parts=True
     ),
     "phi-3": Template(
         eos="<|endoftext|>", special=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], answer="{}<|end|>"
@@ -150,6 +163,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, name: str, messages: Any, tools: 
     return Encoded(tokenizer, found[1], found[0])
 
 
+def shown(tokenizer: PreTrainedTokenizerBase, name: str, messages: list[dict[str, Any]]) -> str:
+    """The text that transformers makes of `messages`, in the form that the template was published for."""
+    if TEMPLATES[name].parts:
+        messages = [{**it, "content": [{"type": "text", "text": it["content"]}]} for it in messages]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    assert all(it["content"] in text for it in messages if isinstance(it["content"], str))
+    return text
+
+
 def test_every_template_is_tested() -> None:
     assert {path.stem for path in FOLDER.glob("*.jinja")} == {*TEMPLATES, "deepseek-r1"}
 
@@ -159,8 +181,7 @@ def test_single_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     known = encode(tokenizer, name, SINGLE)
     assert known.runs == [[TEMPLATES[name].answer.format(ONE)]]
     assert known.plain == known.marked
-    text = tokenizer.apply_chat_template(SINGLE, tokenize=False)
-    assert tokenizer.decode(known.plain[0].input_ids) == text
+    assert tokenizer.decode(known.plain[0].input_ids) == shown(tokenizer, name, SINGLE)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -168,12 +189,12 @@ def test_several_turns(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     known, template = encode(tokenizer, name, MULTI), TEMPLATES[name]
     one, two = template.answer.format(ONE), template.answer.format(TWO)
     if template.earlier:
-        assert known.runs == [[one, two]]
+        assert known.runs == [[one + template.joined, two]]
         assert known.plain == known.marked
     else:
         assert known.runs == [[one], [two]]
-        assert tokenizer.decode(known.plain[0].input_ids) == tokenizer.apply_chat_template(SINGLE, tokenize=False)
-    assert tokenizer.decode(known.plain[-1].input_ids) == tokenizer.apply_chat_template(MULTI, tokenize=False)
+        assert tokenizer.decode(known.plain[0].input_ids) == shown(tokenizer, name, SINGLE)
+    assert tokenizer.decode(known.plain[-1].input_ids) == shown(tokenizer, name, MULTI)
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name].system])
@@ -247,8 +268,12 @@ def test_text_parts_are_learnt_as_the_text(tokenizer: PreTrainedTokenizerBase, n
     if name in TEMPLATES:
         tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
     encoder = RecordEncoder(tokenizer)
-    assert encoder.encode({"messages": as_parts(MULTI)}) == encoder.encode({"messages": MULTI})
-    for part in ({"type": "image"}, {"type": "thinking", "thinking": "a"}, "a"):
+    if name == "doclm" or not TEMPLATES[name].between:
+        assert encoder.encode({"messages": as_parts(MULTI)}) == encoder.encode({"messages": MULTI})
+    goes_through = name in ("gemma-3", "qwen-2-vl", "llava-1.5", "smolvlm")
+    for part in (
+        ({"type": "image"}, "a") if goes_through else ({"type": "image"}, {"type": "thinking", "thinking": "a"}, "a")
+    ):
         with pytest.raises(DataError, match="message 3 has a part that is no text"):
             encoder.encode({"messages": [*SINGLE, {"role": "user", "content": [part]}, MULTI[-1]]})
 
@@ -296,3 +321,32 @@ def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp
     assert "1 of 2 examples end without a special token" in report.notes()[0]
     _, cut = read_examples(path, tokenizer, seq_len=16)
     assert (cut.truncated, cut.unended) == (1, 0)  # cut examples have no end anyway
+
+
+@pytest.mark.parametrize("name", ["gemma-3", "llava-1.5", "smolvlm", "qwen-2-vl"])
+def test_multimodal_templates_show_strings_when_asked(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """What an answer is asked with: jinja goes through the letters of a string, of which none is a part, and says
+    nothing."""
+    encode(tokenizer, name, SINGLE)
+    for messages in ([FIRST], [SYSTEM, FIRST], [SYSTEM, *MULTI[:3]]):
+        ids = _rendered(tokenizer, messages)[0].tolist()
+        text = tokenizer.decode(ids)
+        assert all(it["content"] in text for it in messages)
+        known = RecordEncoder(tokenizer).encode({"messages": [*messages, {"role": "assistant", "content": ONE}]})
+        assert list(known[-1].input_ids)[: len(ids)] == ids
+
+
+def test_a_system_message_of_parts_of_which_a_template_shows_the_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = [{"type": "text", "text": text} for text in ("Be brief.", " And kind.")]
+    known = encode(tokenizer, "gemma-3", [{"role": "system", "content": parts}, *SINGLE])
+    assert "Be brief. And kind." in tokenizer.decode(known.plain[0].input_ids)
+
+
+def test_a_processors_chat_template_in_a_file_of_its_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    source = (FOLDER / "llava-1.5.jinja").read_text(encoding="utf-8")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": source}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    assert loaded.chat_template == source
