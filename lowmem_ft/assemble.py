@@ -343,11 +343,12 @@ def _equip(
                 fix="check the path, if it is one; PiSSA and others that change the base are not possible here",
             )
         folder = adapter_folder(saved)
+        saved_as = read_adapter_config(folder)
         if adapter is True:  # it is trained on
-            check_served(read_adapter_config(folder))
+            check_served(saved_as)
         if base is not None:
-            warn_of_other_base(folder, base)
-        return load_adapter(model, folder, dropout=settings.dropout, dtype=dtype)
+            warn_of_other_base(saved_as, folder, base)
+        return load_adapter(model, folder, settings=saved_as, dropout=settings.dropout, dtype=dtype)
     if settings.method == "peft":
         assert settings.peft is not None, "the config refuses method peft without its keys"
         return inject_peft(model, settings.peft)

@@ -65,6 +65,7 @@ def load_adapter(
     model: nn.Module,
     folder: str | Path,
     *,
+    settings: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
@@ -73,6 +74,7 @@ def load_adapter(
 
     Args:
         model: plain or quantized; or with the same adapters injected, whose values are then overwritten.
+        settings: what `read_adapter_config` gives of `folder`, if it is known.
         dropout, dtype, device: of adapters that have to be injected first, as for `inject_lora`.
 
     Returns:
@@ -84,10 +86,10 @@ def load_adapter(
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     folder = Path(folder)
-    settings = read_adapter_config(folder)
+    settings = settings or read_adapter_config(folder)
     fresh = not is_injected(model)
-    if _is_peft_only(settings) or (fresh and not is_native(model, folder)):
-        return load_through_peft(model, folder)
+    if _is_peft_only(settings) or (fresh and not is_native(model, folder, settings)):
+        return load_through_peft(model, folder, settings)
     _check_base_unchanged(settings, folder)
     config = read_lora_config(settings, folder)
     if fresh:
@@ -102,14 +104,15 @@ def load_adapter(
     return model
 
 
-def is_native(model: nn.Module, folder: str | Path) -> bool:
+def is_native(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `load_adapter` puts this package's own layers into `model`, which has no adapters, and not peft's.
 
+    Args:
+        settings: what `read_adapter_config` gives of `folder`.
+
     Raises:
-        CheckpointError: as `read_adapter_config`, and weights that cannot be read.
+        CheckpointError: settings that cannot be right, and weights that cannot be read.
     """
-    folder = Path(folder)
-    settings = read_adapter_config(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if _is_peft_only(settings) or _unties(model, read_lora_config(settings, folder), file):
         return False
@@ -159,17 +162,14 @@ def adapter_folder(folder: str | Path) -> Path:
     return inside if os.path.isfile(inside / CONFIG_NAME) and not os.path.exists(folder / CONFIG_NAME) else folder
 
 
-def warn_of_other_base(folder: str | Path, base_model: str) -> None:
+def warn_of_other_base(settings: Mapping[str, Any], folder: str | Path, base_model: str) -> None:
     """Warn if the adapter says that it was trained on another base, which of the same shape loads without a word.
 
     Args:
-        folder: of the adapter.
+        settings: of the adapter in `folder`, see `read_adapter_config`.
         base_model: path or hub id; of both only names count, as folders move.
-
-    Raises:
-        CheckpointError: as `read_adapter_config`.
     """
-    named = read_adapter_config(folder).get("base_model_name_or_path")
+    named = settings.get("base_model_name_or_path")
     if isinstance(named, str) and named and not _names(named) & _names(base_model):
         warnings.warn(
             f"the adapter in {folder} says that it was trained on {named}, and this is {base_model}: on another model "
@@ -244,13 +244,12 @@ def _other_base(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
     return f"it was trained on {base}, and this is {here}: load it into the model that it was trained on"
 
 
-def load_through_peft(model: nn.Module, folder: Path) -> nn.Module:
+def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     """`load_adapter` of what is not native, whatever `model` has become since that was found out.
 
     Raises:
         CheckpointError, UnsupportedError: as `load_adapter`.
     """
-    settings = read_adapter_config(folder)
     _check_base_unchanged(settings, folder)
     file, device = folder / SAFETENSORS_WEIGHTS_NAME, module_device(model)
     try:

@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_ft.adapters.peft_format import load_through_peft, read_adapter_config
+from lowmem_ft.adapters.peft_format import load_through_peft
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.experts import QuantStack
@@ -64,14 +64,15 @@ class TrainedThroughPeft:
     Args:
         model: on meta, swapped as it was while training.
         folder: of the adapter.
+        settings: what its config says.
 
     Raises:
         CheckpointError: as `load_adapter`.
         UnsupportedError: a method that reads the bases to be loaded.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        kind = read_adapter_config(folder)["peft_type"]
+    def __init__(self, model: nn.Module, folder: Path, settings: Mapping[str, Any]) -> None:
+        kind = settings["peft_type"]
         if kind in _PARTS_OF_BASES:
             raise UnsupportedError(
                 "an adapter of this kind cannot be merged: it is made from parts of the base weights, all at once",
@@ -79,7 +80,7 @@ class TrainedThroughPeft:
                 fix="serve it as an adapter, or merge it with peft",
             )
         model.to_empty(device="cpu")  # which unties what is tied
-        load_through_peft(model, folder)
+        load_through_peft(model, folder, settings)
         self.model = model
 
     @property

@@ -5,6 +5,7 @@ Letters in shapes: O outputs, I inputs, K rank, E experts, R and C rows and colu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,7 +128,9 @@ def open_trained(model: nn.Module, folder: Path, *, device: torch.device) -> Tra
             allowed="LoRA and its kin, and methods of peft that change weights",
             fix="serve it as an adapter, with peft",
         )
-    return Trained(model, folder, device=device) if is_native(model, folder) else TrainedThroughPeft(model, folder)
+    if is_native(model, folder, settings):
+        return Trained(model, folder, settings, device=device)
+    return TrainedThroughPeft(model, folder, settings)
 
 
 class Trained:
@@ -136,14 +139,15 @@ class Trained:
     Args:
         model: on meta, swapped as it was while training; adapters are put into it.
         folder: of the adapter, in peft's format.
+        settings: what its config says.
         device: where updates are computed.
 
     Raises:
         CheckpointError: missing, damaged, or made for another model.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, device: torch.device) -> None:
-        load_adapter(model, folder)
+    def __init__(self, model: nn.Module, folder: Path, settings: Mapping[str, Any], *, device: torch.device) -> None:
+        load_adapter(model, folder, settings=settings)
         assert is_injected(model), "the others are peft's"
         self.model, self.device = model, device
         file = folder / SAFETENSORS_WEIGHTS_NAME

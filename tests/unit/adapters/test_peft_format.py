@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowmem_ft.adapters import peft_format
 from lowmem_ft.adapters.inject import inject_lora, is_injected, trainable_parameters
 from lowmem_ft.adapters.peft_format import (
     adapter_tensors,
@@ -269,7 +271,8 @@ def test_another_base_is_warned_of_by_name(
     (tmp_path / "latest").symlink_to(tmp_path / "Llama-3")
     save_adapter(trained(plain_model("llama"), targets=["q_proj"]), tmp_path / "adapter", base_model="hub/Llama-3")
     recwarn.clear()
-    warn_of_other_base(tmp_path / "adapter", base.replace("/models/latest", str(tmp_path / "latest")))
+    settings = read_adapter_config(tmp_path / "adapter")
+    warn_of_other_base(settings, tmp_path / "adapter", base.replace("/models/latest", str(tmp_path / "latest")))
     assert len(recwarn) == (0 if same else 1)
     assert same or "trained on hub/Llama-3" in str(recwarn[0].message)
 
@@ -281,13 +284,26 @@ def test_two_values_for_one_tied_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="two values for what is one tied tensor"):
         load_adapter(plain_model("gpt2"), tmp_path)
     edit_config(ensure_weight_tying=False)(tmp_path)
-    assert not is_native(plain_model("gpt2"), tmp_path), "peft keeps two copies apart if nothing ties them"
+    settings = read_adapter_config(tmp_path)
+    assert not is_native(plain_model("gpt2"), tmp_path, settings), "peft keeps two copies apart if nothing ties them"
     edit_config(ensure_weight_tying=True)(tmp_path)
     edit_tensors(lambda t: t.pop("base_model.model.lm_head.weight"))(tmp_path)
     load_adapter(plain_model("gpt2"), tmp_path)  # the file says that they are tied
     edit_config(ensure_weight_tying=False)(tmp_path)
     with pytest.raises(CheckpointError, match="lacks 1 tensors"):  # peft would have trained one without the other
         load_adapter(plain_model("gpt2"), tmp_path)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_config_is_read_once(native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(trained(plain_model("llama")), tmp_path, base_model="base")
+    if not native:
+        edit_config(use_dora=False, lora_bias=True)(tmp_path)
+    read: list[Path] = []
+    monkeypatch.setattr(peft_format, "read_adapter_config", lambda it: read.append(it) or read_adapter_config(it))
+    with contextlib.suppress(CheckpointError):  # of the biases that are not there
+        load_adapter(plain_model("llama"), tmp_path)
+    assert len(read) == 1
 
 
 def test_a_model_without_an_adapter_is_not_saved(tmp_path: Path) -> None:
