@@ -25,7 +25,7 @@ from lowmem_ft.adapters.inject import (
 from lowmem_ft.adapters.peft_format import adapter_folder, load_adapter, read_adapter_config, warn_of_other_base
 from lowmem_ft.adapters.peft_methods import check_served, inject_peft
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
-from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
@@ -313,6 +313,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         fix = "download or copy its files again; a newer version of transformers and tokenizers may know its format"
         given = f"{folder} ({first_line(error)})"
         raise CheckpointError("The tokenizer cannot be loaded.", given=given, fix=fix) from error
+
+
+def require_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of `model`, as the user calls it.
+
+    Raises:
+        CheckpointError: as `load_tokenizer`.
+        UnsupportedError: there is none.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UnsupportedError(
+            "The model folder holds no tokenizer, without which text means nothing.",
+            given=model,
+            allowed="a folder with tokenizer.json, tokenizer_config.json or tokenizer.model",
+            fix="copy the files of the tokenizer there, which lie beside the original weights",
+        )
+    return tokenizer
 
 
 def attention_of(config: Any) -> str | None:

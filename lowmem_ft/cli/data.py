@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_ft.core.config import DataSource, RunConfig
-from lowmem_ft.core.errors import ConfigError, DataError, UnsupportedError
+from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -80,19 +80,16 @@ def data_preview(
 
 
 def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from lowmem_ft.assemble import load_tokenizer
+    from lowmem_ft.assemble import require_tokenizer
     from lowmem_ft.quant.checkpoint import Checkpoint
 
     if model == EMBEDDED:
         with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as folder:
-            found = load_tokenizer(folder)
-    elif (folder := Path(model)).is_dir():
-        found = load_tokenizer(folder)
-    else:
-        found = load_tokenizer(Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder)
-    if found is None:
-        raise UnsupportedError("The model folder holds no tokenizer.", given=model)
-    return found
+            return require_tokenizer(folder, model)
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder
+    return require_tokenizer(folder, model)
 
 
 def _show(found: Preview, console: Console) -> None:

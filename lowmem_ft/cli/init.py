@@ -78,8 +78,7 @@ def init(
     if budget is not None:
         parse_size(budget)
 
-    from lowmem_ft.assemble import load_tokenizer
-    from lowmem_ft.core.errors import UnsupportedError
+    from lowmem_ft.assemble import require_tokenizer
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.suggest import free_words, suggest_budget, suggest_data, suggest_step
     from lowmem_ft.quant.checkpoint import Checkpoint
@@ -88,9 +87,7 @@ def init(
     model = ask(model, "Model (a folder or a hub id)", None, _text)
     checkpoint = Checkpoint.open(model, weights=False)
     positions = positions_of(checkpoint.config)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    if tokenizer is None:
-        raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=model)
+    tokenizer = require_tokenizer(checkpoint.folder, model)
     data = ask(data, "Data to train on", None, _text)
     if held_out is None and ask.asks:
         held_out = ask(None, "Data to evaluate on (empty: none)", "", str.strip) or None

@@ -37,16 +37,20 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
         ConfigError: an override without effect, a run that is not finished, a plan that cannot be read.
         BudgetError: nothing fits the budget that overrides ask for.
     """
-    from lowmem_ft.adapters.peft_format import adapter_folder
+    from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config
     from lowmem_ft.planner.solver import make_plan, require_fit
 
     for override in overrides:
         _refuse_without_effect(override)
     run = os.path.isdir(target)
+    if run and not (target / "config.yaml").is_file():
+        _refuse_folder(target)
     config = RunConfig.load(target / "config.yaml" if run else target, overrides)
     chosen: bool | Path = target / "adapter" if run else False
     if adapter is not None:
         chosen = False if adapter == "none" else adapter_folder(adapter)
+        if isinstance(chosen, Path):
+            read_adapter_config(chosen)  # what is wrong with it is told before anything is planned or loaded
     elif run and not (target / "adapter" / "adapter_config.json").exists():
         raise ConfigError(
             "The run has no adapter yet.",
@@ -64,6 +68,16 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
         return config, require_fit(make_plan(config)), chosen
     saved = RunConfig.load(target / "config.yaml") if overrides else config
     return config, require_fit(_plan_for(config, saved, before)), chosen
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Say what a folder is that is no run."""
+    fix = "name the run's folder, which has a config.yaml"
+    if (folder / "adapter_config.json").is_file():
+        fix = f"it is an adapter: write a config with `model: ITS BASE`, and give that with --adapter {folder}"
+    elif (folder / "config.json").is_file():
+        fix = f"it is a model: write a config with `model: {folder}`, and give that with --adapter none"
+    raise ConfigError("The folder is no run.", given=str(folder), allowed="a run folder, or a config file", fix=fix)
 
 
 def _refuse_without_effect(override: str) -> None:

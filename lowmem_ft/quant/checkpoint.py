@@ -40,6 +40,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+_A_MODEL = "a folder with config.json and safetensors files, or a hub id such as Qwen/Qwen3-0.6B"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -327,39 +329,54 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
 
 
 def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool, code: bool) -> Path:
-    folder = Path(path_or_hub_id).expanduser()
+    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    if not name.strip():
+        raise CheckpointError("no model is named", given=repr(name), allowed=_A_MODEL)
     if os.path.isdir(folder):  # unlike pathlib's it answers where nobody may look
         return folder
-    name = str(path_or_hub_id)
     if os.path.exists(folder):
         raise CheckpointError("a model is a folder with config.json and safetensors files", given=f"the file {name}",
                               fix=f"give its folder: {folder.parent}")  # fmt: skip
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError("the model folder does not exist, or may not be looked at", given=name)
+        fix = "check the path; if a run's base model has moved, put its new path under `model` in the run's config.yaml"
+        what = "the model folder does not exist, or may not be looked at"
+        raise CheckpointError(what, given=_placed(folder), allowed=_A_MODEL, fix=fix)
     return _download(name, weights=weights, code=code)
 
 
+def _placed(folder: Path) -> str:
+    """A path, and of a relative one where it begins."""
+    return str(folder) if folder.is_absolute() else f"{folder} in {Path.cwd()}"
+
+
 def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     small = ["*.json", "*.jinja", "*.txt", "tokenizer.model", *(["*.py"] if code else [])]
+    what = "the model is neither a local folder nor a hub repository that can be reached or is in the hub's cache"
+    given = f"{hub_id}, which is no folder in {Path.cwd()}"
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=["*/*"]))
         if not weights:
             return folder
+        what = "the model's weights can be neither reached nor found in the hub's cache, which has its small files"
+        given = f"{hub_id}, in {folder}"
         index = folder / INDEX
         files = sorted(set(_weight_map(index).values())) if index.exists() else [SINGLE]
         # the very same revision, and only the files that make up the model: many repositories hold it twice
-        return Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
-                                      ignore_patterns=["*/*"]))  # fmt: skip
+        folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
+                                        ignore_patterns=["*/*"]))  # fmt: skip
+        if constants.HF_HUB_OFFLINE and not any((folder / name).exists() for name in files):
+            raise LocalEntryNotFoundError("offline, what is in the cache is taken for all there is")
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            "the model is neither a local folder nor a hub repository that can be reached or is in the hub's cache",
-            given=hub_id,
-            allowed="a folder with config.json and safetensors files, or a hub id such as Qwen/Qwen3-0.6B",
+            what,
+            given=given,
+            allowed=_A_MODEL,
             fix=f"check the name and the network ({type(error).__name__}), or download the model on a connected machine"
             + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""),
         ) from error
@@ -368,7 +385,12 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
 def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError("the model folder has no config.json", given=folder, fix="give a transformers checkpoint")
+        fix = "give a transformers checkpoint"
+        if (folder / "adapter_config.json").is_file():
+            fix = "this is an adapter: name the model that it was trained on, which its adapter_config.json says"
+        elif os.environ.get("HF_HUB_OFFLINE") and folder.parent.name == "snapshots":
+            fix = "the hub's cache has only a part of this model, and HF_HUB_OFFLINE is set: download all of it"
+        raise CheckpointError("the model folder has no config.json", given=folder, fix=fix)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):

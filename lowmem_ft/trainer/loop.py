@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from lowmem_ft.adapters.peft_format import save_adapter
-from lowmem_ft.assemble import Assembled, assemble, load_tokenizer
+from lowmem_ft.assemble import Assembled, assemble, require_tokenizer
 from lowmem_ft.core.config import RunConfig, Sources
-from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
@@ -117,9 +117,7 @@ def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: 
         DataError: records that cannot be used, or tokens that the model does not know.
     """
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    if tokenizer is None:
-        raise UnsupportedError("The model folder holds no tokenizer, which training needs.", given=config.model)
+    tokenizer = require_tokenizer(checkpoint.folder, config.model)
     preferences = preferences_of(config)
     examples: Mixture[Any]
     common: dict[str, Any] = {"use": use, "task": lambda name: reporter.task(name, unit="B")}

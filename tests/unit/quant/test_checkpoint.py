@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,24 @@ def test_a_folder_that_does_not_exist_and_a_file_are_refused(llama: Path) -> Non
         Checkpoint.open(llama / "nowhere" / "else")
     with pytest.raises(CheckpointError, match="a model is a folder"):
         Checkpoint.open(llama / SINGLE)
+    with pytest.raises(CheckpointError, match="no model is named"):  # Path takes it for the current folder
+        Checkpoint.open("")
+
+
+def test_where_a_relative_path_begins_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("./nowhere", "a/b/c"):
+        with pytest.raises(CheckpointError, match="does not exist") as caught:
+            Checkpoint.open(name)
+        assert str(tmp_path) in str(caught.value.given)
+        assert "config.yaml" in str(caught.value.fix)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json") as caught:
+        Checkpoint.open(tmp_path)
+    assert "this is an adapter" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("name", ["/" + "x" * 300, "x" * 300])
@@ -155,8 +174,32 @@ def test_a_weight_file_that_may_not_be_read(llama: Path, monkeypatch: pytest.Mon
 def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="neither a local folder nor a hub repository"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a local folder nor a hub repository") as caught:
         Checkpoint.open("nobody/no-such-model")
+    assert f"no folder in {tmp_path}" in str(caught.value.given)
+
+
+@pytest.mark.parametrize("commit", ["0123456789abcdef0123456789abcdef01234567", "abc"])
+def test_a_hub_id_of_which_only_the_small_files_are_there(
+    commit: str, llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models--somebody--tiny"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    shutil.copy(llama / "config.json", folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert Checkpoint.open("somebody/tiny", weights=False).folder == folder
+    with pytest.raises(CheckpointError, match="weights can be neither reached nor found"):
+        Checkpoint.open("somebody/tiny")
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.json").touch()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="only a part of this model"):
+        Checkpoint.open("somebody/tiny", weights=False)
 
 
 def test_a_hub_id_is_taken_from_the_hubs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
