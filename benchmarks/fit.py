@@ -23,42 +23,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_weights import ASSETS, copy_tokenizer  # beside this file
+from random_weights import ASSETS, write_model  # beside this file
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "TinyLlama-1.1B": (
         {
-            "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-            "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
+            "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+            "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "max_position_embeddings": 2048, "tie_word_embeddings": False,
         },
         "1400MB",
     ),
     "Llama-3.2-3B": (
         {
-            "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-            "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
-            "tie_word_embeddings": True,
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
+            "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
+            "max_position_embeddings": 131072, "tie_word_embeddings": True,
         },
         "2GB",
     ),
 }  # fmt: skip
 SEQ_LEN = 512
 TIMED = {"num_hidden_layers": 4, "vocab_size": 8192}  # of the slowdown: a few blocks, and a head that takes little
-
-
-def write_model(folder: Path, shape: dict[str, Any], **changes: Any) -> Path:
-    """A checkpoint with random weights and the packaged tokenizer, if it is not there yet."""
-    if not (folder / "config.json").exists():
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **{**shape, **changes}, dtype="bfloat16")
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder, max_shard_size="1GB")
-        copy_tokenizer(folder)
-    return folder
 
 
 def train(folder: Path, name: str, model: Path, steps: int, **sections: Any) -> dict[str, Any]:
@@ -111,7 +97,7 @@ def in_budget(folder: Path, names: list[str], steps: int) -> dict[str, Any]:
     found = {}
     for name in names:
         shape, budget = MODELS[name]
-        model = write_model(folder / name, shape)
+        model = write_model(folder / name, shape, device="cpu")
         small = train(folder, f"{name}-small", model, steps, budget={"device": "cpu", "memory": budget})
         found[name] = {"budget": budget, "small": small, "within": small["peak_bytes"] <= small["budget_bytes"]}
         if name == "TinyLlama-1.1B":
@@ -134,7 +120,7 @@ def slowdowns(folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
     from lowmem_ft.step import train_step
 
     shape = MODELS["TinyLlama-1.1B"][0]
-    model = write_model(folder / "blocks", shape, **TIMED)
+    model = write_model(folder / "blocks", {**shape, **TIMED}, device="cpu")
     found, depth = [], TIMED["num_hidden_layers"]
     for count in tokens:
         config = RunConfig.from_dict(

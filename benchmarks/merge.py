@@ -62,9 +62,10 @@ def watched(command: list[str]) -> dict[str, Any]:
 
 
 def measure(folder: Path, budget: str) -> dict[str, Any]:
-    from fit import MODELS, write_model
+    from fit import MODELS
+    from random_weights import write_model
 
-    model = write_model(folder / "model", MODELS["TinyLlama-1.1B"][0])
+    model = write_model(folder / "model", MODELS["TinyLlama-1.1B"][0], device="cpu")
     write_adapter(model, folder / "adapter")
     config: dict[str, Any] = {"model": str(model), "data": {"seq_len": 64}, "train": {"tokens_per_step": 64}}
     (folder / "run").mkdir(exist_ok=True)

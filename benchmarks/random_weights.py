@@ -16,13 +16,6 @@ SHARD_BYTES, WRITERS = 1 << 30, 8  # so that at most 8 GB are on their way
 SPREAD = 0.02  # of the weights, about as trained ones are
 
 
-def copy_tokenizer(folder: Path) -> None:
-    """Put the packaged tokenizer into a checkpoint."""
-    for name in TOKENIZER:
-        if (ASSETS / "doclm-7m" / name).exists():
-            shutil.copy(ASSETS / "doclm-7m" / name, folder)
-
-
 def write_model(folder: Path, shape: Mapping[str, Any], *, device: str, quantized: bool = False) -> Path:
     """A checkpoint with random weights and the packaged tokenizer, if it is not there yet.
 
@@ -97,7 +90,8 @@ def write_model(folder: Path, shape: Mapping[str, Any], *, device: str, quantize
         where = {name: file for part in pool.map(write, range(len(shards))) for name, file in part.items()}
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # or this process would hold it while others are measured
-    copy_tokenizer(folder)
+    for name in TOKENIZER:
+        shutil.copy(ASSETS / "doclm-7m" / name, folder)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index))
     return folder
