@@ -54,11 +54,13 @@ def read_yaml(text: str, name: str, *, what: str = "The config file is not YAML.
 
 
 def read_value(override: str, value: str) -> Any:
-    """The value of an override, which is text where YAML could not read one.
+    """The value of an override, which is text where YAML could not read one, and the whole text where it reads one: no
+    part of a path is a note, and no end of a line in it a space.
 
     Raises:
         ConfigError: it is no YAML, or has a key twice.
     """
     if value.startswith(tuple(_NO_VALUES)):
         return value
-    return read_yaml(value, override, what="The value of an override is not YAML.", fix=QUOTE)
+    read = read_yaml(value, override, what="The value of an override is not YAML.", fix=QUOTE)
+    return value.strip(" ") if isinstance(read, str) and not value.lstrip().startswith(("'", '"')) else read

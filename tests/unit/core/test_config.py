@@ -61,7 +61,7 @@ def test_bad_input_is_named(override: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["@x", "#x", "%x", "*.jsonl", "2026-11-26", "2026-13-45"])
+@pytest.mark.parametrize("text", ["@x", "#x", "%x", "*.jsonl", "2026-11-26", "2026-13-45", "runs/my #3", "two\nlines"])
 def test_text_that_yaml_would_not_read_as_text(text: str) -> None:
     config = RunConfig.from_dict({"model": "m"}, [f"output={text}"])
     assert config.output == text
