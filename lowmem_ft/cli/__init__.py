@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from typing import TextIO
 
 from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.files import is_full
@@ -14,6 +16,7 @@ from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
 def main() -> None:
     """Run the command line; exits with 0 done, 2 bad input, 3 nothing fits, 130 interrupted."""
+    _prepare_streams()
     # Threads that wait for each other must not hold their cores: where something else runs on one of two cores, steps
     # of the demo take 14 s with libgomp's spinning, 0.4 s without (0.26 s on idle cores). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,15 +24,15 @@ def main() -> None:
     prefer_expandable_segments()
     # it recommends, at import, a kernel from the network that this package does not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from lowmem_ft.cli.app import app
-
     try:
+        from lowmem_ft.cli.app import app  # takes a while, in which Ctrl-C may come, too
+
         try:
             app()
         finally:
             sys.stdout.flush()  # here, and not when Python ends: that it cannot be written is told
     except LowMemError as error:
-        print(f"lowmem-ft: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -47,8 +50,31 @@ def main() -> None:
     except OSError as error:
         if not (is_full(error) or isinstance(error, BrokenPipeError)):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more
+        _forget(sys.stdout)
         if isinstance(error, BrokenPipeError):  # whoever read has enough
             sys.exit(1)
-        print(f"lowmem-ft: The output cannot be written.\n  given:   {error}", file=sys.stderr)
+        _tell(f"The output cannot be written.\n  given:   {error}")
         sys.exit(2)
+
+
+def _prepare_streams() -> None:
+    """What the caller closed leads nowhere: otherwise files that a run opens get the numbers of the standard streams,
+    and what is printed goes into them. What the locale has no letters for is written as \\u...."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _tell(message: object) -> None:
+    try:
+        print(f"lowmem-ft: {message}", file=sys.stderr)
+    except OSError:  # the exit code alone tells then
+        _forget(sys.stderr)
+
+
+def _forget(stream: TextIO) -> None:
+    """Let go what could not be written: Python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

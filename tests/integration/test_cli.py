@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -143,6 +144,31 @@ def test_output_that_cannot_be_written_is_told() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("lowmem-ft: The output cannot be written.")
     assert "Traceback" not in done.stderr
+
+
+CLOSED = {
+    "<&-": ["init", "config.yaml"],
+    ">&-": ["docs", "install"],
+    "2>&-": ["train", "config.yaml"],
+    "2>/dev/full": ["train", "config.yaml"],
+    ">&- 2>&- <&-": ["chat", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_closed_streams_lead_nowhere(tmp_path: Path, closed: str) -> None:
+    line = " ".join(map(shlex.quote, [*COMMAND, *CLOSED[closed]])) + f" {closed}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if closed == ">&-" else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_the_locale_has_no_letters_for_is_written_all_the_same() -> None:
+    script = "from lowmem_ft.cli import _prepare_streams; _prepare_streams(); print('\u00e9')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\xe9\n"
 
 
 def test_plan_needs_no_tokenizer_and_prints_json_only(
