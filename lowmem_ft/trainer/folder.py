@@ -152,7 +152,8 @@ def _is_there(file: Path) -> bool:
 def _until(file: Path, step: int) -> str:
     """The lines of a file of a run up to those of `step`."""
     kept = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():  # not at what text may hold
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.split("\n"):  # and not at all that ends a line in some text
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

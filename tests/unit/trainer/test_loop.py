@@ -127,6 +127,15 @@ def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
     assert exact(resumed) == exact(whole)
 
 
+def test_a_letter_that_a_killed_run_had_half_written_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 2}\n')
+    whole = '{"step": 2, "answer": "é"}\n'.encode()
+    folder.samples.write_bytes(whole + whole[: whole.index(b'"}') - 1])
+    folder.forget_after(2)
+    assert folder.samples.read_bytes() == whole
+
+
 def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: Path) -> None:
     settings = config(data, train={"steps": 1})
     first = loop.train(settings, resume=True, reporter=QUIET)
