@@ -1,8 +1,9 @@
 """Exact save and restore of a run: trainable weights, optimizer, random numbers, data cursor.
 
 A checkpoint is one safetensors file, `step-00000100.safetensors`: tensors under `weights/`, `optimizer/` and `random/`,
-everything else as JSON in its header. It is written under a temporary name, flushed to the disk and renamed, so a file
-with that name is complete whatever happened while it was written.
+everything else as JSON in its header, and there a checksum of both, since safetensors has none. It is written under a
+temporary name, flushed to the disk and renamed, so a file with that name is complete whatever happened while it was
+written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING
+from lowmem_ft.quant.shards import pieces
 from lowmem_ft.runtime.rerun import random_states
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -33,12 +36,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there before stays.
     """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header = dict(metadata or {})
+    header["checksum"] = _checksum(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors, too, writes to a name of its own first, which would stay where the process is killed
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{SAVING}{os.getpid()}-") as scratch:
             temporary = Path(scratch) / path.name
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, dict(metadata or {}))
+            save_file(tensors, temporary, header)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -88,13 +94,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the metadata of a file that `write_tensors` wrote; no metadata reads as empty.
 
     Raises:
-        CheckpointError: the file is truncated or no checkpoint.
+        CheckpointError: the file is truncated, damaged or no checkpoint.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("state", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("checksum", (now := _checksum(tensors, header))) != now:  # files of before it was written go on
+            raise ValueError("its content is not what was written")
+        return tensors, json.loads(header.get("state", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             "A checkpoint cannot be read.", given=f"{path} ({error})", fix="delete it: the one before is used then"
         ) from error
@@ -130,6 +139,17 @@ def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], device)
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """CRC-32 of names, types, shapes and bytes of `tensors`, and of the state in the header."""
+    checksum = zlib.crc32(header.get("state", "").encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        for piece in pieces(tensor):
+            checksum = zlib.crc32(piece, checksum)
+    return f"{checksum:08x}"
 
 
 def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:

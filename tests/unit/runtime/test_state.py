@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lowmem_ft.core.errors import CheckpointError
@@ -99,3 +100,25 @@ def test_metadata_is_json_in_the_header(tmp_path: Path) -> None:
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + length])
     assert json.loads(header["__metadata__"]["state"]) == {"step": 3, "scale": 2.0}
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer", "step"])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, part: str) -> None:
+    path = save(tmp_path, 3, 2.5)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if part == "step":
+        at = content.index(b"3", content.index(b"step"))  # reads as 2 then
+    else:
+        at = start + next(it["data_offsets"][0] for name, it in header.items() if name.startswith(part))
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not what was written"):
+        state.read_checkpoint(path)
+
+
+def test_files_without_a_checksum_go_on(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", {"state": '{"step": 2}'})
+    tensors, meta = state.read_checkpoint(tmp_path / "old.safetensors")
+    assert (list(tensors), meta) == (["a"], {"step": 2})
