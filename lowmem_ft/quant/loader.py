@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = ["LoadReport", "Place", "Progress", "effective_spec", "head_path", "lo
 
 Place = Callable[[str, Tensor], Tensor]
 Progress = Callable[[int, int], None]
+_DROPPED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that older versions of transformers stored
 
 
 @dataclass(kw_only=True)
@@ -105,6 +107,7 @@ def load_weights(
     report.unexpected, report.skipped = list(plan.unexpected), list(plan.skipped)
     redundant = redundant_names(model, plan)
     check_missing(model, plan, redundant)
+    _warn_of_unexpected(model, plan)
     absent = {*plan.missing, *redundant}
     head = head_path(model)
     swap_quantized(model, spec=report.spec, skip=[] if head is None else [head])
@@ -373,6 +376,20 @@ def check_missing(model: PreTrainedModel, plan: Plan, redundant: Collection[str]
             allowed=f"all tensors of {type(model).__name__}",
             fix="config.json and weights belong to different models, or the checkpoint is incomplete: get both again"
             + (f" (unknown to the model: {', '.join(plan.unexpected[:3])})" if plan.unexpected else ""),
+        )
+
+
+def _warn_of_unexpected(model: PreTrainedModel, plan: Plan) -> None:
+    """Say what is left out, but for what the architecture itself, or every one of transformers, has dropped."""
+    dropped = matcher({*(model._keys_to_ignore_on_load_unexpected or ()), *_DROPPED})
+    assert dropped is not None
+    names = [name for name in plan.unexpected if not dropped.search(name)]
+    if names:
+        some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+        warnings.warn(
+            f"The checkpoint has tensors for which {type(model).__name__} has no place under its config.json; they are "
+            f"left out: {some}",
+            stacklevel=2,
         )
 
 

@@ -205,7 +205,15 @@ def test_the_generation_settings_come_along(tmp_path: Path) -> None:
 def test_what_the_model_has_no_place_for_is_ignored_and_reported(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
     change_tensors(folder / SINGLE, {"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)})
-    assert load(folder)[1].unexpected == ["model.layers.7.mlp.up_proj.weight"]
+    with pytest.warns(UserWarning, match=r"no place .* left out: model\.layers\.7\.mlp\.up_proj\.weight$"):
+        assert load(folder)[1].unexpected == ["model.layers.7.mlp.up_proj.weight"]
+
+
+def test_buffers_of_older_checkpoints_are_ignored_in_silence(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folder = save_tiny("llama", tmp_path)
+    change_tensors(folder / SINGLE, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    load(folder)
+    assert not [it for it in recwarn if "no place" in str(it.message)]
 
 
 def test_missing_tensors_are_refused_before_anything_is_read(tmp_path: Path) -> None:
