@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -295,7 +296,11 @@ def _header(stream: BinaryIO, file: Path, *, size: int) -> tuple[dict[str, Tenso
     try:
         header: dict[str, Any] = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
-        entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+        whole = operator.index
+        entries = [
+            (name, e["dtype"], tuple(map(whole, e["shape"])), *map(whole, e["data_offsets"]))
+            for name, e in header.items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise broken("its header cannot be read") from error
     tensors: dict[str, TensorInfo] = {}
@@ -308,6 +313,14 @@ def _header(stream: BinaryIO, file: Path, *, size: int) -> tuple[dict[str, Tenso
             raise broken(f"the size of {name} does not match its shape")
         if 8 + length + end > size:
             raise broken(f"it is truncated: {name} ends at byte {8 + length + end}")
+    # as the format wants it; otherwise a wrong offset gives a tensor the bytes of another
+    covered = 0
+    for name, _, _, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        if begin != covered:
+            raise broken(f"{name} does not begin where the tensor before it ends")
+        covered = end
+    if 8 + length + covered != size:
+        raise broken("no tensor lies at its end")
     return tensors, metadata
 
 

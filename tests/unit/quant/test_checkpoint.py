@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,37 @@ def spoil_header(folder: Path) -> None:
     data = bytearray(shard(folder).read_bytes())
     data[8:12] = b"####"
     shard(folder).write_bytes(data)
+
+
+def change_header(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """With the tensors' entries in the order of the file."""
+    data = shard(folder).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    change(sorted(entries, key=lambda entry: entry["data_offsets"]))
+    text = json.dumps(header).encode()
+    shard(folder).write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+def share_bytes(folder: Path) -> None:
+    change_header(folder, lambda entries: entries[1].update(entries[0]))
+
+
+def begin_before_the_file(folder: Path) -> None:
+    def change(entries: list[dict[str, Any]]) -> None:
+        entries[0]["data_offsets"] = [-entries[0]["data_offsets"][1], 0]
+
+    change_header(folder, change)
+
+
+def half_a_row(folder: Path) -> None:
+    change_header(folder, lambda entries: entries[0].update(shape=[0.5]))
+
+
+def more_bytes(folder: Path) -> None:
+    with shard(folder).open("ab") as file:
+        file.write(b"more")
 
 
 def not_safetensors(folder: Path) -> None:
@@ -106,6 +138,10 @@ BROKEN: dict[Callable[[Path], None], str] = {
     cut_header: "within its header",
     empty: "within its header",
     spoil_header: "header cannot be read",
+    share_bytes: "does not begin where",
+    begin_before_the_file: "does not begin where",
+    half_a_row: "header cannot be read",
+    more_bytes: "no tensor lies at its end",
     not_safetensors: "within its header, or is no safetensors file",
     remove_shard: "files that the index names are missing",
     name_missing_tensor: "names a tensor that its file does not hold",
