@@ -53,7 +53,8 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
     with as_file(files("lowmem_ft") / "assets") as assets:
         config = demo_config(assets, out, budget)
         if _is_demo(out, config):
-            shutil.rmtree(out)
+            with RunFolder(out).alone():
+                shutil.rmtree(out)
         RunFolder(out).refuse_another()  # and not when all else is done
         plan = require_fit(make_plan(config))
         reporter.say(plan_table(plan))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,40 @@ class RunFolder:
                 fix="--resume goes on with it; or set output to another folder, or delete this one",
             )
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process trains into this folder, which is made, meanwhile.
+
+        The folder itself is locked, so that nothing is left of a lock when the process ends, however it does.
+
+        Raises:
+            ConfigError: another process does.
+            CheckpointError: the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        with contextlib.ExitStack() as held:
+            try:
+                descriptor = os.open(self.path, os.O_RDONLY)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    "Another process is training into the output folder.",
+                    given=self.path,
+                    fix="wait until it ends, or set output to another folder",
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+
     def start(self, config: RunConfig, plan: Plan) -> None:
         """Make the folder and write plan.json, and config.yaml so that it serves from any folder. What a killed process
         was writing goes."""
@@ -76,12 +114,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             replace_text(target, text)
         except OSError as error:
-            raise CheckpointError(
-                "A file could not be written.",
-                given=f"{target} ({error})",
-                allowed="an output folder that can be written",
-                fix="set output to another folder",
-            ) from error
+            raise _unwritable(target, error) from error
 
     def plan(self) -> Plan | None:
         """What plan.json says; None where there is nothing, or what this version cannot read."""
@@ -134,6 +167,15 @@ class RunFolder:
             fix = "delete it: the run then goes on from its newest checkpoint"
             why = str(error).partition("\n")[0]
             raise CheckpointError("A run's result cannot be read.", given=f"{self.finished} ({why})", fix=fix) from None
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "A file could not be written.",
+        given=f"{path} ({error})",
+        allowed="an output folder that can be written",
+        fix="set output to another folder",
+    )
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

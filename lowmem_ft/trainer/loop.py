@@ -83,16 +83,19 @@ def train(
         planned = plan.run_config
         config = config.model_copy(update={"data": planned.data, "train": planned.train})
     train_examples, eval_examples = load_examples(config, reporter)
-    if not newest:
-        folder.start(config, plan)
-    torch.manual_seed(config.train.seed)  # decides how fresh adapters start
-    device = device_of(plan)
-    with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
-        with reporter.task("Loading weights", unit="B") as update:
-            ready = assemble(config, plan.policy, device, progress=update)
-        with tracking(config, folder.path) as trackers:
-            loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
-            return loop.run(newest[0] if newest else None)
+    with folder.alone():
+        if not resume:
+            folder.refuse_another()  # which may have come while this one was planned
+        if not newest:
+            folder.start(config, plan)
+        torch.manual_seed(config.train.seed)  # decides how fresh adapters start
+        device = device_of(plan)
+        with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
+            with reporter.task("Loading weights", unit="B") as update:
+                ready = assemble(config, plan.policy, device, progress=update)
+            with tracking(config, folder.path) as trackers:
+                loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
+                return loop.run(newest[0] if newest else None)
 
 
 def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any], Sequence[Any]]:

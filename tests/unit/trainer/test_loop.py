@@ -147,6 +147,23 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
         loop.train(settings, reporter=QUIET)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_into_one_folder_do_not_meet(data: Path, resume: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loop.train(config(data, "whole"), reporter=QUIET)
+    settings, refused = config(data), []
+
+    def second() -> None:
+        if not resume:  # as if it had begun before the first wrote a line
+            monkeypatch.setattr(RunFolder, "refuse_another", lambda self: None)
+        with pytest.raises(ConfigError, match="Another process is training") as caught:
+            loop.train(settings, resume=resume, reporter=QUIET)
+        refused.append(caught.value)
+
+    at_step(monkeypatch, 3, second)
+    assert exact(loop.train(settings, reporter=QUIET)) == exact(whole)
+    assert len(refused) == 1
+
+
 def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data / "model").symlink_to(ASSETS / "doclm-7m")
     paths = {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "tokens"}
