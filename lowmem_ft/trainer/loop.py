@@ -225,7 +225,7 @@ class _Loop:
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:
         settings = self.config.train
-        with first_interrupt() as stop, self.reporter.task("Training", unit="steps") as update:
+        with first_interrupt(ending=True) as stop, self.reporter.task("Training", unit="steps") as update:
             update(self.step, total)
             while self.step < total:
                 self._train_step(loader, total, update)
