@@ -88,12 +88,27 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128}),
 }
 
+# Others that differ in kind from those above, each of which tests/unit/test_further_architectures.py trains once
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": (
+        "llama4_text",
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 80,
+            "head_dim": 16,
+            "attention_chunk_size": 8,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.0}),
+}
+
 MOE_ARCHITECTURES = frozenset({"mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "olmoe"})
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:
     """The transformers config of a tiny model of architecture `name`."""
-    model_type, own = ARCHITECTURES[name]
+    model_type, own = (ARCHITECTURES | FURTHER)[name]
     settings = {**SMALL, **own, **overrides}
     if model_type in ("gpt2", "gptj"):  # they map these names onto their own, and refuse both at once
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):

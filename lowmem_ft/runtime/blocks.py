@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowmem_ft.core.errors import UnsupportedError
 
@@ -26,6 +27,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
         decoder = causal.get_decoder()
     except (AttributeError, NotImplementedError) as error:
         raise UnsupportedError("This is no decoder-only language model.", given=type(causal).__name__) from error
+    if decoder is causal:  # Llama 4's language model looks for its decoder under the name that the multimodal one has
+        decoder = next((it for it in causal.children() if isinstance(it, PreTrainedModel)), decoder)
     assert isinstance(decoder, nn.Module)
     return decoder
 

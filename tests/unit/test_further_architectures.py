@@ -1,0 +1,71 @@
+"""Architectures beyond the table that every other test goes through: each is planned, and a step of it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_ft.assemble import assemble
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.planner.verify import full_batches, measured_train_peak
+from lowmem_ft.step import sum_gradients
+from tests.models import FURTHER, save_tiny, without_dropout
+from tests.unit.adapters.helpers import shake
+
+# some layers of these do not attend, so that packed documents cannot be kept apart
+STATEFUL: set[str] = set()
+
+
+def config_of(name: str, folder: Path) -> RunConfig:
+    save_tiny(name, folder / "base")
+    return RunConfig.from_dict(
+        {
+            "model": str(folder / "base"),
+            "adapter": {"rank": 4},
+            "data": {"seq_len": 64, "packing": name not in STATEFUL},
+            "train": {"tokens_per_step": 128},
+            "budget": {"device": "cpu", "memory": "2GiB"},
+            "policy": {"compute_dtype": "float32"},
+            "output": str(folder / "run"),
+        }
+    )
+
+
+def gradients(config: RunConfig, policy: Policy) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    ready = assemble(config, policy, torch.device("cpu"))
+    without_dropout(ready.model)
+    shake(ready.model)
+    torch.manual_seed(0)
+    batch = full_batches(config, policy, vocabulary=100)
+    loss = sum_gradients(ready, batch).loss
+    assert ready.accumulator is not None
+    found = {name: ready.accumulator.gradient(parameter) for name, parameter in ready.trainable.items()}
+    return loss, {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_step_is_planned_and_the_same_under_every_policy(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path)
+    plan = make_plan(config)
+    assert plan.fits
+    depth = plan.policy.resident_blocks + plan.policy.streamed_blocks
+    kept = replace(plan.policy, keep_blocks=depth, recompute_blocks=0, offload_blocks=0)
+    low = replace(kept, keep_blocks=0, recompute_blocks=depth, resident_blocks=0, streamed_blocks=depth)
+    loss, expected = gradients(config, kept)
+    assert len(expected) == len(assemble(config, kept, torch.device("cpu")).trainable), "each adapter is used"
+    again, found = gradients(config, low)
+    assert again == loss
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    batches = full_batches(config, low, vocabulary=100)
+    simulated = simulate(config, low, kind="cpu", loss_tokens=batches[0].loss_tokens)
+    measured = measured_train_peak(config, low, batches)
+    # as the planner's own tests allow; routing decides of mixtures
+    assert measured <= simulated.train_peak <= 1.05 * measured
