@@ -308,7 +308,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # transformers asks whether position ids are those of plain rows, and skips a mask if so, as they are here
             return {torch.bool: True}.get(args[0].dtype, 1)
         if (func is _SCATTER and self.phase == "backward") or (
-            func is _ADD and args[0].is_meta and _summed_in_place(args[0], args[1])
+            func is _ADD and getattr(args[0], "is_meta", False) and _summed_in_place(args[0], args[1])
         ):
             func = _IN_PLACE[func]
             op = self._ops.get(func) or self._know(func)
