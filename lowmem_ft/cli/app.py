@@ -28,7 +28,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import write_text
 from lowmem_ft.core.sizes import parse_count
-from lowmem_ft.report.progress import Reporter
+from lowmem_ft.report.progress import Reporter, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,7 +99,7 @@ def plan(
     if as_json:
         print(made.to_json())
     else:
-        Console().print(plan_table(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
+        show(Console(), plan_table(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
     if html is not None:
         write_text(html, plan_page(made, dataset_tokens=tokens, price_per_hour=price_per_hour))
     require_fit(made)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lowmem_ft.core.config import DataSource, RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError
-from lowmem_ft.report.progress import Reporter
+from lowmem_ft.report.progress import Reporter, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,21 +93,20 @@ def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
 
 
 def _show(found: Preview, console: Console) -> None:
-    wide = not console.is_terminal  # lines of any length for pipes
-    console.print(_facts(found), soft_wrap=wide)
+    show(console, _facts(found))
     table = _table("column", "holds", title="Columns")
     for name, types in found.columns.items():
         table.add_row(Text(name), Text(", ".join(types)))
-    console.print(table, soft_wrap=wide)
+    show(console, table)
     if found.lengths:
-        console.print(_histogram(found), soft_wrap=wide)
+        show(console, _histogram(found))
     for line in found.wrong:
-        console.print(Text(line), soft_wrap=wide)
+        show(console, line)
     if found.unusable > len(found.wrong):
-        console.print(f"... and {found.unusable - len(found.wrong)} more records that cannot be used", soft_wrap=wide)
+        show(console, f"... and {found.unusable - len(found.wrong)} more records that cannot be used")
     for name, runs in found.samples:
         how = "dimmed" if console.is_terminal else "in [brackets]"
-        console.print(Text(f"\n{name} (what is not in the loss: {how})", style="bold"), soft_wrap=wide)
+        console.print(Text(f"\n{name} (what is not in the loss: {how})", style="bold"), soft_wrap=True)
         console.print(_marked(runs, plain=not console.is_terminal), soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,22 @@ from rich.text import Text
 from lowmem_ft.core.sizes import format_size
 
 LINE_SECONDS = 10.0  # between two lines of one task when there is no terminal
+WIDE = 10_000  # characters of a line of no terminal, more than any row has
+
+
+def show(console: Console, text: object) -> None:
+    """Print a message or rich renderable. Without a terminal a row of a table is one line, however long.
+
+    Neither markup nor emoji: what is told may quote a user's data and paths, where [/INST] is no tag of rich.
+    """
+    if console.is_terminal:
+        console.print(text, highlight=False, markup=False, emoji=False)
+        return
+    wide = Console(file=io.StringIO(), width=WIDE, color_system=None, force_jupyter=False)
+    with wide.capture() as captured:
+        wide.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    lines = "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n"))
+    console.print(lines, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class Update(Protocol):
@@ -32,8 +49,7 @@ class Reporter:
     def say(self, text: object) -> None:
         """One message or rich renderable."""
         if not self.quiet:
-            # no markup: what is told may quote a user's data, where [/INST] is no tag of rich
-            self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
+            show(self.console, text)
 
     @contextmanager
     def task(self, name: str, *, unit: str) -> Iterator[Update]:
@@ -67,7 +83,7 @@ class _Amount(ProgressColumn):
 
 
 class _Lines:
-    """A task told in lines: the first when it has taken a second, then every `LINE_SECONDS`, and its end."""
+    """A task told in lines: the first when it has taken a second, then every `LINE_SECONDS`."""
 
     def __init__(self, console: Console, name: str, unit: str) -> None:
         self.console, self.name, self.unit = console, name, unit
@@ -83,7 +99,7 @@ class _Lines:
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         amount = _amount(done, total, rate, self.unit)
         line = f"{self.name}: {amount}{left} {note}".rstrip()
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(self.console, line)
 
 
 def _amount(done: int, total: int, rate: float | None, unit: str) -> str:

@@ -15,8 +15,8 @@ from lowmem_ft.report.tables import memory_table, plan_table
 from tests.unit.core.test_plan import PLAN
 
 
-def console(*, terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None)
+def console(*, terminal: bool, width: int = 160) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
 
 
 def text(reporter: Reporter) -> str:
@@ -78,6 +78,24 @@ def test_tables_hold_planned_and_measured(run: Run) -> None:
     reporter.say(memory_table(run))
     for words in ("6 keep + 2 recompute", "process peak", "67%"):
         assert words in text(reporter)
+
+
+def test_piped_rows_of_tables_are_lines_of_any_length() -> None:
+    reporter = Reporter(console=console(terminal=False, width=80))
+    reporter.say(plan_table(PLAN))
+    lines = text(reporter).splitlines()
+    assert f" policy   {PLAN.policy.describe()}" in lines
+    assert all(line == line.rstrip() for line in lines)
+    terminal = Reporter(console=console(terminal=True, width=80))
+    terminal.say(plan_table(PLAN))
+    assert max(map(len, text(terminal).splitlines())) == 80
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_told_is_shown_as_it_is(terminal: bool) -> None:
+    reporter = Reporter(console=console(terminal=terminal))
+    reporter.say("written to runs/[bold]/:cat:")
+    assert text(reporter) == "written to runs/[bold]/:cat:\n"
 
 
 def test_the_page_is_self_contained_and_escapes(run: Run) -> None:
