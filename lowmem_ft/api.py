@@ -19,6 +19,7 @@ from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.files import open_to_others
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.planner.device import find_device
@@ -144,7 +145,8 @@ def _save_pretrained(
     save(model, save_directory)
     trained = {name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}
     try:
-        save_file(trained, Path(save_directory) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(trained, file := Path(save_directory) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        open_to_others(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError("The adapter cannot be written.", given=f"{save_directory} ({error})") from error
 

@@ -29,7 +29,7 @@ from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora
 from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING, remove_orphans
+from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 
 _PREFIX = "base_model.model."
@@ -56,6 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str) -> No
         with tempfile.TemporaryDirectory(dir=folder, prefix=f"{SAVING}{os.getpid()}-") as scratch:
             _write(model, Path(scratch), base_model)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == CONFIG_NAME):  # it comes last
+                open_to_others(file)
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError("the adapter cannot be written", given=f"{folder} ({error})") from error

@@ -37,6 +37,15 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file or folder the permissions that any new one has: what safetensors writes, and what `tempfile` makes,
+    is its owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
     """The same for a file that a user has named.
 

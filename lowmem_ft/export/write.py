@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import is_full, remove_orphans
+from lowmem_ft.core.files import is_full, open_to_others, remove_orphans
 from lowmem_ft.core.sizes import format_size
 
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what an exported model takes over from its base
@@ -45,7 +45,8 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
             for file in folder.iterdir():
                 with open(file, "r+b") as stream:
                     os.fsync(stream.fileno())
-            folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+            for path in (*folder.iterdir(), folder):
+                open_to_others(path)
             folder.rename(out)  # onto an empty folder, too
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,9 +98,3 @@ def _explained(out: Path, nbytes: int) -> Iterator[None]:
 
 def _prefix(out: Path) -> str:
     return f".{out.name}.writing-"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

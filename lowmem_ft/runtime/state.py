@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING
+from lowmem_ft.core.files import SAVING, open_to_others
 from lowmem_ft.quant.shards import pieces
 from lowmem_ft.runtime.rerun import random_states
 
@@ -45,6 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{SAVING}{os.getpid()}-") as scratch:
             temporary = Path(scratch) / path.name
             save_file(tensors, temporary, header)
+            open_to_others(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -182,6 +182,9 @@ def test_save_writes_what_peft_reads(tmp_path: Path) -> None:
     copy.deepcopy(model).save_pretrained(str(tmp_path / "copy"))
     files = ("adapter_config.json", "adapter_model.safetensors")
     assert sorted(it.name for it in (tmp_path / "run" / "adapter").iterdir()) == sorted(files)
+    written = [*(tmp_path / "run" / "adapter").iterdir(), *(tmp_path / "copy").iterdir()]
+    (tmp_path / "new").touch()
+    assert {it.stat().st_mode for it in written} == {(tmp_path / "new").stat().st_mode}  # all may read who may others
     for name in files:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "run" / "adapter" / name).read_bytes()
     assert json.loads((tmp_path / "copy" / files[0]).read_text())["base_model_name_or_path"] == str(folder)

@@ -38,6 +38,11 @@ def test_round_trip_restores_weights_and_random_numbers(tmp_path: Path) -> None:
     assert meta == {"step": 7, "cursor": {"epoch": 1}}
 
 
+def test_files_are_as_open_as_any_new_one(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    assert save(tmp_path, 7).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_random_numbers_are_those_of_the_card_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not of the current one: a run may be on another."""
     generators = {0: torch.tensor([10]), 1: torch.tensor([11])}
