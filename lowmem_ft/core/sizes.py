@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from lowmem_ft.core.errors import ConfigError
@@ -23,7 +24,8 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     factor = _FOLDED.get(match[2].lower()) if match else None
-    size = round(float(match[1]) * factor) if match is not None and factor is not None else 0
+    value = float(match[1]) * factor if match is not None and factor is not None else 0.0
+    size = round(value) if value < math.inf else 0
     if size < 1:
         raise ConfigError(
             "Not a size.",
@@ -41,7 +43,8 @@ def parse_count(text: str | int) -> int:
         ConfigError: the text is no number, or not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", str(text))
-    count = int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()]) if match else 0
+    value = float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()] if match else 0.0
+    count = int(value) if value < math.inf else 0
     if count < 1:
         raise ConfigError("Not a number.", given=repr(text), allowed="a positive number: 50M, 2B, 800k or 1234567")
     return count
