@@ -21,6 +21,9 @@ _autograd: Any = torch.autograd  # whose stubs lack what `profiler_legacy` impor
 # Multiplications of a product that takes too long to try. Of 13 shapes with more, among them 2048 x 32000 x 2048, each
 # took at most 1.72 MB a thread (torch 2.13, AVX512 with bf16, one thread and two)
 LARGE = 1 << 32
+# Bytes of the operands of one that is not tried either, since a run plans inside its own budget: thin factors (rank 16)
+# of a million rows made a process of 1.9 GB
+HELD = 1 << 27
 MOST = 7 << 18  # bytes a thread
 # It works on so many rows at a time, or on some number below that divides them. With that it takes the most: for
 # matrices of 96 x 48 to 2048 x 768 never more at 1 to 1024 rows, and less at 320, 384 and 640 (36 numbers tried)
@@ -51,7 +54,9 @@ class Products:
         threads = torch.get_num_threads()
         likes = tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args)
         self._seen.add((op, _Like.of(b)) if a.stride(-1) == 1 else (op, a.shape[:-1], b.shape[-1]))
-        if a.numel() * b.shape[-1] > LARGE or _autograd._profiler_enabled():  # of which there is one at a time
+        held = sum(it.nbytes for it in args if isinstance(it, Tensor))
+        # of profilers there is one at a time
+        if a.numel() * b.shape[-1] > LARGE or held > HELD or _autograd._profiler_enabled():
             return [MOST * threads]
         return [_taken(op, likes, threads)]
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.onednn import KERNEL, Products
+from lowmem_ft.planner.onednn import KERNEL, MOST, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import simulate
@@ -105,6 +105,13 @@ def test_low_rank_factors_that_are_copied(strided: bool) -> None:
     taken = max(accumulate(allocator_events(lambda: torch.ops.lowmem_ft.product.default(*asked))), default=0)
     assert taken == sum(scratch_of("cpu", Card())[torch.ops.lowmem_ft.product.default](*asked))
     assert (taken > 0) == strided
+
+
+def test_planning_multiplies_no_large_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run plans inside its own budget, and thin factors of many rows have few multiplications."""
+    monkeypatch.setattr("lowmem_ft.planner.onednn._Like.made", lambda _: pytest.fail("that would take 400 MB"))
+    a, b = torch.empty(2**20, 192, dtype=torch.bfloat16, device="meta"), torch.empty(192, 16, dtype=torch.bfloat16)
+    assert Products().scratch(torch.mm, (a, b), a, b) == [MOST * torch.get_num_threads()]
 
 
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
