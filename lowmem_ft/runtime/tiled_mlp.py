@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import compress
 from typing import Any
 
 import torch
@@ -223,16 +224,16 @@ def _called(mlp: TiledMlp, *args: Any, **kwargs: Any) -> Any:
 def _tiles(like_1ND: Tensor, tokens: int) -> Iterator[slice]:
     """The tokens of each tile, of N; without data some tiles stand for others like them."""
     count = like_1ND.shape[1]
-    rows = [slice(start, min(start + tokens, count)) for start in range(0, count, tokens)]
+    starts = range(0, count, tokens)
     if not like_1ND.is_meta:
-        yield from rows
+        yield from (slice(start, min(start + tokens, count)) for start in starts)
         return
-    for tile, times in zip(rows, traced_tiles([it.stop - it.start for it in rows]), strict=True):
-        if times > 1:
-            STANDS_FOR(like_1ND, times)
-        if times:
-            yield tile
-        if times > 1:
+    times = traced_tiles([tokens] * (count // tokens) + [count % tokens] * (count % tokens > 0))
+    for start, each in compress(zip(starts, times, strict=True), times):
+        if each > 1:
+            STANDS_FOR(like_1ND, each)
+        yield slice(start, min(start + tokens, count))
+        if each > 1:
             STANDS_FOR(like_1ND, 1)
 
 

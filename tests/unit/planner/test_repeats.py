@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner.device import cost_of
+from lowmem_ft.planner import trace
+from lowmem_ft.planner.device import cost_of, find_device
+from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event, Repeats
+from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime import experts, loss
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
@@ -151,3 +154,34 @@ def test_pieces_that_go_alike() -> None:
     repeats.go_alike([4, 5])
     assert [e.key for e in repeats.free(event(4, -8))] == [5, 4], "also where they go with no tile"
     assert repeats.free(event(5, -8)) == []
+
+
+def test_of_many_turns_that_leave_all_as_it_was_the_first_are_written_down() -> None:
+    """The others would change nothing, and a tile of one token has one for each."""
+    repeats = Repeats(count(100))
+    work = [event(1, 8), event(2, 4), event(1, -8), event(2, -4)]
+    assert len(repeats.repeat(work, 20)) == 4 * 20
+    assert len(repeats.repeat(work, 10**9)) == 4 * trace._TURNS
+    assert len(repeats.repeat([event(3, 8)], 1000)) == 1000, "which stay"
+    assert len(repeats.repeat([event(3, -8)], 1000)) == 1000
+
+
+def test_many_tiles_of_an_mlp_take_what_all_of_them_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tensors, in PyTorch's pool, and in seconds."""
+    tiny_config("llama").save_pretrained(tmp_path)
+    config = RunConfig.from_dict({"model": str(tmp_path), "data": {"seq_len": 256}, "adapter": {"dropout": 0.1}})
+    card = find_device("rtx-4090-24gb")
+    scales = Scales(config, policy(), kind="cuda", cost=cost_of(card))
+    sized = policy(rows=1, seq_len=256, keep=1, mlp_tile_tokens=1)
+
+    def taken() -> tuple[int, Any, float, int]:
+        scales._latest.clear()
+        weighed = scales.weigh(sized)
+        events = sum(len(place.segment.events) for place in weighed.places)
+        return weighed.allocated, replayed(card, scales.made(sized), weighed.turns), weighed.seconds, events
+
+    few = taken()
+    monkeypatch.setattr(trace, "_TURNS", 10**9)
+    every = taken()
+    assert few[:3] == every[:3]
+    assert few[3] < every[3] / 3
