@@ -41,6 +41,7 @@ from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.quant.loader import effective_spec
 from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize_scratch
 from lowmem_ft.runtime.blocks import causal_model
+from lowmem_ft.runtime.head import head_of
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.ring import SLOTS
 from lowmem_ft.runtime.streaming import Moved, Piece
@@ -123,7 +124,7 @@ class Aside:
     place matter to them.
 
     Attributes:
-        starting: bytes of the device that the start of the adapters takes beside the model.
+        starting: bytes of the device that what follows on loading takes beside the model, before the optimizer.
         drawn: of the host while an adapter is.
         cache: of the disk, for the cache of quantized weights.
         save, merge: with every block resident, and the optimizer on the device.
@@ -225,11 +226,12 @@ class Aside:
 
 
 def _starting(config: RunConfig, stage: Stage, adapters: list[Any]) -> int:
-    """What the start of the adapters takes of the device beside the model."""
-    if not config.adapter.dora:
-        return 0
+    """What the adapters, their start, and the look at the head, which is on the CPU, take of the device beside the
+    model."""
     trained = sum(parameter.nbytes for parameter in stage.ready.trainable.values())
-    return trained + _work(stage, lambda: _norms(max(adapters, key=_elements)))
+    norms = _work(stage, lambda: _norms(max(adapters, key=_elements))) if config.adapter.dora else 0
+    head = _work(stage, lambda: head_of(stage.ready.model)) if stage.kind == "cpu" else 0
+    return trained + max(norms, head)
 
 
 def _save(config: RunConfig, scales: Scales) -> Tiers:

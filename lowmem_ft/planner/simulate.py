@@ -41,8 +41,8 @@ from lowmem_ft.runtime.vocabulary import chosen
 from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 
 # What a simulation cannot see: tables that libraries make once per process (bitsandbytes' codes: 1276 bytes measured),
-# and what PyTorch's own code takes for a moment.
-UNSEEN_BYTES = 4 << 10
+# what PyTorch's own code takes for a moment, and the random state (5056 bytes) from which a run could repeat a step.
+UNSEEN_BYTES = 10 << 10
 _LOADING = 1 << 61  # the key of the piece that loading works in
 BATCH_BYTES_PER_TOKEN = 32  # of a micro-batch: three int64 and two int32
 

@@ -23,9 +23,11 @@ from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.data.examples import Example
+from lowmem_ft.data.loader import BatchLoader
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.export.merge import write_merged
 from lowmem_ft.export.weights import MergedWeights
+from lowmem_ft.planner import verify
 from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.planner.device import HOST_PROCESS_BYTES, cost_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
@@ -37,6 +39,7 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state, vocabulary
 from lowmem_ft.step import eval_step, train_step
 from lowmem_ft.trainer import loop
+from lowmem_ft.trainer.recovery import Recovery
 from tests.models import save_tiny
 from tests.unit.planner.test_solver import DEVICE
 
@@ -194,6 +197,34 @@ def test_what_decides_the_peak_of_loading(models: dict[str, Path], name: str, se
     policy, _, aside = prepared(settings)
     measured = peak(lambda: assemble(settings, policy, torch.device("cpu")))
     assert measured <= aside.load(policy).device <= CLOSE * measured
+
+
+def test_loading_looks_at_the_head(tmp_path: Path) -> None:
+    """Which takes eighteen fp32 numbers for each token that it knows, and they were not planned."""
+    settings = config(
+        save_tiny("llama", tmp_path, vocab_size=30011, hidden_size=16, tie_word_embeddings=True),
+        quant={"bits": 16},
+        data={"packing": False},
+    )
+    policy, scales, aside = prepared(settings)
+    measured = peak(lambda: assemble(settings, policy, torch.device("cpu")))
+    assert measured > scales.held + 64 * 30011
+    assert measured <= aside.load(policy).device <= CLOSE * measured
+
+
+def test_a_step_that_could_be_repeated(models: dict[str, Path]) -> None:
+    """A run keeps the random state for that, and no more than is planned."""
+    settings = config(models["llama"], data={"packing": True}, policy={"activations": "keep"})
+    policy, scales, _ = prepared(settings)
+    policy = replace(policy, keep_blocks=2, recompute_blocks=0)
+    ready, held = verify._loaded(settings, policy, [])
+    examples = [Example([5] * 64, [5] * 64)] * 2
+    loader = BatchLoader(
+        examples, seq_len=64, packing=True, micro_batch_tokens=64, tokens_per_step=64, seed=0, pad_id=0
+    )
+    recovery, batches = Recovery(ready, policy), next(loader)
+    train = held + peak(lambda: recovery.step(batches, lr=1e-4))
+    assert train <= scales.weigh(policy, timed=False).allocated <= 1.02 * train
 
 
 def test_loading_is_planned_without_weights(models: dict[str, Path], tmp_path: Path) -> None:
