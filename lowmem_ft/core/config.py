@@ -40,8 +40,8 @@ PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
 
 
 def _takes_bool(annotation: Any) -> bool:
-    if annotation is bool or annotation is Any:
-        return True
+    if annotation is bool or annotation is Any or (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return True  # a section looks at its own keys
     return any(_takes_bool(part) for part in typing.get_args(annotation))
 
 
@@ -59,7 +59,8 @@ class Section(BaseModel):
     def _no_bool_for_number(cls, data: Any) -> Any:
         for key, value in data.items() if isinstance(data, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and not _takes_bool(field.annotation):
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            if any(isinstance(it, bool) for it in parts) and field is not None and not _takes_bool(field.annotation):
                 allowed = allowed_words(field.annotation)
                 fix = QUOTE if "text" in allowed.split(" | ") else None
                 raise ConfigError(f"'{key}' takes no boolean.", given=value, allowed=allowed, fix=fix)
