@@ -22,6 +22,8 @@ from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.experts import QuantStack
+from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.quant.prequantized import stored_spec
 from lowmem_ft.runtime import shelf
 from lowmem_ft.runtime.blocks import causal_model, find_blocks
 from lowmem_ft.runtime.ring import SLOTS
@@ -83,6 +85,12 @@ class Choices:
             unread = sorted(config.adapter.changed() - {"init", "dropout", "lora_plus_ratio"})
             if unread:
                 yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
+        if stored_spec(self.scales.stage.checkpoint) is not None:
+            start, asked = self._start, config.quant
+            has = {"bits": start.bits, "type": start.quant, "double_quant": start.double_quant}
+            for name, value in asked.model_dump(include=asked.model_fields_set).items():
+                if value not in (has[name], "auto"):
+                    yield f"quant.{name}: {value} has no effect on a checkpoint that is quantized already"
         if pinned.mlp_tile_tokens and not len(ready.mlps):
             yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
         if pinned.keep_attention and not self.attends:
@@ -257,6 +265,13 @@ def first_policy(config: RunConfig, device: Device, bits: Literal[4, 8, 16]) -> 
         loss_chunk_tokens=1,
         keep_attention=bool(config.policy.keep_attention),
     )
+
+
+def as_stored(policy: Policy, stored: QuantSpec | None) -> Policy:
+    """`policy` for a checkpoint that is quantized already and stays as it is `stored`, if it is."""
+    if stored is None:
+        return policy
+    return replace(policy, bits=stored.bits, quant=stored.kind, double_quant=stored.double_quant and stored.bits == 4)
 
 
 def refuse_sizes(config: RunConfig) -> None:

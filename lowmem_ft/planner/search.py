@@ -20,6 +20,7 @@ from lowmem_ft.planner.choices import (
     WORTH_TILES,
     Choices,
     Place,
+    as_stored,
     first_policy,
     groups_of,
     refuse_sizes,
@@ -30,6 +31,7 @@ from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
+from lowmem_ft.quant.prequantized import stored_spec
 from lowmem_ft.runtime.loss import scratch_bytes
 
 NEAR = 1.02  # estimates this much above the budget are weighed too
@@ -81,6 +83,7 @@ class Search:
             card=Card.of(device),
             links=links_of(device),
         )
+        self._start = as_stored(self._start, stored_spec(self.scales.stage.checkpoint))
         scales, start = self.scales, self._start
         if base is not None:
             scales.stage.footprint = base.footprint  # which takes half a second to find for a large mixture

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from benchmarks.random_weights import write_model
 from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
@@ -30,6 +31,10 @@ from lowmem_ft.runtime.blocks import causal_model
 from tests.models import save_tiny, tiny_model
 
 GIB = 2**30
+QUANTIZED = {
+    "model_type": "llama", "vocab_size": 131, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 DEVICE = Device(
     name="test", kind="cpu", index=0, memory_bytes=16 * GIB, free_bytes=12 * GIB, process_bytes=GIB // 2,
     compute_dtype="bfloat16", flops=1e11,
@@ -422,6 +427,19 @@ def test_auto_bits_takes_the_most_that_fit(models: dict[str, Path]) -> None:
     assert make_plan(config(models["llama"], quant={"bits": "auto"}), device=DEVICE).policy.bits == 16
     nothing = make_plan(config(models["llama"], quant={"bits": "auto"}, budget={"memory": "1MiB"}), device=DEVICE)
     assert nothing.policy.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("quant", "ignored"), [({"bits": 8}, "quant.bits: 8"), ({"bits": "auto", "type": "fp4"}, "fp4")]
+)
+def test_a_checkpoint_that_is_quantized_keeps_its_precision(
+    tmp_path: Path, quant: dict[str, Any], ignored: str
+) -> None:
+    model = write_model(tmp_path / "model", QUANTIZED, device="cpu", quantized=True)
+    with pytest.warns(UserWarning, match=f"{ignored} has no effect on a checkpoint that is quantized already"):
+        policy = make_plan(config(model, quant=quant), device=DEVICE).policy
+    assert (policy.bits, policy.quant, policy.double_quant) == (4, "nf4", True)
+    assert policy.describe().startswith("nf4 double-quantized weights")
 
 
 def test_an_optimizer_on_the_host_of_a_cpu_is_a_warning(models: dict[str, Path]) -> None:
