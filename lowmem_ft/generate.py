@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +94,7 @@ def generate(
 
     Args:
         model: as `lowmem_ft.load` returns it; its mode (train or eval) is restored afterwards. Of its generation config
-            the tokens that begin and end text count alone.
+            the tokens that begin and end text count alone; what ends answers in the chat template ends them, too.
         prompts: a string is one.
         temperature: 0 takes the likeliest token each time; above, tokens are sampled, from the smallest set that holds
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
@@ -129,6 +129,7 @@ def complete(
     top_p: float = 1.0,
     seed: int = 0,
     until: Sequence[str] = (),
+    ends: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """What `model` puts behind token ids, one prompt after the other.
@@ -137,6 +138,7 @@ def complete(
         model, max_new_tokens, temperature, top_p, seed: as for `generate`.
         prompts: used as they are.
         until: generation ends with the first of these texts; it and what is behind it is left out.
+        ends: tokens that end an answer beside those of the model's generation config.
         progress: called with (prompts done, prompts in all).
 
     Returns:
@@ -148,7 +150,7 @@ def complete(
         for ids in prompts:
             ids_1T = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
             stops = StoppingCriteriaList([_Until(tokenizer, len(ids), until)] if until else [])
-            new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, sampling, stopping_criteria=stops)
+            new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, sampling, ends=ends, stopping_criteria=stops)
             text = str(tokenizer.decode(new_N, skip_special_tokens=True))
             answers.append(text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))])
             progress(len(answers), len(prompts))
@@ -205,6 +207,7 @@ def converse(
     ids_1T = _rendered(tokenizer, messages).to(model.device)
     fix = "begin anew (/reset in a chat), or write less"
     room = _room(ids_1T, _positions(model), "The conversation is longer than the model can see.", fix)
+    ends = answer_ends(tokenizer)
     stopped = False
 
     def stops(ids_1T: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -219,11 +222,26 @@ def converse(
             ids_1T,
             min(max_new_tokens, room),
             sampling,
+            ends=ends,
             streamer=_Told(tokenizer, say),
             stopping_criteria=StoppingCriteriaList([stops]),
         )
     text = str(tokenizer.decode(new_N, skip_special_tokens=True)).strip()
-    return Answer(text=text, tokens=len(new_N), ended=_ended(model, tokenizer, new_N, stopped, max_new_tokens, room))
+    known = {tokenizer.eos_token_id, *ends, *known_ends(model.generation_config)}
+    return Answer(text=text, tokens=len(new_N), ended=_ended(known, new_N, stopped, max_new_tokens, room))
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer under the chat template, of which a model's generation config may know nothing: a base that
+    ends texts by a token of its own has learned this one from conversations."""
+    found = ChatRenderer(tokenizer).answer_end()
+    return [] if found is None else [found]
+
+
+def known_ends(config: GenerationConfig) -> list[int]:
+    """The tokens that end a text in a generation config, which may name one, several or none."""
+    known = config.eos_token_id
+    return list(known) if isinstance(known, list) else [] if known is None else [known]
 
 
 class _Told:
@@ -317,10 +335,8 @@ def _positions(model: Any) -> int:
 
 
 def _ended(
-    model: Any, tokenizer: PreTrainedTokenizerBase, new_N: Tensor, stopped: bool, asked: int, room: int
+    ends: Collection[int], new_N: Tensor, stopped: bool, asked: int, room: int
 ) -> Literal["end", "length", "positions", "stopped"]:
-    known = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
     if len(new_N) and int(new_N[-1]) in ends:
         return "end"
     if stopped:
@@ -345,14 +361,14 @@ def _answer(
     say: Callable[[str], None] | None,
 ) -> str:
     if tokenizer.chat_template:
-        ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
+        ids_1T, ends = _rendered(tokenizer, [{"role": "user", "content": prompt}]), answer_ends(tokenizer)
     else:
-        ids_1T = _tokens(tokenizer, prompt)
+        ids_1T, ends = _tokens(tokenizer, prompt), []
     positions = _learned_positions(model)
     room = _room(ids_1T, positions, "The prompt is longer than the model has positions for.", "write less")
     new = min(sampling.max_new_tokens, room)
     streamer = None if say is None else _Told(tokenizer, say)
-    new_N = _continued(model, tokenizer, ids_1T.to(model.device), new, sampling, streamer=streamer)
+    new_N = _continued(model, tokenizer, ids_1T.to(model.device), new, sampling, ends=ends, streamer=streamer)
     text: str = tokenizer.decode(new_N, skip_special_tokens=True)
     return text.strip()
 
@@ -363,6 +379,8 @@ def _continued(
     ids_1T: Tensor,
     max_new_tokens: int,
     sampling: Sampling,
+    *,
+    ends: Sequence[int],
     **options: Any,
 ) -> Tensor:
     """The ids that `model` puts behind `ids_1T`, (N,). Raises DataError for ids that it does not know."""
@@ -373,7 +391,7 @@ def _continued(
     ours = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
+        eos_token_id=list(dict.fromkeys([*known_ends(theirs), *ends])) or None,
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=keeps_cache(model),
         **sampling.options(),

@@ -49,6 +49,17 @@ class ChatRenderer:
         """
         return self._template(None).with_contents_as_wanted(_checked([*messages]))
 
+    def answer_end(self) -> int | None:
+        """The id of the special token that ends an answer, from which training learns to stop; None without one."""
+        try:
+            found = self.render([{"role": "user", "content": PROBE}, {"role": "assistant", "content": SECOND}])
+        except DataError:
+            return None
+        spans = found[-1].answers if found else None
+        text = found[-1].text[: spans[-1][1]].rstrip() if spans else ""
+        token = next((it for it in self.special_tokens if text.endswith(it)), None)
+        return None if token is None else int(self.tokenizer.convert_tokens_to_ids(token))
+
     def render(
         self, messages: object, *, tools: object = None, answers_only: bool = True, first: int = 0
     ) -> list[RenderedChat]:

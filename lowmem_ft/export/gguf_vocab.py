@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.data.chat import ChatRenderer
+from lowmem_ft.generate import answer_ends
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -141,7 +142,8 @@ def _add_special(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, voc
             getattr(writer, f"add_{kind}_token_id")(index)
     ends = generation.get("eos_token_id")
     known = [it for it in (ends if isinstance(ends, list) else [ends]) if isinstance(it, int) and it < vocab_size]
-    others = [it for it in known if it != loaded.eos_token_id]
+    known += answer_ends(loaded)
+    others = [it for it in dict.fromkeys(known) if it != loaded.eos_token_id]
     for index, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(index)
 

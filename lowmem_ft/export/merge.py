@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.parity import (
@@ -32,6 +33,7 @@ from lowmem_ft.export.parity import (
 )
 from lowmem_ft.export.weights import Base, MergedWeights
 from lowmem_ft.export.write import copy_small_files, new_folder, refuse_filled, small_files
+from lowmem_ft.generate import answer_ends, known_ends
 from lowmem_ft.quant.bnb_format import pack, packed_layout
 from lowmem_ft.quant.cache import skipped_by_transformers
 from lowmem_ft.quant.checkpoint import INDEX, write_json
@@ -297,9 +299,15 @@ def write_configs(
         ).to_dict()
     config.save_pretrained(folder)
     source = weights.checkpoint.folder
-    if (source / "generation_config.json").is_file():
-        assert weights.model.generation_config is not None
-        write_json(folder / "generation_config.json", weights.model.generation_config.to_diff_dict())
+    generation = copy.deepcopy(weights.model.generation_config)
+    assert generation is not None
+    tokenizer = load_tokenizer(source)
+    known = known_ends(generation)
+    learned = [it for it in (answer_ends(tokenizer) if tokenizer is not None else []) if it not in known]
+    if learned:  # else what was trained to end there would go on for ever in transformers
+        generation.eos_token_id = [*known, *learned]
+    if learned or (source / "generation_config.json").is_file():
+        write_json(folder / "generation_config.json", generation.to_diff_dict())
     copy_small_files(source, folder)
     if weights.checkpoint.trust_remote_code:
         for file in source.glob("*.py"):

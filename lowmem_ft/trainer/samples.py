@@ -13,7 +13,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
-from lowmem_ft.generate import complete
+from lowmem_ft.generate import answer_ends, complete
 from lowmem_ft.trainer.recovery import Recovery
 
 
@@ -57,9 +57,9 @@ def samples(recovery: Recovery, config: RunConfig, examples: Sequence[Any]) -> l
     if learns_preferences(config):
         given = (it.documents[0] for it in examples)
     asked = prompts_of(given, settings.samples, length=config.data.seq_len - settings.max_new_tokens)
-    prompts = [it.prompt for it in asked]
+    prompts, ends = [it.prompt for it in asked], answer_ends(tokenizer)
     answers = recovery.optional(
-        lambda: complete(ready.model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens),
+        lambda: complete(ready.model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, ends=ends),
         "samples (eval.samples)",
     )
     # the pieces in which a cache grew are of sizes that a step has no use for

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_ft.cli.chat import _lines
 from lowmem_ft.core.errors import DataError, UnsupportedError
 from lowmem_ft.core.interrupt import first_interrupt
-from lowmem_ft.generate import converse, generate
+from lowmem_ft.data.chat import ChatRenderer
+from lowmem_ft.generate import complete, converse, generate, known_ends
 from tests.unit.cli.conftest import Command
 
 MODEL = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
@@ -59,6 +60,30 @@ def test_what_ends_an_answer(loaded: tuple[Any, Any]) -> None:
     stopped = converse(*loaded, [QUESTION], stop=lambda: next(count) == 2, max_new_tokens=20)
     assert (stopped.ended, stopped.tokens) == ("stopped", 3)
     assert whole.text.startswith(stopped.text)
+
+
+ENDED = (  # as where a base that ends texts by another token was trained on conversations
+    "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}<|assistant|>{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
+)
+
+
+def test_what_ends_answers_in_the_chat_template_ends_them(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = copy.deepcopy(loaded)
+    tokenizer.chat_template = ENDED
+    end = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert ChatRenderer(tokenizer).answer_end() == end
+    assert end not in known_ends(model.generation_config)
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, logits: torch.nn.functional.one_hot(
+        torch.full(logits.shape[:-1], end), logits.shape[-1]).to(logits))  # fmt: skip
+    said = converse(model, tokenizer, [QUESTION], max_new_tokens=9)
+    assert (said.ended, said.tokens) == ("end", 1)
+    assert generate(model, tokenizer, ["a"], max_new_tokens=9) == [""]
+    assert complete(model, tokenizer, [[5, 6]], max_new_tokens=9, ends=[end]) == [""]
+    tokenizer.chat_template = None
+    with pytest.raises(UnsupportedError):
+        converse(model, tokenizer, [QUESTION])
 
 
 def test_positions(loaded: tuple[Any, Any]) -> None:

@@ -219,6 +219,17 @@ def test_all_that_end_an_answer_are_said(tmp_path: Path) -> None:
     assert [contents(reader, f"{kind}_token_id") for kind in ("eos", "eot", "eom")] == [2, 5, 7]
 
 
+def test_what_ends_answers_in_the_chat_template_is_said(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    (last, index) = next((str(it), key) for key, it in tokenizer.added_tokens_decoder.items()
+                         if it.special and key != tokenizer.eos_token_id)  # fmt: skip
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '" + last + "' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    assert contents(written(tmp_path), "eot_token_id") == index
+
+
 def test_the_tokenizer_is_the_one_that_training_used(tmp_path: Path) -> None:
     """transformers splits by a rule of its own for a Qwen 2, whatever tokenizer.json says, and adds a token."""
     shutil.copytree(ASSETS / "doclm-7m", tmp_path, dirs_exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from lowmem_ft.quant import shards
 from lowmem_ft.quant.checkpoint import Checkpoint, scan
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.report.progress import Reporter
+from tests.assets import ASSETS
 from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.adapters.helpers import error
 from tests.unit.adapters.test_peft_methods import METHODS as PEFT_METHODS
@@ -163,6 +165,22 @@ def test_names_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["use_cache"] is True
+
+
+@pytest.mark.parametrize("known", [None, 2, [2, 5]])
+def test_what_ends_answers_in_the_chat_template_is_written(known: Any, tmp_path: Path) -> None:
+    run = trained("llama", tmp_path, model={"vocab_size": 4096})
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ASSETS / "doclm-7m" / file, tmp_path / "base" / file)
+    path = tmp_path / "base" / "generation_config.json"
+    if known is None:
+        path.unlink()  # then config.json says 2
+    else:
+        path.write_text(json.dumps({"eos_token_id": known, "temperature": 0.5, "do_sample": True}))
+    out = write(run, tmp_path / "out")
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [*(known if isinstance(known, list) else [2]), 1]
+    assert written.get("temperature") == (None if known is None else 0.5)
 
 
 def test_what_is_beyond_the_range_of_fp16(tmp_path: Path) -> None:
