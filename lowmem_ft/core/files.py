@@ -77,6 +77,15 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     return ConfigError("The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder")
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and what is in it, as far as it may be removed and another process has not done it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def remove_half_written(folder: Path) -> None:
     """Remove what processes that were killed were saving in `folder`: files `.NAME.<process id>.tmp`, and folders.
 
@@ -95,12 +104,7 @@ def remove_half_written(folder: Path) -> None:
         else:
             continue
         if pid == str(os.getpid()) or _is_gone(pid):
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            remove(folder / name)
 
 
 def remove_orphans(parent: Path, prefix: str) -> None:

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import is_full, remove_orphans
+from lowmem_ft.core.files import is_full, remove, remove_orphans
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
     DTYPE_NAMES,
@@ -113,12 +113,10 @@ class CacheEntry:
             # another transformers may mean another layout by the same names
             same = (marker["format"], marker["transformers"]) == (FORMAT, transformers.__version__)
             complete = same and found == self.tensors() and set(marker["checksums"]) == set(found)
-        except (CheckpointError, OSError, ValueError, KeyError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             complete = False
         if not complete:
-            shutil.rmtree(
-                self.folder, ignore_errors=True
-            )  # of somebody else it stays; writing says what is not allowed
+            remove(self.folder)
         return complete
 
     def tensors(self) -> Layout:
@@ -139,7 +137,7 @@ class CacheEntry:
             nonlocal done
             tensor = source.read(name)
             if _checksum(tensor) != checksums[name]:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                remove(self.folder)
                 raise CheckpointError("the cache of quantized weights was damaged, and has been removed",
                                       given=f"{name} in {self.folder}", fix="run again; it is made anew")  # fmt: skip
             done += tensor.nbytes

@@ -161,10 +161,22 @@ def hold_something_else(entry: Path) -> None:
     (entry / cache_module.MARKER).write_text(json.dumps(marker))
 
 
+def list_for_marker(entry: Path) -> None:
+    (entry / cache_module.MARKER).write_text("[]")
+
+
+def file_for_folder(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("a copy that went wrong")
+
+
 @pytest.mark.parametrize(
     "damage",
-    [truncate, lose_a_file, lose_the_marker, spoil_the_marker, come_from_another_version, hold_something_else],
-)
+    [
+        truncate, lose_a_file, lose_the_marker, spoil_the_marker, list_for_marker, file_for_folder,
+        come_from_another_version, hold_something_else,
+    ],
+)  # fmt: skip
 def test_a_damaged_entry_is_made_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     model, report = load(folder, cache=tmp_path / "cache")
