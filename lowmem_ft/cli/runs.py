@@ -39,6 +39,8 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     """
     from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config
     from lowmem_ft.planner.solver import make_plan, require_fit
+    from lowmem_ft.quant.checkpoint import Checkpoint
+    from lowmem_ft.trainer.folder import RunFolder
 
     for override in overrides:
         _refuse_without_effect(override)
@@ -62,6 +64,9 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     if not run:
         return config, require_fit(make_plan(config)), chosen
     config = config.model_copy(update={"output": str(target)})
+    if adapter is None:
+        base = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
+        RunFolder(target).warn_of_other_base(base.sample())
     plan_file = target / "plan.json"
     before = _read_plan(plan_file) if plan_file.exists() else None
     if before is None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +163,24 @@ class RunFolder:
         """
         try:
             result = json.loads(self.finished.read_text(encoding="utf-8"))
+            result.pop("base", None)
             return Run(folder=self.path, plan=Plan.from_dict(result.pop("plan")), **result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fix = "delete it: the run then goes on from its newest checkpoint"
             why = str(error).partition("\n")[0]
             raise CheckpointError("A run's result cannot be read.", given=f"{self.finished} ({why})", fix=fix) from None
+
+    def warn_of_other_base(self, sample: str) -> None:
+        """Warn if `sample` (of `Checkpoint.sample`) is not of the weights that the finished run was trained on."""
+        try:
+            base = json.loads(self.finished.read_text(encoding="utf-8"))["base"]
+        except (OSError, ValueError, KeyError, TypeError):  # a run that is not finished, or of before it was told
+            return
+        if base != sample:
+            warnings.warn(
+                f"{self.path} was trained on other weights than its model has now: on these it computes something else",
+                stacklevel=4,
+            )
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

@@ -360,7 +360,8 @@ class _Loop:
         run = self._result("finished")
         self.folder.write("report.html", run_page(run))
         self.folder.write("adapter/README.md", model_card(run))
-        result = {"plan": self.plan.to_dict(), "status": run.status, "step": run.step}
+        base = self.identity["model"]
+        result = {"plan": self.plan.to_dict(), "base": base, "status": run.status, "step": run.step}
         self.folder.write_result({**result, "eval_loss": run.eval_loss, "measured": run.measured})
         return run
 

@@ -178,6 +178,18 @@ def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.Monke
     assert not any((data / "elsewhere").iterdir())
 
 
+def test_a_run_whose_base_has_changed_is_told_of(data: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """As where a repository on the hub has a newer version."""
+    model = shutil.copytree(ASSETS / "doclm-7m", data / "model")
+    loop.train(config(data, model=str(model), train={"steps": 1}), reporter=QUIET)
+    open_run(data / "run", [], None)
+    assert not [it for it in recwarn if "other weights" in str(it.message)]
+    weights = {name: tensor * 2 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors")
+    with pytest.warns(UserWarning, match="trained on other weights than its model has now"):
+        open_run(data / "run", [], None)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff"])
 def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
     """Also those of other programs, with the same names."""
