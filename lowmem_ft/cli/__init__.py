@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TextIO
 
-from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.errors import BudgetError, LowMemError
 from lowmem_ft.core.files import is_full
 from lowmem_ft.core.host import prefer_huge_pages
 from lowmem_ft.core.interrupt import clean_up_when_ended
@@ -38,17 +38,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        from lowmem_ft.trainer.recovery import NoSaferPolicyError, is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        # where a step is not done again: while weights load, or in an answer, whose cache no plan knows
-        given = str(error).partition("\n")[0] or type(error).__name__
-        fix = "close what else takes memory, or ask for less: a shorter text, a smaller model"
-        told = NoSaferPolicyError("Memory ran out.", given=given, fix=fix)
-        print(f"lowmem-ft: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
     except OSError as error:
         if not (is_full(error) or isinstance(error, BrokenPipeError)):
             raise
@@ -57,6 +46,20 @@ def main() -> None:
             sys.exit(1)
         _tell(f"The output cannot be written.\n  given:   {error}")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        fix = "close what else takes memory, or ask for less: a smaller budget, a shorter text, a smaller model"
+        _tell(BudgetError("Memory ran out.", given=str(error).partition("\n")[0] or type(error).__name__, fix=fix))
+        sys.exit(BudgetError.exit_code)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):  # nothing is imported then
+        return True
+    from lowmem_ft.trainer.recovery import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _prepare_streams() -> None:
