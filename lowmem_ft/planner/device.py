@@ -25,7 +25,7 @@ from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
 from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.attention import attention
-from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes
+from lowmem_ft.runtime.memory import cgroup_bytes, cuda_process_bytes, process_bytes
 from lowmem_ft.runtime.optim import AdamW
 
 # The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
@@ -258,8 +258,9 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 def _free_and_taken() -> tuple[int, int]:
     """Bytes of this machine's RAM that the process may take, and those of them that it has."""
-    taken = process_bytes()
-    return int(psutil.virtual_memory().available) + taken, taken
+    taken, limit = process_bytes(), cgroup_bytes()
+    free = int(psutil.virtual_memory().available) + taken
+    return free if limit is None else min(free, limit), taken
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -29,11 +29,10 @@ from lowmem_ft.planner.probes import check_kernels, check_streaming
 from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.quant.products import multiplies
+from lowmem_ft.runtime.memory import cgroup_bytes
 
 FEW_BYTES = 2 << 30  # of a disk, below which a warning says so: checkpoints, adapters and tokenized data go there
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
-CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))  # as a container sees its own, versions 2 and 1
-UNLIMITED = 1 << 60  # version 1 writes nearly 2**63 for no limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,37 +126,25 @@ def check_memory() -> Iterator[Check]:
         yield Check(name="RAM", status="warning", found=found, fix="close what else runs, or set budget.host")
     else:
         yield Check(name="RAM", status="ok", found=found)
-    limits = [(limit, "a control group") for limit in (cgroup_bytes(),) if limit is not None]
+    group = cgroup_bytes()
+    if group is not None and group < memory.total:
+        found = f"a control group allows {format_size(group)}, within which plans stay"
+        yield Check(name="RAM limit", status="ok", found=found)
     if sys.platform != "win32":
         import resource
 
         soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        limits += [(soft, "ulimit -v")] if soft != resource.RLIM_INFINITY else []
+        if soft != resource.RLIM_INFINITY and soft < memory.total:
+            yield Check(
+                name="RAM limit",
+                status="warning",
+                found=f"ulimit -v allows {format_size(soft)}, which plans do not look at",
+                fix=f"set budget.host (on a CPU budget.memory) to less than {format_size(soft)}",
+            )
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         text = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
         # the driver locks what it registers by itself; whether it does is tried on a card
         yield Check(name="locked memory", status="ok", found=f"ulimit -l {text}; only cards use pinned memory")
-    for limit, what in limits:
-        if limit < memory.total:
-            yield Check(
-                name="RAM limit",
-                status="warning",
-                found=f"{what} allows {format_size(limit)}, which plans do not look at",
-                fix=f"set budget.host (on a CPU budget.memory) to less than {format_size(limit)}",
-            )
-
-
-def cgroup_bytes(roots: tuple[Path, ...] = CGROUPS) -> int | None:
-    """Bytes of RAM that this container may take; None where nothing limits it or none can be read."""
-    for root in roots:
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            try:
-                text = (root / name).read_text(encoding="ascii").strip()
-            except OSError:
-                continue
-            if text.isdigit() and int(text) < UNLIMITED:
-                return int(text)
-    return None
 
 
 def existing(folder: Path) -> Path:

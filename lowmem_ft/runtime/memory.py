@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import torch
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # version 1 of control groups writes nearly 2**63 for no limit
 
 
 def process_bytes() -> int:
@@ -66,3 +71,31 @@ def cuda_process_bytes(index: int) -> int | None:
 def device_peak_bytes(device: torch.device) -> int:
     """The most bytes that the device tier held: on CUDA the allocator's reserved peak, else the process's."""
     return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else process_peak_bytes()
+
+
+def cgroup_bytes(roots: Iterable[Path] | None = None) -> int | None:
+    """Bytes of RAM that the control groups of this process allow; None where none limits it or none can be read.
+
+    Args:
+        roots: their folders; None: those of this process, versions 1 and 2.
+    """
+    limits = []
+    for root in _control_groups() if roots is None else roots:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+                limits.append(int((root / name).read_text(encoding="ascii")))
+    smallest = min(limits, default=_UNLIMITED)
+    return smallest if smallest < _UNLIMITED else None
+
+
+def _control_groups() -> list[Path]:
+    """The group of this process and those above it. A container sees its own group as the root."""
+    found = [_CGROUPS, _CGROUPS / "memory"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = _CGROUPS if not controllers else _CGROUPS / "memory" if controllers == "memory" else None
+            if root is not None:
+                group = root / path.lstrip("/")
+                found += [group, *group.parents]
+    return found

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 
 from lowmem_ft.core.host import release_freed_memory
-from lowmem_ft.runtime.memory import cuda_process_bytes, device_peak_bytes, process_bytes, process_peak_bytes
+from lowmem_ft.runtime.memory import (
+    cgroup_bytes,
+    cuda_process_bytes,
+    device_peak_bytes,
+    process_bytes,
+    process_peak_bytes,
+)
 
 
 def test_the_peak_follows_what_was_taken_and_freed() -> None:
@@ -22,6 +29,19 @@ def test_the_peak_follows_what_was_taken_and_freed() -> None:
     assert process_bytes() < taken
     assert process_peak_bytes() >= taken - (1 << 20)  # the kernel counts pages per thread, and sums them now and then
     assert device_peak_bytes(torch.device("cpu")) == process_peak_bytes()
+
+
+def test_limits_of_containers(tmp_path: Path) -> None:
+    assert cgroup_bytes((tmp_path,)) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cgroup_bytes((tmp_path,)) is None
+    (tmp_path / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert cgroup_bytes((tmp_path,)) is None
+    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
+    assert cgroup_bytes((tmp_path,)) == 1 << 30
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "memory.max").write_text(f"{1 << 31}\n")
+    assert cgroup_bytes((tmp_path / "inner", tmp_path)) == 1 << 30, "the group above allows less"
 
 
 class NVMLError(Exception):
