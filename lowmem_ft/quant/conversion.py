@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
-from lowmem_ft.quant.checkpoint import StoredSource, TensorSource
+from lowmem_ft.quant.checkpoint import Checkpoint, StoredSource, TensorSource
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -89,9 +89,10 @@ def plan_conversion(
         wanted: name -> shape of all that the model needs.
 
     Raises:
-        CheckpointError: a tensor whose shape is not the model's, or that the conversion cannot take.
+        CheckpointError: a tensor whose shape or type is not the model's, or that the conversion cannot take.
     """
     groups, unexpected = _group(template, source)
+    state = template.state_dict()
     steps, skipped = [], list[str]()
     for first, (converter, sources) in groups.items():
         step = _plan_step(template, source, first, converter, sources, rename, wanted)
@@ -100,6 +101,8 @@ def plan_conversion(
         else:
             steps.append(step)
             _check_shapes(step, wanted, either_way=isinstance(source, StoredSource))
+            if isinstance(source, Checkpoint) and state[first].is_floating_point():
+                _check_types(step, source)
     covered = {name for step in steps for name in step.targets}
     missing = [name for name in wanted if name not in covered]
     return Plan(tuple(steps), tuple(missing), tuple(unexpected), tuple(skipped))
@@ -278,6 +281,18 @@ def _check_shapes(step: Step, wanted: Shapes, *, either_way: bool) -> None:
                 given=f"{name}: {list(shape)}, from {names[0]}" + (f" and {len(names) - 1} more" * (len(names) > 1)),
                 allowed=list(wanted[name]),
                 fix="config.json and weights belong to different models, or one was changed: get both again",
+            )
+
+
+def _check_types(step: Step, source: Checkpoint) -> None:
+    """Integers in the place of weights are codes: without what says how to read them they would be taken as values."""
+    for name in (name for group in step.sources.values() for name in group):
+        dtype = source.tensors[name].dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                "a weight is stored as integers, and config.json does not say how they are quantized",
+                given=f"{name}: {str(dtype).removeprefix('torch.')} in {source.tensors[name].file}",
+                fix="get config.json with its quantization_config again, or the original checkpoint",
             )
 
 

@@ -216,6 +216,16 @@ def test_buffers_of_older_checkpoints_are_ignored_in_silence(tmp_path: Path, rec
     assert not [it for it in recwarn if "no place" in str(it.message)]
 
 
+def test_weights_that_are_integers_are_refused(tmp_path: Path) -> None:
+    """As of a quantized checkpoint whose config.json lost its quantization_config."""
+    folder = save_tiny("llama", tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = load_file(folder / SINGLE)[name].shape
+    change_tensors(folder / SINGLE, {name: torch.ones(shape, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=f"stored as integers(?s:.*){name}: int8"):
+        load(folder)
+
+
 def test_missing_tensors_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
     change_tensors(folder / SINGLE, {"model.layers.1.mlp.up_proj.weight": None, "lm_head.weight": None})
