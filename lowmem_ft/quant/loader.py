@@ -400,7 +400,8 @@ def _initialise_rest(model: PreTrainedModel, place: Place) -> list[str]:
         UnsupportedError: something stays without data.
     """
     absent = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    owners = {name.rpartition(".")[0] for name in absent}
+    # and what holds them, which may be what computes them
+    owners = {".".join(parts[:count]) for parts in (it.split(".") for it in absent) for count in range(len(parts))}
     for path, module in model.named_modules():
         module._is_hf_initialized = path not in owners
     for _, tensor in _tensors(model):

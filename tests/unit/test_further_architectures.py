@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
@@ -18,9 +19,13 @@ from lowmem_ft.planner.verify import full_batches, measured_train_peak
 from lowmem_ft.step import sum_gradients
 from tests.models import FURTHER, save_tiny, without_dropout
 from tests.unit.adapters.helpers import shake
+from tests.unit.export.runs import policy_of
+from tests.unit.quant.loading import logits, relative
 
+# what decides of these is how they are loaded and how they attend
+LOADED = {"falcon_h1"}
 # some layers of these do not attend, so that packed documents cannot be kept apart
-STATEFUL: set[str] = set()
+STATEFUL = {"falcon_h1"}
 
 
 def config_of(name: str, folder: Path) -> RunConfig:
@@ -32,7 +37,13 @@ def config_of(name: str, folder: Path) -> RunConfig:
             "data": {"seq_len": 64, "packing": name not in STATEFUL},
             "train": {"tokens_per_step": 128},
             "budget": {"device": "cpu", "memory": "2GiB"},
-            "policy": {"compute_dtype": "float32"},
+            "policy": {
+                "compute_dtype": "float32",
+                "micro_batch_tokens": 128,
+                "loss_chunk_tokens": 64,
+                "mlp_tile_tokens": 0,
+                "stream_embeddings": "none",
+            },
             "output": str(folder / "run"),
         }
     )
@@ -51,7 +62,15 @@ def gradients(config: RunConfig, policy: Policy) -> tuple[float, dict[str, Tenso
     return loss, {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("name", sorted(LOADED))
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path)
+    ready = assemble(config, policy_of(16), torch.device("cpu"), adapter=False, optimizer=False)
+    reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    assert relative(logits(ready.model.eval()), logits(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(set(FURTHER) - LOADED))
 def test_a_step_is_planned_and_the_same_under_every_policy(name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path)
     plan = make_plan(config)
