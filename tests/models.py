@@ -100,6 +100,15 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
         },
     ),
+    "deepseek_v32": (
+        "deepseek_v32",
+        {
+            **{"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
+            **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+            **{"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+            **{"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2},
+        },
+    ),
     "falcon_h1": (
         "falcon_h1",
         {"head_dim": 12, "mamba_d_ssm": 96, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16},

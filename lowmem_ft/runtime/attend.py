@@ -30,7 +30,6 @@ from lowmem_ft.runtime.attention_cuda import additive, padded, repeated, takes_f
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.documents import tells_documents
 
-_OWN_MASKS = frozenset({"doge"})  # whose attention changes the mask before it calls the interface
 _PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_cache", "cache_position"})
 
 
@@ -39,12 +38,18 @@ def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
     by `attend_on_card`, if it uses SDPA."""
     if model.config._attn_implementation != "sdpa":
         return
-    if type(model)._supports_attention_backend and model.config.model_type not in _OWN_MASKS:
+    if type(model)._supports_attention_backend and not _makes_masks(model.config):
         AttentionInterface.register(ATTENTION, _transformers_attention)
         AttentionMaskInterface.register(ATTENTION, _transformers_mask)
         model.config._attn_implementation = ATTENTION
     elif on_card:
         attend_within(find_blocks(model)[1], lambda: Attending(attend_on_card))
+
+
+def _makes_masks(config: Any) -> bool:
+    """Whether attention changes its mask before it calls the interface: Doge, and where an indexer chooses keys, whose
+    choice is put into masks of the implementations that transformers knows, and else left out."""
+    return config.model_type == "doge" or hasattr(config.get_text_config(), "index_topk")
 
 
 class Asked(NamedTuple):

@@ -23,7 +23,7 @@ from tests.unit.export.runs import policy_of
 from tests.unit.quant.loading import logits, relative
 
 # what decides of these is how they are loaded and how they attend
-LOADED = {"falcon_h1"}
+LOADED = {"deepseek_v32", "falcon_h1"}
 # some layers of these do not attend, so that packed documents cannot be kept apart
 STATEFUL = {"falcon_h1"}
 
