@@ -100,6 +100,19 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
         },
     ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 24,
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 131,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "deepseek_v32": (
         "deepseek_v32",
         {

@@ -153,6 +153,7 @@ class Choices:
         if pinned is not None or not self.attends or self.keep[0] == self.scales.depth:
             return (bool(pinned),)
         text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[-1]
+        text = text.per_layer_config[-1]  # Gemma 4's layers have heads of different sizes
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         attending = self.config.data.seq_len * text.num_attention_heads * size
         return (False, True) if attending >= ATTENDING * products_of(block, text) else (False,)

@@ -321,7 +321,7 @@ def _isolation_work(stage: Stage) -> int:
     It grows by the same number of bytes with each further block of a kind.
     """
     kinds = block_kinds(stage.ready.model)
-    few = shorten(kinds)
+    few = list(range(len(kinds))) if stage.whole else shorten(kinds)
     least = total = _isolation_peak(stage, few)
     for kind in set(kinds):
         others = [at for at, other in enumerate(kinds) if other == kind and at not in few]

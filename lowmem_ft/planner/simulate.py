@@ -33,7 +33,7 @@ from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
+from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder, stand_alone
 from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.tiers import NoTier
@@ -160,6 +160,7 @@ class Stage:
             )
         self._assembled = self.tracer.trace.events, marks[0]
         self.ready.activations.remove()  # each step decides anew
+        self.whole = config.adapter.prompt_learning or not stand_alone(self.ready.model)  # prefixes know the depth
         if config.data.packing and not config.adapter.prompt_learning:
             self._try_mask(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
@@ -175,8 +176,8 @@ class Stage:
     @functools.cached_property
     def footprint(self) -> LoadFootprint:
         """What loading takes."""
-        dtype: torch.dtype = getattr(torch, self._start.compute_dtype)
-        return load_footprint(self.checkpoint, spec=quant_spec(self._start), dtype=dtype)
+        start = self._start
+        return load_footprint(self.checkpoint, spec=quant_spec(start), dtype=getattr(torch, start.compute_dtype))
 
     @functools.cached_property
     def made(self) -> list[tuple[int, int]]:
@@ -196,9 +197,10 @@ class Stage:
         return planned_attention(find_blocks(self.ready.model)[1], self.kind, self._card.capability)
 
     def _try_mask(self, policy: Policy) -> None:
-        """Give the decoder, cut down to its first block, a mask that isolates documents."""
+        """Give the decoder, cut down to its first block if it can be, a mask that isolates documents."""
         model, batch = causal_model(self.ready.model), _batch(self.config, policy, "cpu", None)
-        with taking_masks(model), torch.no_grad(), only_blocks(self.ready.model, [0]), self.tracer:
+        few = None if self.whole else [0]
+        with taking_masks(model), torch.no_grad(), only_blocks(self.ready.model, few), self.tracer:
             inputs = attention_inputs(model, batch, dtype=self.ready.compute_dtype)
             find_decoder(self.ready.model)(input_ids=batch.input_ids, use_cache=False, **inputs)
 

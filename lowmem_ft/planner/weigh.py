@@ -142,7 +142,7 @@ class Scales:
         self._moved: dict[tuple[int, str], Moved] = {}  # by number of streamed blocks, and embeddings
         self._heaps: dict[tuple[int, str], int] = {}  # by the same
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
-        self._whole = config.adapter.prompt_learning  # prefixes know the depth of the model
+        self._whole = self.stage.whole
         self.keep: Sequence[int] = range(self.depth + 1)
         self.scripts: dict[Hashable, Script] = {}
         self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says

@@ -108,18 +108,26 @@ class _Call:
     autocast: list[tuple[str, torch.dtype]]
     place: tuple[Shelf, int] | None  # of the block's input, if it is offloaded
     attended: Attended | None  # if attention is kept
+    shared: dict[str, type[UserDict[str, Any]]]  # arguments in which blocks leave keys and values for others
     offloaded: tuple[torch.Size, torch.dtype, torch.device] | None = None  # what it is like
     out_leaves: list[Any] = field(default_factory=list)
     out_positions: list[int] = field(default_factory=list)
     out_spec: TreeSpec | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that the block returns; what else it returns is kept in `out_leaves`."""
+        """The tensors that the block returns and shares; what else it returns is kept in `out_leaves`."""
         leaves = list(self.leaves)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        out, self.out_spec = tree_flatten(self.forward(*args, **kwargs))
+        given = {name: kwargs[name] for name in self.shared}
+        kwargs |= {name: kind(given[name]) for name, kind in self.shared.items()}
+        returned = self.forward(*args, **kwargs)
+        left = {
+            name: {key: value for key, value in kwargs[name].items() if value is not before.get(key)}
+            for name, before in given.items()
+        }
+        out, self.out_spec = tree_flatten((returned, left))
         self.out_positions = [i for i, leaf in enumerate(out) if isinstance(leaf, Tensor)]
         self.out_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in out]
         return [out[i] for i in self.out_positions]
@@ -163,7 +171,7 @@ class _Call:
         return [shelf.take(at, *self.offloaded), *held]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """The block's own return value around `tensors`."""
+        """The block's own return value around `tensors`, and by argument what it has left there."""
         assert self.out_spec is not None
         for position, tensor in zip(self.out_positions, tensors, strict=True):
             self.out_leaves[position] = tensor
@@ -225,7 +233,8 @@ def _recomputed(
     **kwargs: Any,
 ) -> Any:
     """Call `forward`, the own forward of `block`, so that backward computes its activations again."""
-    leaves, spec = tree_flatten((args, kwargs))
+    shared = {name: value for name, value in kwargs.items() if isinstance(value, UserDict)}
+    leaves, spec = tree_flatten((args, kwargs | {name: dict(value) for name, value in shared.items()}))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors: list[Tensor] = [leaves[i] for i in positions]
     differentiable = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in block.parameters())
@@ -234,18 +243,21 @@ def _recomputed(
     for position in positions:
         leaves[position] = None
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    call = _Call(forward, unread, leaves, positions, spec, device, active_autocast(device), place, attended)
+    kinds = {name: type(value) for name, value in shared.items()}
+    call = _Call(forward, unread, leaves, positions, spec, device, active_autocast(device), place, attended, kinds)
     anchor = torch.empty(0, requires_grad=True)
     outputs = _Recompute.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
-    shared = [value for value in kwargs.values() if isinstance(value, (UserDict, Cache))]
-    if any(len(container) for container in shared):
+    if any(len(value) for value in kwargs.values() if isinstance(value, Cache)):
         # tensors in it bypass autograd here, and running twice changes it twice: gradients would silently be wrong
         raise UnsupportedError(
-            "Blocks that share keys and values (prefix tuning, or the shared layers of gemma3n) cannot recompute.",
+            "Blocks that share keys and values in a cache (prefix tuning) cannot recompute.",
             given=type(block).__name__,
             fix="call the model with use_cache=False, or set policy.activations: keep",
         )
-    return call.rebuild(outputs)
+    result, left = call.rebuild(outputs)
+    for name, values in left.items():
+        shared[name].update(values)
+    return result
 
 
 _SUMS = frozenset({"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})

@@ -63,5 +63,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
+def stand_alone(model: nn.Module) -> bool:
+    """Whether some of the blocks can run without the others: not if embeddings of each block know how many there are,
+    or if blocks attend to keys and values of others."""
+    config = causal_model(model).config.get_text_config()
+    return not any(getattr(config, name, 0) for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"))
+
+
 def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
@@ -270,23 +270,55 @@ def test_autocast_is_as_it_was(blocks: nn.Module) -> None:
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 
-def test_a_shared_container_is_refused_only_if_it_is_used(blocks: nn.Module) -> None:
-    class Shares(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(3.0))
+class Shares(nn.Module):
+    """Leaves what it computed with the others, or uses what is there."""
 
-        def forward(self, x: Tensor, *, shared: Any, store: bool) -> Tensor:
-            out = x * self.scale
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor, *, shared: Any, store: bool) -> Tensor:
+        out = x * self.scale
+        if isinstance(shared, Cache):
             if store:
-                shared["keys"] = out
-            return out
+                shared.update(out.view(1, 1, 1, -1), out.view(1, 1, 1, -1), 0)
+        elif store:
+            shared["keys"] = (out, x.exp())
+        else:
+            out = out * shared["keys"][0] + shared["keys"][1]
+        return out
 
+
+def test_blocks_use_what_others_have_left_for_them(blocks: nn.Module) -> None:
+    """As layers of Gemma 3n and 4 share keys and values."""
+    blocks.layers = nn.ModuleList([Shares(), Shares(), Shares()])
+
+    def gradients() -> list[Tensor | None]:
+        x = torch.tensor([0.5, -1.0], requires_grad=True)
+        shared: UserDict[str, Any] = UserDict()
+        h = blocks.layers[0](x, shared=shared, store=True)
+        for at in (1, 2):
+            h = blocks.layers[at](h, shared=shared, store=False)
+        assert list(shared) == ["keys"]
+        h.sum().backward()
+        found = [x.grad, *(it.scale.grad for it in blocks.layers)]
+        blocks.zero_grad()
+        return found
+
+    expected = gradients()
+    apply_activation_policy(blocks, keep=0)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
+
+
+def test_a_cache_is_refused_only_if_it_is_used(blocks: nn.Module) -> None:
     blocks.layers[0] = Shares()
     apply_activation_policy(blocks, keep=0)
-    blocks.layers[0](torch.ones(2), shared=UserDict(), store=False).sum().backward()
+    blocks.layers[0](torch.ones(2), shared=DynamicCache(), store=False).sum().backward()
     with pytest.raises(UnsupportedError, match="cannot recompute"):
-        blocks.layers[0](torch.ones(2), shared=UserDict(), store=True)
+        blocks.layers[0](torch.ones(2), shared=DynamicCache(), store=True)
 
 
 def test_recomputing_holds_one_block_at_a_time() -> None:
