@@ -126,6 +126,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon_h1",
         {"head_dim": 12, "mamba_d_ssm": 96, "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16},
     ),
+    "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "phimoe": ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.0}),
 }
 

@@ -14,6 +14,11 @@ from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
 
+# Mixers whose kernels on a card take the matrix of `out_proj` itself; of the first five peft refuses adapters on it
+_FUSED = frozenset(
+    {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"}
+)
+
 Number = TypeVar("Number", int, float)
 
 
@@ -58,7 +63,7 @@ def select_targets(
         raise UnsupportedError("the model has no linear layer to adapt", given=type(model).__name__)
     leaves = {path.rpartition(".")[2] for path in candidates}
     if targets == "all-linear":
-        return list(candidates)
+        return [path for path in candidates if not _is_read_past(model, path)]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -84,6 +89,14 @@ def select_targets(
                 fix=_did_you_mean(name, leaves),
             )
     return [path for path in candidates if any(ends_with(path, name) for name in targets)]
+
+
+def _is_read_past(model: nn.Module, path: str) -> bool:
+    """Whether the layer's matrix is read where the layer is not called, so that an adapter on it has no say."""
+    parent, _, name = path.rpartition(".")
+    if name == "dt_proj":
+        return hasattr(model.get_submodule(parent), "A_log")
+    return name == "out_proj" and getattr(getattr(model, "config", None), "model_type", None) in _FUSED
 
 
 def _why_not(model: nn.Module, name: str) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lowmem_ft.adapters.inject import inject_lora, injection_of
+from lowmem_ft.adapters.targets import adaptable
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
@@ -18,14 +20,14 @@ from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import full_batches, measured_train_peak
 from lowmem_ft.step import sum_gradients
 from tests.models import FURTHER, save_tiny, without_dropout
-from tests.unit.adapters.helpers import shake
+from tests.unit.adapters.helpers import plain_model, shake
 from tests.unit.export.runs import policy_of
 from tests.unit.quant.loading import logits, relative
 
 # what decides of these is how they are loaded and how they attend
-LOADED = {"deepseek_v32", "falcon_h1"}
+LOADED = {"deepseek_v32", "falcon_h1", "mamba"}
 # some layers of these do not attend, so that packed documents cannot be kept apart
-STATEFUL = {"falcon_h1"}
+STATEFUL = {"falcon_h1", "mamba"}
 
 
 def config_of(name: str, folder: Path) -> RunConfig:
@@ -88,3 +90,11 @@ def test_a_step_is_planned_and_the_same_under_every_policy(name: str, tmp_path: 
     measured = measured_train_peak(config, low, batches)
     # as the planner's own tests allow; routing decides of mixtures
     assert measured <= simulated.train_peak <= 1.05 * measured
+
+
+@pytest.mark.parametrize(("name", "missing"), [("mamba", {"dt_proj", "out_proj"}), ("falcon_h1", {"out_proj"})])
+def test_all_linear_leaves_out_layers_that_are_not_called(name: str, missing: set[str]) -> None:
+    model = plain_model(name)
+    layers = {path.rpartition(".")[2] for path in adaptable(model)}
+    inject_lora(model, rank=4, alpha=8, targets="all-linear", dtype=torch.float32)
+    assert layers - {path.rpartition(".")[2] for path in injection_of(model).paths} == missing

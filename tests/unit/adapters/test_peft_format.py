@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "experts, patterns": ("deepseek_v3", {"rank_pattern": {"gate_proj": 2, "gate_up_proj": 3}}, {}),
     "shared experts only": ("deepseek_v3", {"targets": ["shared_experts.gate_proj"], "layers": [1]}, {}),
     "dense layer beside experts": ("deepseek_v3", {"targets": ["mlp.down_proj", "o_proj"]}, {}),
+    "mixers whose kernels read matrices": ("falcon_h1", {}, {}),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's and ours on tying
