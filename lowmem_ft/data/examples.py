@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataFormat, DataRole
@@ -50,7 +52,20 @@ def bytes_in_loss(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
     if tokenizer is None:
         return 0
     kept = ([label for label in it.labels[1:] if label != IGNORE_INDEX] for it in examples)
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return _bytes_of_tokens((token for ids in kept for token in ids), tokenizer)
     return sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in kept)
+
+
+def _bytes_of_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of a tokenizer whose tokens are bytes, each written as one character: where text begins or is cut within a
+    character, decoding would put another one of three bytes for what is left of it."""
+    added = {index: "" if it.special else it.content for index, it in tokenizer.added_tokens_decoder.items()}
+    total = 0
+    for index, count in Counter(ids).items():
+        one = len(added[index].encode()) if index in added else len(str(tokenizer.convert_ids_to_tokens(index)))
+        total += count * one
+    return total
 
 
 def read_examples(

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.examples import IGNORE_INDEX, RecordEncoder, bytes_in_loss, read_examples
+from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder, bytes_in_loss, read_examples
 
 from .conftest import ASSETS
 
@@ -193,3 +193,26 @@ def test_bytes_of_the_text_in_the_loss(tokenizer: PreTrainedTokenizerBase) -> No
     examples = [it for text in answers for it in encoder.encode({"prompt": "What?", "completion": text})]
     assert bytes_in_loss(examples, tokenizer) == sum(len(text.encode()) for text in answers)
     assert bytes_in_loss(examples, None) == 0
+
+
+def test_bytes_of_characters_that_are_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Text without a BOS begins with a token that nothing predicts, here the first byte of a character."""
+    text = "日本語 😀 ünï"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "\ufffd" in tokenizer.decode(ids[:1]), "there is no token for the whole character"
+    one = len(bytes_of(tokenizer, ids[0]))
+    for end in range(2, len(ids) + 1):
+        whole = b"".join(bytes_of(tokenizer, token) for token in ids[:end])
+        assert text.encode().startswith(whole)
+        assert bytes_in_loss([Example(ids[:end], ids[:end])], tokenizer) == len(whole) - one
+    tokenizer.add_tokens(["Käse"])  # of its own, and no bytes
+    ids = tokenizer("ein Käse", add_special_tokens=False)["input_ids"]
+    assert bytes_in_loss([Example([0, *ids, 1], [0, *ids, 1])], tokenizer) == len("ein Käse".encode())
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """By GPT-2's table: printable characters of Latin-1 stand for themselves, the others come behind 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(it): it for it in printable}
+    table |= {chr(256 + at): it for at, it in enumerate(it for it in range(256) if it not in printable)}
+    return bytes(table[letter] for letter in tokenizer.convert_ids_to_tokens(token))
