@@ -400,21 +400,19 @@ def _initialise_rest(model: PreTrainedModel, place: Place) -> list[str]:
         UnsupportedError: something stays without data.
     """
     absent = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    # and what holds them, which may be what computes them
-    owners = {".".join(parts[:count]) for parts in (it.split(".") for it in absent) for count in range(len(parts))}
-    for path, module in model.named_modules():
-        module._is_hf_initialized = path not in owners
-    for _, tensor in _tensors(model):
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for name in absent:
         tensor = model.get_parameter_or_buffer(name)
         # NaN shows afterwards what nothing has computed
         empty = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0, device="cpu")
         _set_tensor(model, name, empty)
-    model.initialize_weights()
+    _initialise(model, absent, {name.rpartition(".")[0] for name in absent})
+    if missing := [name for name in absent if _is_unknown(model.get_parameter_or_buffer(name))]:
+        # what holds their owners may be what computes them
+        above = (name.split(".")[:count] for name in missing for count in range(name.count(".")))
+        _initialise(model, missing, {".".join(parts) for parts in above})
     for name in absent:
         tensor = model.get_parameter_or_buffer(name)
-        if tensor.is_floating_point() and tensor.isnan().any():
+        if _is_unknown(tensor):
             raise UnsupportedError("a tensor of this architecture is in no checkpoint, and nothing computes it",
                                    given=f"{name} of {type(model).__name__}")  # fmt: skip
         _set_tensor(model, name, place(name, tensor.detach()))
@@ -430,6 +428,19 @@ def _initialise_rest(model: PreTrainedModel, place: Place) -> list[str]:
             given=f"{', '.join(hidden[:3])} of {type(model).__name__}",
         )
     return absent
+
+
+def _initialise(model: PreTrainedModel, names: Collection[str], paths: Collection[str]) -> None:
+    """Let the modules at `paths`, and no others, compute the tensors of these names, and no others."""
+    for path, module in model.named_modules():
+        module._is_hf_initialized = path not in paths
+    for name, tensor in _tensors(model):
+        tensor._is_hf_initialized = name not in names  # type: ignore[attr-defined]
+    model.initialize_weights()
+
+
+def _is_unknown(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
