@@ -151,7 +151,7 @@ class Choices:
         """Whether blocks that recompute may keep what attention gave: where attending takes a part of their time."""
         pinned, stage = self.config.policy.keep_attention, self.scales.stage
         if pinned is not None or not self.attends or self.keep[0] == self.scales.depth:
-            return (bool(pinned),)
+            return (bool(pinned) and self.attends,)
         text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[-1]
         text = text.per_layer_config[-1]  # Gemma 4's layers have heads of different sizes
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -168,7 +168,7 @@ class Choices:
         """Tokens that MLPs may work on at once in a micro-batch of `policy`, descending; 0, which is all, first."""
         pinned, mlps = self.config.policy.mlp_tile_tokens, len(self.scales.stage.ready.mlps)
         if pinned is not None:
-            return (pinned,)
+            return (pinned if mlps else 0,)
         small = [tile for tile in MLP_TILES if mlps and WORTH_TILES * tile <= policy.micro_batch_tokens]
         return (0, *small)
 
@@ -185,8 +185,8 @@ class Choices:
         """What of the embeddings may lie below the device, ascending: what saves memory there, and is not trained."""
         ready, pinned = self.scales.stage.ready, self.config.policy.stream_embeddings
         if pinned is not None:
-            refuse_trained(ready.model, chosen(ready.matrices, pinned))
-            return (pinned,)
+            refuse_trained(ready.model, below := chosen(ready.matrices, pinned))
+            return (pinned if below else "none",)
         levels: list[Which] = ["none"]
         for level in ("input", "both"):
             more = [it for it in chosen(ready.matrices, level) if it not in chosen(ready.matrices, levels[-1])]

@@ -92,6 +92,7 @@ class Search:
         aside_of = cache(lambda: Aside.of(scales.stage.config, start, scales, base_of()))
         self._base_of, self._aside_of = base_of, aside_of
         self.choices = Choices(device, start, scales, host=lambda: aside_of().host)
+        self._start = replace(start, keep_attention=start.keep_attention and self.choices.attends)
         scales.keep = self.choices.keep
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         self._size(config)

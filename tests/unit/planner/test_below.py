@@ -105,7 +105,8 @@ def test_embeddings_that_are_pinned(tmp_path: Path) -> None:
     assert plan.fits
     assert pinned_for(CARD, pinned).policy.stream_from == "host"
     with pytest.warns(UserWarning, match="stream_embeddings: input has no effect"):
-        make_plan(config(tmp_path, policy={"stream_embeddings": "input"}), device=DEVICE)
+        plan = make_plan(config(tmp_path, policy={"stream_embeddings": "input"}), device=DEVICE)
+    assert plan.policy.stream_embeddings == "none"
     trained = config(tmp_path, policy={"stream_embeddings": "both"}, adapter={"train_modules": ["embed_tokens"]})
     with pytest.raises(UnsupportedError, match="stream_embeddings: none"):
         make_plan(trained, device=DEVICE)
@@ -255,7 +256,8 @@ def test_tiles_that_are_pinned_or_have_no_effect(tmp_path: Path) -> None:
     assert plan.policy.mlp_tile_tokens == 48
     assert Plan.from_dict(plan.to_dict()).policy == plan.policy
     with pytest.warns(UserWarning, match="mlp_tile_tokens has no effect"):
-        make_plan(config(tmp_path / "mixtral", policy=pinned), device=DEVICE)
+        plan = make_plan(config(tmp_path / "mixtral", policy=pinned), device=DEVICE)
+    assert plan.policy.mlp_tile_tokens == 0
 
 
 def test_what_lies_behind_a_model_s_positions_is_told_once(tmp_path: Path) -> None:
@@ -268,5 +270,8 @@ def test_what_lies_behind_a_model_s_positions_is_told_once(tmp_path: Path) -> No
 
 def test_keeping_an_attention_that_is_not_ours_is_said_to_have_no_effect(tmp_path: Path) -> None:
     save_tiny("gemma2", tmp_path)  # whose scores are soft-capped
-    with pytest.warns(UserWarning, match="keep_attention has no effect"):
-        make_plan(config(tmp_path, policy={"keep_attention": True, "activations": "recompute"}), device=DEVICE)
+    for budget, fits in (({}, True), ({"budget": {"memory": 1}}, False)):
+        pinned = config(tmp_path, policy={"keep_attention": True, "activations": "recompute"}, **budget)
+        with pytest.warns(UserWarning, match="keep_attention has no effect"):
+            plan = make_plan(pinned, device=DEVICE)
+        assert (plan.fits, plan.policy.keep_attention) == (fits, False)
