@@ -72,6 +72,8 @@ def train(
         run = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
         return run
+    if config.data.train is None:
+        raise ConfigError("'data.train' is missing.", allowed="a data file", fix="add `data: {train: FILE}`")
     if config.eval.samples and not config.data.eval:
         warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
     if not resume:
@@ -102,11 +104,9 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any],
     """Training and held-out examples, or preferences, of a run; the second is empty without `data.eval`.
 
     Raises:
-        ConfigError: `data.train` is missing.
         DataError: records that cannot be used.
     """
-    if config.data.train is None:
-        raise ConfigError("'data.train' is missing.", allowed="a data file", fix="add `data: {train: FILE}`")
+    assert config.data.train is not None, "refused before the plan"
     return (
         read_split(config, config.data.train, reporter, use="train"),
         read_split(config, config.data.eval, reporter) if config.data.eval else [],

@@ -337,6 +337,12 @@ def test_a_budget_too_small_stops_before_anything_is_written(data: Path) -> None
     assert not (data / "run").exists()
 
 
+def test_a_run_without_data_stops_before_it_is_planned(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "make_plan", lambda _: pytest.fail("planned"))
+    with pytest.raises(ConfigError, match=r"'data.train' is missing"):
+        loop.train(config(data, "run", data={"train": None}), reporter=QUIET)
+
+
 def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
     (data / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "only a question"}]}\n')
     with pytest.raises(DataError):
