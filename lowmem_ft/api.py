@@ -89,10 +89,16 @@ def load(
         once more for Trainer to resume from.
 
     Raises:
-        ConfigError: the plan is for another model, or `adapter` is nothing of these.
+        ConfigError: `plan` is none, or one for another model; `adapter` is nothing of these.
         BudgetError: the plan does not fit.
         LowMemError: as loading finds it.
     """
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            "That is no plan.",
+            given=f"plan={type(plan).__name__}",
+            allowed="what lowmem_ft.plan(...) returns; of JSON, Plan.from_dict(...)",
+        )
     config = require_fit(plan).run_config
     if _place(model) != _place(config.model):
         raise ConfigError("The plan was made for another model.", given=str(model), allowed=config.model)

@@ -158,6 +158,8 @@ def test_load_needs_no_tokenizer_but_the_right_plan(plan: lowmem_ft.Plan, tmp_pa
         lowmem_ft.generate(model, tokenizer, ["hello"])
     with pytest.raises(lowmem_ft.LowMemError, match="another model"):
         lowmem_ft.load(folder, plan)
+    with pytest.raises(lowmem_ft.LowMemError, match=r"Plan.from_dict"):
+        lowmem_ft.load(folder, tiny.to_dict())  # type: ignore[arg-type]
     with pytest.raises(lowmem_ft.LowMemError, match="adapter=None"):
         lowmem_ft.load(folder, tiny, adapter=None)  # type: ignore[arg-type]
 
