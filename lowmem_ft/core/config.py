@@ -338,12 +338,12 @@ class RunConfig(Section):
         if not isinstance(data, Mapping):
             raise ConfigError("A config is a mapping of keys.", given=repr(data), allowed="{'model': ...}, or a path")
         merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        for override in overrides:
+            _apply_override(merged, override)
         for name, field in cls.model_fields.items():
             section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
             if section and name in merged and merged[name] is None:
                 merged[name] = {}  # all of whose keys are commented out
-        for override in overrides:
-            _apply_override(merged, override)
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -411,7 +411,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError("An override is not KEY=VALUE.", given=override, allowed="for example train.lr=1e-4")
     *parents, last = key.split(".")
     for parent in parents:
-        inner = data.setdefault(parent, {})
+        inner = data.get(parent)
+        if inner is None:
+            inner = data[parent] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"'{parent}' has no keys below it.", given=override, allowed=", ".join(keys_of(RunConfig))

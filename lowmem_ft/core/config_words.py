@@ -85,12 +85,16 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
     for part in path[1:]:
         field = typing.cast(type[BaseModel], field.annotation).model_fields[part]
     limits = " and ".join(f"{sign} {limit}" for meta in field.metadata for sign, limit in _bounds(meta))
-    quoted = first["type"] == "string_type" and isinstance(first["input"], int | float)
+    fix = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        fix = QUOTE
+    elif first["type"] == "model_type":  # whose message names a class
+        fix = f"write keys below `{key}:`"
     return ConfigError(
         f"'{key}' has a value that is not allowed.",
         given=repr(first["input"]),
         allowed=" ".join(filter(None, [allowed_words(field.annotation), limits])),
-        fix=QUOTE if quoted else first["msg"].removeprefix("Value error, "),
+        fix=fix,
     )
 
 

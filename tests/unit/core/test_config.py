@@ -45,6 +45,7 @@ REFUSED = [
     ("lr=1", ["Unknown key 'lr'", "did you mean 'train.lr'"]),
     ("budget.rank=4", ["did you mean 'adapter.rank'"]),
     ("train={lr: 1, lr: 2}", ["'lr' is given twice", "line 1 and line 1"]),
+    ("train=3", ["'train'", "keys objective, tokens_per_step", "fix:     write keys below `train:`"]),
     ("train={1: 2}", ["Unknown key 'train.1'"]),
     ("output=2026", ["'output'", "2026", "in quotes"]),
     ("output=on", ["'output' takes no boolean", "in quotes"]),
@@ -210,7 +211,7 @@ def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("model: m\nquant:\n  # bits: 8\ntrain:\ncache:\n")
     assert RunConfig.load(path) == RunConfig(model="m")
-    assert RunConfig.load(path, ["train.lr=1e-3"]).train.lr == 1e-3
+    assert RunConfig.load(path, ["train.lr=1e-3", "eval=null"]).train.lr == 1e-3
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "model: [", "\x00"])
