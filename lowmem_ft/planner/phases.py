@@ -44,6 +44,7 @@ from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.head import head_of
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
 from lowmem_ft.runtime.ring import SLOTS
+from lowmem_ft.runtime.state import MAPPED
 from lowmem_ft.runtime.streaming import Moved, Piece
 from lowmem_ft.runtime.tiers import STAGES
 from lowmem_ft.runtime.vocabulary import Matrix
@@ -235,7 +236,7 @@ def _starting(config: RunConfig, stage: Stage, adapters: list[Any]) -> int:
 
 
 def _save(config: RunConfig, scales: Scales) -> Tiers:
-    """While checkpoints, the best weights and the adapter are written, and the best weights read again.
+    """While checkpoints, the best weights and the adapter are written, and read again.
 
     On the disk: the two checkpoints that are retained, and the one that is written before the oldest goes. The text
     files of the run folder (metrics, plan, report) are not counted. safetensors writes tensors from where they lie on
@@ -253,8 +254,9 @@ def _save(config: RunConfig, scales: Scales) -> Tiers:
     best = safetensors_bytes(weights) if config.data.eval and config.train.keep_best else 0
     trained = adapter_tensors(ready.model) if is_injected(ready.model) else ready.trainable
     adapter = safetensors_bytes(trained, {"format": "pt"}) + ADAPTER_TEXT_BYTES
+    read = min(checkpoint, 2 * MAPPED)
     return Tiers(
-        device=scales.held + (best if scales.stage.kind == "cpu" else 0) + META_BYTES + random["random/cpu"].nbytes,
+        device=scales.held + (read if scales.stage.kind == "cpu" else 0) + META_BYTES + random["random/cpu"].nbytes,
         host=checkpoint,
         disk=max(3 * checkpoint + best, 2 * checkpoint + 2 * best, 2 * checkpoint + best + adapter),
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.runtime.state import fill
 from lowmem_ft.runtime.together import follows, joined
 
 _BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
@@ -200,7 +201,7 @@ class AdamW(torch.optim.Optimizer):
                 fix="resume with the adapter and optimizer settings that the run was started with",
             )
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            fill(tensor, tensors, name)
         for parameter, step in zip(parameters, meta["steps"], strict=True):
             self.state[parameter]["step"] = int(step)
         for group, saved in zip(self.param_groups, meta["groups"], strict=True) if settings else ():

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others
+from lowmem_ft.quant.checkpoint import TensorInfo, read_header
 from lowmem_ft.quant.shards import pieces
 from lowmem_ft.runtime.rerun import random_states
 
+MAPPED = 8 << 20  # bytes of a file that are read before it is mapped anew
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -38,7 +40,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     header = dict(metadata or {})
-    header["checksum"] = _checksum(tensors, header)
+    header["checksum"] = _checksum(tensors, pieces, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors, too, writes to a name of its own first, which would stay where the process is killed
@@ -91,23 +93,62 @@ def save_checkpoint(
     return path
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+class _Read(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, by the names under which they are known where they come from."""
+
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str]) -> None:
+        self._read, self._names = read, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="pt")
+
+
+class _File:
+    """A safetensors file, mapped anew after every `MAPPED` bytes: what was read of a mapping counts as the process's
+    memory until the whole mapping goes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._mapped, self._left = path, _open(path), MAPPED
+        self.names: list[str] = list(self._mapped.keys())
+        self.meta: dict[str, str] = self._mapped.metadata() or {}
+
+    def read(self, name: str) -> Tensor:
+        """On the CPU, not to be written to."""
+        if self._left <= 0:
+            self._mapped, self._left = _open(self._path), MAPPED
+        tensor: Tensor = self._mapped.get_tensor(name)
+        self._left -= tensor.nbytes
+        return tensor
+
+
+def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the metadata of a file that `write_tensors` wrote; no metadata reads as empty.
+
+    Each tensor is read when it is asked for; those that `fill` copies take 2 * `MAPPED` bytes at most.
 
     Raises:
         CheckpointError: the file is truncated, damaged or no checkpoint.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("checksum", (now := _checksum(tensors, header))) != now:  # files of before it was written go on
+        file, header = _File(path), read_header(path)[0]
+        if file.meta.get("checksum") not in (None, _checksum(header, _in_file, file.meta)):  # older files have none
             raise ValueError("its content is not what was written")
-        return tensors, json.loads(header.get("state", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        meta = json.loads(file.meta.get("state", "{}"))
+    except (OSError, SafetensorError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             "A checkpoint cannot be read.", given=f"{path} ({error})", fix="delete it: the one before is used then"
         ) from error
+    return _Read(file.read, {name: name for name in file.names}), meta
 
 
 def restore_weights(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -120,14 +161,25 @@ def restore_weights(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, T
     _same_names(saved, weights)
     with torch.no_grad():
         for name, parameter in weights.items():
-            if saved[name].shape != parameter.shape:
+            shape = saved[name].shape
+            if shape != parameter.shape:
                 raise CheckpointError(
                     f"'{name}' has another shape in the checkpoint.",
-                    given=tuple(saved[name].shape),
+                    given=tuple(shape),
                     allowed=tuple(parameter.shape),
                     fix="resume with the adapter settings that the run was started with",
                 )
-            parameter.copy_(saved[name])
+            fill(parameter, saved, name)
+
+
+def fill(tensor: Tensor, saved: Mapping[str, Tensor], name: str) -> None:
+    """Copy what is `saved` under a name, of the same shape, in pieces, each from a mapping of its own."""
+    if tensor.nbytes <= MAPPED:
+        tensor.copy_(saved[name])
+        return
+    rows = max(1, MAPPED * len(tensor) // tensor.nbytes)
+    for first in range(0, len(tensor), rows):
+        tensor[first : first + rows].copy_(saved[name][first : first + rows])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -142,20 +194,30 @@ def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(tensors["random/cuda"], device)
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """CRC-32 of names, types, shapes and bytes of `tensors`, and of the state in the header."""
+def _checksum(
+    tensors: Mapping[str, Any], content: Callable[[Any], Iterator[bytes | memoryview]], header: Mapping[str, str]
+) -> str:
+    """CRC-32 of names, types, shapes and `content` of `tensors`, and of the state in the header."""
     checksum = zlib.crc32(header.get("state", "").encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        for piece in pieces(tensor):
+        for piece in content(tensor):
             checksum = zlib.crc32(piece, checksum)
     return f"{checksum:08x}"
 
 
-def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+def _in_file(tensor: TensorInfo) -> Iterator[bytes]:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        for first in range(0, tensor.nbytes, MAPPED):
+            yield file.read(min(MAPPED, tensor.nbytes - first))
+
+
+def below(tensors: Mapping[str, Tensor], group: str) -> Mapping[str, Tensor]:
     """The tensors whose names start with `group/`, without it."""
-    return {name.removeprefix(f"{group}/"): t for name, t in tensors.items() if name.startswith(f"{group}/")}
+    names = {name.removeprefix(f"{group}/"): name for name in tensors if name.startswith(f"{group}/")}
+    return _Read(tensors.__getitem__, names)
 
 
 def _same_names(saved: Iterable[str], present: Iterable[str]) -> None:

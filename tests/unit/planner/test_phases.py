@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble
@@ -243,19 +242,19 @@ def test_saving(models: dict[str, Path], name: str, optimizer: str, tmp_path: Pa
     policy, scales, aside = prepared(settings)
     ready = assemble(settings, policy, torch.device("cpu"))
     weights = {f"weights/{key}": parameter.data for key, parameter in ready.trainable.items()}
-    read: list[Tensor] = []
 
     def save() -> None:
         save_all(ready, tmp_path)
         state.write_tensors(tmp_path / "best.safetensors", weights)
-        read.extend(state.read_checkpoint(tmp_path / "best.safetensors")[0].values())
+        for name in ("best", "step-00000003"):  # as at the end of a run, and where one is gone on with
+            read = [*state.read_checkpoint(tmp_path / f"{name}.safetensors")[0].values()]  # stays mapped, being small
+            del read
 
     taken = peak(save)
     checkpoint = (tmp_path / "step-00000003.safetensors").stat().st_size
     work = aside.save.device - scales.held
-    # What is written is not copied; the best weights are held once more when they are read. Measured: 7 KB over.
+    # What is written is not copied; what is read is held once more. Measured: 7 KB over.
     assert taken <= work <= taken + 2**14
-    assert sum(tensor.nbytes for tensor in read) <= work
     # where the device is not the host, all of a checkpoint is copied there; measured: 2 KB over
     assert checkpoint <= aside.save.host <= checkpoint + 2**14
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.runtime import state
+from lowmem_ft.runtime.memory import process_bytes, process_peak_bytes, reset_process_peak
 
 CPU = torch.device("cpu")
 
@@ -98,6 +99,23 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="cannot be read"):
         state.read_checkpoint(path)
+
+
+def test_a_checkpoint_that_is_read_takes_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is gone on with has no more memory than one that begins."""
+    monkeypatch.setattr(state, "MAPPED", 1 << 20)
+    sizes = [(8 << 20, 1), (999, 1001), (1 << 20, 7), (100, 3), (1 << 22,)]
+    weights = {str(at): nn.Parameter(torch.full(size, float(at))) for at, size in enumerate(sizes)}
+    path = save(tmp_path, 1)
+    state.write_tensors(path, {f"weights/{name}": weight.data for name, weight in weights.items()})
+    for weight in weights.values():
+        weight.data.zero_()
+    if not reset_process_peak():
+        pytest.skip("peaks of the process cannot be counted anew")
+    before = process_bytes()
+    state.restore_weights(weights, state.read_checkpoint(path)[0])
+    assert process_peak_bytes() - before < 8 << 20
+    assert all(bool((weight == at).all()) for at, weight in enumerate(weights.values()))
 
 
 def test_metadata_is_json_in_the_header(tmp_path: Path) -> None:
