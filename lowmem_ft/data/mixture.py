@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -81,3 +81,10 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
     if isinstance(examples, Mixture):
         return np.concatenate([lengths_of(source) for source in examples.sources])
     return np.fromiter(map(len, examples), np.int32, len(examples))
+
+
+def content_of(examples: Sequence[Any]) -> str | None:
+    """A name for what is learned from stored examples or preferences, without reading any; None of others."""
+    sources = examples.sources if isinstance(examples, Mixture) else (examples,)
+    stored = [it for source in sources if isinstance(it := getattr(source, "stored", source), StoredExamples)]
+    return " ".join(it.content for it in stored) if len(stored) == len(sources) else None

@@ -60,6 +60,7 @@ class StoredExamples(Sequence[Example]):
     Attributes:
         lengths: (N,) int32, tokens of each example.
         parts: (N,) uint8.
+        content: a name for all tokens, and for which of them are in the loss.
 
     Raises:
         ValueError: the file is not as it was written.
@@ -84,6 +85,7 @@ class StoredExamples(Sequence[Example]):
         self.lengths: NDArray[np.int32] = np.frombuffer(index, "<i4", count)
         self.parts: NDArray[np.uint8] = np.frombuffer(index, "u1", count, 8 * count)
         self._checksums = np.frombuffer(index, "<u4", count, 4 * count)
+        self.content = hashlib.sha256(index).hexdigest()[:16]
         self._starts = np.zeros(count + 1, np.int64)
         np.cumsum(self.lengths, out=self._starts[1:])
         if self._starts[-1] != tokens:

@@ -23,7 +23,7 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, eval_batches
-from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.mixture import Mixture, content_of
 from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
@@ -183,6 +183,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.identity = identity_of(self.config, self.plan.policy)
         self.held_out = held_out_identity(self.config, self.eval_examples)
+        self.content = content_of(self.train_examples)
         if self.ready.device.type == "cpu":
             self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
         self.recovery = Recovery(
@@ -317,6 +318,7 @@ class _Loop:
             meta={
                 "optimizer": self.ready.optimizer.state_meta(),
                 "data": loader.state_dict(),
+                "content": self.content,
                 "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
                 "recovery": self.recovery.state_dict(),
                 "eval_loss": self.eval_loss,
@@ -337,6 +339,11 @@ class _Loop:
         if self.ready.scaler is not None and meta["scaler"] is not None:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
+        if meta.get("content", self.content) != self.content:
+            self.reporter.say(
+                "Warning: the training data is not what it was: as many tokens in each example, but other ones, or "
+                "others of them in the loss. A chat template that writes the day's date does that, too."
+            )
         self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
         self.step = meta["step"]

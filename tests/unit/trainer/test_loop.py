@@ -1,6 +1,7 @@
 """The loop on the embedded model: what a run leaves, that stopping and resuming change nothing, what is refused."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -451,6 +453,16 @@ def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> No
     run = loop.train(config(data, **other), resume=True, reporter=QUIET)
     assert run.eval_loss == run.metrics[-1]["eval_loss"]
     assert run.metrics[-1]["step"] == 6
+
+
+def test_training_data_with_other_content_is_told(data: Path) -> None:
+    """Lengths decide what a step holds; a template that writes the date changes tokens and not these."""
+    for name, sections, expected in (("same", {}, False), ("other", {"assistant_only": False}, True)):
+        console = Console(file=io.StringIO(), width=200)
+        loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
+        again = config(data, name, data=sections, train={"steps": 2})
+        loop.train(again, resume=True, reporter=Reporter(console=console))
+        assert ("Warning: the training data is not what it was" in console.file.getvalue()) == expected  # type: ignore[attr-defined]
 
 
 def test_a_run_that_ends_where_it_was_stopped_is_evaluated(data: Path) -> None:
