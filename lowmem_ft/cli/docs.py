@@ -11,7 +11,10 @@ from rich.markdown import Markdown
 
 from lowmem_ft.core.errors import ConfigError, nearest
 
-PAGES = ("install", "plan", "train", "resume", "data", "evaluate", "preferences", "merge", "chat", "profiles", "memory")
+PAGES = (
+    *("install", "models", "plan", "train", "resume", "data", "evaluate", "preferences", "merge", "chat", "profiles"),
+    "memory",
+)
 
 
 def page_text(name: str) -> str:

@@ -25,7 +25,7 @@ from tests.unit.cli.conftest import command  # noqa: F401 - a fixture
 Command = Callable[..., tuple[int, str, str]]
 MODEL = "Qwen/Qwen3-0.6B"  # in the pages
 STOPS = "train.max_time=3h", "train.max_time=0.01s"  # in the pages, and here, so that a run is stopped
-ALONE = ("install", "plan", "profiles")  # need no run of another page
+ALONE = ("install", "models", "plan", "profiles")  # need no run of another page
 ROOT = Path(__file__).parents[2]
 
 
