@@ -34,7 +34,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file.
 
     Raises:
-        ConfigError: an override without effect, a run that is not finished, a plan that cannot be read.
+        ConfigError: no such run, one that is not finished, an override without effect, a plan that cannot be read.
         BudgetError: nothing fits the budget that overrides ask for.
     """
     from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config
@@ -44,6 +44,10 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
 
     for override in overrides:
         _refuse_without_effect(override)
+    if not os.path.exists(target):
+        raise ConfigError(
+            "There is no such run.", given=target, allowed="a run folder, or a config file", fix="check the path"
+        )
     run = os.path.isdir(target)
     if run and not (target / "config.yaml").is_file():
         _refuse_folder(target)

@@ -356,7 +356,10 @@ class RunConfig(Section):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("The config file cannot be read.", given=f"{path} ({error})") from None
+            allowed, fix = "a YAML file", "check the path; `lowmem-ft init` writes a config"
+            raise ConfigError(
+                "The config file cannot be read.", given=f"{path} ({error})", allowed=allowed, fix=fix
+            ) from None
         data = read_yaml(text, str(path))
         if not isinstance(data, dict):
             raise ConfigError("The config file holds no keys.", given=str(path), allowed="a YAML mapping with `model:`")

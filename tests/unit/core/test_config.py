@@ -214,6 +214,11 @@ def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
     assert RunConfig.load(path, ["train.lr=1e-3", "eval=null"]).train.lr == 1e-3
 
 
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)cannot be read.*allowed: .*fix: .*lowmem-ft init"):
+        RunConfig.load(tmp_path / "config.yaml")
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "model: [", "\x00"])
 def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.yaml"

@@ -269,6 +269,8 @@ def test_overrides_that_cannot_be(planned: Path) -> None:
     for override in ("train.lr=5", "adapter.rank=64", "train={lr: 5}", "data.order=longest_first", "output=x"):
         with pytest.raises(ConfigError, match="no effect on a model that is trained"):
             open_run(planned, [override], "none")
+    with pytest.raises(ConfigError, match=r"(?s)no such run.*allowed: .*fix: "):
+        open_run(planned.with_name("typo"), [], None)
     with pytest.raises(ConfigError, match="no adapter yet") as caught:
         open_run(planned, [], None)
     assert "--resume" in str(caught.value.fix)
