@@ -65,8 +65,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def stand_alone(model: nn.Module) -> bool:
     """Whether some of the blocks can run without the others: not if embeddings of each block know how many there are,
-    or if blocks attend to keys and values of others."""
+    or if blocks attend to keys and values of others, or to what the indexer of another has chosen."""
     config = causal_model(model).config.get_text_config()
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        return False
     return not any(getattr(config, name, 0) for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"))
 
 

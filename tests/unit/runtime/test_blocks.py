@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.runtime.blocks import find_blocks, find_decoder
+from lowmem_ft.runtime.blocks import find_blocks, find_decoder, stand_alone
 from tests.models import ARCHITECTURES, tiny_model
 
 
@@ -49,3 +49,14 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
         find_blocks(model)
     with pytest.raises(UnsupportedError, match="no decoder-only"):
         find_decoder(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_kv_shared_layers", 1), ("indexer_types", ["full", "shared"]), ("hidden_size_per_layer_input", 8)],
+)
+def test_blocks_that_need_others_do_not_stand_alone(name: str, value: object) -> None:
+    model = tiny_model("llama")
+    assert stand_alone(model)
+    setattr(model.config, name, value)
+    assert not stand_alone(model)
