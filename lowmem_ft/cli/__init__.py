@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import TextIO
 
 from lowmem_ft.core.errors import BudgetError, LowMemError
@@ -13,6 +15,8 @@ from lowmem_ft.core.files import is_full
 from lowmem_ft.core.host import prefer_huge_pages
 from lowmem_ft.core.interrupt import clean_up_when_ended
 from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
+
+_FORMAT_WARNING = warnings.formatwarning
 
 
 def main() -> None:
@@ -26,6 +30,7 @@ def main() -> None:
     prefer_expandable_segments()
     # it recommends, at import, a kernel from the network that this package does not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.formatwarning = format_warning  # this process is the command's own
     try:
         from lowmem_ft.cli.app import app  # takes a while, in which Ctrl-C may come, too
 
@@ -60,6 +65,15 @@ def _ran_out_of_memory(error: Exception) -> bool:
     from lowmem_ft.trainer.recovery import is_out_of_memory
 
     return is_out_of_memory(error)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What this package says, which pydantic may pass on, without the place in its code."""
+    if category is UserWarning and {"lowmem_ft", "pydantic"} & set(Path(filename).parts):
+        return f"Warning: {message}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def _prepare_streams() -> None:

@@ -46,6 +46,7 @@ from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, tracking
 
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
+LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
 
 
 def train(
@@ -395,7 +396,8 @@ def planned_against_measured(plan: Plan, measured: int) -> str:
     planned = predicted.reserved_peak_bytes if plan.device["kind"] == "cuda" else predicted.process_peak_bytes
     error = measured / planned - 1
     words = f"After the first step: {format_size(measured)} of {format_size(planned)} planned ({error:+.1%})."
-    if abs(error) <= PLAN_TOLERANCE:
-        return words
     direction = "more" if error > 0 else "less"
-    return f"{words} Warning: over {PLAN_TOLERANCE:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."
+    tolerance = LESS_ON_CPU if error < 0 and plan.device["kind"] == "cpu" else PLAN_TOLERANCE
+    if abs(error) <= tolerance:
+        return words
+    return f"{words} Warning: over {tolerance:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_ft.cli import demo, export
+from lowmem_ft.cli import demo, export, format_warning
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
 
@@ -62,3 +62,9 @@ def test_a_demo_does_not_begin_over_another_run(
     code, _, err = command("demo", "--out", tmp_path)
     assert code == 2
     assert "holds a run already" in err
+
+
+def test_warnings_say_no_place_in_the_code() -> None:
+    """But for those that are not this package's."""
+    assert format_warning("ignored", UserWarning, "/venv/lowmem_ft/cli/app.py", 94) == "Warning: ignored\n"
+    assert "linear.py:7: UserWarning" in format_warning("slow", UserWarning, "/venv/torch/nn/linear.py", 7)
