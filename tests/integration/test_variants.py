@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 
 from lowmem_ft.assemble import assemble
-from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.recovery import Recovery
-from tests.unit.trainer.test_loop import config, data
+from tests.unit.trainer.conftest import data
+from tests.unit.trainer.runs import QUIET, config
 
 __all__ = ["data"]  # the fixture
-QUIET = Reporter(quiet=True)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp4": {"quant": {"type": "fp4", "double_quant": False}},

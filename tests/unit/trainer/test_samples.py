@@ -22,7 +22,7 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop, samples
 from lowmem_ft.trainer.samples import prompts_of
 from tests.assets import ASSETS
-from tests.unit.trainer.test_loop import QUIET, at_step, config, data, exact  # noqa: F401 - a fixture
+from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
 ASKED = {"samples": 2, "max_new_tokens": 6}
 RECORDS = [json.loads(line) for line in (ASSETS / "whatis-eval.jsonl").read_text().splitlines()[:2]]
@@ -35,7 +35,7 @@ def adapter(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "policy", [{}, {"resident_blocks": 0, "stream_embeddings": "both"}], ids=["resident", "streamed"]
 )
-def test_they_are_told_and_change_nothing(data: Path, policy: dict[str, Any]) -> None:  # noqa: F811
+def test_they_are_told_and_change_nothing(data: Path, policy: dict[str, Any]) -> None:
     without = loop.train(config(data, "without", policy=policy), reporter=QUIET)
     assert without.samples == []
     assert not (without.folder / "samples.jsonl").exists()
@@ -55,7 +55,7 @@ def test_they_are_told_and_change_nothing(data: Path, policy: dict[str, Any]) ->
     assert RECORDS[0]["messages"][1]["content"] in page
 
 
-def test_answers_are_those_of_generate(data: Path) -> None:  # noqa: F811
+def test_answers_are_those_of_generate(data: Path) -> None:
     run = loop.train(config(data, eval={"samples": 2, "max_new_tokens": 12}, train={"steps": 2}), reporter=QUIET)
     ready = loop.assemble(
         run.plan.run_config, run.plan.policy, torch.device("cpu"), adapter=run.adapter, optimizer=False
@@ -65,7 +65,7 @@ def test_answers_are_those_of_generate(data: Path) -> None:  # noqa: F811
     assert [line["answer"] for line in run.samples if line["step"] == 2] == answers
 
 
-def test_a_resumed_run_has_each_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_resumed_run_has_each_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = loop.train(config(data, "whole", eval=ASKED), reporter=QUIET)
     at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
     stopped = loop.train(config(data, "stopped", eval=ASKED), reporter=QUIET)
@@ -75,7 +75,7 @@ def test_a_resumed_run_has_each_once(data: Path, monkeypatch: pytest.MonkeyPatch
     assert resumed.samples == whole.samples
 
 
-def test_without_memory_they_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_without_memory_they_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = loop.train(config(data, "without", train={"steps": 1}), reporter=QUIET)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -90,7 +90,7 @@ def test_without_memory_they_are_left_out(data: Path, monkeypatch: pytest.Monkey
     assert "Memory does not suffice for samples (eval.samples), which are left out: no room" in console.export_text()
 
 
-def test_nothing_is_asked_without_held_out_data(data: Path) -> None:  # noqa: F811
+def test_nothing_is_asked_without_held_out_data(data: Path) -> None:
     with pytest.warns(UserWarning, match=r"eval\.samples has no effect without data\.eval"):
         run = loop.train(config(data, eval=ASKED, data={"eval": None}, train={"steps": 1}), reporter=QUIET)
     assert run.samples == []

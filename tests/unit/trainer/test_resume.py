@@ -1,0 +1,247 @@
+"""That stopping and resuming change nothing, and what a run does not go on with."""
+
+import io
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from lowmem_ft.cli.runs import open_run
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError
+from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime import state
+from lowmem_ft.trainer import loop
+from lowmem_ft.trainer.folder import RunFolder
+from tests.assets import ASSETS, write_pairs
+from tests.unit.trainer.runs import QUIET, at_step, config, exact
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loop.train(config(data, "whole", train={"optimizer": optimizer}), reporter=QUIET)
+    assert whole.status == "finished"
+    assert exact(whole)[0].keys() == {"step", "eval_loss", "eval_accuracy"}
+    assert exact(whole)[0]["eval_loss"] == pytest.approx(5.0, abs=0.5)
+    assert exact(whole)[0]["eval_accuracy"] < exact(whole)[-1]["eval_accuracy"] < 1
+    assert [line["step"] for line in whole.metrics if "eval_loss" in line] == [0, 3, 6]
+    assert whole.eval_loss is not None
+    assert whole.eval_loss < exact(whole)[0]["eval_loss"]
+
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    settings = config(data, "stopped", train={"optimizer": optimizer})
+    stopped = loop.train(settings, reporter=QUIET)
+    assert (stopped.status, stopped.step) == ("interrupted", 4)
+    torch.manual_seed(999)  # whatever a new process would start from
+    resumed = loop.train(settings, resume=True, reporter=QUIET)
+    assert resumed.status == "finished"
+    assert exact(resumed) == exact(whole)
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    last = [state.read_checkpoint(state.checkpoints(run.folder / "checkpoints")[-1]) for run in (resumed, whole)]
+    assert all(torch.equal(last[0][0][name], last[1][0][name]) for name in last[1][0])
+    assert last[0][1] == last[1][1]
+
+
+def test_a_run_resumes_under_another_plan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a smaller budget, with its blocks streamed and recomputed: to the same bits, as micro-batches are the same."""
+    whole = loop.train(config(data, "whole"), reporter=QUIET)
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    stopped = loop.train(config(data, "stopped"), reporter=QUIET)
+    assert stopped.status == "interrupted"
+    below = {"activations": "recompute", "resident_blocks": 0, "stream_embeddings": "input"}
+    moved = config(data, "stopped", policy=below, budget={"memory": "2GiB"})
+    resumed = loop.train(moved, resume=True, reporter=QUIET)
+    assert (stopped.plan.policy.streamed_blocks, resumed.plan.policy.streamed_blocks) == (0, 8)
+    assert exact(resumed) == exact(whole)
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loop.train(config(data, "whole"), reporter=QUIET)
+    at_step(monkeypatch, 4, sys.exit)
+    with pytest.raises(SystemExit):
+        loop.train(config(data, "killed"), reporter=QUIET)
+    with (data / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    resumed = loop.train(config(data, "killed"), resume=True, reporter=QUIET)
+    assert exact(resumed) == exact(whole)
+
+
+def test_a_letter_that_a_killed_run_had_half_written_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 2}\n')
+    whole = '{"step": 2, "answer": "é"}\n'.encode()
+    folder.samples.write_bytes(whole + whole[: whole.index(b'"}') - 1])
+    folder.forget_after(2)
+    assert folder.samples.read_bytes() == whole
+
+
+def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: Path) -> None:
+    settings = config(data, train={"steps": 1})
+    first = loop.train(settings, resume=True, reporter=QUIET)
+    before = (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    again = loop.train(settings, resume=True, reporter=QUIET)
+    assert (again.status, again.eval_loss, again.measured) == ("finished", first.eval_loss, first.measured)
+    assert (first.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="holds a run already"):
+        loop.train(settings, reporter=QUIET)
+
+
+def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "model").symlink_to(ASSETS / "doclm-7m")
+    paths = {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "tokens"}
+    monkeypatch.chdir(data)
+    begun = config(Path(), "run", model="model", data=paths, train={"max_time": 0.001})
+    assert loop.train(begun, reporter=QUIET).status == "out_of_time"
+    (data / "elsewhere").mkdir()
+    monkeypatch.chdir(data / "elsewhere")
+    again = RunConfig.load("../run/config.yaml", ["train.max_time=null", "train.steps=2"])
+    assert loop.train(again, resume=True, reporter=QUIET).status == "finished"
+    assert open_run(Path("../run"), [], None)[0].model == str(data / "model")
+    assert not any((data / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff"])
+def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
+    """Also those of other programs, with the same names."""
+    folder = RunFolder(data / "run")
+    folder.write("config.yaml", config(data).to_yaml())
+    folder.finished.write_text(text)
+    with pytest.raises(CheckpointError, match="result cannot be read"):
+        loop.train(config(data), resume=True, reporter=QUIET)
+    (folder.path / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match="plan cannot be read"):
+        open_run(folder.path, [], "none")
+    assert folder.plan() is None
+
+
+def test_what_killed_processes_were_writing_goes_when_the_run_goes_on(data: Path) -> None:
+    folder, dead, alive = RunFolder(data / "run"), 2**22 + 1, os.getppid()
+    theirs = folder.checkpoints / f".saving-{alive}-x"
+    for scratch in (
+        theirs,
+        folder.checkpoints / f".saving-{dead}-x",
+        folder.checkpoints / f".saving-{os.getpid()}-x",  # in containers a new process often has the number
+        folder.adapter / f".saving-{dead}-x",
+    ):
+        scratch.mkdir(parents=True)
+        (scratch / "half.safetensors").write_text("half")
+    for text in (folder.path / f".plan.json.{dead}.tmp", folder.adapter / f".README.md.{dead}.tmp"):
+        text.write_text("half")
+    loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    assert list(folder.path.rglob(".*")) == [theirs]
+
+
+def test_a_killed_process_leaves_nothing_beside_its_checkpoints(data: Path) -> None:
+    """Also of what safetensors writes under names of its own."""
+    folder = RunFolder(data / "run")
+    child = os.fork()
+    if not child:
+        save_file = state.save_file
+
+        def killed(tensors: Any, path: Path, metadata: Any) -> None:
+            save_file(tensors, path, metadata)
+            path.with_name(".tmpXXXXXX").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            state.save_file = killed
+            state.write_tensors(folder.checkpoints / "step-00000001.safetensors", {"a": torch.zeros(3)})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(folder.checkpoints.iterdir())
+    loop.train(config(data, train={"max_time": 0.001}), resume=True, reporter=QUIET)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000001.safetensors"]
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"adapter": {"rank": 8}}, "adapter.rank 8"),
+    "alpha": ({"adapter": {"alpha": 64}}, "adapter.alpha 64"),
+    "rslora": ({"adapter": {"rslora": True}}, "adapter.rslora True"),
+    "precision": ({"quant": {"bits": 8}}, "quant int8"),
+    "data": ({"data": {"train": "eval.jsonl"}}, "with other data"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_run_with_other_settings_is_refused_and_changes_nothing(data: Path, what: str) -> None:
+    stopped = config(data, train={"max_time": 0.001})
+    loop.train(stopped, reporter=QUIET)
+    before = {path: path.read_bytes() for path in (data / "run").rglob("*") if path.is_file()}
+    sections, said = OTHER[what]
+    if what == "data":
+        sections = {"data": {"train": str(data / "eval.jsonl")}}
+    with pytest.raises(LowMemError, match=said):
+        loop.train(config(data, **sections), resume=True, reporter=QUIET)
+    assert {path: path.read_bytes() for path in (data / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_with_another_base_is_refused(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    other = data / "other"
+    shutil.copytree(ASSETS / "doclm-7m", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: it + 1e-2 for name, it in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LowMemError, match="another base"):
+        loop.train(config(data, model=str(other)), resume=True, reporter=QUIET)
+    shutil.copytree(ASSETS / "doclm-7m", data / "same")  # where it lies does not matter
+    assert loop.train(config(data, model=str(data / "same")), resume=True, reporter=QUIET).status == "finished"
+
+
+def test_another_objective_is_refused(data: Path) -> None:
+    write_pairs(data, train=12, eval=0)
+    pairs = {"train": str(data / "pairs-train.jsonl"), "eval": None}
+    loop.train(config(data, data=pairs, train={"max_time": 0.001, "objective": "dpo"}), reporter=QUIET)
+    for objective, preference in (("ipo", {}), ("dpo", {"beta": 0.5})):
+        other = config(data, data=pairs, train={"objective": objective}, preference=preference)
+        with pytest.raises(LowMemError, match=r"objective ipo|preference.beta 0\.5"):
+            loop.train(other, resume=True, reporter=QUIET)
+
+
+def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001, "eval_every": 1, "lr": 1e-5}), reporter=QUIET)
+    assert RunFolder(data / "run").best.exists()
+    other = {"data": {"eval": str(data / "train.jsonl")}, "train": {"eval_every": 6}}
+    run = loop.train(config(data, **other), resume=True, reporter=QUIET)
+    assert run.eval_loss == run.metrics[-1]["eval_loss"]
+    assert run.metrics[-1]["step"] == 6
+
+
+def test_training_data_with_other_content_is_told(data: Path) -> None:
+    """Lengths decide what a step holds; a template that writes the date changes tokens and not these."""
+    for name, sections, expected in (("same", {}, False), ("other", {"assistant_only": False}, True)):
+        console = Console(file=io.StringIO(), width=200)
+        loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
+        again = config(data, name, data=sections, train={"steps": 2})
+        loop.train(again, resume=True, reporter=Reporter(console=console))
+        assert ("Warning: the training data is not what it was" in console.file.getvalue()) == expected  # type: ignore[attr-defined]
+
+
+def test_a_run_that_ends_where_it_was_stopped_is_evaluated(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    run = loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    assert [line["step"] for line in run.metrics if "eval_loss" in line] == [0, 1]
+    assert run.eval_loss == run.metrics[-1]["eval_loss"] != run.metrics[0]["eval_loss"]
+
+
+def test_how_to_learn_may_change(data: Path) -> None:
+    """Weight decay, as the learning rate, is the config's."""
+    losses = []
+    for name, decay in (("none", 0.0), ("much", 100.0)):
+        loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
+        run = loop.train(config(data, name, train={"weight_decay": decay}), resume=True, reporter=QUIET)
+        losses.append(run.metrics[-1]["eval_loss"])
+    assert losses[0] != losses[1]
