@@ -42,7 +42,7 @@ _SCATTER, _ADD = torch.ops.aten.scatter.src, torch.ops.aten.add.Tensor
 _IN_PLACE: Mapping[Any, Any] = {_SCATTER: torch.ops.aten.scatter_.src, _ADD: torch.ops.aten.add_.Tensor}
 _ALONE = 4, 2  # references to a tensor, and to its storage, that only the call itself and its caller hold
 _references: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda _: 0)  # not in every version
-_TURNS = 32  # of equal work that leaves nothing are written down: an allocator that has settled goes on alike
+_TURNS = 256  # of equal work that leaves nothing are written down at most: an allocator that has settled goes on alike
 
 
 def _summed_in_place(total: Tensor, more: Any) -> bool:

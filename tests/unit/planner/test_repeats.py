@@ -180,6 +180,7 @@ def test_many_tiles_of_an_mlp_take_what_all_of_them_take(tmp_path: Path, monkeyp
         events = sum(len(place.segment.events) for place in weighed.places)
         return weighed.allocated, replayed(card, scales.made(sized), weighed.turns), weighed.seconds, events
 
+    monkeypatch.setattr(trace, "_TURNS", 32)
     few = taken()
     monkeypatch.setattr(trace, "_TURNS", 10**9)
     every = taken()
