@@ -98,6 +98,15 @@ def _product_of(products: Products, op: Any, first: int, *args: Any, **_: Any) -
     return products.scratch(op, args, a, b) if _goes_to_onednn(a) else []
 
 
+def _mean(
+    x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> list[int]:
+    """On the CPU that of 16-bit floats is a sum in fp32, of a copy (aten/native/ReduceOps.cpp, `mean_kernel`)."""
+    if dtype not in (None, x.dtype) or x.dtype not in (torch.bfloat16, torch.float16):
+        return _sum(x, dims, keepdim, dtype=dtype)
+    return [4 * _kept(x, dims), 4 * x.numel()]
+
+
 def _vector_norm(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> list[int]:
     """On the CPU a norm in another dtype is taken of a copy."""
     return [] if dtype in (None, x.dtype) else [x.numel() * dtype.itemsize]
@@ -113,9 +122,13 @@ def _sum(
         return [x.numel() * dtype.itemsize]
     if x.dtype not in (torch.bfloat16, torch.float16) or not _reduces_outer_dimension(x, dims):
         return []
+    return [4 * _kept(x, dims), 4 * x.numel()]
+
+
+def _kept(x: Tensor, dims: Sequence[int] | None) -> int:
+    """Values that are left when `dims` are reduced."""
     reduced = {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
-    kept = math.prod(size for dim, size in enumerate(x.shape) if dim not in reduced)
-    return [4 * kept, 4 * x.numel()]
+    return math.prod(size for dim, size in enumerate(x.shape) if dim not in reduced)
 
 
 def _reduces_outer_dimension(x: Tensor, dims: Sequence[int] | None) -> bool:
@@ -212,6 +225,8 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.sum.dim_IntList: _sum,
     torch.ops.aten.sum.default: _sum,
+    torch.ops.aten.mean.dim: _mean,
+    torch.ops.aten.mean.default: _mean,
     torch.ops.aten.linalg_vector_norm.default: _vector_norm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,

@@ -129,3 +129,18 @@ def test_what_onednn_takes(columns: str) -> None:
         assert taken <= planned if large else taken == planned > 0
         assert scratch(*asked) == [planned]
         assert products.kernel_bytes == KERNEL, "one shape, asked twice"
+
+
+@pytest.mark.parametrize("dims", [[0], [-1], [1, 2], None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["mean", "sum"])
+def test_what_reductions_take_on_a_cpu(name: str, dtype: torch.dtype, dims: list[int] | None) -> None:
+    """Gemma 3n's mean over its four streams was planned without the copy in fp32."""
+    x = torch.randn(4, 32, 64).to(dtype)
+    operator = getattr(torch.ops.aten, name)
+    reduce = operator.default if dims is None else operator.dim if name == "mean" else operator.dim_IntList
+    arguments = (x,) if dims is None else (x, dims)
+    result = reduce(*arguments).nbytes
+    taken = max(accumulate(allocator_events(lambda: reduce(*arguments))))
+    scratch = sum(scratch_of("cpu", Card())[reduce](*arguments))
+    assert taken - 16 <= result + scratch <= taken + result  # 16 bytes of scalars
