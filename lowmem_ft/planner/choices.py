@@ -290,13 +290,17 @@ def refuse_sizes(config: RunConfig) -> None:
 
 def groups_of(count: int, most: int) -> list[int]:
     """How large the groups may be into which `count` is divided as evenly as can be: each ceil(count / n) up to `most`,
-    ascending."""
+    ascending, but those that are within 2% of a smaller one."""
     found, times = {1}, math.ceil(count / most)
     while times < count:
         whole = (count - 1) // times
         found.add(whole + 1)
         times = (count - 1) // whole + 1  # the next number of groups with which they are smaller
-    return sorted(found)
+    apart: list[int] = []
+    for size in sorted(found):
+        if not apart or size > 1.02 * apart[-1]:
+            apart.append(size)
+    return apart
 
 
 def replace_rows(policy: Policy, rows: int, seq_len: int, tokens: int) -> Policy:

@@ -15,7 +15,7 @@ import torch
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble, require_tokenizer
 from lowmem_ft.core.config import RunConfig, Sources
-from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
@@ -333,6 +333,9 @@ class _Loop:
     def _restore(self, checkpoint: Path, loader: BatchLoader) -> None:
         assert self.ready.optimizer is not None, "training assembles an optimizer"
         tensors, meta = state.read_checkpoint(checkpoint)
+        if "step" not in meta:  # as in the file of the best weights
+            fix = "delete it: the one before is used then"
+            raise CheckpointError("A checkpoint tells nothing of its run.", given=str(checkpoint), fix=fix)
         check_identity(meta.get("identity"), self.identity)
         state.restore_weights(self.ready.trainable, tensors)
         # learning rate, weight decay and such are those of the config

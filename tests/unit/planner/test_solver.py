@@ -129,6 +129,7 @@ def test_groups_are_as_even_as_can_be(count: int) -> None:
     assert groups_of(count, count) == every
     assert groups_of(count, 5) == [group for group in every if group <= 5]
     assert len(groups_of(10**15, 8)) == 8
+    assert len(groups_of(10**15, 1 << 14)) < 400, "each is weighed"
 
 
 def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) -> None:

@@ -245,3 +245,12 @@ def test_how_to_learn_may_change(data: Path) -> None:
         run = loop.train(config(data, name, train={"weight_decay": decay}), resume=True, reporter=QUIET)
         losses.append(run.metrics[-1]["eval_loss"])
     assert losses[0] != losses[1]
+
+
+def test_a_checkpoint_that_is_another_file_is_told(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001, "eval_every": 1}), reporter=QUIET)
+    folder = RunFolder(data / "run")
+    (newest,) = state.checkpoints(folder.checkpoints)
+    shutil.copy(folder.best, newest)
+    with pytest.raises(CheckpointError, match="tells nothing of its run"):
+        loop.train(config(data), resume=True, reporter=QUIET)
