@@ -111,7 +111,7 @@ def test_nothing_left_after_dropping(tokenizer: PreTrainedTokenizerBase, jsonl: 
 
 BAD = {
     "json": ('{"text": "a"', "not valid JSON"),
-    "depth": ('{"text": ' + "[" * 100_000, "not valid JSON"),
+    "depth": ('{"text": ' + "[" * 100_000, "nested too deeply"),
     "array": ("[1]", "not a JSON object"),
     "surrogate": ('{"text": "a\\ud83d"}', "half of a surrogate pair"),
     "keys": ({"txt": "a"}, "lacks the keys"),

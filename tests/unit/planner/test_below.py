@@ -37,7 +37,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_lies_below_fills_the_gap(deep: Path, pins: dict[str, Any]) -> None:
     """Below what resident blocks that keep or recompute need the plan streams or offloads, and of all numbers of blocks
     it takes the fastest that fits."""
-    settings = config(deep, policy={"loss_chunk_tokens": 32, "micro_batch_tokens": 128, **pins})
+    # of a small rank, since otherwise a checkpoint that is read would take more than a step
+    sections = {"adapter": {"rank": 2}, "policy": {"loss_chunk_tokens": 32, "micro_batch_tokens": 128, **pins}}
+    settings = config(deep, **sections)
     search, exact = Search(settings, DEVICE, 4), []
     policy, streams = search.least, (0,) if pins else (0, *range(3, DEEP + 1))
     for keep in search.scales.keep:
