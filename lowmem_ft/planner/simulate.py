@@ -176,8 +176,8 @@ class Stage:
     @functools.cached_property
     def footprint(self) -> LoadFootprint:
         """What loading takes."""
-        start = self._start
-        return load_footprint(self.checkpoint, spec=quant_spec(start), dtype=getattr(torch, start.compute_dtype))
+        dtype: torch.dtype = getattr(torch, self._start.compute_dtype)
+        return load_footprint(self.checkpoint, spec=quant_spec(self._start), dtype=dtype)
 
     @functools.cached_property
     def made(self) -> list[tuple[int, int]]:

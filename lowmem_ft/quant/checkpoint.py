@@ -375,8 +375,7 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
             return folder
         what = "the model's weights can be neither reached nor found in the hub's cache, which has its small files"
         given = f"{hub_id}, in {folder}"
-        index = folder / INDEX
-        files = sorted(set(_weight_map(index).values())) if index.exists() else [SINGLE]
+        files = [file.name for file in _named_files(folder, INDEX)[0]]
         # the very same revision, and only the files that make up the model: many repositories hold it twice
         folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
                                         ignore_patterns=["*/*"]))  # fmt: skip
