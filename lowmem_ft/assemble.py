@@ -6,13 +6,13 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_ft.adapters.inject import (
@@ -35,6 +35,7 @@ from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.swap import swap_quantized
 from lowmem_ft.runtime.activations import ActivationPolicy, apply_activation_policy
 from lowmem_ft.runtime.attend import use_attention
+from lowmem_ft.runtime.below import Below
 from lowmem_ft.runtime.experts import use_experts
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
@@ -42,12 +43,8 @@ from lowmem_ft.runtime.norms import use_norms
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.preference import Objective, objective_of
 from lowmem_ft.runtime.scaler import LossScaler
-from lowmem_ft.runtime.shelf import Shelf
-from lowmem_ft.runtime.streaming import Piece, Streaming, holders_of, spread, streamable
-from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
 from lowmem_ft.runtime.tiled_mlp import TiledMlps
 from lowmem_ft.runtime.together import lay_together
-from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
 
 Progress = Callable[[int, int], None]  # (done, total) bytes or steps
 
@@ -69,10 +66,8 @@ class Assembled:
     grad_clip: float | None
     activations: ActivationPolicy
     mlps: TiledMlps
-    streamable: list[list[Piece]]
-    matrices: list[Matrix]
+    below: Below
     activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
-    stream: Callable[[Policy], None]  # puts weights below the device as a policy says, and those that were there before
     optimizer: AdamW | None = None
     accumulator: GradientAccumulator | None = None
     scaler: LossScaler | None = None
@@ -90,7 +85,7 @@ class Assembled:
         Raises:
             UnsupportedError: weights are trained that it streams; nothing has changed then.
         """
-        self.stream(policy)
+        self.below.follow(policy)
         self.head = replace(head_of(self.model), on_card=self.head.on_card)
         self.activations.remove()
         self.activations = self.activate(policy)
@@ -144,33 +139,20 @@ def assemble(
     head_module = head_path(model)
     stored = effective_spec(checkpoint, spec)  # a checkpoint that is quantized already keeps its own
     swap_quantized(model, spec=stored, skip=[] if head_module is None else [head_module])
-    pieces, matrices = streamable(model), matrices_of(model)
-    folder = Path(config.cache or config.output)  # of files that have no name
-    streaming = _streaming(model, pieces, policy, device, folder)
-    vocabulary = _vocabulary(matrices, policy, device, folder)
+    below = Below(model, policy, device, Path(config.cache or config.output))
     if not simulated:
-
-        def place(name: str, tensor: Tensor) -> Tensor:
-            below = vocabulary.place(name, tensor)
-            if below is None and streaming is not None:
-                below = streaming.place(name, tensor)
-            return tensor.to(device) if below is None else below
-
         load_weights(
             model,
             checkpoint,
             spec=spec,
             dtype=dtype,
-            place=place,
+            place=below.place,
             progress=progress,
             cache=Path(config.cache) if config.cache else None,
             device=device,
-            tables={name for matrix in vocabulary.matrices for name in matrix.names},
+            tables=below.tables,
         )
-    holders = holders_of(model, pieces)
-    if streaming is not None:
-        streaming.attach(holders)
-    vocabulary.attach()
+    below.attach()
     model.config.use_cache = False
     if optimizer and config.data.packing and not simulated:
         check_isolation(model)  # now: adapters and recomputation would only blur what it sees
@@ -180,23 +162,12 @@ def assemble(
     equipped = _equip(model, config.adapter, adapter, dtype, base=None if simulated else config.model)
     if objective is not None and objective.has_reference:
         _refuse_trained_reference(equipped)
-    if streaming is not None:
-        streaming.attach_to_adapters()
-    refuse_trained(equipped, vocabulary.matrices)
+    below.attach_to_adapters(equipped)
 
     def activate(policy: Policy) -> ActivationPolicy:
-        return _activated(model, policy, device, folder)
-
-    def stream(policy: Policy) -> None:
-        nonlocal streaming
-        # blocks do not come back, also where an attempt to follow a policy ended after they went down
-        if policy.streamed_blocks > (0 if streaming is None else len(streaming.blocks)):
-            wider = _streaming(model, pieces, policy, device, folder)
-            assert wider is not None, "it has blocks"
-            wider.take_over(holders, streaming)
-            streaming = wider
-        still = [it for it in matrices if table_of(it.embedding or it.head) is None]
-        _vocabulary(still, policy, device, folder).take_over(equipped)
+        count = policy.offload_blocks
+        kept, shelf = policy.keep_attention, below.shelf(count)
+        return apply_activation_policy(model, keep=policy.keep_blocks, offload=count, shelf=shelf, keep_attention=kept)
 
     ready = Assembled(
         model=equipped,
@@ -210,10 +181,8 @@ def assemble(
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
         mlps=TiledMlps(model),
+        below=below,
         activate=activate,
-        stream=stream,
-        streamable=pieces,
-        matrices=matrices,
         objective=objective,
     )
     ready.mlps.work_in(policy.mlp_tile_tokens)
@@ -246,49 +215,6 @@ def drop_nothing(model: PreTrainedModel) -> None:
                 setattr(module, key, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def _streaming(
-    model: PreTrainedModel, pieces: Sequence[list[Piece]], policy: Policy, device: torch.device, folder: Path
-) -> Streaming | None:
-    """The blocks that `policy` streams, from where it says."""
-    blocks = {index: pieces[index] for index in spread(len(pieces), policy.streamed_blocks)}
-    if not blocks:
-        return None
-    return Streaming(model, blocks, device=device, open_tier=_below(device, policy.stream_from, folder))
-
-
-def _vocabulary(matrices: Sequence[Matrix], policy: Policy, device: torch.device, folder: Path) -> StreamedVocabulary:
-    """The embeddings that `policy` streams, from where it says."""
-    streamed = chosen(matrices, policy.stream_embeddings)
-    return StreamedVocabulary(streamed, device=device, open_tier=_below(device, policy.stream_from, folder))
-
-
-def _below(device: torch.device, tier: Literal["host", "disk"], folder: Path) -> Callable[[list[int]], Tier]:
-    """Opens that tier below `device`, which below a CPU is the disk. A file lies in `folder`."""
-
-    def open_tier(sizes: list[int]) -> Tier:
-        if device.type == "cpu":
-            return DiskTier(folder, sizes)
-        return HostTier(sizes, device) if tier == "host" else StagedDiskTier(folder, sizes, device)
-
-    return open_tier
-
-
-def _activated(model: PreTrainedModel, policy: Policy, device: torch.device, folder: Path) -> ActivationPolicy:
-    """Blocks that keep, recompute and offload as `policy` says."""
-
-    def open_tier(sizes: list[int]) -> TakingTier:
-        return DiskTier(folder, sizes) if device.type == "cpu" else HostTier(sizes, device)
-
-    count = policy.offload_blocks
-    return apply_activation_policy(
-        model,
-        keep=policy.keep_blocks,
-        offload=count,
-        shelf=Shelf(count, open_tier),
-        keep_attention=policy.keep_attention,
-    )
 
 
 def quant_spec(policy: Policy) -> QuantSpec:

@@ -95,8 +95,9 @@ class Choices:
             yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
         if pinned.keep_attention and not self.attends:
             yield "policy.keep_attention has no effect on this model, whose attention is its own"
-        if pinned.stream_embeddings not in (None, "none") and not chosen(ready.matrices, pinned.stream_embeddings):
-            yield f"policy.stream_embeddings: {pinned.stream_embeddings} has no effect on this model"
+        level = pinned.stream_embeddings or "none"
+        if level != "none" and not chosen(ready.below.matrices, level):
+            yield f"policy.stream_embeddings: {level} has no effect on this model"
         if self._too_long:
             yield (
                 f"data.seq_len: {config.data.seq_len} is more than the {self.scales.longest} positions that the model "
@@ -184,12 +185,13 @@ class Choices:
     def _level_choices(self) -> Sequence[Which]:
         """What of the embeddings may lie below the device, ascending: what saves memory there, and is not trained."""
         ready, pinned = self.scales.stage.ready, self.config.policy.stream_embeddings
+        matrices = ready.below.matrices
         if pinned is not None:
-            refuse_trained(ready.model, below := chosen(ready.matrices, pinned))
+            refuse_trained(ready.model, below := chosen(matrices, pinned))
             return (pinned if below else "none",)
         levels: list[Which] = ["none"]
         for level in ("input", "both"):
-            more = [it for it in chosen(ready.matrices, level) if it not in chosen(ready.matrices, levels[-1])]
+            more = [it for it in chosen(matrices, level) if it not in chosen(matrices, levels[-1])]
             saved = sum(it.nbytes - sum(it.slots) for it in more)
             if more and saved > 0 and not any(is_trained(ready.model, it) for it in more):
                 levels.append(level)

@@ -96,8 +96,8 @@ class Base:
             check=_isolation_work(stage) if config.data.packing and not config.adapter.prompt_learning else 0,
             casts=0 if stage.kind == "cpu" else CHUNK_BYTES,
             copied=sum(file.stat().st_size for file in small if not file.name.endswith(".index.json")),
-            streamable=stage.ready.streamable,
-            matrices=stage.ready.matrices,
+            streamable=stage.ready.below.streamable,
+            matrices=stage.ready.below.matrices,
         )
 
     def reading(self, moved: Moved) -> int:

@@ -257,7 +257,7 @@ class Stage:
 
     def streams_head(self, policy: Policy) -> bool:
         """Whether the output head comes up in tiles under `policy`, so that logits of one exist at a time."""
-        matrices = chosen(self.ready.matrices, policy.stream_embeddings)
+        matrices = chosen(self.ready.below.matrices, policy.stream_embeddings)
         return any(matrix.head is not None for matrix in matrices)
 
     def _with_loss(self, policy: Policy) -> Assembled:

@@ -228,8 +228,8 @@ class Scales:
         key = policy.streamed_blocks, policy.stream_embeddings
         if key not in self._moved:
             ready = self.stage.ready
-            matrices = chosen(ready.matrices, policy.stream_embeddings)
-            self._moved[key] = Moved.of(ready.streamable, policy.streamed_blocks, matrices)
+            matrices = chosen(ready.below.matrices, policy.stream_embeddings)
+            self._moved[key] = Moved.of(ready.below.streamable, policy.streamed_blocks, matrices)
         return self._moved[key]
 
     def input_bytes(self, policy: Policy) -> int:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_ft import assemble as assembling
 from lowmem_ft.assemble import assemble
 from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime.tiers import HostTier, StagedDiskTier
 from lowmem_ft.step import eval_step, train_step
 from tests.models import save_tiny
@@ -42,7 +42,7 @@ class SlowWork(HostTier):
 @contextmanager
 def host_tier(kind: type[HostTier]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "HostTier", kind)
+        patch.setattr(placing, "HostTier", kind)
         yield
 
 

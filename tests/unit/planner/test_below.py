@@ -118,7 +118,7 @@ def pinned_for(device: Device, settings: RunConfig) -> Plan:
     """What is streamed lies in pinned memory of the host, all of it, and comes up in two tiles."""
     plan = make_plan(settings, device=device)
     ready = Search(settings, device, 4).scales.stage.ready
-    (matrix,) = ready.matrices
+    (matrix,) = ready.below.matrices
     assert plan.predicted.pinned_bytes == sum(matrix.tiles)
     resident = make_plan(
         settings.model_copy(update={"policy": settings.policy.model_copy(update={"stream_embeddings": "none"})}),

@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_ft import assemble as assembling
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.verify import full_batches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
+from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime import tiers as module
 from lowmem_ft.runtime.streaming import block_bytes, spread
 from lowmem_ft.runtime.tiers import PAGE, DiskTier, StagedDiskTier, device_memory
@@ -130,7 +130,7 @@ def equipped(config: RunConfig, *, streamed: int, activations: str, **changes: A
 @contextmanager
 def tiers(kind: type[DiskTier]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "DiskTier", kind)
+        patch.setattr(placing, "DiskTier", kind)
         yield
 
 
@@ -298,7 +298,7 @@ def test_what_is_streamed_and_what_that_saves(models: dict[str, Path]) -> None:
         equipped(config, streamed=0, activations="recompute"),
         equipped(config, streamed=2, activations="recompute"),
     )
-    pieces = [whole.streamable[index] for index in spread(DEPTH, 2)]
+    pieces = [whole.below.streamable[index] for index in spread(DEPTH, 2)]
     names = {piece.path.split(".")[-2] for of_block in pieces for piece in of_block}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     moved = sum(piece.nbytes for of_block in pieces for piece in of_block)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_ft import assemble as assembling
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.tiers import PAGE, DiskTier
 from lowmem_ft.runtime.vocabulary import Table, chosen, matrices_of, row_tiles
@@ -108,7 +108,7 @@ def test_what_is_below_takes_two_tiles_of_the_device(models: dict[str, Path]) ->
         assert module.weight.shape == (VOCABULARY, resident.model.config.hidden_size)
         assert module.weight.untyped_storage().nbytes() == 2
         assert module.weight.isnan().all(), "whoever reads it past the table finds out"
-    (matrix,) = [it for it in ready.matrices if it.head is head]
+    (matrix,) = [it for it in ready.below.matrices if it.head is head]
     assert matrix.slots == [max(matrix.tiles) + PAGE] * 2
     assert sum(matrix.slots) < matrix.nbytes / 2
 
@@ -209,8 +209,6 @@ def test_rows_lie_one_after_the_other(rows: int, columns: int, tmp_path: Path) -
 
 def test_the_tier_is_the_policys(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
-    monkeypatch.setattr(
-        assembling, "DiskTier", lambda folder, sizes: opened.append(len(sizes)) or DiskTier(folder, sizes)
-    )
+    monkeypatch.setattr(placing, "DiskTier", lambda folder, sizes: opened.append(len(sizes)) or DiskTier(folder, sizes))
     ready = equipped(settings(models["untied"]), "both")
     assert opened == [len(ready.head.tiles)] * 2
