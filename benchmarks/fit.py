@@ -116,7 +116,7 @@ def slowdowns(folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
     from lowmem_ft.assemble import assemble
     from lowmem_ft.core.config import RunConfig
     from lowmem_ft.core.plan import Policy
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
     from lowmem_ft.step import train_step
 
     shape = MODELS["TinyLlama-1.1B"][0]
@@ -139,7 +139,7 @@ def slowdowns(folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
             )  # fmt: skip
             torch.manual_seed(0)
             readies.append(assemble(config, policy, torch.device("cpu")))
-        batches = full_batches(config, policy, vocabulary=TIMED["vocab_size"])
+        batches = list(FullBatches(config, policy, vocabulary=TIMED["vocab_size"]))
         times: list[list[float]] = [[], []]
         losses: list[list[float]] = [[], []]
         for _ in range(4 if count <= 2048 else 2):

@@ -134,7 +134,7 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace, kept: Keep
 
     from lowmem_ft.assemble import assemble
     from lowmem_ft.core.plan import Policy
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
 
     changes = {"num_hidden_layers": TIMED_BLOCKS, "vocab_size": 8192}
     model, found = write_model(folder / "blocks", {**SHAPES[MODEL], **changes}, device=device.type), []
@@ -151,7 +151,7 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace, kept: Keep
             )  # fmt: skip
             torch.manual_seed(0)
             readies.append(assemble(config, policy, device))
-        batches = full_batches(config, policy, vocabulary=options.vocabulary)
+        batches = list(FullBatches(config, policy, vocabulary=options.vocabulary))
         runs = [timed(our_step(ready, batches), device, steps=5) for ready in readies]
         resident, streamed_seconds = (run["step_seconds"] for run in runs)
         found.append(
@@ -174,14 +174,14 @@ def steps(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) ->
 
     from lowmem_ft.assemble import assemble
     from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
 
     model, found = write_model(folder / MODEL, SHAPES[MODEL], device=device.type), []
     for length in (2048, 8192):
         config = configured(model, 1, length, device=str(device))
         plan = make_plan(config)
         ready = assemble(config, plan.policy, device)
-        step = our_step(ready, full_batches(config, plan.policy, vocabulary=options.vocabulary))
+        step = our_step(ready, list(FullBatches(config, plan.policy, vocabulary=options.vocabulary)))
         times = timed(step, device, steps=3)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=kinds, acc_events=True) as watching:
@@ -336,7 +336,7 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
 
     from lowmem_ft.assemble import assemble
     from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
 
     def wait() -> None:
         print("ready", flush=True)
@@ -355,7 +355,7 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
             gc.collect()
             with watched(device) as peaks:
                 ready = assemble(config, plan.policy, device)
-                batches = full_batches(config, plan.policy, vocabulary=options.vocabulary)
+                batches = list(FullBatches(config, plan.policy, vocabulary=options.vocabulary))
                 one = timed(our_step(ready, batches), device, steps=PEER_STEPS)
             planned = {**peaks_of(plan.predicted), "seconds": plan.predicted.step_seconds}
             one |= {"policy": plan.policy.describe(), "planned": planned}

@@ -84,7 +84,7 @@ def taken(plan: Any, device: Any, *, steps: int, vocabulary: int) -> dict[str, A
     import torch
 
     from lowmem_ft.assemble import assemble
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
     from lowmem_ft.runtime.budget import capped_allocator
 
     said: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def taken(plan: Any, device: Any, *, steps: int, vocabulary: int) -> dict[str, A
             start = time.perf_counter()
             ready = assemble(plan.run_config, plan.policy, device)
             said["loading_seconds"] = time.perf_counter() - start
-            batches = full_batches(plan.run_config, plan.policy, vocabulary=vocabulary)
+            batches = list(FullBatches(plan.run_config, plan.policy, vocabulary=vocabulary))
             said |= timed(our_step(ready, batches), device, steps=steps)
         said["peaks"] = peaks
     except torch.OutOfMemoryError as error:

@@ -172,7 +172,7 @@ def record_share(options: argparse.Namespace, out: Path) -> None:
     from lowmem_ft.core.errors import LowMemError
     from lowmem_ft.planner.alloc_conf import expandable_segments
     from lowmem_ft.planner.device import find_device
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
     from tests.unit.planner.on_cuda import measure, packed
     from tests.unit.planner.sampler import draw, prepared
 
@@ -198,7 +198,7 @@ def record_share(options: argparse.Namespace, out: Path) -> None:
             one |= {"expandable_segments": expandable_segments(), "versions": versions}
             try:
                 config, policy = prepared(drawn, folder, device=options.device)
-                batches = full_batches(config, policy, vocabulary=100)
+                batches = FullBatches(config, policy, vocabulary=100)
                 parts = zip(("first", "later", "before"), measure(config, policy, device, batches), strict=True)
                 one |= {"loss_tokens": batches[0].loss_tokens, **{name: packed(part) for name, part in parts}}
             except (RuntimeError, LowMemError) as error:  # memory that ran out is a RuntimeError, too
@@ -329,14 +329,14 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     from lowmem_ft.core.config import RunConfig
     from lowmem_ft.planner.simulate import mismatched_of
     from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import full_batches
+    from lowmem_ft.planner.verify import FullBatches
     from lowmem_ft.runtime.memory import process_peak_bytes
     from lowmem_ft.step import train_step
 
     config = RunConfig.from_dict(data)
     plan = make_plan(config)
     ready = assemble(config, plan.policy, torch.device("cpu"))
-    batches = full_batches(config, plan.policy, vocabulary=100)
+    batches = FullBatches(config, plan.policy, vocabulary=100)
     for _ in range(2):
         train_step(ready, batches, lr=1e-4, mismatched=mismatched_of(config, batches))
     planned, measured = plan.predicted.process_peak_bytes, process_peak_bytes()

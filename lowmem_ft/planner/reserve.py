@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.allocator import CachingAllocator
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.replay import Peaks, Script, replay
-from lowmem_ft.planner.simulate import Stage, unseen_bytes
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
 from lowmem_ft.planner.weigh import Scales, Weighed
 
 FRAGMENTATION = 1.02  # of an estimate only: what counts comes from the allocator's model
@@ -70,14 +69,14 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
     if enough is not None and weighed.allocated > enough:  # what is in use is held, too
         return Peak(weighed.allocated, weighed.allocated, device.process_bytes + weighed.allocated)
     peaks = replayed(device, scales.made(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
-    allocated, reserved = with_margins(scales.stage, weighed.policy, peaks)
+    allocated, reserved = with_margins(scales.stage, peaks)
     return Peak(allocated, reserved, device.process_bytes + reserved)
 
 
-def with_margins(stage: Stage, policy: Policy, peaks: Peaks) -> Peaks:
+def with_margins(stage: Stage, peaks: Peaks) -> Peaks:
     """What the pool may hold at most, where it holds `peaks` in a replay.
 
-    What no operator tells are two pages of small pieces, what `unseen_bytes` says, and 1 KiB a block for indices that
+    What no operator tells are two pages of small pieces, what `UNSEEN_BYTES` says, and 1 KiB a block for indices that
     models make from lists (Falcon). Where virtual tokens come, transformers makes a mask, and there may be a segment
     more; where routing decides which sizes come when, that and holes: of 263 steps on an H200 mixtures reserved up to
     22 MiB more than their replay, but two of 2.7 and 3.9 GB, which reserved 102 and 58. Six others reserved one or two
@@ -87,7 +86,7 @@ def with_margins(stage: Stage, policy: Policy, peaks: Peaks) -> Peaks:
     segment = 20 << 20 if mixed or stage.config.adapter.prompt_learning else 0
     holes = min(100 << 20, peaks.reserved // 32) if mixed else 0
     unknown = min(40 << 20, peaks.reserved // 64) if peaks.reserved > 5 << 28 else 0
-    unseen = unseen_bytes(policy) + 1024 * len(stage.blocks)
+    unseen = UNSEEN_BYTES + 1024 * len(stage.blocks)
     allocated = peaks.allocated + unseen + (peaks.allocated // 8192 if mixed else 0)
     return Peaks(allocated, peaks.reserved + (4 << 20) + segment + holes + unknown)
 

@@ -318,26 +318,32 @@ def _softmax_backward(dout: Tensor, *_: Any) -> list[int]:
 def _rms_norm(tiled: Scratch, x: Tensor, weight: Tensor, eps: float, offset: bool) -> list[int]:
     """The kernel takes nothing but a copy of what is not contiguous."""
     if not norms.fused(x, weight, offset):
-        return tiled(x)
+        return tiled(x, weight, eps, offset)
     return [] if x.is_contiguous() else [x.nbytes]
 
 
 def _rms_norm_backward(tiled: Scratch, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> list[int]:
     """dy * w, and the same."""
     if not norms.fused(x, weight, offset):
-        return tiled(dy, x)
+        return tiled(dy, x, weight, rstd, offset)
     return [dy.nbytes, *(it.nbytes for it in (dy, x) if not it.is_contiguous())]
 
 
 def _rms_norm_weight(
     card: Card, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool, *_: Any
 ) -> list[int]:
-    """The quotient, what it is rounded to and that in fp32, and what blocks of threads leave that sum over tokens."""
+    """As on a CPU, and what blocks of threads leave that sum over tokens."""
     tile = torch.empty((norms.tile_rows(x, "cuda"), x.shape[-1]), device="meta")
-    wide, narrow = tile.nbytes, tile.numel() * x.element_size()
-    quotient = [wide] if x.dtype == torch.float32 else [wide, wide, -wide]
-    rounded = [] if offset or x.dtype == torch.float32 else [narrow, wide, -narrow, -wide]
-    return [*_copies(x, dy), 8 * x.shape[-1], *quotient, *rounded, *_sum(card, tile, [0])]
+    return [*_copies(x, dy), 8 * x.shape[-1], *_quotient(x, "cuda", offset), *_sum(card, tile, [0])]
+
+
+def _quotient(x: Tensor, kind: str, offset: bool) -> list[int]:
+    """Of a tile the quotient, and without `offset` what it is rounded to, and that in fp32."""
+    rows = norms.tile_rows(x, kind)
+    wide, narrow = 4 * rows * x.shape[-1], rows * x.shape[-1] * x.element_size()
+    if x.dtype == torch.float32:
+        return [wide]
+    return [wide, wide, -wide] if offset else [wide, wide, -wide, narrow, wide, -narrow, -wide]
 
 
 def _copies(*tensors: Tensor) -> list[int]:
@@ -349,18 +355,29 @@ def _copies(*tensors: Tensor) -> list[int]:
 def norms_in_tiles(kind: str) -> Mapping[Any, Scratch]:
     """Of `runtime.norms` on a device of this kind, where no kernel does all."""
 
-    def tiles(count: int, *tensors: Tensor) -> list[int]:
-        """So many in fp32, and copies of the tensors of which tiles are no views."""
-        x = tensors[0]
-        return [*_copies(*tensors), *[4 * norms.tile_rows(x, kind) * x.shape[-1]] * count, 8 * x.shape[-1]]
+    def tile(x: Tensor) -> tuple[int, int]:
+        """Bytes of one in fp32, and of a number for each of its rows."""
+        rows = norms.tile_rows(x, kind)
+        return 4 * rows * x.shape[-1], 4 * rows
 
+    def forward(x: Tensor, weight: Tensor, eps: float, offset: bool) -> list[int]:
+        """The values and their squares, or the quotient and what is rounded of it. In fp32 values are not copied."""
+        wide, numbers = tile(x)
+        return [*_copies(x), 8 * x.shape[-1], wide, numbers if offset and x.dtype == torch.float32 else wide]
+
+    def backward(dy: Tensor, x: Tensor, *_: Any) -> list[int]:
+        """The scaled gradient, the quotient and their product."""
+        wide, numbers = tile(x)
+        return [*_copies(x, dy), 8 * x.shape[-1], wide, wide, wide, numbers]
+
+    def of_weight(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> list[int]:
+        return [*_copies(x, dy), 8 * x.shape[-1], *_quotient(x, kind, offset)]
+
+    ops = torch.ops.lowmem_ft
     return {
-        # the values and their squares, or the quotient and what is rounded of it
-        torch.ops.lowmem_ft.rms_norm.default: lambda x, *_: tiles(2, x),
-        # the scaled gradient, the quotient and their product
-        torch.ops.lowmem_ft.rms_norm_backward.default: lambda dy, x, *_: tiles(3, x, dy),
-        # the quotient, what is rounded of it, and the gradient in fp32
-        torch.ops.lowmem_ft.rms_norm_weight_backward.default: lambda dy, x, *_: tiles(3, x, dy),
+        ops.rms_norm.default: forward,
+        ops.rms_norm_backward.default: backward,
+        ops.rms_norm_weight_backward.default: of_weight,
     }
 
 

@@ -44,7 +44,6 @@ from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 # what PyTorch's own code takes for a moment, and the random state (5056 bytes) from which a run could repeat a step.
 UNSEEN_BYTES = 10 << 10
 _LOADING = 1 << 61  # the key of the piece that loading works in
-BATCH_BYTES_PER_TOKEN = 32  # of a micro-batch: three int64 and two int32
 
 
 def mismatched_of(config: RunConfig, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -67,20 +66,18 @@ class Simulation:
     Attributes:
         trace: of one training step and one evaluation step, after the births of what is held.
         held: by the weights, the adapter, its gradients and the optimizer, before the step.
-        train_peak, eval_peak: the most held at once, on the device and the host together.
-        unseen: what is in both peaks beside the trace's own.
+        train_peak, eval_peak: the most held at once, on the device and the host together, `UNSEEN_BYTES` included.
     """
 
     trace: Trace
     held: int
     train_peak: int
     eval_peak: int
-    unseen: int
 
     def holders(self) -> dict[str, int]:
         """Bytes at the training peak that the step itself holds: `activations`, `loss` and `workspace`."""
         found = self.trace.holders()
-        return {**found, "activations": found["activations"] + self.unseen}
+        return {**found, "activations": found["activations"] + UNSEEN_BYTES}
 
 
 def simulate(
@@ -93,7 +90,7 @@ def simulate(
 ) -> Simulation:
     """Run one step of `config` under `policy` without data.
 
-    The step has one micro-batch: all of them allocate the same, and what the others hold (their token ids) is added.
+    The step has one micro-batch: all of them allocate the same, and each is made when its turn comes.
 
     Args:
         kind: of the device that is planned for.
@@ -105,19 +102,12 @@ def simulate(
     trained = len(trace.events)
     stage.evaluate(policy, loss_tokens=loss_tokens)
     levels = list(trace.curve())
-    unseen = unseen_bytes(policy)
     return Simulation(
         trace=trace,
         held=stage.held,
-        train_peak=max(levels[:trained]) + unseen,
-        eval_peak=max(levels[trained:]) + unseen,
-        unseen=unseen,
+        train_peak=max(levels[:trained]) + UNSEEN_BYTES,
+        eval_peak=max(levels[trained:]) + UNSEEN_BYTES,
     )
-
-
-def unseen_bytes(policy: Policy) -> int:
-    """What a step under `policy` holds beside its trace."""
-    return UNSEEN_BYTES + (policy.accumulation - 1) * policy.micro_batch_tokens * BATCH_BYTES_PER_TOKEN
 
 
 class Stage:

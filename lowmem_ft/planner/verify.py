@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -38,7 +39,7 @@ def verified(plan: Plan) -> Plan:
     """
     device = Device(**plan.device)
     where, config = device.torch_device, plan.run_config
-    batches = full_batches(config, plan.policy, vocabulary=SMALLEST_VOCABULARY)
+    batches = FullBatches(config, plan.policy, vocabulary=SMALLEST_VOCABULARY)
     mismatched = mismatched_of(config, batches)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -52,7 +53,7 @@ def verified(plan: Plan) -> Plan:
         if total is not None:
             measured["process_peak_bytes"] = total
     else:
-        ready, held = _loaded(config, plan.policy, batches[:1])
+        ready, held = _loaded(config, plan.policy)
         loading = process_peak_bytes()
         taken = _most(lambda: train_step(ready, batches[:1], lr=1e-4, mismatched=mismatched[:1]))
         measured = {"allocated_peak_bytes": held + taken}
@@ -68,28 +69,40 @@ def verified(plan: Plan) -> Plan:
     return replace(plan, measured=measured)
 
 
-def full_batches(config: RunConfig, policy: Policy, *, vocabulary: int) -> list[Batch]:
-    """A step's micro-batches of random tokens without padding. Where they are packed rows have two documents, all but
-    the first if there are others: on a CPU long documents take the most, which is what plans count.
+class FullBatches(Sequence[Batch]):
+    """A step's micro-batches of random tokens without padding, each made when it is asked for, as those of a run are.
 
-    Of preferences documents are answers alone.
+    Where they are packed rows have two documents, all but the first if there are others: on a CPU long documents take
+    the most, which is what plans count. Of preferences documents are answers alone.
     """
-    length, together, preferences = config.data.seq_len, lanes(config), preferences_of(config)
-    shape = (max(together, policy.micro_batch_tokens // length), length)
-    found = []
-    for index in range(policy.accumulation):
-        generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(3, vocabulary, shape, generator=generator).tolist()
+
+    def __init__(self, config: RunConfig, policy: Policy, *, vocabulary: int) -> None:
+        self._config, self._policy, self._vocabulary = config, policy, vocabulary
+
+    def __len__(self) -> int:
+        return self._policy.accumulation
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        at = range(len(self))[index]
+        return self._made(at) if isinstance(at, int) else [self._made(each) for each in at]
+
+    def _made(self, index: int) -> Batch:
+        config = self._config
+        length, together, preferences = config.data.seq_len, lanes(config), preferences_of(config)
+        shape = (max(together, self._policy.micro_batch_tokens // length), length)
+        ids = torch.randint(3, self._vocabulary, shape, generator=torch.Generator().manual_seed(index)).tolist()
         first = length if shape[0] > together else length - 2
         cuts = [first] * together + [length // 2] * (shape[0] - together)
         cuts = cuts if config.data.packing else [length] * shape[0]
         parts = [[part for part in (row[:cut], row[cut:]) if part] for row, cut in zip(ids, cuts, strict=True)]
         rows = [[Example(part, part) for part in row] for row in parts]
         if preferences is None:
-            found.append(collate(rows, pad_id=0, length=length))
-        else:
-            found.append(preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=length))
-    return found
+            return collate(rows, pad_id=0, length=length)
+        return preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=length)
 
 
 def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[PreferenceExample]]:
@@ -103,24 +116,24 @@ def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[Prefe
 
 
 def measured_train_peak(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> int:
-    """The most bytes in tensors during one real training step on the CPU, weights and batches included.
+    """The most bytes in tensors during one real training step on the CPU, weights included.
 
-    What other tensors exist in the process is left out.
+    What other tensors exist in the process is left out, batches that are there already among them.
     """
     mismatched = mismatched_of(config, batches)
-    ready, held = _loaded(config, policy, batches)
+    ready, held = _loaded(config, policy)
     return held + _most(lambda: train_step(ready, batches, lr=1e-4, mismatched=mismatched))
 
 
-def measured_eval_peak(config: RunConfig, policy: Policy, batch: Batch) -> int:
-    """The same during one evaluation step, with the optimizer in memory as it is during training."""
-    ready, held = _loaded(config, policy, [batch])
-    return held + _most(lambda: evaluate(ready, config, batch))
+def measured_eval_peak(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> int:
+    """The same during an evaluation step of the first, with the optimizer in memory as it is during training."""
+    ready, held = _loaded(config, policy)
+    return held + _most(lambda: evaluate(ready, config, batches[0]))
 
 
-def _loaded(config: RunConfig, policy: Policy, batches: Sequence[Batch]) -> tuple[Assembled, int]:
-    """What is ready for a step on the CPU, and the bytes that it and the batches hold."""
-    before = held_bytes() - sum(tensor.untyped_storage().nbytes() for batch in batches for tensor in _tensors(batch))
+def _loaded(config: RunConfig, policy: Policy) -> tuple[Assembled, int]:
+    """What is ready for a step on the CPU, and the bytes that it holds."""
+    before = held_bytes()
     ready = assemble(config, policy, torch.device("cpu"))
     return ready, held_bytes() - before
 
@@ -152,7 +165,3 @@ def allocator_events(function: Callable[[], object]) -> list[int]:
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-def _tensors(batch: Batch) -> list[torch.Tensor]:
-    return [batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids, batch.bounds]

@@ -37,7 +37,7 @@ from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.simulate import Stage, block_kinds, lowest_trained, unseen_bytes
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, lowest_trained
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.streaming import Moved
@@ -195,7 +195,7 @@ class Scales:
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
         most = max(self._evaluations[key], self._sample_peak(policy) if self.stage.config.eval.samples else 0)
-        return most - self.held + self.held_by(policy) + unseen_bytes(policy)
+        return most - self.held + self.held_by(policy) + UNSEEN_BYTES
 
     def _sample_peak(self, policy: Policy) -> int:
         """The same during a sample, with every block resident.
@@ -383,7 +383,7 @@ class Scales:
         if policy.optimizer_on == "host":
             places = [*places[:-1], Place(self._host_update, None)]
         most, heap = peaks(places, offloading=self._offloading(policy), nbytes=gone)
-        allocated = self.held_by(policy) + most + unseen_bytes(policy)
+        allocated = self.held_by(policy) + most + UNSEEN_BYTES
         heap = self.heap_held(policy) + round(self._heap_counts * heap)
         return Weighed(policy, allocated, heap, self._seconds(policy, places), places)
 

@@ -112,7 +112,8 @@ def tile_rows(x: Tensor, kind: str) -> int:
 
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each, some at a time: views, (rows, last axis)."""
+    """The same tokens of each, some at a time: views, (rows, last axis). What works on them is a function of its own,
+    or names would hold what was made for one tile while the next is worked on."""
     rows = tile_rows(tensors[0], tensors[0].device.type)
     flat = [it.flatten(0, -2) for it in tensors]
     for start in range(0, len(flat[0]), rows):
@@ -126,10 +127,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tenso
         return y.mul_(weight), rstd
     y, rstd = _empty(x, weight, offset)
     for x_tile, y_tile, rstd_tile in _tiles(x, y, rstd):
-        rstd_tile.copy_(torch.rsqrt(x_tile.float().pow(2).mean(-1, keepdim=True).add_(eps)))
-        wide = x_tile.float() * rstd_tile
-        y_tile.copy_(wide.mul_(1.0 + weight.float()) if offset else weight * wide.to(x.dtype))
+        _normalize(x_tile, y_tile, rstd_tile, weight, eps, offset)
     return y, rstd
+
+
+def _normalize(x: Tensor, y: Tensor, rstd: Tensor, weight: Tensor, eps: float, offset: bool) -> None:
+    rstd.copy_(torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True).add_(eps)))
+    wide = x.float() * rstd
+    y.copy_(wide.mul_(1.0 + weight.float()) if offset else weight * wide.to(x.dtype))
 
 
 @torch.library.impl("lowmem_ft::rms_norm_backward", "default")
@@ -139,23 +144,31 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
         fused_dx: Tensor = rms(dy * weight, x, weight.shape, rstd, None, [True, False])[0]
         return fused_dx
     dx = x.new_empty(x.shape)
-    for x_tile, dy_tile, rstd_tile, dx_tile in _tiles(x, dy, rstd, dx):
-        scaled = dy_tile.float() * (1.0 + weight.float()) if offset else (dy_tile * weight).float()
-        unit = x_tile.float() * rstd_tile
-        unit.mul_((scaled * unit).mean(-1, keepdim=True))
-        dx_tile.copy_(scaled.sub_(unit).mul_(rstd_tile))
+    for dy_tile, x_tile, rstd_tile, dx_tile in _tiles(dy, x, rstd, dx):
+        _differentiate(dy_tile, x_tile, rstd_tile, dx_tile, weight, offset)
     return dx
+
+
+def _differentiate(dy: Tensor, x: Tensor, rstd: Tensor, dx: Tensor, weight: Tensor, offset: bool) -> None:
+    scaled = dy.float() * (1.0 + weight.float()) if offset else (dy * weight).float()
+    unit = x.float() * rstd
+    unit.mul_((scaled * unit).mean(-1, keepdim=True))
+    dx.copy_(scaled.sub_(unit).mul_(rstd))
 
 
 @torch.library.impl("lowmem_ft::rms_norm_weight_backward", "default")
 def rms_norm_weight_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> Tensor:
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    for x_tile, dy_tile, rstd_tile in _tiles(x, dy, rstd):
-        unit = x_tile.float() * rstd_tile
-        if not offset:
-            unit = unit.to(x.dtype).float()
-        total += unit.mul_(dy_tile).sum(0)
+    for dy_tile, x_tile, rstd_tile in _tiles(dy, x, rstd):
+        total += _of_weight(dy_tile, x_tile, rstd_tile, offset)
     return total.to(weight.dtype)
+
+
+def _of_weight(dy: Tensor, x: Tensor, rstd: Tensor, offset: bool) -> Tensor:
+    unit = x.float() * rstd
+    if not offset:
+        unit = unit.to(x.dtype).float()
+    return unit.mul_(dy).sum(0)
 
 
 def fused(x: Tensor, weight: Tensor, offset: bool) -> bool:

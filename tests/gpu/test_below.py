@@ -16,7 +16,7 @@ from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan
-from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.step import sum_gradients, update
 from tests.gpu import run_alone
@@ -58,7 +58,7 @@ def test_the_host_updates_as_it_updates_its_own(bits: Any, dtype: torch.dtype) -
 def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
     settings = config(tmp_path, {"activations": "recompute"})
     chosen = make_plan(settings, device=find_device("cuda")).policy
-    batches, both, losses = full_batches(settings, chosen, vocabulary=100), [], []
+    batches, both, losses = FullBatches(settings, chosen, vocabulary=100), [], []
     for place in ("device", "host"):
         torch.manual_seed(0)
         both.append(assemble(settings, replace(chosen, optimizer_on=place), torch.device("cuda")))
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         settings, card = config(Path(folder), PINS[sys.argv[1]]), find_device("cuda")
         plan = make_plan(settings, device=card)
-        batches = full_batches(settings, plan.policy, vocabulary=100)
+        batches = FullBatches(settings, plan.policy, vocabulary=100)
         predicted = predict(settings, plan.policy, card, loss_tokens=batches[0].loss_tokens)
         one = judge(predicted, *measure(settings, plan.policy, card, batches)[:2])
         print(one)

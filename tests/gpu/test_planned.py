@@ -21,7 +21,7 @@ from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.measure import measure as measure_profile
 from lowmem_ft.planner.profile import write_profile
-from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.planner.workspaces import architecture_of, derived_workspaces, measured_workspaces
 from tests.gpu import run_alone
 from tests.unit.planner.on_cuda import judge, measure, predict
@@ -61,7 +61,7 @@ def judged(seed: int) -> dict[str, Any]:
     card = find_device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         config, policy = prepared(drawn, Path(folder))
-        batches = full_batches(config, policy, vocabulary=100)
+        batches = FullBatches(config, policy, vocabulary=100)
         if policy.compute_dtype == "float32":
             # documents attend one by one then, and each beside the longest has a call of its own, which no plan counts
             rows, length = batches[0].input_ids.shape

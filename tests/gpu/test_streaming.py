@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.assemble import assemble
-from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime.tiers import HostTier, StagedDiskTier
 from lowmem_ft.step import eval_step, train_step
@@ -53,7 +53,7 @@ def trained(
     chosen = replace(a_policy(config, streamed=streamed, activations=activations), stream_from=tier)
     torch.manual_seed(0)
     ready = assemble(config, chosen, torch.device("cuda"))
-    batches = full_batches(config, chosen, vocabulary=100)
+    batches = FullBatches(config, chosen, vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
     held_out = eval_step(ready, batches[0])[0]
     return [result.loss, result.grad_norm, held_out], {n: p.detach().cpu() for n, p in ready.trainable.items()}

@@ -17,7 +17,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.solver import make_plan
-from lowmem_ft.planner.verify import full_batches, measured_train_peak
+from lowmem_ft.planner.verify import FullBatches, measured_train_peak
 from lowmem_ft.step import sum_gradients
 from tests.models import FURTHER, save_tiny, without_dropout
 from tests.unit.adapters.helpers import plain_model, shake
@@ -57,7 +57,7 @@ def gradients(config: RunConfig, policy: Policy) -> tuple[float, dict[str, Tenso
     without_dropout(ready.model)
     shake(ready.model)
     torch.manual_seed(0)
-    batch = full_batches(config, policy, vocabulary=100)
+    batch = FullBatches(config, policy, vocabulary=100)
     loss = sum_gradients(ready, batch).loss
     assert ready.accumulator is not None
     found = {name: ready.accumulator.gradient(parameter) for name, parameter in ready.trainable.items()}
@@ -85,7 +85,7 @@ def test_a_step_is_planned_and_the_same_under_every_policy(name: str, tmp_path: 
     again, found = gradients(config, low)
     assert again == loss
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    batches = full_batches(config, low, vocabulary=100)
+    batches = FullBatches(config, low, vocabulary=100)
     simulated = simulate(config, low, kind="cpu", loss_tokens=batches[0].loss_tokens)
     measured = measured_train_peak(config, low, batches)
     # as the planner's own tests allow; routing decides of mixtures

@@ -48,7 +48,7 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     keys = [-event.key if event.key in before else event.key for event in taken]
     turn = Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])
     peaks = replayed(device, stage.made, [turn])
-    allocated, reserved = with_margins(stage, policy, peaks)
+    allocated, reserved = with_margins(stage, peaks)
     return Predicted(
         allocated=allocated,
         reserved=reserved,

@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.simulate import simulate
-from lowmem_ft.planner.verify import full_batches, measured_eval_peak, measured_train_peak
+from lowmem_ft.planner.verify import FullBatches, measured_eval_peak, measured_train_peak
 from tests.models import MOE_ARCHITECTURES, save_tiny
 
 PROJECTED = [  # whose attention has q_proj and v_proj
@@ -145,9 +145,9 @@ def prepared(drawn: dict[str, Any], folder: Path, *, device: str = "cpu") -> tup
 def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What was drawn, with simulated / measured - 1 of a training and an evaluation step."""
     config, policy = prepared(drawn, folder)
-    batches = full_batches(config, policy, vocabulary=100)
+    batches = FullBatches(config, policy, vocabulary=100)
     simulated = simulate(config, policy, kind="cpu", loss_tokens=batches[0].loss_tokens)
-    train, evaluation = measured_train_peak(config, policy, batches), measured_eval_peak(config, policy, batches[0])
+    train, evaluation = measured_train_peak(config, policy, batches), measured_eval_peak(config, policy, batches)
     return {
         **drawn,
         "config": config.model_dump(mode="json", exclude_defaults=True),

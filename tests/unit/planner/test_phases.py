@@ -32,7 +32,7 @@ from lowmem_ft.planner.device import HOST_PROCESS_BYTES, cost_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.solver import make_plan
-from lowmem_ft.planner.verify import allocator_events, full_batches
+from lowmem_ft.planner.verify import FullBatches, allocator_events
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state, vocabulary
@@ -164,7 +164,7 @@ def test_a_merge_that_unties(tmp_path: Path) -> None:
 
 
 def check_steps(ready: Assembled, scales: Scales, settings: RunConfig, policy: Policy, held: int) -> None:
-    batch = full_batches(settings, policy, vocabulary=100)[0]
+    batch = FullBatches(settings, policy, vocabulary=100)[0]
     held += batch_bytes(batch)
     train = held + peak(lambda: train_step(ready, [batch], lr=1e-4))
     evaluation = held + peak(lambda: eval_step(ready, batch))

@@ -13,7 +13,7 @@ from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.planner.compose import Pieces, holders, peaks, segments, shorten
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, block_kinds, simulate
 from lowmem_ft.planner.solver import make_plan
-from lowmem_ft.planner.verify import full_batches, measured_eval_peak, measured_train_peak, verified
+from lowmem_ft.planner.verify import FullBatches, measured_eval_peak, measured_train_peak, verified
 from lowmem_ft.planner.weigh import classes_of
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
@@ -57,8 +57,8 @@ def test_peaks_are_those_of_a_real_step(
 ) -> None:
     config = config_of(models / name, objective, data={"packing": packing, **data})
     simulated = simulate(config, planned, kind="cpu")
-    batches = full_batches(config, planned, vocabulary=100)
-    train, evaluation = measured_train_peak(config, planned, batches), measured_eval_peak(config, planned, batches[0])
+    batches = FullBatches(config, planned, vocabulary=100)
+    train, evaluation = measured_train_peak(config, planned, batches), measured_eval_peak(config, planned, batches)
     # what a simulation cannot see is an allowance; measured beside it: 0 to 24 bytes
     assert train <= simulated.train_peak <= train * (1 + MOST / 4) + UNSEEN_BYTES
     assert evaluation <= simulated.eval_peak <= evaluation * (1 + MOST) + UNSEEN_BYTES  # of experts, by their routing

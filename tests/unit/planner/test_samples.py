@@ -17,7 +17,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.generate import complete
 from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.planner.device import cost_of
-from lowmem_ft.planner.simulate import unseen_bytes
+from lowmem_ft.planner.simulate import UNSEEN_BYTES
 from lowmem_ft.planner.verify import allocator_events
 from lowmem_ft.planner.weigh import Scales
 from tests.models import ARCHITECTURES, save_tiny
@@ -66,7 +66,7 @@ def test_learnt_prompts_are_counted(method: str, name: str, tmp_path: Path) -> N
 
 
 def predicted_over_measured(config: RunConfig, policy: Policy, scales: Scales) -> float:
-    predicted = scales._sample_peak(policy) - scales.held + unseen_bytes(policy)
+    predicted = scales._sample_peak(policy) - scales.held + UNSEEN_BYTES
     ready = assemble(config, policy, torch.device("cpu"))
     ready.model.generation_config.eos_token_id = None
     tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda ids, **_: f"{len(ids)} tokens")

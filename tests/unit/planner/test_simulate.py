@@ -107,6 +107,24 @@ def test_low_rank_factors_that_are_copied(strided: bool) -> None:
     assert (taken > 0) == strided
 
 
+@pytest.mark.parametrize("offset", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_take_what_one_tile_needs(dtype: torch.dtype, offset: bool) -> None:
+    """Of several tiles, too: nothing of one may be held while the next is worked on."""
+    values = torch.randn(3, 2000, 256, dtype=dtype), torch.randn(2, 4, 64, 8, dtype=dtype).transpose(1, 2)
+    for x in values:
+        weight, dy = torch.ones(x.shape[-1], dtype=dtype), torch.randn_like(x)
+        ops, scratch = torch.ops.lowmem_ft, scratch_of("cpu", Card())
+        y, rstd = ops.rms_norm.default(x, weight, 1e-5, offset)
+        for op, asked, left in (
+            (ops.rms_norm.default, (x, weight, 1e-5, offset), y.nbytes + rstd.nbytes),
+            (ops.rms_norm_backward.default, (dy, x, weight, rstd, offset), x.nbytes),
+            (ops.rms_norm_weight_backward.default, (dy, x, weight, rstd, offset), weight.nbytes),
+        ):
+            taken = max(accumulate(allocator_events(partial(op, *asked)))) - left
+            assert 0 <= max(accumulate(scratch[op](*asked))) - taken <= 16 * x.shape[-1], op
+
+
 def test_planning_multiplies_no_large_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run plans inside its own budget, and thin factors of many rows have few multiplications."""
     monkeypatch.setattr("lowmem_ft.planner.onednn._Like.made", lambda _: pytest.fail("that would take 400 MB"))

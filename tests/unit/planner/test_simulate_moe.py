@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.simulate import simulate
-from lowmem_ft.planner.verify import full_batches, measured_train_peak
+from lowmem_ft.planner.verify import FullBatches, measured_train_peak
 from tests.models import MOE_ARCHITECTURES, tiny_model
 from tests.unit.planner.sampler import policy_of
 
@@ -47,7 +47,7 @@ def test_peak_is_never_under_and_close(name: str, activations: str, routing: str
         }
     )
     policy = policy_of(config, model.config.num_hidden_layers)
-    batches = full_batches(config, policy, vocabulary=100)
+    batches = FullBatches(config, policy, vocabulary=100)
     simulated = simulate(config, policy, kind="cpu", loss_tokens=batches[0].loss_tokens).train_peak
     measured = measured_train_peak(config, policy, batches)
     assert 0 <= simulated / measured - 1 <= 0.02, (simulated, measured)

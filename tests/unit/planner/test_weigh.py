@@ -14,7 +14,7 @@ from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.reserve import replayed
-from lowmem_ft.planner.simulate import simulate, unseen_bytes
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime import optim, vocabulary
 from lowmem_ft.runtime.tiers import PAGE
@@ -170,7 +170,7 @@ def test_an_optimizer_on_the_host_is_weighed_as_simulated(optimizer: str, stream
     )
     asked = replace(resident, optimizer_on="host")
     whole, weighed = simulate(config, asked, kind="cuda"), made.weigh(asked)
-    assert weighed.allocated == max(whole.trace.curve("device")) + unseen_bytes(asked)
+    assert weighed.allocated == max(whole.trace.curve("device")) + UNSEEN_BYTES
     held = [event.nbytes for event in whole.trace.events if event.phase == "load" and event.tier == "device"]
     assert sorted(event.nbytes for event in made.base(asked) if event.tier == "device") == sorted(held)
     assert made.held_by(asked) == sum(held)

@@ -23,7 +23,7 @@ from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.planner.simulate import Stage
-from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime import tiers as module
@@ -99,7 +99,7 @@ def trained(
     """What a step and an evaluation report, and the weights that the step leaves."""
     config = settings(model, sections, packing=packing)
     ready = equipped(config, streamed=streamed, activations=activations, **changes)
-    batches = full_batches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
+    batches = FullBatches(config, a_policy(config, streamed=streamed, activations=activations), vocabulary=100)
     result = train_step(ready, batches, lr=1e-2)
     said = [result.loss, result.grad_norm, *eval_step(ready, batches[0])]
     return said, {name: parameter.detach().clone() for name, parameter in ready.trainable.items()}
@@ -227,7 +227,7 @@ def test_generating_between_steps_changes_nothing(models: dict[str, Path]) -> No
     said = []
     for streamed in (0, DEPTH):
         ready = equipped(config, streamed=streamed, activations="keep")
-        batches = full_batches(config, a_policy(config, streamed=streamed, activations="keep"), vocabulary=100)
+        batches = FullBatches(config, a_policy(config, streamed=streamed, activations="keep"), vocabulary=100)
         first = train_step(ready, batches, lr=1e-2).loss
         ready.model.eval()
         with torch.inference_mode():
@@ -241,7 +241,7 @@ def test_each_block_is_copied_once_for_each_pass(models: dict[str, Path]) -> Non
     config = settings(models["llama"], {"adapter": {"rank": 4}, "data": {"packing": False, "seq_len": LENGTH}})
     with tiers(counting(copies)):
         ready = equipped(config, streamed=DEPTH, activations="some")
-    batches = full_batches(config, a_policy(config, streamed=DEPTH, activations="some"), vocabulary=100)
+    batches = FullBatches(config, a_policy(config, streamed=DEPTH, activations="some"), vocabulary=100)
     train_step(ready, batches[:1], lr=1e-2)
     copies.clear()
     train_step(ready, batches[:1], lr=1e-2)
@@ -266,7 +266,7 @@ def test_after_a_copy_that_failed_weights_are_asked_for_again(models: dict[str, 
     expected = equipped(config, streamed=0, activations="keep")
     with tiers(Failing):
         ready = equipped(config, streamed=DEPTH, activations="keep")
-    batches = full_batches(config, a_policy(config, streamed=DEPTH, activations="keep"), vocabulary=100)
+    batches = FullBatches(config, a_policy(config, streamed=DEPTH, activations="keep"), vocabulary=100)
     Failing.fails = True
     for _ in range(2):
         with pytest.raises(LowMemError, match="no such disk"):

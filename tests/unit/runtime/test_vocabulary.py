@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.verify import full_batches
+from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.tiers import PAGE, DiskTier
@@ -60,7 +60,7 @@ def equipped(config: RunConfig, which: str, *, streamed: int = 0) -> Assembled:
 
 def trained(ready: Assembled, config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     """What a step and evaluations around it report, and the weights that the step leaves."""
-    batches = full_batches(config, a_policy("none"), vocabulary=VOCABULARY)
+    batches = FullBatches(config, a_policy("none"), vocabulary=VOCABULARY)
     torch.manual_seed(1)  # of dropout
     before = eval_step(ready, batches[0])
     result = train_step(ready, batches, lr=1e-2)
@@ -119,7 +119,7 @@ def test_each_tile_is_copied_once_for_each_pass(models: dict[str, Path]) -> None
     with tiers(counting(copies)):
         ready = equipped(config, "both")
     last = len(ready.head.tiles) - 1
-    batches = full_batches(config, a_policy("none"), vocabulary=VOCABULARY)
+    batches = FullBatches(config, a_policy("none"), vocabulary=VOCABULARY)
     train_step(ready, batches[:1], lr=1e-2)
     copies.clear()
     train_step(ready, batches[:1], lr=1e-2)
