@@ -56,7 +56,10 @@ class Preferences:
         return replace(batch, answers=_answers(lined, batch.input_ids.shape[1], whole=self.whole))
 
     def _learned(self, document: Example, good: bool) -> Example:
-        return Example(document.input_ids, document.input_ids) if self.whole and good else document
+        if not (self.whole and good):
+            return document
+        begin = _begin(document)  # what is no answer behind it, such as further questions, stays out of its likelihood
+        return Example(document.input_ids, [*document.input_ids[:begin], *document.labels[begin:]])
 
     def identity(self) -> dict[str, Any]:
         """What decides which examples make up a step, beside what decides it of supervised examples."""
@@ -149,7 +152,8 @@ def _answers(rows: Sequence[Sequence[tuple[Example, bool]]], width: int, *, whol
             end = start + len(document) - 1  # the last position predicts nothing
             span = start + _begin(document) - 1, end
             found.append((good, span, (start, end), document.loss_tokens))
-            likely += 0 if not good else end - start if whole else document.loss_tokens
+            if good:
+                likely += document.loss_tokens + (_begin(document) - 1 if whole else 0)
             start = end + 1
     found.sort(key=lambda it: not it[0])  # stable: pairs keep their order
     return Answers(

@@ -295,6 +295,24 @@ def test_rows_lie_in_pairs_and_spans_are_the_answers() -> None:
             assert bool(whole.all()) == good, "the likelihood of better answers is that of their prompts, too"
 
 
+def test_what_is_no_answer_within_a_better_one_has_no_say_in_its_odds() -> None:
+    """Such as a question between two answers: whether prompts are learned, too, does not change what answers are."""
+    prompt, better, worse = [*range(15, 20)], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]
+    masked = [-100] * len(prompt)
+    pair = PreferenceExample(
+        Example(prompt + better, [*masked, 20, 21, -100, -100, 24]), Example(prompt + worse, masked + worse)
+    )
+    said = []
+    for only in (True, False):
+        config = config_of("orpo", data={"assistant_only": only})
+        batches = step_of(config, 4 * LENGTH, [pair])
+        assert sum(batch.loss_tokens for batch in batches) == 3 + 5 + (0 if only else 4)
+        said.append(evaluate_preferences(ready_for(config), batches))
+    for name in ("rewards/chosen", "logps/chosen", "rewards/margins"):
+        assert said[0][name] == pytest.approx(said[1][name], rel=1e-5)
+    assert said[0]["nll_loss"] != said[1]["nll_loss"]
+
+
 def documents(batch: Batch) -> list[list[int]]:
     found = []
     for ids, segments in zip(batch.input_ids, batch.segment_ids, strict=True):
