@@ -77,7 +77,7 @@ def select_targets(
                 allowed=f"an expression for whole paths such as {next(iter(candidates))}",
                 fix=f"for layers by name write a list: [{nearest(targets, leaves) or min(leaves)}]",
             )
-        return chosen
+        return _with_a_say(model, chosen)
     if not targets:
         raise ConfigError("targets is an empty list", allowed="names, an expression, or all-linear")
     for name in targets:
@@ -88,7 +88,18 @@ def select_targets(
                 allowed=", ".join(sorted(leaves)),
                 fix=_did_you_mean(name, leaves),
             )
-    return [path for path in candidates if any(ends_with(path, name) for name in targets)]
+    return _with_a_say(model, [path for path in candidates if any(ends_with(path, name) for name in targets)])
+
+
+def _with_a_say(model: nn.Module, chosen: list[str]) -> list[str]:
+    past = [path for path in chosen if _is_read_past(model, path)]
+    if past:
+        raise ConfigError(
+            "an adapter on a target would have no say: the model reads the layer's matrix without calling the layer",
+            given=past[0],
+            fix=f"leave {past[0].rpartition('.')[2]} out of the targets",
+        )
+    return chosen
 
 
 def _is_read_past(model: nn.Module, path: str) -> bool:

@@ -14,6 +14,7 @@ from lowmem_ft.adapters.inject import inject_lora, injection_of
 from lowmem_ft.adapters.targets import adaptable
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.solver import make_plan
@@ -98,3 +99,9 @@ def test_all_linear_leaves_out_layers_that_are_not_called(name: str, missing: se
     layers = {path.rpartition(".")[2] for path in adaptable(model)}
     inject_lora(model, rank=4, alpha=8, targets="all-linear", dtype=torch.float32)
     assert layers - {path.rpartition(".")[2] for path in injection_of(model).paths} == missing
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "dt_proj"], r".*\.(in|dt)_proj"], ids=["names", "pattern"])
+def test_layers_that_are_not_called_are_refused_as_targets(targets: list[str] | str) -> None:
+    with pytest.raises(ConfigError, match="no say"):
+        inject_lora(plain_model("mamba"), rank=4, targets=targets)
