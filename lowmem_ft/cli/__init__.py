@@ -62,7 +62,7 @@ def main() -> None:
 def _ran_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):  # nothing is imported then
         return True
-    from lowmem_ft.trainer.recovery import is_out_of_memory
+    from lowmem_ft.core.out_of_memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

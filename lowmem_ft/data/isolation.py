@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.core.mode import evaluating
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.data.packing import Batch, as_bounds
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
@@ -164,9 +165,11 @@ def taking_masks(model: PreTrainedModel) -> Iterator[None]:
     """
     try:
         yield
-    except (LowMemError, torch.OutOfMemoryError):
+    except LowMemError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         fault = f"its decoder does not take an explicit attention mask ({type(error).__name__}: {error})"
         raise _not_isolated(model, fault) from error
 

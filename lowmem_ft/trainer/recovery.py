@@ -9,7 +9,6 @@ which shows in the last digits of losses and gradients; a dropout draws other ma
 
 from __future__ import annotations
 
-import errno
 import functools
 import gc
 import math
@@ -22,6 +21,7 @@ import torch
 from lowmem_ft.assemble import Assembled
 from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Batch
@@ -40,7 +40,6 @@ from lowmem_ft.step import (
 
 T = TypeVar("T")
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors of no own class
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
 _SMALLEST_TILE = 256  # tokens of an MLP; less takes less than the weights that are dequantized for it
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
@@ -56,14 +55,6 @@ class NoSaferPolicyError(BudgetError):
 @dataclass(frozen=True, slots=True)
 class _Failure:
     problem: str
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on the device or on the host."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 class Recovery:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.runtime.budget import capped_allocator
 from lowmem_ft.runtime.memory import cuda_process_bytes
-from lowmem_ft.trainer.recovery import is_out_of_memory
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
 from tests.unit.trainer.test_recovery import Trained

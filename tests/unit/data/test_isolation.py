@@ -16,6 +16,7 @@ from lowmem_ft.data.isolation import (
     check_isolation,
     isolation_fault,
     probe_batch,
+    taking_masks,
     visible,
 )
 from lowmem_ft.data.packing import Batch, collate
@@ -122,6 +123,12 @@ def test_bloom_refuses_packing_but_not_single_documents() -> None:
     with pytest.raises(UnsupportedError, match=r"Packing cannot be isolated for bloom[\s\S]*data.packing: false"):
         check_isolation(model)
     assert attention_inputs(model, collate([[FIRST], [THIRD]], pad_id=0), dtype=model.dtype) == {}
+
+
+def test_memory_that_runs_out_says_nothing_of_isolation() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError, match="can't allocate memory"), taking_masks(model):
+        torch.empty(1 << 60, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("name", LEAK_BY_POSITIONS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, MicroBatches
@@ -21,7 +22,7 @@ from lowmem_ft.runtime.budget import Watch
 from lowmem_ft.runtime.memory import process_bytes
 from lowmem_ft.step import StepResult
 from lowmem_ft.trainer import recovery
-from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery, is_out_of_memory
+from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from tests.failing import Failing
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
