@@ -30,7 +30,9 @@ from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_lear
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
+from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 
 _PREFIX = "base_model.model."
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -92,6 +94,7 @@ def load_adapter(
     if _is_peft_only(settings) or (fresh and not is_native(model, folder, settings)):
         return load_through_peft(model, folder, settings)
     _check_base_unchanged(settings, folder)
+    _check_content(folder / SAFETENSORS_WEIGHTS_NAME)
     config = read_lora_config(settings, folder)
     if fresh:
         _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
@@ -229,12 +232,24 @@ def _write(model: nn.Module, folder: Path, base_model: str) -> None:
         tensor = tensor.detach().contiguous()
         tensors[key] = tensor.clone() if tensor.data_ptr() in stored else tensor  # safetensors refuses tied tensors
         stored.add(tensor.data_ptr())
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    metadata = {"format": "pt", CHECKSUM: content_checksum(tensors)}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
 
 
 def _check_base_unchanged(settings: Mapping[str, Any], folder: Path) -> None:
     conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     check_base_unchanged(settings, folder / CONFIG_NAME, fix=f"convert it with peft: {conversion}")
+
+
+def _check_content(file: Path) -> None:
+    """Refuse a file that is not as `save_adapter` wrote it; one that peft wrote has no checksum."""
+    tensors, metadata = read_header(file)
+    if CHECKSUM in metadata and metadata[CHECKSUM] != content_checksum(tensors):
+        raise CheckpointError(
+            "the adapter's weights are damaged: they are not what was saved",
+            given=file,
+            fix="copy it again; of a run, delete its result.json, and `lowmem-ft train ... --resume` writes it anew",
+        )
 
 
 def _other_base(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
@@ -253,6 +268,7 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
     """
     _check_base_unchanged(settings, folder)
     file, device = folder / SAFETENSORS_WEIGHTS_NAME, module_device(model)
+    _check_content(file)
     try:
         wrapped: nn.Module = peft.PeftModel.from_pretrained(
             model,
@@ -263,6 +279,8 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
         with safe_open(file, framework="pt") as saved:
             keys = set(saved.keys())
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         fix = _other_base(model, settings)
         raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})", fix=fix) from error
     expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))

@@ -18,6 +18,7 @@ from torch import nn
 
 from lowmem_ft.adapters.targets import adaptable, ends_with, is_linear
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
@@ -81,6 +82,8 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     except LowMemError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"peft cannot put {settings.peft_type.value} into this model", given=dict(config), allowed=str(error)
         ) from error

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.adapters.peft_format import load_through_peft
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
@@ -50,6 +51,8 @@ class PeftUpdate:
             layer.merge(safe_merge=True)
             merged = getattr(layer.get_base_layer(), self.leaf).detach()
         except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UnsupportedError(
                 "peft cannot merge an adapter of this kind", given=f"{type(layer).__name__}: {error}",
                 fix="serve it as an adapter",

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others
-from lowmem_ft.quant.checkpoint import TensorInfo, read_header
-from lowmem_ft.quant.shards import pieces
+from lowmem_ft.quant.checkpoint import read_header
+from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 from lowmem_ft.runtime.rerun import random_states
 
 MAPPED = 8 << 20  # bytes of a file that are read before it is mapped anew
@@ -40,7 +39,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     header = dict(metadata or {})
-    header["checksum"] = _checksum(tensors, pieces, header)
+    header[CHECKSUM] = content_checksum(tensors, header.get("state", ""))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors, too, writes to a name of its own first, which would stay where the process is killed
@@ -141,7 +140,8 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """
     try:
         file, header = _File(path), read_header(path)[0]
-        if file.meta.get("checksum") not in (None, _checksum(header, _in_file, file.meta)):  # older files have none
+        content = content_checksum(header, file.meta.get("state", ""))
+        if file.meta.get(CHECKSUM, content) != content:  # older files have none
             raise ValueError("its content is not what was written")
         meta = json.loads(file.meta.get("state", "{}"))
     except (OSError, SafetensorError, ValueError, CheckpointError) as error:
@@ -192,26 +192,6 @@ def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random/cuda"], device)
-
-
-def _checksum(
-    tensors: Mapping[str, Any], content: Callable[[Any], Iterator[bytes | memoryview]], header: Mapping[str, str]
-) -> str:
-    """CRC-32 of names, types, shapes and `content` of `tensors`, and of the state in the header."""
-    checksum = zlib.crc32(header.get("state", "").encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        for piece in content(tensor):
-            checksum = zlib.crc32(piece, checksum)
-    return f"{checksum:08x}"
-
-
-def _in_file(tensor: TensorInfo) -> Iterator[bytes]:
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        for first in range(0, tensor.nbytes, MAPPED):
-            yield file.read(min(MAPPED, tensor.nbytes - first))
 
 
 def below(tensors: Mapping[str, Tensor], group: str) -> Mapping[str, Tensor]:

@@ -183,6 +183,12 @@ def only_a_pickle(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
 A_KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), CheckpointError, "config cannot be read"),
@@ -196,6 +202,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
         CheckpointError,
         "weights cannot be read",
     ),
+    "flipped bit": (flip_a_bit, CheckpointError, "weights are damaged"),
     "missing": (edit_tensors(lambda t: t.pop(A_KEY)), CheckpointError, "lacks 1 tensors"),
     "unexpected": (edit_tensors(lambda t: t.update({"x.y": torch.zeros(1)})), CheckpointError, "1 tensors for which"),
     "shape": (edit_tensors(lambda t: t.update({A_KEY: torch.zeros(4, 47)})), CheckpointError, "another shape"),

@@ -223,5 +223,10 @@ def test_a_damaged_file_of_another_method_is_refused(tmp_path: Path) -> None:
         load_adapter(plain_model("llama", num_hidden_layers=1), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="peft cannot load the adapter"):
+    with pytest.raises(CheckpointError, match="a weight file is broken: it is truncated"):
         load_adapter(plain_model("llama"), tmp_path)
+
+
+def test_memory_that_runs_out_is_not_the_configs_fault() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        inject_peft(quantized_model("llama"), {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 1 << 50})
