@@ -29,7 +29,7 @@ from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora
 from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans
+from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans, writing_prefix
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_orphans(folder, SAVING)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{SAVING}{os.getpid()}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=writing_prefix(SAVING)) as scratch:
             _write(model, Path(scratch), base_model)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == CONFIG_NAME):  # it comes last
                 open_to_others(file)

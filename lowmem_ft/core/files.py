@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import shutil
 import tempfile
+import time
+import zlib
 from pathlib import Path
 
 import psutil
 
 from lowmem_ft.core.errors import ConfigError
 
-SAVING = ".saving-"  # a folder whose files are moved to where they belong when they are complete; a process id follows
+SAVING = ".saving-"  # a folder whose files are moved to where they belong when they are complete; see `writing_prefix`
+ABANDONED_SECONDS = 24 * 3600  # after which nobody is taken to be writing any more
+CLOCK_SECONDS = 60  # by which clocks of processes and of file systems may differ
 
 
 def is_full(error: OSError) -> bool:
@@ -86,35 +91,61 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def writing_prefix(prefix: str) -> str:
+    """With what the names of folders begin that this process is writing: `prefix`, this host and the process's id."""
+    return f"{prefix}{_host()}-{os.getpid()}-"
+
+
 def remove_half_written(folder: Path) -> None:
     """Remove what processes that were killed were saving in `folder`: files `.NAME.<process id>.tmp`, and folders.
 
-    What has this process's number goes, too: in a container a process often has that of the one before. So it is for
-    a process that has written nothing yet.
+    It is for a process to which `folder` belongs and that has written nothing yet. So what has its number goes, too,
+    and what another host was writing: a container often has the number of the one before, and another name.
     """
-    try:
-        names = os.listdir(folder)
-    except OSError:  # there is none, or nobody may look inside: writing says why
-        return
-    for name in names:
-        if name.startswith(SAVING):
-            pid = name.removeprefix(SAVING).split("-")[0]
-        elif name.startswith(".") and name.endswith(".tmp"):
-            pid = name.split(".")[-2]
-        else:
-            continue
-        if pid == str(os.getpid()) or _is_gone(pid):
+    remove_orphans(folder, SAVING, owned=True)
+    for name in _names(folder):
+        pid = name.split(".")[-2] if name.startswith(".") and name.endswith(".tmp") else ""
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             remove(folder / name)
 
 
-def remove_orphans(parent: Path, prefix: str) -> None:
-    """Remove folders `<prefix><process id>-...` in `parent` that processes which were killed have left half-written."""
-    for folder in parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split("-")[0]
-        if _is_gone(pid):
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_orphans(parent: Path, prefix: str, *, owned: bool = False) -> None:
+    """Remove folders in `parent` that processes which were killed have left half-written, see `writing_prefix`.
+
+    Args:
+        owned: see `remove_half_written`.
+    """
+    for name in _names(parent):
+        if not name.startswith(prefix):
+            continue
+        host, _, rest = name.removeprefix(prefix).partition("-")
+        number = rest.partition("-")[0]
+        pid = int(number) if host == _host() and number.isdigit() else None
+        if (owned and pid in (None, os.getpid())) or _is_abandoned(parent / name, pid):
+            remove(parent / name)
 
 
-def _is_gone(pid: str) -> bool:
-    """Whether this is the number of a process that does not exist."""
-    return pid.isdigit() and not psutil.pid_exists(int(pid))
+def _is_abandoned(folder: Path, pid: int | None) -> bool:
+    """Whether the process that made `folder` is gone; of another host (None) that is told by time alone."""
+    try:
+        made = folder.stat().st_mtime
+        if pid is None:
+            return time.time() - made > ABANDONED_SECONDS
+        # in a container another process often has the number of the one before
+        return psutil.Process(pid).create_time() > made + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, psutil.Error):
+        return False
+
+
+def _host() -> str:
+    """Short, and without a dash; containers are hosts, too, with processes of their own."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # there is none, or nobody may look inside: writing says why
+        return []

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import ConfigError, DataError
-from lowmem_ft.core.files import is_full
+from lowmem_ft.core.files import ABANDONED_SECONDS, is_full
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.records import Progress, kind_of
 from lowmem_ft.data.sources import FileSet
@@ -44,7 +44,6 @@ MAGIC = b"LMFTDAT1"
 TAIL = 8 + 32 + len(MAGIC)
 INDEX_BYTES = 4 + 4 + 1  # of an example
 WRITE_BYTES = 1 << 20
-ABANDONED_SECONDS = 24 * 3600
 KEY_DIGITS = 40
 WHOLE, CHOSEN, REJECTED, GOOD, BAD = range(5)  # parts: an example of its own; of a pair; with a verdict
 Entries = Iterable[tuple[Example, int]]  # each with its part

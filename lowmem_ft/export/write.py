@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import is_full, open_to_others, remove_orphans
+from lowmem_ft.core.files import is_full, open_to_others, remove_orphans, writing_prefix
 from lowmem_ft.core.sizes import format_size
 
 COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what an exported model takes over from its base
@@ -38,7 +38,7 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
         remove_orphans(out.parent, _prefix(out))
         if shutil.disk_usage(out.parent).free < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(out) + f"{os.getpid()}-", dir=out.parent))
+        folder = Path(tempfile.mkdtemp(prefix=writing_prefix(_prefix(out)), dir=out.parent))
     try:
         with _explained(out, nbytes):
             yield folder

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import is_full, remove, remove_orphans
+from lowmem_ft.core.files import is_full, remove, remove_orphans, writing_prefix
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
     DTYPE_NAMES,
@@ -46,7 +46,7 @@ from lowmem_ft.quant.shards import ShardFiles, pieces, shard_header, split_shard
 
 FORMAT = 1  # raise it when what is written changes: older entries are then never looked at
 MARKER = "lowmem_ft.json"
-_WRITING = ".writing-"  # and the process id: what folders are called until they are complete
+_WRITING = ".writing-"  # how names of folders begin until they are complete
 _LISTED_BYTES = 64  # a tensor's file name and checksum, and what JSON puts around them
 _CONFIG_BYTES = 4 << 10  # generation_config.json, what is said of the quantization, the marker's head
 
@@ -204,7 +204,7 @@ class CacheWriter:
         with self._no_space():
             cache.mkdir(parents=True, exist_ok=True)
             remove_orphans(cache, _WRITING)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{_WRITING}{os.getpid()}-", dir=cache))
+            self._folder = Path(tempfile.mkdtemp(prefix=writing_prefix(_WRITING), dir=cache))
         try:
             with self._no_space():
                 if shutil.disk_usage(cache).free < layout_bytes(self._tensors):

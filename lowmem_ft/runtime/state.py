@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING, open_to_others
+from lowmem_ft.core.files import SAVING, open_to_others, writing_prefix
 from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 from lowmem_ft.runtime.rerun import random_states
@@ -43,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors, too, writes to a name of its own first, which would stay where the process is killed
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{SAVING}{os.getpid()}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=writing_prefix(SAVING)) as scratch:
             temporary = Path(scratch) / path.name
             save_file(tensors, temporary, header)
             open_to_others(temporary)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lowmem_ft.quant.cache as cache_module
 import lowmem_ft.quant.loader as loader_module
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.files import writing_prefix
 from lowmem_ft.quant import shards
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.ops import QuantSpec
@@ -271,15 +272,24 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+    """A folder that several hosts share has processes of other ones, too, whose numbers say nothing here."""
+    cache, now = _made(tmp_path / "cache"), time.time()
+    here = writing_prefix(".writing-").removesuffix(f"{os.getpid()}-")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        Path(tempfile.mkdtemp(prefix=f".writing-{pid}-", dir=_made(cache))).joinpath("part").write_text("x")
+    ages = {
+        f"{here}{os.getpid()}-alive": 0,
+        f"{here}{os.getpid()}-of the one before": 3 * 3600,  # whose number this process has now
+        f"{here}{dead.pid}-dead": 0,
+        f".writing-elsewhere-{dead.pid}-alive": 3600,
+        f".writing-elsewhere-{os.getpid()}-dead": 3 * 24 * 3600,
+    }
+    for name, age in ages.items():
+        _made(cache / name).joinpath("part").write_text("x")
+        os.utime(cache / name, (now - age, now - age))
     load(save_tiny("llama", tmp_path / "model"), cache=cache)
-    left = [path.name for path in cache.glob(".writing-*")]
-    assert len(left) == 1
-    assert left[0].startswith(f".writing-{os.getpid()}-"), "a process that is alive may still be writing"
+    assert all(path.name.endswith("-alive") for path in cache.glob(".writing-*"))
+    assert len(list(cache.glob(".writing-*"))) == 2
 
 
 def test_the_first_of_two_writers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

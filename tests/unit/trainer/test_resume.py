@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError
+from lowmem_ft.core.files import writing_prefix
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop
@@ -129,12 +130,14 @@ def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
 
 def test_what_killed_processes_were_writing_goes_when_the_run_goes_on(data: Path) -> None:
     folder, dead, alive = RunFolder(data / "run"), 2**22 + 1, os.getppid()
-    theirs = folder.checkpoints / f".saving-{alive}-x"
+    here = writing_prefix(".saving-").removesuffix(f"{os.getpid()}-")
+    theirs = folder.checkpoints / f"{here}{alive}-x"
     for scratch in (
         theirs,
-        folder.checkpoints / f".saving-{dead}-x",
-        folder.checkpoints / f".saving-{os.getpid()}-x",  # in containers a new process often has the number
-        folder.adapter / f".saving-{dead}-x",
+        folder.checkpoints / f"{here}{dead}-x",
+        folder.checkpoints / f"{here}{os.getpid()}-x",  # in containers a new process often has the number
+        folder.checkpoints / f".saving-other-{alive}-x",  # of the container before, say
+        folder.adapter / f"{here}{dead}-x",
     ):
         scratch.mkdir(parents=True)
         (scratch / "half.safetensors").write_text("half")
