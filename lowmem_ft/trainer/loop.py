@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -306,7 +307,7 @@ class _Loop:
         if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
             self.best_loss = self.eval_loss
             weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}
-            state.write_tensors(self.folder.best, weights)
+            state.write_tensors(self.folder.best, weights, {"state": json.dumps({"eval_loss": self.best_loss})})
 
     def _save(self, loader: BatchLoader) -> None:
         assert self.ready.optimizer is not None, "training assembles an optimizer"
@@ -355,9 +356,20 @@ class _Loop:
             self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         else:
-            self.folder.best.unlink(missing_ok=True)
             self.reporter.say("The held-out data is another: which step was the best so far is forgotten.")
+        if self._best_on_disk() != self.best_loss:  # it may be of a step that is done again, with other settings
+            self.folder.best.unlink(missing_ok=True)
+            self.best_loss = math.inf
         self.reporter.say(f"Going on from step {self.step}.")
+
+    def _best_on_disk(self) -> float:
+        """The held-out loss of the best weights that are kept."""
+        if not self.folder.best.exists():
+            return math.inf
+        found: float = state.read_checkpoint(self.folder.best)[1].get(
+            "eval_loss", self.best_loss
+        )  # older ones: unknown
+        return found
 
     def _finish(self) -> Run:
         if self.lost:

@@ -223,6 +223,19 @@ def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> No
     assert run.metrics[-1]["step"] == 6
 
 
+def test_the_best_of_steps_that_are_done_again_is_forgotten(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are done with another learning rate, its weights are of no step of the run."""
+    settings: dict[str, Any] = {"eval_every": 1, "save_every": 2, "steps": 4}
+    at_step(monkeypatch, 4, sys.exit)
+    with pytest.raises(SystemExit):  # with the weights of step 3 as the best, and the checkpoint of step 2
+        loop.train(config(data, train=settings), reporter=QUIET)
+    monkeypatch.undo()
+    again = config(data, train={**settings, "lr": 10.0, "schedule": "constant"})
+    run = loop.train(again, resume=True, reporter=QUIET)
+    losses = {line["step"]: line["eval_loss"] for line in run.metrics if "eval_loss" in line}
+    assert losses[2] < run.eval_loss == min(losses[3], losses[4])
+
+
 def test_training_data_with_other_content_is_told(data: Path) -> None:
     """Lengths decide what a step holds; a template that writes the date changes tokens and not these."""
     for name, sections, expected in (("same", {}, False), ("other", {"assistant_only": False}, True)):
