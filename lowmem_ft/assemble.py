@@ -227,7 +227,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     Of a multimodal model it has the processor's chat template, which older ones keep in a file of its own.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        os.path.isfile(folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)

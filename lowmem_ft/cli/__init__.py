@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from lowmem_ft.core.errors import BudgetError, LowMemError
-from lowmem_ft.core.files import is_full
+from lowmem_ft.core.errors import BudgetError, ConfigError, LowMemError
+from lowmem_ft.core.files import is_full, is_refused
 from lowmem_ft.core.host import prefer_huge_pages
 from lowmem_ft.core.interrupt import clean_up_when_ended
 from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
@@ -44,6 +44,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
+        if is_refused(error):  # of a file beside those that a command looks at itself
+            _tell(ConfigError("A file may not be used.", given=error, fix="see who may use it, or name another"))
+            sys.exit(ConfigError.exit_code)
         if not (is_full(error) or isinstance(error, BrokenPipeError)):
             raise
         _forget(sys.stdout)

@@ -26,7 +26,7 @@ from lowmem_ft.cli.push import push
 from lowmem_ft.cli.runs import DeviceOption, assemble_run, on_device, open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
-from lowmem_ft.core.files import write_text
+from lowmem_ft.core.files import check_writable, write_text
 from lowmem_ft.core.sizes import parse_count
 from lowmem_ft.report.progress import Reporter, show
 
@@ -86,6 +86,8 @@ def plan(
         )
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = RunConfig.from_dict({"model": model}, [*given, *(overrides or [])])
+    if html is not None:
+        check_writable(html)
 
     from lowmem_ft.planner.solver import make_plan, require_fit
     from lowmem_ft.report.plan_page import plan_page

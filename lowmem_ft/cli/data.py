@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +88,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as folder:
             return require_tokenizer(folder, model)
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder
     return require_tokenizer(folder, model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,8 +137,9 @@ def _trained_run(
 
     logging.disable_progress_bar()  # of loading what was written, beside the reporter's own
 
-    folder = out or (target if target.is_dir() else Path(config.output)) / name
-    scratch = target if target.is_dir() else folder.absolute().parent
+    run = os.path.isdir(target)
+    folder = out or (target if run else Path(config.output)) / name
+    scratch = target if run else folder.absolute().parent
     where = find_device(config.budget.device).torch_device
     return TrainedRun(config=config, policy=plan.policy, adapter=chosen, device=where, scratch=scratch), folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import typer
 from lowmem_ft.core.commented import commented_yaml
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, LowMemError
-from lowmem_ft.core.files import write_text
+from lowmem_ft.core.files import check_writable, write_text
 from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.sizes import parse_size
 from lowmem_ft.report.progress import Reporter
@@ -63,6 +64,7 @@ def init(
 ) -> None:
     """Write a config in which every key is explained: asks for what no flag says, and suggests from what it sees."""
     _refuse_to_overwrite(out)
+    check_writable(out)
     ask = Asker(asks=not yes and _is_terminal())
     if not ask.asks:
         needed: dict[str, Any] = {"--model": model, "--data": data}
@@ -138,7 +140,7 @@ def _is_terminal() -> bool:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists():
+    if os.path.exists(out):
         raise ConfigError(
             "The file is there already.", given=str(out), allowed="a new file", fix="name another, or remove it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def push(
 ) -> None:
     """Upload a run's adapter and its model card to the Hugging Face hub, with the token of `hf auth login`."""
     adapter = run / "adapter"
-    if not all((adapter / name).is_file() for name in (CONFIG, "adapter_model.safetensors")):
+    if not all(os.path.isfile(adapter / name) for name in (CONFIG, "adapter_model.safetensors")):
         raise ConfigError(
             "There is no adapter to upload.",
             given=str(run),

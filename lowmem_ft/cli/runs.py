@@ -49,7 +49,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
             "There is no such run.", given=target, allowed="a run folder, or a config file", fix="check the path"
         )
     run = os.path.isdir(target)
-    if run and not (target / "config.yaml").is_file():
+    if run and not os.path.isfile(target / "config.yaml"):
         _refuse_folder(target)
     config = RunConfig.load(target / "config.yaml" if run else target, overrides)
     chosen: bool | Path = target / "adapter" if run else False
@@ -57,7 +57,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
         chosen = False if adapter == "none" else adapter_folder(adapter)
         if isinstance(chosen, Path):
             read_adapter_config(chosen)  # what is wrong with it is told before anything is planned or loaded
-    elif run and not (target / "adapter" / "adapter_config.json").exists():
+    elif run and not os.path.exists(target / "adapter" / "adapter_config.json"):
         raise ConfigError(
             "The run has no adapter yet.",
             given=str(target),
@@ -72,7 +72,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
         base = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
         RunFolder(target).warn_of_other_base(base.sample())
     plan_file = target / "plan.json"
-    before = _read_plan(plan_file) if plan_file.exists() else None
+    before = _read_plan(plan_file) if os.path.exists(plan_file) else None
     if before is None:
         return config, require_fit(make_plan(config)), chosen
     saved = RunConfig.load(target / "config.yaml") if overrides else config
@@ -82,9 +82,9 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
 def _refuse_folder(folder: Path) -> None:
     """Say what a folder is that is no run."""
     fix = "name the run's folder, which has a config.yaml"
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):
         fix = f"it is an adapter: write a config with `model: ITS BASE`, and give that with --adapter {folder}"
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         fix = f"it is a model: write a config with `model: {folder}`, and give that with --adapter none"
     raise ConfigError("The folder is no run.", given=str(folder), allowed="a run folder, or a config file", fix=fix)
 

@@ -26,6 +26,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_refused(error: OSError) -> bool:
+    """Whether the system does not let this user have a file or folder of this name."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to a temporary name, which `remove_half_written` knows, and rename it.
 
@@ -70,8 +75,10 @@ def check_writable(path: Path) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise IsADirectoryError("it is a folder")
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # which refuses a name that is too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

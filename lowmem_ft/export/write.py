@@ -54,7 +54,11 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
 
 def refuse_filled(out: Path) -> None:
     """Raise ConfigError if `out` is a file, a folder that holds something, or one in whose place no other can come."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        filled = os.path.exists(out) and bool(os.listdir(out))
+    except OSError:  # a file, or a folder that nobody may look into
+        filled = True
+    if filled:
         raise ConfigError(
             "The output exists already.",
             given=out,

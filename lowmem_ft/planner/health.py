@@ -150,7 +150,7 @@ def check_memory() -> Iterator[Check]:
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     folder = folder.expanduser().absolute()
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 

@@ -104,7 +104,7 @@ class CacheEntry:
 
     def is_complete(self) -> bool:
         """Whether it can be read. A damaged entry is removed, if that is allowed, so that it is made again."""
-        if not self.folder.exists():
+        if not os.path.exists(self.folder):
             return False
         try:
             _, tensors, _ = scan(self.folder, self.index_name)

@@ -346,6 +346,8 @@ def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool, code:
     if not name.strip():
         raise CheckpointError("no model is named", given=repr(name), allowed=_A_MODEL)
     if os.path.isdir(folder):  # unlike pathlib's it answers where nobody may look
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise CheckpointError("the model folder may not be looked at", given=folder, fix="see who may read it")
         return folder
     if os.path.exists(folder):
         raise CheckpointError("a model is a folder with config.json and safetensors files", given=f"the file {name}",

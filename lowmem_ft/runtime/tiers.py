@@ -328,7 +328,7 @@ def _unpin(driver: Any, address: int, device: torch.device) -> None:
 def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO, str | None]:
     """A new file, opened for writing, and for reading past the page cache where that is possible; and its name if it
     has one: Windows removes no file that is open."""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     handle, name = tempfile.mkstemp(dir=folder, prefix=".lowmem-ft-stream-")
     file = direct = FileIO(handle, "r+")

@@ -6,6 +6,7 @@ runs out. This module needs the `lm-eval` extra and is imported where a task is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[TaskManager,
     Raises:
         ConfigError: no such task or folder.
     """
-    if include is not None and not include.is_dir():
+    if include is not None and not os.path.isdir(include):
         raise ConfigError("The folder of tasks is not there.", given=str(include), allowed="a folder with YAML files")
     manager = TaskManager(include_path=None if include is None else str(include))
     for task in tasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def train(
     """
     reporter = reporter or Reporter()
     folder = RunFolder(Path(config.output))
-    if resume and folder.finished.exists():
+    if resume and os.path.exists(folder.finished):
         run = folder.result()
         reporter.say(f"{folder.path} is finished: nothing to do.")
         return run

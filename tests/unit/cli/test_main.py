@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lowmem_ft.cli import demo, export, format_warning
+from lowmem_ft.export.write import refuse_filled
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
 
@@ -40,6 +42,24 @@ def test_memory_that_runs_out(
     assert "Memory ran out" in err
     assert given in err
     assert "See the documentation" not in err
+
+
+def test_names_that_the_system_does_not_take(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of what lies where nobody may look, which a test that root runs cannot show."""
+    name, model = "a" * 300, ASSETS / "doclm-7m"
+    monkeypatch.setattr(solver, "make_plan", raising(AssertionError("it plans")))
+    for words, said in {
+        ("data", ASSETS / "whatis-eval.jsonl", "--model", name): "neither a local folder nor a hub repository",
+        ("init", f"{name}.yaml", "--yes"): "file cannot be written",
+        ("plan", model, "--html", name): "file cannot be written",
+        ("push", name, "me/mine"): "no adapter to upload",
+    }.items():
+        code, out, err = command(*words)
+        assert (code, out, said in err) == (2, "", True), err
+    refuse_filled(Path(name))  # making it says why
+    monkeypatch.setattr(solver, "make_plan", raising(PermissionError(errno.EACCES, "Permission denied", name)))
+    code, _, err = command("plan", model)
+    assert (code, f"given:   [Errno 13] Permission denied: '{name}'" in err) == (2, True), err
 
 
 def test_other_errors_are_bugs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
