@@ -56,6 +56,7 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
             with RunFolder(out).alone():
                 shutil.rmtree(out)
         RunFolder(out).refuse_another()  # and not when all else is done
+        RunFolder(out).refuse_unwritable()
         plan = require_fit(make_plan(config))
         reporter.say(plan_table(plan))
         questions = _questions(assets / "whatis-eval.jsonl")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_ft.core.config import DataConfig, DataSource, Sources
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
+from lowmem_ft.data.formats import RecordReader
 from lowmem_ft.data.mixture import Mixture
 from lowmem_ft.data.preference import (
     PreferenceExample,
@@ -21,8 +24,8 @@ from lowmem_ft.data.preference import (
     preference_entries,
     verdict_entries,
 )
-from lowmem_ft.data.records import Progress, Row
-from lowmem_ft.data.sources import FileSet, Use, find_source, list_sources
+from lowmem_ft.data.records import Progress, Row, read_rows
+from lowmem_ft.data.sources import FileSet, Use, find_source, is_on_hub, list_sources
 from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
 from lowmem_ft.data.tally import DataReport, Tally
 
@@ -72,6 +75,27 @@ def read_preferences(
     stored, weights, notes = _stored(sources, data, tokenizer, use, task, ENTRIES[wanted])
     mixture = Mixture(tuple(StoredPreferences.of(part) for part in stored), weights)
     return mixture, notes + _weight_notes(mixture, stored)
+
+
+def check_sources(sources: Sources, data: DataConfig, *, use: Use) -> None:
+    """Refuse at once what reading would refuse after long work: files that are not there, cannot be read, or whose
+    first record is none. What the hub has, or a pipe, shows later.
+
+    Raises:
+        DataError: as reading raises it.
+    """
+    for source in list_sources(sources, data):
+        for path in () if is_on_hub(source) else find_source(source, use).files:
+            if os.path.exists(path) and not os.path.isfile(path):
+                continue
+            tally = Tally(source.path, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
+            reader = RecordReader(format=source.format or data.format, columns=source.columns or {})
+            for row in itertools.islice(read_rows(path), 1):
+                tally.attempt(row, partial(_kind_of, reader))
+
+
+def _kind_of(reader: RecordReader, record: Mapping[str, Any]) -> tuple[str, None]:
+    return reader.read(record).kind, None
 
 
 def _examples(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> Iterator[tuple[Example, int]]:

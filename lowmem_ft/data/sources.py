@@ -72,7 +72,7 @@ def find_source(source: DataSource, use: Use) -> FileSet:
         DataError: there is no such thing, no such split, or a key that it does not take.
     """
     path = Path(source.path).expanduser()
-    if not os.path.exists(path) and _may_be_hub_id(source.path):  # unlike pathlib's it answers where nobody may look
+    if is_on_hub(source):
         return FileSet(source.path, tuple(_from_hub(source, use)))
     _refuse_unread(source, ("subset", "revision"), "concern hub ids")
     if os.path.isdir(path):
@@ -87,6 +87,12 @@ def find_source(source: DataSource, use: Use) -> FileSet:
     return FileSet(source.path, tuple(files))
 
 
+def is_on_hub(source: DataSource) -> bool:
+    """Whether a hub id is meant: nothing of this name is here."""
+    here = os.path.exists(Path(source.path).expanduser())  # unlike pathlib's it answers where nobody may look
+    return not here and _may_be_hub_id(source.path)
+
+
 def load_readers(data: DataConfig) -> None:
     """Import what reads the files of `data`, so that a process that is measured for a plan has it already.
 
@@ -94,8 +100,7 @@ def load_readers(data: DataConfig) -> None:
     """
     for source in (it for given in (data.train, data.eval) if given is not None for it in list_sources(given, data)):
         path = Path(source.path).expanduser()
-        hub = not os.path.exists(path) and _may_be_hub_id(source.path)
-        if hub or os.path.isdir(path) or any(kind_of(it) in TABLES for it in _files(path)):
+        if is_on_hub(source) or os.path.isdir(path) or any(kind_of(it) in TABLES for it in _files(path)):
             import pyarrow.parquet  # noqa: F401
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -61,6 +62,15 @@ class RunFolder:
                 given=str(self.path),
                 fix="--resume goes on with it; or set output to another folder, or delete this one",
             )
+
+    def refuse_unwritable(self) -> None:
+        """Raises CheckpointError if nothing can be written into the folder, or if it cannot be made."""
+        place = self.path.absolute()
+        while not os.path.exists(place):
+            place = place.parent
+        if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+            why = errno.EACCES if os.path.isdir(place) else errno.ENOTDIR
+            raise _unwritable(place, OSError(why, os.strerror(why)))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -27,8 +27,9 @@ from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.data.mixture import Mixture, content_of
 from lowmem_ft.data.pairs import balance_note, preferences_of
-from lowmem_ft.data.reading import Wanted, read_preferences, read_sources
+from lowmem_ft.data.reading import Wanted, check_sources, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
+from lowmem_ft.data.store import cache_folder
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from lowmem_ft.trainer.replan import plan_again
 from lowmem_ft.trainer.samples import in_one_line, samples
 from lowmem_ft.trainer.schedule import learning_rate
-from lowmem_ft.trainer.trackers import Trackers, tracking
+from lowmem_ft.trainer.trackers import Trackers, check_trackers, tracking
 
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
 LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
@@ -81,6 +82,7 @@ def train(
         warnings.warn("eval.samples has no effect without data.eval", stacklevel=2)
     if not resume:
         folder.refuse_another()
+    _check_before_planning(config, folder)
     newest = state.checkpoints(folder.checkpoints)[-1:] if resume else []
     before = folder.plan() if newest else None
     plan = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
@@ -101,6 +103,17 @@ def train(
             with tracking(config, folder.path) as trackers:
                 loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
                 return loop.run(newest[0] if newest else None)
+
+
+def _check_before_planning(config: RunConfig, folder: RunFolder) -> None:
+    """What need not wait for the plan, which takes its time."""
+    folder.refuse_unwritable()
+    check_trackers(config)
+    cache_folder(config.data.cache)
+    uses: tuple[tuple[Use, Sources | None], ...] = (("train", config.data.train), ("eval", config.data.eval))
+    for use, sources in uses:
+        if sources is not None:
+            check_sources(sources, config.data, use=use)
 
 
 def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any], Sequence[Any]]:

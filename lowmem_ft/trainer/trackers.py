@@ -41,13 +41,8 @@ def _warn(tracker: Any, error: Exception) -> None:
     warnings.warn(f"{tracker.name} fails: what it lacks is in metrics.jsonl ({why})", stacklevel=3)
 
 
-@contextmanager
-def tracking(config: RunConfig, folder: Path) -> Iterator[Trackers]:
-    """Within it what `train.track` names is open; then all is sent and closed.
-
-    Raises:
-        UnsupportedError: the library is not installed, or does not start.
-    """
+def check_trackers(config: RunConfig) -> None:
+    """Raise UnsupportedError if a library that `train.track` names is not installed."""
     for name in config.train.track:
         if importlib.util.find_spec(name) is None:
             raise UnsupportedError(
@@ -56,6 +51,15 @@ def tracking(config: RunConfig, folder: Path) -> Iterator[Trackers]:
                 allowed=", ".join(get_args(Name)),
                 fix=f"pip install 'lowmem-ft[{name}]', or take it out of train.track",
             )
+
+
+@contextmanager
+def tracking(config: RunConfig, folder: Path) -> Iterator[Trackers]:
+    """Within it what `train.track` names is open; then all is sent and closed.
+
+    Raises:
+        UnsupportedError: a library does not start.
+    """
     opened: list[Any] = []
     try:
         for name in config.train.track:

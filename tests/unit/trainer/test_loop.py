@@ -1,6 +1,7 @@
 """The loop on the embedded model: what a run leaves, that stopping and resuming change nothing, what is refused."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -194,6 +195,26 @@ def test_a_run_without_data_stops_before_it_is_planned(data: Path, monkeypatch: 
     monkeypatch.setattr(loop, "make_plan", lambda _: pytest.fail("planned"))
     with pytest.raises(ConfigError, match=r"'data.train' is missing"):
         loop.train(config(data, "run", data={"train": None}), reporter=QUIET)
+
+
+def test_what_needs_no_plan_is_told_before_it_is_made(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of a large model takes minutes."""
+    monkeypatch.setattr(loop, "make_plan", lambda _: pytest.fail("planned"))
+    (data / "other.jsonl").write_text('{"question": "?"}\n')
+    (data / "file").write_text("mine")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for output, sections, said in (
+        ("run", {"data": {"train": str(data / "gone.jsonl")}}, "No such file"),
+        ("run", {"data": {"eval": str(data / "gone.jsonl")}}, "No such file"),
+        ("run", {"data": {"eval": str(data / "other.jsonl")}}, "other.jsonl:1: the record lacks the keys"),
+        ("run", {"data": {"eval": str(data / "eval.jsonl"), "columns": {"text": "body"}}}, "lacks the column"),
+        ("run", {"data": {"cache": str(data / "file")}}, "data.cache cannot be written"),
+        ("run", {"train": {"track": ["wandb"]}}, "wandb is not installed"),
+        ("file/run", {}, "could not be written"),
+    ):
+        with pytest.raises(LowMemError, match=said):
+            loop.train(config(data, output, **sections), reporter=QUIET)
+    assert not (data / "run").exists()
 
 
 def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
