@@ -29,13 +29,16 @@ REINSTALL = "install again what fails (`pip install --force-reinstall lowmem-ft`
 
 def doctor(
     model: Annotated[str | None, typer.Option(help="What to plan for; default: the embedded model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     hub: Annotated[bool, typer.Option("--hub", help="Ask the Hugging Face hub for an answer, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")] = False,
 ) -> None:
     """Check versions, device, kernels, memory and disks, and say what would limit you. Writes temporary files only."""
     checks, limit, failed = list(check_versions()), None, None
     with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as embedded:
-        config = RunConfig.from_dict({"model": model or str(embedded)})
+        config = RunConfig.from_dict({"model": model or str(embedded), "trust_remote_code": trust_remote_code})
         try:
             for check in _machine(config):
                 checks.append(check)  # one by one: those before a failure are shown
@@ -77,7 +80,8 @@ def _within_positions(config: RunConfig) -> RunConfig:
     """With sequences that the model has positions for."""
     from lowmem_ft.quant.checkpoint import Checkpoint
 
-    positions = positions_of(Checkpoint.open(config.model, weights=False).config)
+    checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    positions = positions_of(checkpoint.config)
     if positions is None or positions >= config.data.seq_len:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": positions})})

@@ -60,6 +60,9 @@ def init(
     seq_len: Annotated[int | None, typer.Option(min=8, help="Tokens of a sequence.")] = None,
     method: Annotated[str | None, typer.Option(help=" | ".join(METHODS))] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the adapter.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take what is suggested, ask nothing.")] = False,
 ) -> None:
     """Write a config in which every key is explained: asks for what no flag says, and suggests from what it sees."""
@@ -87,7 +90,7 @@ def init(
 
     reporter = Reporter()
     model = ask(model, "Model (a folder or a hub id)", None, _text)
-    checkpoint = Checkpoint.open(model, weights=False)
+    checkpoint = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False)
     positions = positions_of(checkpoint.config)
     tokenizer = require_tokenizer(checkpoint.folder, model)
     data = ask(data, "Data to train on", None, _text)
@@ -126,6 +129,7 @@ def init(
             "data": {"train": data, "eval": held_out, "format": found.format, "seq_len": seq_len},
             "train": {"tokens_per_step": step},
             "output": f"runs/{out.stem}",
+            "trust_remote_code": trust_remote_code,
         }
     )
     _refuse_to_overwrite(out)  # it may have come while questions were answered
@@ -152,6 +156,8 @@ def _plan_command(config: RunConfig, budget: str) -> str:
     default = RunConfig(model=config.model)
     if config.train.tokens_per_step != default.train.tokens_per_step:
         words += ["--tokens-per-step", str(config.train.tokens_per_step)]
+    if config.trust_remote_code:
+        words.append("trust_remote_code=true")
     for name, value in config.adapter:
         if value != getattr(default.adapter, name):
             words.append(f"adapter.{name}={str(value).lower() if isinstance(value, bool) else value}")

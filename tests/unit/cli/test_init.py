@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from lowmem_ft.cli import doctor
 from lowmem_ft.cli.app import app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError
@@ -69,6 +71,26 @@ def test_what_it_writes_trains(command: Command) -> None:
     code, _, err = command("train", "config.yaml", "train.steps=1", "train.tokens_per_step=256")
     assert code == 0, err
     assert Path("runs/config/adapter/adapter_model.safetensors").exists()
+
+
+def test_code_that_comes_with_the_model(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` finds the same model."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    shutil.copytree(MODEL, "remote")
+    settings = json.loads(Path("remote/config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "code_of_mine.Config"}}
+    Path("remote/config.json").write_text(json.dumps(settings))
+    source = "from transformers import LlamaConfig\n\n\nclass Config(LlamaConfig):\n    model_type = 'mine'\n"
+    Path("remote/code_of_mine.py").write_text(source)
+    given = ("init", "mine.yaml", "--model", "remote", "--data", EVAL, "--yes")
+    code, _, err = command(*given)
+    assert (code, "which are not run" in err) == (2, True), err
+    code, out, err = command(*given, "--trust-remote-code")
+    assert (code, "trust_remote_code=true" in out) == (0, True), err
+    assert RunConfig.load("mine.yaml").trust_remote_code
+    config = RunConfig.from_dict({"model": "remote", "trust_remote_code": True})
+    assert doctor._within_positions(config).data.seq_len <= 2048
 
 
 def test_missing_flags_are_listed(command: Command) -> None:
