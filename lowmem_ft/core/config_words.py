@@ -12,6 +12,36 @@ from pydantic import BaseModel, ValidationError
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.yaml_text import QUOTE
 
+# What other trainers call a key that has another name here
+_ELSEWHERE = {
+    key: ours
+    for ours, others in {
+        "model": "base_model model_name model_name_or_path model_id",
+        "output": "output_dir output_path save_dir",
+        "quant.bits": "load_in_4bit load_in_8bit",
+        "adapter.rank": "r lora_r lora_rank",
+        "adapter.targets": "target_modules lora_target lora_target_modules",
+        "adapter.train_modules": "modules_to_save",
+        "budget.memory": "vram gpu_memory max_memory",
+        "data.train": "dataset datasets dataset_name train_file",
+        "data.eval": "validation eval_dataset eval_file validation_file",
+        "data.seq_len": "max_seq_length max_length sequence_len cutoff_len block_size",
+        "train.tokens_per_step": "batch_size per_device_train_batch_size micro_batch_size gradient_accumulation_steps",
+        "train.lr": "learning_rate",
+        "train.epochs": "num_train_epochs num_epochs",
+        "train.steps": "max_steps",
+        "train.schedule": "lr_scheduler lr_scheduler_type",
+        "train.grad_clip": "max_grad_norm",
+        "train.eval_every": "eval_steps",
+        "train.save_every": "save_steps",
+        "train.track": "report_to",
+        "train.objective": "loss_type",
+        "policy.compute_dtype": "bf16 fp16 dtype torch_dtype mixed_precision",
+        "policy.activations": "gradient_checkpointing",
+    }.items()
+    for key in others.split()
+}
+
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key below `section`, parents included."""
@@ -103,6 +133,12 @@ def _meant(path: list[str], known: list[str]) -> str | None:
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}  # of two the first
     if path[-1] in leaves:
         return leaves[path[-1]]
-    key, near = ".".join(path), nearest(path[-1], leaves)
-    close = nearest(key, (name for name in known if not key.startswith(f"{name}.")))
-    return close or (leaves[near] if near else None)
+    if (ours := _ELSEWHERE.get(path[-1])) in known:
+        return ours
+    section = "".join(f"{part}." for part in path[:-1])
+    # by what differs: beside the section's own name any two keys of it look alike
+    beside = {name.removeprefix(section): name for name in known if name.startswith(section)}
+    for names in ({leaf: name for leaf, name in beside.items() if "." not in leaf}, leaves):
+        if near := nearest(path[-1], names):
+            return names[near]
+    return None

@@ -19,7 +19,7 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.pipeline import Links
-from lowmem_ft.planner.profile import SUFFIXES, Profile, load_profile, profile_names
+from lowmem_ft.planner.profile import SUFFIXES, Profile, load_profile, near_profile, profile_names
 from lowmem_ft.planner.trace import Cost
 from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
@@ -118,12 +118,14 @@ def find_device(name: str) -> Device:
         return _cuda(int(index or 0))
     if name in profile_names() or Path(name).suffix in SUFFIXES:
         return _from_profile(load_profile(name), name)
-    close = nearest(name, [*present, *profile_names()])
+    close = nearest(name, present) or near_profile(name)
+    if kind in ("cuda", "gpu"):
+        close = "cuda" if torch.cuda.is_available() else None  # and not `cpu`, which looks like it
     raise UnsupportedError(
         "No such device.",
         given=name,
         allowed=f"{', '.join(present)}, or a profile (`lowmem-ft profiles list`)",
-        fix=f"did you mean '{close}'?" if close else "set budget.device (or --device), or leave it at auto",
+        fix=f"did you mean '{close}'?" if close else "leave it at auto; `lowmem-ft doctor` says what is here",
     )
 
 

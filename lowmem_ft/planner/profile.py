@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import typing
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -188,6 +189,13 @@ def profile_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 
+def near_profile(name: str) -> str | None:
+    """The shipped profile that a name such as `RTX 4090` seems to mean."""
+    word = re.sub(r"[\W_]+", "-", name.lower())
+    parts = [it for it in profile_names() if len(word) > 1 and word.replace("-", "") in it.replace("-", "")]
+    return parts[0] if parts else nearest(word, profile_names())
+
+
 def load_profile(name_or_path: str | Path) -> Profile:
     """A shipped profile by its name, or a profile from a file (a Path, or text with a slash or ending in .yaml).
 
@@ -200,7 +208,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     elif given in profile_names():
         file = _folder() / f"{given}.yaml"
     else:
-        close = nearest(given.lower().replace(" ", "-").replace("_", "-"), profile_names())
+        close = near_profile(given)
         raise ConfigError(
             "No such device profile.",
             given=given,

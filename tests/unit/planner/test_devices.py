@@ -23,8 +23,11 @@ def test_devices() -> None:
     assert 0 < cpu.process_bytes < cpu.free_bytes <= cpu.memory_bytes + cpu.process_bytes
     assert cpu.flops > 1e9
     assert find_device("cpu").torch_device == torch.device("cpu")
-    for name in ("cuda:99", "tpu", "cpu:1", "cuda:x"):
-        with pytest.raises(UnsupportedError, match="No such device"):
+    for name, fix in (
+        ("cuda:99", "lowmem-ft doctor"), ("tpu", "given:   tpu"), ("cpu:1", "'cpu'"), ("gpu", "lowmem-ft doctor"),
+        ("RTX 4090", "'rtx-4090-24gb'"), ("t4", "'colab-t4-16gb'"),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=rf"No such device\.[\s\S]*{fix}"):
             find_device(name)
 
 
