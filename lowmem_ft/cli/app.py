@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,8 +183,10 @@ def evaluate(
         found |= metrics
     else:
         accuracy = metrics["accuracy"]
-        found |= {"perplexity": math.exp(loss), "eval_accuracy": accuracy}
-        lines = [f"held-out loss {loss:.6f}, perplexity {found['perplexity']:.4f}, token accuracy {accuracy:.2%}"]
+        perplexity = perplexity_of(loss)
+        found |= {"perplexity": perplexity, "eval_accuracy": accuracy}
+        told = "beyond all numbers" if perplexity is None else f"{perplexity:.4f}"
+        lines = [f"held-out loss {loss:.6f}, perplexity {told}, token accuracy {accuracy:.2%}"]
         tokens, size = sum(it.loss_tokens for it in examples), bytes_in_loss(examples, ready.tokenizer)
         if size:
             found["bits_per_byte"] = loss * tokens / math.log(2) / size
@@ -194,6 +197,11 @@ def evaluate(
     print("\n".join(lines))
     for answer in answers:
         print(f"\nprompt:    {answer['prompt']}\nanswer:    {answer['answer']}\nreference: {answer['reference']}")
+
+
+def perplexity_of(loss: float) -> float | None:
+    """None, which JSON can say, where it is too large for a number, as of a model that has diverged."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 @app.command()

@@ -28,6 +28,7 @@ SUFFIXES = {
     ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 BOM = b"\xef\xbb\xbf"
+_NAME_JSON = "name the file .json if it is an array of objects"  # which is read otherwise than lines
 COMPRESSED = {  # first bytes -> how
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip",
 }  # fmt: skip
@@ -92,7 +93,9 @@ def _unpacked(path: Path, file: io.BufferedReader, kind: str) -> io.BufferedRead
     if how == "gzip" and kind not in TABLES:
         return io.BufferedReader(gzip.GzipFile(fileobj=file))
     allowed = "text that gzip compressed, or a file that is not compressed"
-    raise DataError(f"{path}: the file is compressed.", given=how, allowed=allowed, fix="unpack it")
+    sheet = path.suffix.lower() in (".xlsx", ".xlsm", ".ods")
+    fix = "save the sheet as CSV, in UTF-8" if sheet else "unpack it"
+    raise DataError(f"{path}: the file is compressed.", given=how, allowed=allowed, fix=fix)
 
 
 def _jsonl(path: Path, file: io.BufferedReader) -> Iterator[Row]:
@@ -119,13 +122,15 @@ def _record(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         what = f"not valid JSON: {error.msg} at column {error.colno}."
-        raise DataError(what, given=shown, allowed="one JSON object a line") from error
+        fix = _NAME_JSON if line in ("[", "{", "[{") else None
+        raise DataError(what, given=shown, allowed="one JSON object a line", fix=fix) from error
     except (RecursionError, ValueError) as error:
         raise DataError(
             "JSON that cannot be read: nested too deeply, or a number of too many digits.", given=shown
         ) from error
     if not isinstance(record, dict):
-        raise DataError("not a JSON object.", given=shown, allowed='an object, for example {"text": "..."}')
+        fix = _NAME_JSON if isinstance(record, list) else None
+        raise DataError("not a JSON object.", given=shown, allowed='an object, for example {"text": "..."}', fix=fix)
     return record
 
 
@@ -230,6 +235,10 @@ def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[
             if len(set(header)) < len(header) or not all(header):
                 given = delimiter.join(header)[:200]
                 raise DataError(f"{place}: not a header.", given=given, allowed="one name for each column")
+            if len(header) == 1 and (other := next((it for it in ";\t|," if it in header[0]), None)):
+                fix = "write it with commas, as spreadsheets do in English, or with tabs as a .tsv file"
+                what = f"{place}: the fields are not separated by {'tabs' if delimiter == chr(9) else 'commas'}."
+                raise DataError(what, given=f"{header[0][:200]} (by {other!r}?)", fix=fix)
         elif len(cells) != len(header):
             wrong = DataError("not as many fields as columns.", given=len(cells), allowed=len(header))
             yield Row(line, place, wrong)

@@ -71,6 +71,8 @@ def find_source(source: DataSource, use: Use) -> FileSet:
     Raises:
         DataError: there is no such thing, no such split, or a key that it does not take.
     """
+    if not source.path.strip():  # which pathlib takes for the current folder
+        raise DataError("No data file is named.", given=repr(source.path), allowed="a file, a folder, or a hub id")
     path = Path(source.path).expanduser()
     if is_on_hub(source):
         return FileSet(source.path, tuple(_from_hub(source, use)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowmem_ft.cli import demo, export, format_warning
+from lowmem_ft.cli.app import perplexity_of
 from lowmem_ft.export.write import refuse_filled
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
@@ -60,6 +61,11 @@ def test_names_that_the_system_does_not_take(command: Command, monkeypatch: pyte
     monkeypatch.setattr(solver, "make_plan", raising(PermissionError(errno.EACCES, "Permission denied", name)))
     code, _, err = command("plan", model)
     assert (code, f"given:   [Errno 13] Permission denied: '{name}'" in err) == (2, True), err
+
+
+def test_the_perplexity_of_a_model_that_diverged() -> None:
+    assert perplexity_of(1.0) == pytest.approx(2.71828)
+    assert perplexity_of(800.0) is None
 
 
 def test_other_errors_are_bugs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,9 @@ BROKEN = {
     "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
     "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
     "json object": ("data.json", b'{\n  "data": [\n', r"data\.json: neither an array nor lines[\s\S]*fix: +write the"),
+    "csv semicolons": ("data.csv", b"a;b\n1;2\n", r"data\.csv:1: the fields are not separated by commas[\s\S]*';'"),
+    "tsv commas": ("data.tsv", b"a,b\n1,2\n", r"data\.tsv:1: the fields are not separated by tabs[\s\S]*','"),
+    "sheet": ("data.xlsx", b"PK\x03\x04", r"the file is compressed[\s\S]*save the sheet as CSV"),
     "csv field": ("data.csv", b"text\n" + b"a" * 200_000, r"data\.csv:2: not valid CSV[\s\S]*JSONL or Parquet"),
     "csv quote": ("data.csv", b'text\n"a" b\n', r"data\.csv:2: not valid CSV[\s\S]*double the quotes in it$"),
     "tsv quote": ("data.tsv", b'text\n"a\n', r"data\.tsv:2: not valid TSV[\s\S]*double the quotes in it$"),
@@ -201,6 +204,14 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}]\n', '[\n{"text": "a"}\n]\n', '{\n"text": "a"\n}\n'])
+def test_an_array_in_a_file_of_lines_is_recognized(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.jsonl").write_text(content)
+    first = next(read_rows(tmp_path / "data.jsonl")).record
+    assert isinstance(first, DataError)
+    assert "name the file .json" in str(first.fix)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "feather", "arrow"])

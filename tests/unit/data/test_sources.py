@@ -109,6 +109,11 @@ def test_what_the_system_will_not_look_for_is_told(path: str) -> None:
         records(find_source(DataSource(path=path), "train"))
 
 
+def test_no_name_is_not_the_current_folder() -> None:
+    with pytest.raises(DataError, match="No data file is named"):
+        find_source(DataSource(path=" "), "train")
+
+
 def prepared(path: Path) -> dict[str, Any]:
     """What the process that has datasets says of a source."""
     request = json.dumps({"source": {"path": str(path)}, "use": "train"})
