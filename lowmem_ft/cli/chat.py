@@ -109,9 +109,11 @@ def piped_lines() -> Iterator[str]:
         DataError: they are not UTF-8.
     """
     try:
-        for line in filter(None, map(str.strip, sys.stdin)):
+        for number, raw in enumerate(sys.stdin):
+            line = (raw if number else raw.removeprefix("\ufeff")).strip()  # a byte order mark, as some shells send it
             line.encode()  # in some locales Python reads bytes that are no text as halves of surrogate pairs
-            yield line
+            if line:
+                yield line
     except UnicodeError as error:
         raise DataError("The input is no text.", given=str(error), allowed="UTF-8, one per line") from None
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_ft.cli.chat import _lines
+from lowmem_ft.cli.chat import _lines, piped_lines
 from lowmem_ft.core.errors import DataError, UnsupportedError
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.data.chat import ChatRenderer
@@ -165,6 +165,11 @@ def test_generate_streams(command: Command, config: Path) -> None:
     assert streamed[1].endswith("\n")
     code, _, err = command("generate", config, "What is cp?", "--stream", "--json")
     assert (code, "do not go together" in err) == (2, True)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffhi\r\n\n who \n"))
+    assert list(piped_lines()) == ["hi", "who"]
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # by the locale
