@@ -357,6 +357,8 @@ class RunConfig(Section):
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             allowed, fix = "a YAML file", "check the path; `lowmem-ft init` writes a config"
+            if os.path.isfile(path / "config.yaml"):
+                fix = f"it is the folder of a run: give {path / 'config.yaml'}"
             raise ConfigError(
                 "The config file cannot be read.", given=f"{path} ({error})", allowed=allowed, fix=fix
             ) from None

@@ -249,3 +249,9 @@ def test_a_model_is_required_and_configs_are_frozen() -> None:
     config = RunConfig.from_dict({"model": "m"})
     with pytest.raises(Exception, match="frozen"):
         config.model = "other"
+
+
+def test_a_run_in_place_of_its_config_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m")
+    with pytest.raises(ConfigError, match=r"folder of a run: give .*config\.yaml"):
+        RunConfig.load(tmp_path)
