@@ -15,6 +15,7 @@ from rich.text import Text
 from lowmem_ft.core.sizes import format_size
 
 LINE_SECONDS = 10.0  # between two lines of one task when there is no terminal
+RATE_SECONDS = 1800.0  # over which a terminal's rate is taken: rich's own 30 s show none of longer steps
 WIDE = 10_000  # characters of a line of no terminal, more than any row has
 
 
@@ -52,8 +53,9 @@ class Reporter:
             show(self.console, text)
 
     @contextmanager
-    def task(self, name: str, *, unit: str) -> Iterator[Update]:
-        """A piece of work with rate and time left. `unit` is `B` for bytes, else a word in the plural."""
+    def task(self, name: str, *, unit: str, done: int = 0) -> Iterator[Update]:
+        """A piece of work with rate and time left. `unit` is `B` for bytes, else a word in the plural; `done` is what
+        was done before, which says nothing of the rate."""
         if self.quiet:
             yield lambda done, total, note="": None
         elif self.console.is_terminal:
@@ -64,11 +66,12 @@ class Reporter:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
                 console=self.console,
+                speed_estimate_period=RATE_SECONDS,
             ) as progress:
-                task = progress.add_task(name, total=None, note="")
+                task = progress.add_task(name, total=None, completed=done, note="")
                 yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
         else:
-            yield _Lines(self.console, name, unit)
+            yield _Lines(self.console, name, unit, done)
 
 
 class _Amount(ProgressColumn):
@@ -85,8 +88,8 @@ class _Amount(ProgressColumn):
 class _Lines:
     """A task told in lines: the first when it has taken a second, then every `LINE_SECONDS`."""
 
-    def __init__(self, console: Console, name: str, unit: str) -> None:
-        self.console, self.name, self.unit = console, name, unit
+    def __init__(self, console: Console, name: str, unit: str, before: int) -> None:
+        self.console, self.name, self.unit, self.before = console, name, unit, before
         self.start = time.monotonic()
         self.next_line = self.start + 1.0
 
@@ -95,7 +98,7 @@ class _Lines:
         if now < self.next_line:
             return
         self.next_line = now + LINE_SECONDS
-        rate = done / (now - self.start)
+        rate = (done - self.before) / (now - self.start)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         amount = _amount(done, total, rate, self.unit)
         line = f"{self.name}: {amount}{left} {note}".rstrip()
@@ -105,4 +108,5 @@ class _Lines:
 def _amount(done: int, total: int, rate: float | None, unit: str) -> str:
     if unit == "B":
         return f"{format_size(done)}/{format_size(total)}" + (f", {format_size(rate)}/s" if rate else "")
-    return f"{done}/{total} {unit}" + (f", {rate:.1f}/s" if rate else "")
+    # steps of minutes have a rate, too
+    return f"{done}/{total} {unit}" + (f", {rate:{'.1f' if rate >= 1 else '.2g'}}/s" if rate else "")

@@ -242,7 +242,8 @@ class _Loop:
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:
         settings = self.config.train
-        with first_interrupt(ending=True) as stop, self.reporter.task("Training", unit="steps") as update:
+        training = self.reporter.task("Training", unit="steps", done=self.step)
+        with first_interrupt(ending=True) as stop, training as update:
             update(self.step, total)
             while self.step < total:
                 self._train_step(loader, total, update)

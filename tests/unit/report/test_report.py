@@ -38,6 +38,29 @@ def test_piped_progress_is_lines_with_rate_and_time_left(monkeypatch: pytest.Mon
     assert len(lines) == 3
 
 
+def test_what_was_done_before_says_nothing_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    reporter = Reporter(console=console(terminal=False))
+    with reporter.task("Training", unit="steps", done=500) as update:
+        update(500, 600)
+        now += 2.0
+        update(501, 600)
+    assert text(reporter) == "Training: 501/600 steps, 0.5/s, 198 s left\n"
+
+
+def test_a_terminal_tells_the_rate_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed steps take minutes each."""
+    now = 100.0
+    screen = console(terminal=True)
+    monkeypatch.setattr(screen, "get_time", lambda: now)
+    with Reporter(console=screen).task("Training", unit="steps", done=7) as update:
+        for done in range(7, 10):
+            update(done, 10)
+            now += 50.0
+    assert "9/10 steps, 0.02/s 0:00:50" in text(Reporter(console=screen)), "the time that is left, too"
+
+
 def test_a_task_under_a_second_prints_no_line() -> None:
     reporter = Reporter(console=console(terminal=False))
     with reporter.task("Loading", unit="B") as update:
