@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -175,8 +176,10 @@ class Plan:
 
     @property
     def run_config(self) -> RunConfig:
-        """The configuration this plan was made for."""
-        return RunConfig.from_dict(self.config)
+        """The configuration this plan was made for. What it warns of was told when it was given."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return RunConfig.from_dict(self.config)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, in the order of the fields."""

@@ -1,6 +1,7 @@
 """Plan: the JSON form is the contract, and it survives a round trip."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_json_form_has_the_keys_of_the_contract() -> None:
 def test_round_trip() -> None:
     assert Plan.from_dict(json.loads(PLAN.to_json())) == PLAN
     assert PLAN.run_config == RunConfig.from_dict({"model": "m"})
+
+
+def test_a_plan_does_not_tell_again_what_its_config_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    plan = replace(PLAN, config={"model": "m", "quant": {"bits": 8, "type": "fp4"}})
+    assert plan.run_config.quant.bits == 8
+    assert not recwarn.list, "it was told when the config was given"
 
 
 def test_a_plan_of_another_schema_or_half_a_plan_is_refused() -> None:
