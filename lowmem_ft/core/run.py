@@ -40,6 +40,17 @@ class Run:
         return _lines(self.folder / "metrics.jsonl")
 
     @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluation lines, of a run that went on with other held-out data those on the newest."""
+        found: list[dict[str, Any]] = []
+        for line in self.metrics:
+            if line.get("held_out_changed"):
+                found = []
+            if line.get("eval_loss") is not None:  # None is what was not finite
+                found.append(line)
+        return found
+
+    @property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of samples.jsonl (step, prompt, answer, reference), which `eval.samples` asks for."""
         file = self.folder / "samples.jsonl"

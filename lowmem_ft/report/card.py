@@ -50,12 +50,13 @@ def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
     losses = [line["loss"] for line in train if line["loss"] is not None]  # None is what was not finite
     if losses:
         rows.append(("training loss, first and last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
-    held_out = [line["eval_loss"] for line in run.metrics if line.get("eval_loss") is not None]
+    held_out = run.evaluations
     if held_out:
-        rows.append(("held-out loss before", f"{held_out[0]:.4f}"))
+        when = f"at step {held_out[0]['step']}" if held_out[0]["step"] else "before"
+        rows.append((f"held-out loss {when}", f"{held_out[0]['eval_loss']:.4f}"))
     if run.eval_loss is not None:
         rows.append(("held-out loss of this adapter", f"{run.eval_loss:.4f}"))
-        accuracy = next((it.get("eval_accuracy") for it in run.metrics if it.get("eval_loss") == run.eval_loss), None)
+        accuracy = next((it.get("eval_accuracy") for it in held_out if it["eval_loss"] == run.eval_loss), None)
         if accuracy is not None:
             rows.append(("share of held-out tokens that it takes for the likeliest", f"{accuracy:.1%}"))
     return rows

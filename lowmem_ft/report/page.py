@@ -19,11 +19,8 @@ _STYLE = (
 
 def run_page(run: Run) -> str:
     """The page as HTML text."""
-    metrics = run.metrics
-    train, held_out = (
-        [(m["step"], m[name]) for m in metrics if m.get(name) is not None]  # None is what was not finite
-        for name in ("loss", "eval_loss")
-    )
+    train = [(m["step"], m["loss"]) for m in run.metrics if m.get("loss") is not None]  # None is what was not finite
+    held_out = [(m["step"], m["eval_loss"]) for m in run.evaluations]
     rows = [("status", run.status), ("step", str(run.step)), *run.plan.rows()]
     parts = [
         f"<h1>{html.escape(run.folder.name)}</h1>",

@@ -194,6 +194,7 @@ class _Loop:
     best_loss: float = math.inf
     started: float = field(default_factory=time.monotonic)
     compared: bool = False  # the plan with what the first step took
+    held_out_changed: bool = False  # since the checkpoint, and nothing was evaluated on it yet
     watch: Watch | None = None  # of the budget, on a CPU
 
     def __post_init__(self) -> None:
@@ -231,7 +232,7 @@ class _Loop:
             self.folder.start(self.config, self.plan)  # now that it is known to be the same run
         self.folder.forget_after(self.step if newest else -1)
         try:
-            if not newest:
+            if not newest or self.held_out_changed:
                 self._evaluate()
             return self._steps(loader, total)
         except NoSaferPolicyError as error:
@@ -311,7 +312,9 @@ class _Loop:
         self.eval_loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
         named = {f"eval_{name}": value for name, value in metrics.items()}
         self.evaluated = self.step
-        self._log({"step": self.step, "eval_loss": self.eval_loss, **named})
+        changed = {"held_out_changed": True} if self.held_out_changed else {}
+        self.held_out_changed = False
+        self._log({"step": self.step, "eval_loss": self.eval_loss, **named, **changed})
         accuracy = f", token accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{accuracy}")
         answers = samples(self.recovery, self.config, self.eval_examples)
@@ -371,6 +374,7 @@ class _Loop:
             self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         else:
+            self.held_out_changed = True
             self.reporter.say("The held-out data is another: which step was the best so far is forgotten.")
         if self._best_on_disk() != self.best_loss:  # it may be of a step that is done again, with other settings
             self.folder.best.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from lowmem_ft.core.errors import UnsupportedError
 
 Name = Literal["tensorboard", "wandb", "mlflow"]
 PROJECT = "lowmem-ft"  # of W&B, and MLflow's experiment; their own environment variables take its place
-NO_METRICS = ("step", "skipped", "repeated")
+NO_METRICS = ("step", "skipped", "repeated", "held_out_changed")
 
 
 class Trackers:

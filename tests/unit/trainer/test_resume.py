@@ -221,6 +221,8 @@ def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> No
     run = loop.train(config(data, **other), resume=True, reporter=QUIET)
     assert run.eval_loss == run.metrics[-1]["eval_loss"]
     assert run.metrics[-1]["step"] == 6
+    assert [line["step"] for line in run.evaluations] == [1, 6], "on the new data, from the first step that has it"
+    assert "held-out loss at step 1" in (run.adapter / "README.md").read_text()
 
 
 def test_the_best_of_steps_that_are_done_again_is_forgotten(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
