@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +67,10 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
             "--adapter FOLDER, or none for the base model",
         )
     if not run:
+        if adapter is None:
+            trained = Path(config.output)
+            fix = f"give {trained}" if (trained / "adapter").is_dir() else "give its folder"
+            warnings.warn(f"this is the base model: for what a run has trained {fix}, or --adapter", stacklevel=2)
         return config, require_fit(make_plan(config)), chosen
     config = config.model_copy(update={"output": str(target)})
     if adapter is None:

@@ -350,8 +350,10 @@ def _find_folder(path_or_hub_id: str | os.PathLike[str], *, weights: bool, code:
             raise CheckpointError("the model folder may not be looked at", given=folder, fix="see who may read it")
         return folder
     if os.path.exists(folder):
+        config = folder.suffix in (".yaml", ".yml")
+        fix = "`lowmem-ft train` takes a config: give the `model` that it names" if config else None
         raise CheckpointError("a model is a folder with config.json and safetensors files", given=f"the file {name}",
-                              fix=f"give its folder: {folder.parent}")  # fmt: skip
+                              fix=fix or f"give its folder: {folder.parent}")  # fmt: skip
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         fix = "check the path; if a run's base model has moved, put its new path under `model` in the run's config.yaml"
         what = "the model folder does not exist, or may not be looked at"

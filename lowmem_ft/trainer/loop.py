@@ -74,7 +74,8 @@ def train(
     folder = RunFolder(Path(config.output))
     if resume and os.path.exists(folder.finished):
         run = folder.result()
-        reporter.say(f"{folder.path} is finished: nothing to do.")
+        further = f"`adapter.init={folder.path}` with another output trains its adapter further"
+        reporter.say(f"{folder.path} is finished: nothing to do; {further}.")
         return run
     if config.data.train is None:
         raise ConfigError("'data.train' is missing.", allowed="a data file", fix="add `data: {train: FILE}`")
@@ -315,8 +316,9 @@ class _Loop:
         changed = {"held_out_changed": True} if self.held_out_changed else {}
         self.held_out_changed = False
         self._log({"step": self.step, "eval_loss": self.eval_loss, **named, **changed})
-        accuracy = f", token accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
-        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{accuracy}")
+        shares = {"accuracy": "token accuracy", "rewards/accuracies": "pairs won"}
+        shown = [f", {words} {metrics[name]:.1%}" for name, words in shares.items() if name in metrics]
+        self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{''.join(shown)}")
         answers = samples(self.recovery, self.config, self.eval_examples)
         for answer in answers:
             self.reporter.say(f"  {in_one_line(answer)}")

@@ -171,6 +171,9 @@ def test_a_folder_that_does_not_exist_and_a_file_are_refused(llama: Path) -> Non
         Checkpoint.open(llama / "nowhere" / "else")
     with pytest.raises(CheckpointError, match="a model is a folder"):
         Checkpoint.open(llama / SINGLE)
+    (config := llama.parent / "run.yaml").write_text("model: llama\n")
+    with pytest.raises(CheckpointError, match="`lowmem-ft train` takes a config"):
+        Checkpoint.open(config)
     with pytest.raises(CheckpointError, match="no model is named"):  # Path takes it for the current folder
         Checkpoint.open("")
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -20,6 +23,7 @@ from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
 from lowmem_ft.trainer.folder import RunFolder
@@ -246,6 +250,16 @@ def test_a_loss_that_is_not_finite_in_fp16_leaves_no_checkpoint_and_no_adapter(
     assert not (data / "run" / "adapter").exists()
 
 
+def test_a_config_has_no_adapter_which_is_told(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever trained by it might take the base model's answers for those of the run."""
+    monkeypatch.setattr("lowmem_ft.planner.solver.make_plan", lambda config: RunFolder(planned).plan())
+    with pytest.warns(UserWarning, match="this is the base model.*give its folder, or --adapter"):
+        assert open_run(planned / "config.yaml", [], None)[2] is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_run(planned / "config.yaml", [], "none")
+
+
 def test_training_goes_on_from_a_saved_adapter(data: Path) -> None:
     first = loop.train(config(data, "first"), reporter=QUIET)
     second = loop.train(config(data, "second", adapter={"init": str(first.adapter)}), reporter=QUIET)
@@ -254,7 +268,9 @@ def test_training_goes_on_from_a_saved_adapter(data: Path) -> None:
 
 def test_fields_of_a_run_survive_its_result_file(data: Path) -> None:
     run = loop.train(config(data, train={"steps": 1}), reporter=QUIET)
-    again = loop.train(config(data, train={"steps": 1}), resume=True, reporter=QUIET)
+    console = Console(file=io.StringIO(), width=400)
+    again = loop.train(config(data, train={"steps": 9}), resume=True, reporter=Reporter(console=console))
+    assert "nothing to do; `adapter.init=" in console.file.getvalue()  # type: ignore[attr-defined]
     assert dataclasses.asdict(again) == dataclasses.asdict(run)
 
 
