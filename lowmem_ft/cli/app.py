@@ -118,14 +118,14 @@ def train(
     reporter = Reporter()
     settings = RunConfig.load(config, overrides or [])
 
-    from lowmem_ft.report.tables import memory_table
+    from lowmem_ft.report.tables import measured_table
     from lowmem_ft.trainer import loop
 
     run = loop.train(settings, resume=resume, reporter=reporter)
     if run.status == "interrupted":
         raise typer.Exit(130)
     if run.status == "finished":
-        reporter.say(memory_table(run))
+        reporter.say(measured_table(run))
         reporter.say(f"Adapter: {run.adapter}")
 
 

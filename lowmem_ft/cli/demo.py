@@ -19,7 +19,7 @@ from lowmem_ft.generate import generate
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.report.progress import Reporter
-from lowmem_ft.report.tables import memory_table, plan_table
+from lowmem_ft.report.tables import measured_table, plan_table
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.folder import RunFolder
 
@@ -83,7 +83,7 @@ def run_demo(out: Path, budget: str, reporter: Reporter) -> None:
     for (question, truth), old, new in zip(questions, before, after, strict=True):
         answers.add_row(question, old, new, truth)
     reporter.say(answers)
-    reporter.say(memory_table(run))
+    reporter.say(measured_table(run))
     reporter.say(
         f"Held-out answer loss: {losses[0]:.4f} before, {run.eval_loss:.4f} after ({run.eval_loss / losses[0]:.2f}x), "
         f"{again:.4f} in a fresh process"

@@ -229,7 +229,7 @@ class Plan:
             ("fits", "yes" if self.fits else "no"),
             ("policy", self.policy.describe()),
             ("why", self.reason),
-            ("speed", speed_words(self)),
+            ("predicted speed", speed_words(self)),
             ("predicted process peak", format_size(self.predicted.process_peak_bytes)),
             ("predicted allocated peak", format_size(self.predicted.allocated_peak_bytes)),
             *(("  " + name, size) for name, size in holders),

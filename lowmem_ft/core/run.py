@@ -53,10 +53,11 @@ class Run:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of samples.jsonl (step, prompt, answer, reference), which `eval.samples` asks for."""
-        file = self.folder / "samples.jsonl"
-        return _lines(file) if file.exists() else []
+        return _lines(self.folder / "samples.jsonl")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
     # only at line feeds: text may hold other characters that end a line for `splitlines`
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

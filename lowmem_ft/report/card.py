@@ -9,7 +9,7 @@ import yaml
 
 from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.run import Run
-from lowmem_ft.report.tables import memory_rows
+from lowmem_ft.report.tables import measured_rows
 
 SHOWN = {"quant", "adapter", "train", "preference", "policy"}  # the other sections have places of their own here
 
@@ -38,7 +38,7 @@ def model_card(run: Run) -> str:
         _table(("", ""), _data(config.data.model_dump(mode="json", exclude_none=True))),
         "## Plan",
         _table(("", ""), run.plan.rows()),
-        _table(("memory", "planned", "measured", "of plan"), memory_rows(run)),
+        _table(("", "planned", "measured", "of plan"), measured_rows(run)),
         "## Settings",
         f"```yaml\n{yaml.safe_dump(without_places(config.model_dump(mode='json', include=SHOWN)), sort_keys=False)}```",
     ]
@@ -56,9 +56,12 @@ def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
         rows.append((f"held-out loss {when}", f"{held_out[0]['eval_loss']:.4f}"))
     if run.eval_loss is not None:
         rows.append(("held-out loss of this adapter", f"{run.eval_loss:.4f}"))
-        accuracy = next((it.get("eval_accuracy") for it in held_out if it["eval_loss"] == run.eval_loss), None)
-        if accuracy is not None:
-            rows.append(("share of held-out tokens that it takes for the likeliest", f"{accuracy:.1%}"))
+        its = next((it for it in held_out if it["eval_loss"] == run.eval_loss), {})
+        shares = {
+            "eval_accuracy": "share of held-out tokens that it takes for the likeliest",
+            "eval_rewards/accuracies": "share of held-out pairs that it wins",
+        }
+        rows += [(words, f"{its[name]:.1%}") for name, words in shares.items() if its.get(name) is not None]
     return rows
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.core.run import Run
-from lowmem_ft.report.tables import memory_rows
+from lowmem_ft.report.tables import measured_rows
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}"
@@ -26,7 +26,7 @@ def run_page(run: Run) -> str:
         f"<h1>{html.escape(run.folder.name)}</h1>",
         _table((), rows),
         "<h2>Planned against measured</h2>",
-        _table(("memory", "planned", "measured", "of plan"), memory_rows(run)),
+        _table(("", "planned", "measured", "of plan"), measured_rows(run)),
         f"<h2>Loss</h2><p>{_unit(run)}; blue: training, orange: held-out</p>",
         _plot((train, "#1f6feb"), (held_out, "#d9730d")),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -62,19 +64,22 @@ def _cell(cell: str | float) -> Text:
     return Text(cell, justify="right" if cell[:1].isdigit() else "left")
 
 
-def memory_rows(run: Run) -> list[tuple[str, str, str, str]]:
+def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
     """(what, planned, measured, measured as a share of planned) for every figure that was measured."""
     rows = []
     for name, measured in run.measured.items():
         planned = int(getattr(run.plan.predicted, name))
         label = name.removesuffix("_bytes").replace("_", " ")
         rows.append((label, format_size(planned), format_size(measured), f"{measured / max(planned, 1):.0%}"))
+    if rates := [line["tokens_per_second"] for line in run.metrics if "tokens_per_second" in line]:
+        planned_rate, rate = run.plan.predicted.tokens_per_second, median(rates)  # steps now and then take long
+        rows.append(("tokens per second", f"{planned_rate:,.0f}", f"{rate:,.0f}", f"{rate / planned_rate:.0%}"))
     return rows
 
 
-def memory_table(run: Run) -> Table:
-    """Planned against measured memory."""
-    table = Table("memory", "planned", "measured", "of plan", title="Planned against measured", title_justify="left")
-    for row in memory_rows(run):
+def measured_table(run: Run) -> Table:
+    """Planned against measured memory and speed."""
+    table = Table("", "planned", "measured", "of plan", title="Planned against measured", title_justify="left")
+    for row in measured_rows(run):
         table.add_row(*row)
     return table

@@ -11,7 +11,7 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.report import progress
 from lowmem_ft.report.page import run_page
 from lowmem_ft.report.progress import Reporter
-from lowmem_ft.report.tables import memory_table, plan_table
+from lowmem_ft.report.tables import measured_table, plan_table
 from tests.unit.core.test_plan import PLAN
 
 
@@ -87,8 +87,8 @@ def test_quiet_says_nothing() -> None:
 def run(tmp_path: Path) -> Run:
     lines = [
         {"step": 0, "eval_loss": 4.5},
-        {"step": 1, "loss": 5.0},
-        {"step": 2, "loss": 4.0},
+        {"step": 1, "loss": 5.0, "tokens_per_second": 100.0},
+        {"step": 2, "loss": 4.0, "tokens_per_second": 2920.0},
         {"step": 2, "eval_loss": 3.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -98,8 +98,8 @@ def run(tmp_path: Path) -> Run:
 def test_tables_hold_planned_and_measured(run: Run) -> None:
     reporter = Reporter(console=console(terminal=False))
     reporter.say(plan_table(PLAN))
-    reporter.say(memory_table(run))
-    for words in ("6 keep + 2 recompute", "process peak", "67%"):
+    reporter.say(measured_table(run))
+    for words in ("6 keep + 2 recompute", "process peak", "67%", "1,510"):
         assert words in text(reporter)
 
 
