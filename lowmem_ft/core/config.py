@@ -36,6 +36,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Init = Literal["default", "gaussian"]  # of adapters; another one is the folder of a saved adapter
+BESIDE_INIT = frozenset({"init", "dropout", "lora_plus_ratio"})  # what counts beside such a folder, which has the rest
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
 
 

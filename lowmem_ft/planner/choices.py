@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
 from lowmem_ft.adapters.targets import is_inside
-from lowmem_ft.core.config import Init, RunConfig
+from lowmem_ft.core.config import BESIDE_INIT, Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import has_position_table, positions_of
@@ -82,7 +82,7 @@ class Choices:
             if taken != tokens:
                 yield f"policy.micro_batch_tokens: {tokens} is taken for {taken}, whole rows of a step"
         if config.adapter.init not in get_args(Init) and config.adapter.method == "lora":
-            unread = sorted(config.adapter.changed() - {"init", "dropout", "lora_plus_ratio"})
+            unread = sorted(config.adapter.changed() - BESIDE_INIT)
             if unread:
                 yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
         if stored_spec(self.scales.stage.checkpoint) is not None:

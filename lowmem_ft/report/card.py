@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from lowmem_ft.core.checks import PACKAGE, installed_version
+from lowmem_ft.core.config import BESIDE_INIT, Init
 from lowmem_ft.core.run import Run
 from lowmem_ft.report.tables import measured_rows
 
@@ -27,6 +28,9 @@ def model_card(run: Run) -> str:
             "lora" if config.adapter.method == "lora" else str((config.adapter.peft or {})["peft_type"]),
         ],
     }
+    settings = config.model_dump(mode="json", include=SHOWN)
+    if config.adapter.init not in get_args(Init):  # its rank and such are in the adapter's own config
+        settings["adapter"] = {name: it for name, it in settings["adapter"].items() if name in BESIDE_INIT}
     train = [line for line in run.metrics if "loss" in line]
     tool = [PACKAGE, *filter(None, [installed_version(PACKAGE)])]
     lines = [
@@ -40,7 +44,7 @@ def model_card(run: Run) -> str:
         _table(("", ""), run.plan.rows()),
         _table(("", "planned", "measured", "of plan"), measured_rows(run)),
         "## Settings",
-        f"```yaml\n{yaml.safe_dump(without_places(config.model_dump(mode='json', include=SHOWN)), sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(without_places(settings), sort_keys=False)}```",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 

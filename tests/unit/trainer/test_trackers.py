@@ -146,6 +146,7 @@ def test_the_card_tells_no_place_of_this_machine(tracked: Run) -> None:
     other["data"]["eval"] = [{"path": "~/one.jsonl"}, {"path": "owner/two"}]
     text = model_card(replace(tracked, plan=replace(tracked.plan, config=other)))
     assert "/gone" not in text
+    assert "rank:" not in text, "which is the old adapter's"
     for words in ("init: old-adapter", "| records.jsonl |", "| one.jsonl, owner/two |"):
         assert words in text
 
