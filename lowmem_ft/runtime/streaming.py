@@ -294,7 +294,7 @@ class Streaming:
 
     def _bind(self, block: int, slot: Tensor) -> None:
         """Let the block's weights be those in `slot`."""
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for holder in self._held[block]:
                 holder.hold(holder.piece.of(slot))
 

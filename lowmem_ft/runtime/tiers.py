@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.core.files import is_full
 
 PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
@@ -73,6 +73,15 @@ def device_memory(nbytes: int, device: torch.device) -> Tensor:
     return whole[begin : begin + nbytes]
 
 
+def refuse_copy(tier: object, memo: object) -> None:
+    """`__deepcopy__` of what holds bytes: a copied model would read and spoil what the original one reads."""
+    raise UnsupportedError(
+        "A model of which something lies below the device cannot be copied.",
+        given=f"copy.deepcopy of a {type(tier).__name__}",
+        fix="load it once more, or in a budget that keeps all on the device",
+    )
+
+
 class NoTier:
     """Of a simulated run: nothing is stored and nothing is copied."""
 
@@ -102,6 +111,8 @@ class DiskTier:
     Raises:
         LowMemError: the folder cannot be written, or has no room.
     """
+
+    __deepcopy__ = refuse_copy
 
     def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
         assert all(size % PAGE == 0 for size in sizes), sizes
@@ -142,7 +153,7 @@ class DiskTier:
         copy.result()
 
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
-        with torch.inference_mode(mode=False):  # which the thread that fills it is not in
+        with torch.inference_mode(False):  # which the thread that fills it is not in
             found = torch.empty(len(indices), nbytes, dtype=torch.uint8)
         self._reader.submit(self._read_rows, indices, found).result()  # one thread reads: a file has one position
         return found
@@ -203,6 +214,8 @@ class HostTier:
         sizes: bytes of each block.
     """
 
+    __deepcopy__ = refuse_copy
+
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         starts = [0, *accumulate(sizes)]
         self._arena = device_memory(starts[-1], torch.device("cpu"))
@@ -235,6 +248,8 @@ class StagedDiskTier:
     Args:
         folder, sizes: as for `DiskTier`.
     """
+
+    __deepcopy__ = refuse_copy
 
     def __init__(self, folder: Path, sizes: Sequence[int], device: torch.device) -> None:
         self._disk = DiskTier(folder, sizes)

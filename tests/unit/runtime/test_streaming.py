@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -219,6 +220,18 @@ def test_weights_are_there_for_whoever_asks(models: dict[str, Path]) -> None:
     for at in torch.randperm(len(layers[0]), generator=generator).tolist():  # back and forth between blocks
         assert torch.equal(get_base_weight(layers[0][at]), get_base_weight(layers[1][at]))
         assert torch.equal(layers[0][at].weight, layers[1][at].weight)
+    compiled = torch.compile(layers[1][0], backend="eager")  # torch._dynamo reads what brings weights up
+    x = torch.ones(1, layers[0][0].in_features)
+    assert torch.equal(compiled(x), layers[0][0](x))
+
+
+@pytest.mark.parametrize("changes", [{"streamed_blocks": DEPTH}, {"stream_embeddings": "input"}])
+def test_a_model_with_weights_below_the_device_is_not_copied(models: dict[str, Path], changes: dict[str, Any]) -> None:
+    ready = equipped(
+        settings(models["llama"], {"adapter": {"rank": 4}}), streamed=0, activations="recompute", **changes
+    )
+    with pytest.raises(UnsupportedError, match="cannot be copied"):
+        deepcopy(ready.model)
 
 
 def test_generating_between_steps_changes_nothing(models: dict[str, Path]) -> None:
