@@ -257,7 +257,8 @@ class _Loop:
                     stopped = "interrupted"
                 elif settings.max_time is not None and self._seconds() >= settings.max_time:
                     stopped = "out_of_time"
-                if done or stopped or (self.step % settings.save_every == 0 and not self.lost):
+                due = done or self.step % settings.save_every == 0
+                if (stopped and not done) or (due and not self.lost):
                     self._save(loader)
                 if stopped and not done:
                     self.reporter.say(f"Stopped at step {self.step} of {total} with a checkpoint; --resume goes on.")

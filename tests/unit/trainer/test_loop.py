@@ -242,8 +242,9 @@ def test_a_loss_that_is_not_finite_in_fp16_leaves_no_checkpoint_and_no_adapter(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = {"policy": {"compute_dtype": "float16"}, "train": {"lr": 1e30, "steps": 3, "save_every": 1}}
-    with pytest.raises(LowMemError, match="diverged"):
-        loop.train(config(data, **broken), reporter=QUIET)
+    for resume in (False, True):
+        with pytest.raises(LowMemError, match="diverged"):
+            loop.train(config(data, **broken), resume=resume, reporter=QUIET)
     saved = [path.stem for path in state.checkpoints(data / "run" / "checkpoints")]
     assert saved[0] == "step-00000001"
     assert not (data / "run" / "result.json").exists()
