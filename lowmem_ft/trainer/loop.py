@@ -231,9 +231,11 @@ class _Loop:
         if newest:
             self._restore(newest, loader)
             self.folder.start(self.config, self.plan)  # now that it is known to be the same run
+        else:
+            self.folder.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         self.folder.forget_after(self.step if newest else -1)
         try:
-            if not newest or self.held_out_changed:
+            if self.held_out_changed or (self.step % settings.eval_every == 0 and self.evaluated != self.step):
                 self._evaluate()
             return self._steps(loader, total)
         except NoSaferPolicyError as error:

@@ -27,6 +27,7 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
 from lowmem_ft.trainer.folder import RunFolder
+from lowmem_ft.trainer.recovery import NoSaferPolicyError
 from tests.assets import ASSETS, write_share
 from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
@@ -302,3 +303,21 @@ def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
     assert [line["step"] for line in resumed.metrics if "repeated" in line] == [2]
     ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_evaluation_that_memory_stopped_is_done_when_the_run_goes_on(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = loop.evaluate, itertools.count()
+
+    def evaluate(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise NoSaferPolicyError("no safer policy left", fix="raise it")
+        return original(*args)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    settings = config(data, train={"steps": 2, "eval_every": 1})
+    with pytest.raises(NoSaferPolicyError, match="checkpoint of step 1"):
+        loop.train(settings, reporter=QUIET)
+    run = loop.train(settings, resume=True, reporter=QUIET)
+    assert [line["step"] for line in run.metrics if "eval_loss" in line] == [0, 1, 2]
