@@ -283,11 +283,12 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
             raise
         fix = _other_base(model, settings)
         raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})", fix=fix) from error
-    expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    if keys != expected:  # peft only warns
+    # of embeddings that are adapted peft writes the base's own matrix, too
+    expected, allowed = (set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=it)) for it in (False, True))
+    if wrong := (expected - keys) | (keys - allowed):  # peft only warns
         raise CheckpointError(
             "the adapter's tensors are not those that its config calls for",
-            given=f"{', '.join(sorted(keys ^ expected)[:_SHOWN])}: either missing or unexpected in {file}",
+            given=f"{', '.join(sorted(wrong)[:_SHOWN])}: either missing or unexpected in {file}",
             fix=_other_base(model, settings),
         )
     return wrapped

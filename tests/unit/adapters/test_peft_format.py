@@ -129,6 +129,22 @@ def test_names_are_short_where_that_is_clear(tmp_path: Path) -> None:
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_on_embeddings_load_as_peft_writes_them(target: str, tmp_path: Path) -> None:
+    """Beside such an adapter peft writes the base's own matrix."""
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(plain_model("llama"), peft.LoraConfig(target_modules=["q_proj", target], **options))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert any(key.endswith(f"{target}.base_layer.weight") for key in load_file(tmp_path / WEIGHTS))
+    assert torch.equal(logits(load_adapter(plain_model("llama"), tmp_path).eval()), logits(theirs.eval()))
+    load_adapter(quantized_model("llama"), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.ones(48)}, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        load_adapter(plain_model("llama"), tmp_path)
+
+
 def test_training_goes_on_from_a_saved_adapter(tmp_path: Path) -> None:
     save_adapter(trained(quantized_model("llama"), dtype=torch.bfloat16), tmp_path, base_model="base")
     fresh = load_adapter(quantized_model("llama"), tmp_path, dropout=0.1)
