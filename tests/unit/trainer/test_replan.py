@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.planner import solver
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
+from lowmem_ft.trainer.replan import plan_again
 from tests.assets import ASSETS, write_share
 from tests.killing import exact_metrics
 
@@ -96,16 +98,14 @@ def test_the_longest_sequences_and_the_precision_stay_what_they_were(
 
 
 def test_all_that_was_decided_stays_where_there_is_room(tmp_path: Path, free: Callable[[int], None]) -> None:
-    write_share(tmp_path, train=40, eval=4)
+    settings = config(tmp_path, "run")
     free(120 * MIB)
-    begun = begin(config(tmp_path, "begun"))
+    begun = Plan.from_dict(json.loads(solver.make_plan(settings).to_json()))
     free(4096 * MIB)
-    again = loop.train(config(tmp_path, "begun"), resume=True, reporter=QUIET)
-    assert again.plan.policy == begun.plan.policy
-    assert again.plan.alternatives == begun.plan.alternatives
-    assert solver.make_plan(config(tmp_path, "fresh")).policy != begun.plan.policy, "or this would show nothing"
-    other = begin(config(tmp_path, "other"))
-    moved = config(tmp_path, "other", budget={"memory": 2048 * MIB})
-    free(4096 * MIB)
-    assert loop.train(moved, resume=True, reporter=QUIET).plan.policy != begun.plan.policy, "another budget counts"
-    assert other.status == "out_of_time"
+    again = plan_again(settings, begun)
+    assert again.policy == begun.policy
+    assert again.alternatives == begun.alternatives
+    fresh = solver.make_plan(settings)
+    assert fresh.policy != begun.policy, "or this would show nothing"
+    moved = config(tmp_path, "run", budget={"memory": 2048 * MIB})
+    assert plan_again(moved, begun).policy != begun.policy, "another budget counts"
