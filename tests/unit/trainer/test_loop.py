@@ -34,8 +34,9 @@ from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_into_one_folder_do_not_meet(data: Path, resume: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = loop.train(config(data, "whole"), reporter=QUIET)
-    settings, refused = config(data), []
+    few = {"steps": 2, "save_every": 1}
+    whole = loop.train(config(data, "whole", train=few), reporter=QUIET)
+    settings, refused = config(data, train=few), []
 
     def second() -> None:
         if not resume:  # as if it had begun before the first wrote a line
@@ -44,7 +45,7 @@ def test_two_runs_into_one_folder_do_not_meet(data: Path, resume: bool, monkeypa
             loop.train(settings, resume=resume, reporter=QUIET)
         refused.append(caught.value)
 
-    at_step(monkeypatch, 3, second)
+    at_step(monkeypatch, 2, second)
     assert exact(loop.train(settings, reporter=QUIET)) == exact(whole)
     assert len(refused) == 1
 

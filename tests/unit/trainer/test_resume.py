@@ -17,17 +17,24 @@ from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_ft.core.files import writing_prefix
+from lowmem_ft.core.run import Run
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.folder import RunFolder
-from tests.assets import ASSETS, write_pairs
+from tests.assets import ASSETS, write_pairs, write_share
 from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
-def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = loop.train(config(data, "whole", train={"optimizer": optimizer}), reporter=QUIET)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing has stopped, on what `data` has, too."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_share(folder, train=60, eval=8)
+    return loop.train(config(folder), reporter=QUIET)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.status == "finished"
     assert exact(whole)[0].keys() == {"step", "eval_loss", "eval_accuracy"}
     assert exact(whole)[0]["eval_loss"] == pytest.approx(5.0, abs=0.5)
@@ -37,7 +44,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, m
     assert whole.eval_loss < exact(whole)[0]["eval_loss"]
 
     at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
-    settings = config(data, "stopped", train={"optimizer": optimizer})
+    settings = config(data, "stopped")
     stopped = loop.train(settings, reporter=QUIET)
     assert (stopped.status, stopped.step) == ("interrupted", 4)
     torch.manual_seed(999)  # whatever a new process would start from
@@ -52,13 +59,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, optimizer: str, m
     assert last[0][1] == last[1][1]
 
 
-def test_a_run_resumes_under_another_plan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_under_another_plan(data: Path, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a smaller budget, with its blocks streamed and recomputed: to the same bits, as micro-batches are the same."""
-    whole = loop.train(config(data, "whole"), reporter=QUIET)
     at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
     stopped = loop.train(config(data, "stopped"), reporter=QUIET)
     assert stopped.status == "interrupted"
-    below = {"activations": "recompute", "resident_blocks": 0, "stream_embeddings": "input"}
+    below = {"activations": "recompute", "resident_blocks": 0, "stream_embeddings": "both"}
     moved = config(data, "stopped", policy=below, budget={"memory": "2GiB"})
     resumed = loop.train(moved, resume=True, reporter=QUIET)
     assert (stopped.plan.policy.streamed_blocks, resumed.plan.policy.streamed_blocks) == (0, 8)
@@ -68,9 +74,8 @@ def test_a_run_resumes_under_another_plan(data: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = loop.train(config(data, "whole"), reporter=QUIET)
     at_step(monkeypatch, 4, sys.exit)
     with pytest.raises(SystemExit):
         loop.train(config(data, "killed"), reporter=QUIET)
@@ -260,7 +265,7 @@ def test_how_to_learn_may_change(data: Path) -> None:
     losses = []
     for name, decay in (("none", 0.0), ("much", 100.0)):
         loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
-        run = loop.train(config(data, name, train={"weight_decay": decay}), resume=True, reporter=QUIET)
+        run = loop.train(config(data, name, train={"weight_decay": decay, "steps": 2}), resume=True, reporter=QUIET)
         losses.append(run.metrics[-1]["eval_loss"])
     assert losses[0] != losses[1]
 

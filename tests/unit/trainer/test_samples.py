@@ -25,6 +25,7 @@ from tests.assets import ASSETS
 from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
 ASKED = {"samples": 2, "max_new_tokens": 6}
+FEW = {"steps": 2, "eval_every": 1}
 RECORDS = [json.loads(line) for line in (ASSETS / "whatis-eval.jsonl").read_text().splitlines()[:2]]
 
 
@@ -36,14 +37,15 @@ def adapter(run: Run) -> dict[str, torch.Tensor]:
     "policy", [{}, {"resident_blocks": 0, "stream_embeddings": "both"}], ids=["resident", "streamed"]
 )
 def test_they_are_told_and_change_nothing(data: Path, policy: dict[str, Any]) -> None:
-    without = loop.train(config(data, "without", policy=policy), reporter=QUIET)
+    without = loop.train(config(data, "without", policy=policy, train=FEW), reporter=QUIET)
     assert without.samples == []
     assert not (without.folder / "samples.jsonl").exists()
     console = Console(record=True, width=200)
-    run = loop.train(config(data, "with", policy=policy, eval=ASKED), reporter=Reporter(console=console))
+    settings = config(data, "with", policy=policy, eval=ASKED, train=FEW)
+    run = loop.train(settings, reporter=Reporter(console=console))
     assert exact(run) == exact(without)
     assert all(torch.equal(tensor, adapter(without)[name]) for name, tensor in adapter(run).items())
-    assert [line["step"] for line in run.samples] == [0, 0, 3, 3, 6, 6]
+    assert [line["step"] for line in run.samples] == [0, 0, 1, 1, 2, 2]
     for line, record in zip(run.samples, RECORDS * 3, strict=True):
         question, answer = (message["content"] for message in record["messages"])
         assert question in line["prompt"]
@@ -66,12 +68,14 @@ def test_answers_are_those_of_generate(data: Path) -> None:
 
 
 def test_a_resumed_run_has_each_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = loop.train(config(data, "whole", eval=ASKED), reporter=QUIET)
-    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
-    stopped = loop.train(config(data, "stopped", eval=ASKED), reporter=QUIET)
+    whole = loop.train(config(data, "whole", eval=ASKED, train=FEW), reporter=QUIET)
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+    settings = config(data, "stopped", eval=ASKED, train=FEW)
+    stopped = loop.train(settings, reporter=QUIET)
+    assert [line["step"] for line in stopped.samples] == [0, 0, 1, 1]
     with (stopped.folder / "samples.jsonl").open("a") as file:
-        file.write('{"step": 6, "prompt": "of a step that is done again"}\n{"step": 6, "pro')
-    resumed = loop.train(config(data, "stopped", eval=ASKED), resume=True, reporter=QUIET)
+        file.write('{"step": 2, "prompt": "of a step that is done again"}\n{"step": 2, "pro')
+    resumed = loop.train(settings, resume=True, reporter=QUIET)
     assert resumed.samples == whole.samples
 
 
