@@ -127,33 +127,29 @@ def complete(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
     until: Sequence[str] = (),
     ends: Sequence[int] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """What `model` puts behind token ids, one prompt after the other.
 
     Args:
-        model, max_new_tokens, temperature, top_p, seed: as for `generate`.
+        model, max_new_tokens, temperature, top_p: as for `generate`, whose seed is 0 here.
         prompts: used as they are.
         until: generation ends with the first of these texts; it and what is behind it is left out.
         ends: tokens that end an answer beside those of the model's generation config.
-        progress: called with (prompts done, prompts in all).
 
     Returns:
         one text per prompt, special tokens removed.
     """
     answers = []
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with _sampled(model, seed):
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    with _sampled(model, sampling.seed):
         for ids in prompts:
             ids_1T = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
             stops = StoppingCriteriaList([_Until(tokenizer, len(ids), until)] if until else [])
             new_N = _continued(model, tokenizer, ids_1T, max_new_tokens, sampling, ends=ends, stopping_criteria=stops)
             text = str(tokenizer.decode(new_N, skip_special_tokens=True))
             answers.append(text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))])
-            progress(len(answers), len(prompts))
     return answers
 
 

@@ -71,7 +71,6 @@ def inject_lora(
     layers: Collection[int] | None = None,
     train_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
 ) -> list[str]:
     """Put LoRA adapters into `model` and freeze everything else, in place.
 
@@ -87,7 +86,6 @@ def inject_lora(
         train_modules: names of modules that are trained whole and in place, in their own dtype (embeddings, head,
             norms). Training one of two tied modules trains both. `eject_lora` does not take this training back.
         dtype: of A and B.
-        device: of the adapters, where it is not that of the layers they adapt.
 
     Returns:
         The adapted paths, in the model's order.
@@ -113,7 +111,6 @@ def inject_lora(
         init=init,
         bias=bias,
         dtype=dtype,
-        device=device,
     )
     return paths
 
@@ -130,7 +127,6 @@ def inject_resolved(
     init: Init,
     bias: Bias,
     dtype: torch.dtype,
-    device: torch.device | None,
 ) -> None:
     """`inject_lora` with everything found out: `ranks` and `alphas` by path, `trained_modules` as paths."""
     if is_injected(model):
@@ -169,7 +165,7 @@ def inject_resolved(
     for path, rank in ranks.items():
         target = candidates[path]
         common: dict[str, Any] = {"rank": rank, "alpha": alphas[path], "dropout": dropout, "rslora": rslora}
-        common |= {"init": init, "dtype": dtype, "device": device}
+        common |= {"init": init, "dtype": dtype}
         if isinstance(target, nn.Module) and is_linear(target):
             layer = LoraLinear(target, dora=dora, **common)
             if bias == "lora_only" and layer.bias is not None:

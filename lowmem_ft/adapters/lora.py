@@ -41,7 +41,6 @@ class LoraLinear(nn.Module):
         dropout: probability of zeroing an input element on the low-rank path, in training mode.
         dora: learn the norm of each row of W + s B A; as peft does, DoRA's dropout acts on the direction only.
         dtype: of A and B. The magnitude is float32: in bf16 it could not even hold the norm it starts from.
-        device: of the trainable tensors, where it is not the base layer's (a base weight that is streamed).
 
     Shapes: `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,). Input (..., I) of any float dtype; the output
     (..., O) and the matmuls have the input's dtype.
@@ -61,7 +60,6 @@ class LoraLinear(nn.Module):
         dora: bool = False,
         init: Init = "default",
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -69,7 +67,7 @@ class LoraLinear(nn.Module):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
         self.enabled = True
-        device = device or module_device(base_layer)
+        device = module_device(base_layer)
         self.lora_A = nn.Parameter(
             initial_factor(rank, self.in_features, rank=rank, init=init, dtype=dtype, device=device)
         )

@@ -71,14 +71,13 @@ def load_adapter(
     settings: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
 ) -> nn.Module:
     """Put the adapter saved in `folder` into `model`, trainable.
 
     Args:
         model: plain or quantized; or with the same adapters injected, whose values are then overwritten.
         settings: what `read_adapter_config` gives of `folder`, if it is known.
-        dropout, dtype, device: of adapters that have to be injected first, as for `inject_lora`.
+        dropout, dtype: of adapters that have to be injected first, as for `inject_lora`.
 
     Returns:
         `model`; a `peft.PeftModel` around it where the folder holds another method, or a variant of LoRA that only
@@ -97,7 +96,7 @@ def load_adapter(
     _check_content(folder / SAFETENSORS_WEIGHTS_NAME)
     config = read_lora_config(settings, folder)
     if fresh:
-        _inject(model, config, folder, dropout=dropout, dtype=dtype, device=device)
+        _inject(model, config, folder, dropout=dropout, dtype=dtype)
     try:
         _check_same(model, config, folder)
         _fill(model, folder, tied=bool(config.ensure_weight_tying), other=_other_base(model, settings))
@@ -294,9 +293,7 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
     return wrapped
 
 
-def _inject(
-    model: nn.Module, config: Any, folder: Path, *, dropout: float, dtype: torch.dtype, device: torch.device | None
-) -> None:
+def _inject(model: nn.Module, config: Any, folder: Path, *, dropout: float, dtype: torch.dtype) -> None:
     found = {path: rank_and_alpha(config, path, linear=is_linear(target)) for path, target in adaptable(model).items()}
     chosen = {path: values for path, values in found.items() if values is not None}
     if not chosen:
@@ -316,7 +313,6 @@ def _inject(
         init="default",
         bias=config.bias,
         dtype=dtype,
-        device=device,
     )
 
 

@@ -88,7 +88,7 @@ class LoraStack(nn.Module):
         stack: QuantStack or DenseStack, frozen.
         rank: K, of each expert.
         is_transposed: whether a slice is stored as (in, out); the experts module's attribute of that name.
-        alpha, dropout, rslora, init, dtype, device: as for `LoraLinear`.
+        alpha, dropout, rslora, init, dtype: as for `LoraLinear`.
 
     Shapes, which are peft's: `lora_A` (K * E, in), expert by expert; `lora_B` (out, K * E), all experts' first rank,
     then all experts' second, and so on.
@@ -105,7 +105,6 @@ class LoraStack(nn.Module):
         rslora: bool = False,
         init: Init = "default",
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["stack"] = stack  # not a submodule: the stack holds this module
@@ -116,7 +115,7 @@ class LoraStack(nn.Module):
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
         self.enabled = True
         self._factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        device = device or module_device(stack)
+        device = module_device(stack)
         ranks = rank * self.experts
         self.lora_A = nn.Parameter(
             initial_factor(ranks, self.in_features, rank=rank, init=init, dtype=dtype, device=device)

@@ -27,6 +27,7 @@ from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 from lowmem_ft.runtime.rerun import random_states
 
+RETAINED = 2  # checkpoints of a run
 MAPPED = 8 << 20  # bytes of a file that are read before it is mapped anew
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -72,9 +73,8 @@ def save_checkpoint(
     optimizer_tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
     device: torch.device,
-    retain: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step`, then delete all but the newest `retain`.
+    """Write the checkpoint of `step`, then delete all but the newest `RETAINED`.
 
     Args:
         weights: trainable parameters by name.
@@ -87,7 +87,7 @@ def save_checkpoint(
     tensors |= random_state(device)
     path = folder / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"state": json.dumps({"step": step, **meta})})
-    for old in checkpoints(folder)[:-retain]:
+    for old in checkpoints(folder)[:-RETAINED]:
         old.unlink()
     return path
 

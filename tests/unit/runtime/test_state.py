@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 def save(folder: Path, step: int, value: float = 1.0, **meta: object) -> Path:
     weights = {"a": nn.Parameter(torch.full((3,), value, dtype=torch.bfloat16))}
     tensors = {"0.m": torch.arange(3)}
-    return state.save_checkpoint(
-        folder, step=step, weights=weights, optimizer_tensors=tensors, meta=meta, device=CPU, retain=2
-    )
+    return state.save_checkpoint(folder, step=step, weights=weights, optimizer_tensors=tensors, meta=meta, device=CPU)
 
 
 def test_round_trip_restores_weights_and_random_numbers(tmp_path: Path) -> None:
