@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +25,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
+    from common import keep, leave, stamp  # beside this file, where scripts are run
+
+    result: dict[str, Any] = {
+        **stamp(1),
+        "settings": {name: getattr(options, name) for name in ("kills", "steps", "seed", "device")},
+    }
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-resume-") as name:
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": name}
         # and on a card sums of cuBLAS in a fixed order, which it asks for in a variable
@@ -32,19 +40,15 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.killing", f"{name}/runs"]
         command += ["--kills", str(options.kills), "--steps", str(options.steps), "--seed", str(options.seed)]
         command += ["--device", options.device]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
-    runs = json.loads(done.stdout.splitlines()[-1])
-    from common import leave, stamp  # beside this file, where scripts are run
-
-    result = {
-        **stamp(1),
-        "settings": {name: getattr(options, name) for name in ("kills", "steps", "seed", "device")},
-        "kills": sum(len(run["killed"]) for run in runs),
-        "equal": sum(not run["differing"] for run in runs),
-        "of": len(runs),
-        "runs": runs,
-    }
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                runs.append(json.loads(line))
+                result["kills"] = sum(len(run.get("killed", ())) for run in runs)
+                result |= {"equal": sum(run.get("differing") == [] for run in runs), "of": len(runs), "runs": runs}
+                keep(result, options.out)
     leave(result, options.out)
+    sys.exit(running.returncode)
 
 
 if __name__ == "__main__":

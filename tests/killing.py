@@ -1,24 +1,27 @@
 """Runs that are killed at any moment and resumed, beside the same runs undisturbed: do they end alike, bit by bit?
 
-A process of its own, which trains in forks of itself and kills them with SIGKILL:
+A process of its own, which trains in children and kills them with SIGKILL:
 
     python -m tests.killing FOLDER --kills 4 --seed 0 [--device cuda]
 
-On a card sums are made in a fixed order, as PyTorch can. FOLDER is filled with the runs. Prints JSON.
+On a card sums are made in a fixed order, as PyTorch can, and the runs go on side by side. FOLDER is filled with the
+runs. Prints a line of JSON for each as soon as it is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +67,30 @@ def settings(folder: Path, output: str, steps: int, sections: dict[str, Any], *,
     return RunConfig.from_dict(keys)
 
 
-def start(config: RunConfig, *disturb: Disturb) -> int:
-    """A fork that trains `config`, from its newest checkpoint on; its process id."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        if config.budget.device != "cpu":
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        for prepare in disturb:
-            prepare()
-        loop.train(config, resume=True, reporter=Reporter(quiet=True))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def start(config: RunConfig, *disturb: Disturb) -> BaseProcess:
+    """A child that trains `config`, from its newest checkpoint on."""
+    # a fork is ready at once, but it cannot use a card that was asked for before, as bitsandbytes does on its import
+    kind = "fork" if config.budget.device == "cpu" else "spawn"
+    child = multiprocessing.get_context(kind).Process(target=train, args=(config, disturb))
+    child.start()
+    return child
 
 
-def ended(child: int) -> int:
+def train(config: RunConfig, disturb: tuple[Disturb, ...]) -> None:
+    """What a child does."""
+    torch.set_num_threads(1)
+    if config.budget.device != "cpu":
+        torch.use_deterministic_algorithms(True)  # if it only warned, attention's backward would still add in any order
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what nobody reads takes no time
+    for prepare in disturb:
+        prepare()
+    loop.train(config, resume=True, reporter=Reporter(quiet=True))
+
+
+def ended(child: BaseProcess) -> int | None:
     """Its exit code, negative if it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child.join()
+    return child.exitcode
 
 
 def failing_twice() -> None:
@@ -105,21 +111,17 @@ def failing_twice() -> None:
     loop._Loop._train_step, recovery.sum_gradients = train_step, sum_gradients  # type: ignore[method-assign]
 
 
-def killed_while_saving(checkpoint: int) -> Disturb:
-    """The process dies when half of its `checkpoint`-th file (from 1 on) is written."""
-    save_file, calls = state.save_file, itertools.count(1)
+def die_while_saving() -> None:
+    """Let the process die when half of its first checkpoint is written."""
+    save_file = state.save_file
 
     def half(tensors: Any, path: Path, metadata: Any) -> None:
         save_file(tensors, path, metadata)
-        if next(calls) == checkpoint:
-            with open(path, "r+b") as file:
-                file.truncate(path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def prepare() -> None:
-        state.save_file = half
-
-    return prepare
+    state.save_file = half
 
 
 def kill_again_and_again(config: RunConfig, kills: range, generator: random.Random, *disturb: Disturb) -> Iterator[str]:
@@ -135,12 +137,12 @@ def kill_again_and_again(config: RunConfig, kills: range, generator: random.Rand
     most = 3 + (config.train.steps or 0) // max(1, len(kills))  # lines that one of them writes
     for number in kills:
         saving = number % 4 == 1
-        child = start(config, *disturb, *([killed_while_saving(1)] if saving else []))
+        child = start(config, *disturb, *([die_while_saving] if saving else []))
         lines, moment = generator.randrange(most), generator.random()
         if not saving:
             wait_for(lines, metrics)
             time.sleep(moment * (START_SECONDS if lines == 0 else STEP_SECONDS))
-            os.kill(child, signal.SIGKILL)
+            child.kill()
         code = ended(child)
         if code == 0:
             break  # it was done before
@@ -184,20 +186,18 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def compare(folder: Path, *, kills: int, steps: int, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Each of RUNS undisturbed and killed, `kills` times in all."""
-    write_share(folder, train=60, eval=8)
-    write_pairs(folder, train=60, eval=8)
-    generator, found = random.Random(seed), []
-    for index, (name, (sections, fails)) in enumerate(RUNS.items()):
-        disturb = (failing_twice,) if fails else ()
-        assert ended(start(settings(folder, f"whole-{index}", steps, sections, device=device), *disturb)) == 0
-        own = range(kills * index // len(RUNS), kills * (index + 1) // len(RUNS))
-        config = settings(folder, f"killed-{index}", steps, sections, device=device)
-        killed = list(kill_again_and_again(config, own, generator, *disturb))
-        differing = differences(folder / f"killed-{index}", folder / f"whole-{index}")
-        found.append({"run": name, "killed": killed, "differing": differing})
-    return found
+def compare(index: int, folder: Path, *, kills: int, steps: int, seed: int, device: str) -> dict[str, Any]:
+    """One of RUNS undisturbed and with its share of `kills`."""
+    name, (sections, fails) = [*RUNS.items()][index]
+    disturb = (failing_twice,) if fails else ()
+    whole, config = (settings(folder, f"{it}-{index}", steps, sections, device=device) for it in ("whole", "killed"))
+    own = range(kills * index // len(RUNS), kills * (index + 1) // len(RUNS))
+    try:
+        assert ended(start(whole, *disturb)) == 0, "the undisturbed run failed"
+        killed = list(kill_again_and_again(config, own, random.Random(f"{seed} {name}"), *disturb))
+    except AssertionError as error:
+        return {"run": name, "failed": str(error)}
+    return {"run": name, "killed": killed, "differing": differences(Path(config.output), Path(whole.output))}
 
 
 def main() -> None:
@@ -210,8 +210,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # a fork must not wait for threads that it does not have
     options.folder.mkdir(parents=True, exist_ok=True)
-    asked = {name: getattr(options, name) for name in ("kills", "steps", "seed", "device")}
-    print(json.dumps(compare(options.folder, **asked)))
+    write_share(options.folder, train=60, eval=8)
+    write_pairs(options.folder, train=60, eval=8)
+    asked = {name: getattr(options, name) for name in ("folder", "kills", "steps", "seed", "device")}
+    each, runs, failed = functools.partial(compare, **asked), range(len(RUNS)), False
+    for one in map(each, runs) if options.device == "cpu" else ThreadPoolExecutor(len(RUNS)).map(each, runs):
+        print(json.dumps(one), flush=True)
+        failed |= "failed" in one
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.killing", str(tmp_path / "runs"), "--kills", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **own}, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["run"] for one in found] == [*RUNS]
     assert all(one["differing"] == [] for one in found), found
     killed = [kill for one in found for kill in one["killed"]]
