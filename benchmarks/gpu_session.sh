@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
-#   benchmarks/gpu_session.sh OUT SECONDS checks   tests that failed or never ran, and the rest of the 300 configurations
-#                                                  beside them; killed runs; then limits until SECONDS are over
+#   benchmarks/gpu_session.sh OUT SECONDS checks   tests that failed or never ran, then all others, and the rest of the 300
+#                                                  configurations beside them; killed runs; then limits until SECONDS are
+#                                                  over
 #   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
 # What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
 # the folder that $UNSLOTH names. The project itself need not be installed.
@@ -11,7 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 begin=$(date +%s)
 left() { echo $((seconds - $(date +%s) + begin)); }
 at() { echo "[$(($(date +%s) - begin)) s] $*"; }
-folder=/dev/shm/lowmem-ft
+folder=/dev/shm/lowmem-ft  # the quickest place, but that of a machine whose RAM grows as it is used may be small
+[ "$(df -P --block-size=1G /dev/shm | awk 'END { print $4 }')" -ge 50 ] || folder=/var/tmp/lowmem-ft
+rm -rf "$folder"  # the same model lies there in other types after the other call, where the machine was kept
 mkdir -p "$folder/tmp" "$out"
 export TMPDIR=$folder/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 ulimit -c 0
@@ -33,7 +36,8 @@ if [ "$what" = checks ]; then
   limit=$((seconds * 2 / 5))
   run_tests "$limit" failing -n 3 --maxprocesses=3 tests/gpu/test_below.py tests/gpu/test_planned.py &
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
-    tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py &
+    tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py \
+    tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py &
   (
     OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
@@ -48,16 +52,17 @@ if [ "$what" = checks ]; then
     at "configurations: $?"
   ) &
   wait
-  cat "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
+  grep -h '}$' "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
   limited "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
     --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
   at "limits: $?"
   grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
   cut -c1-600 "$out/limits.txt"
 else
-  for part in peers streaming steps; do
-    [ "$(left)" -gt 15 ] || break
-    limited "$(left)" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
+  for part in peers:100 streaming:50 steps:0; do  # and the seconds that are left to those behind it
+    limit=$(($(left) - ${part#*:})) part=${part%:*}
+    [ "$limit" -gt 15 ] || continue
+    limited "$limit" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
       --out "$out/gpu_$part.json" >/dev/null 2>>"$out/speed.txt"
     at "$part: $?"
   done
