@@ -123,7 +123,9 @@ def test_a_tile_draws_the_same_numbers_again() -> None:
     with torch.no_grad():
         last.lora_B += step
         second = loss()
-    assert float((second - first).detach()) == pytest.approx(float((gradient * step).sum().detach()), rel=1e-3)
+    parts = gradient.double() * step.double()
+    # gradients are in bf16: each part is off by 2^-9 at most. 0.03 of that was measured, and with other masks 49
+    assert abs(float((second - first).detach() - parts.sum())) <= 2**-9 * float(parts.abs().sum())
 
 
 def test_dropout_of_the_model_itself() -> None:
