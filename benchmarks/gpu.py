@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -334,16 +334,16 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
     """One side of the comparison: loads, says so, and runs when it is told to, so that nobody else is at work then."""
     import torch
 
-    from lowmem_ft.assemble import assemble
-    from lowmem_ft.planner.solver import make_plan
-    from lowmem_ft.planner.verify import FullBatches
-
     def wait() -> None:
         print("ready", flush=True)
         sys.stdin.readline()
 
     found: list[dict[str, Any]] = []
     if side.startswith("ours"):
+        from lowmem_ft.assemble import assemble
+        from lowmem_ft.planner.solver import make_plan
+        from lowmem_ft.planner.verify import FullBatches
+
         pins = {"policy": {"activations": "recompute"}} if side.endswith("recompute") else {}
         todo = []
         for (rows, length), packing in [*((it, False) for it in options.batches), (options.batches[-1], True)]:
@@ -362,6 +362,9 @@ def peer_child(side: str, folder: Path, device: Any, options: argparse.Namespace
             found.append({"rows": rows, "length": length, "packing": packing, "peaks": peaks, **one})
             del ready
     else:
+        if side == "Unsloth":  # before transformers and peft, which it patches, or it is slower, as it says itself
+            with redirect_stdout(sys.stderr):
+                import unsloth  # noqa: F401
         by_hand = side.startswith("peer")
         step = peer_step(folder / MODEL, device, liger=side.endswith("Liger")) if by_hand else None
         wait()
