@@ -49,7 +49,7 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype
             attention `documents` in the place of a mask, which grow with their number and not with T * T.
 
     Raises:
-        UnsupportedError: the attention implementation or a layer type takes no such mask.
+        UnsupportedError: the attention implementation or a layer type takes no such mask, or positions cannot restart.
     """
     config, rows = model.base_model.config, batch.input_ids
     implementation, layer_types = config._attn_implementation, getattr(config, "layer_types", None) or []
@@ -73,7 +73,15 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, *, dtype: torch.dtype
     inputs: dict[str, Any] = {"attention_mask": masks if layer_types else masks["all"]}
     if batch.packed and "position_ids" in _parameters(type(model.base_model).forward):
         inputs["position_ids"] = batch.position_ids
+    elif batch.packed and _looks_positions_up(model):
+        raise not_isolated(model, "it counts positions from the begin of the row, and its decoder takes no others")
     return inputs
+
+
+def _looks_positions_up(model: PreTrainedModel) -> bool:
+    """Whether there are embeddings beside those of tokens; where there are none, attention sees distances alone."""
+    tokens = set(model.get_input_embeddings().modules())
+    return any(isinstance(module, nn.Embedding) and module not in tokens for module in model.base_model.modules())
 
 
 def _windows(config: Any, length: int) -> dict[str, dict[str, int]]:
@@ -153,7 +161,7 @@ def check_isolation(model: PreTrainedModel) -> None:
     with taking_masks(model):
         fault = isolation_fault(model, batch, attention_inputs(model, batch, dtype=dtype))
     if fault is not None:
-        raise _not_isolated(model, fault)
+        raise not_isolated(model, fault)
 
 
 @contextmanager
@@ -171,10 +179,11 @@ def taking_masks(model: PreTrainedModel) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         fault = f"its decoder does not take an explicit attention mask ({type(error).__name__}: {error})"
-        raise _not_isolated(model, fault) from error
+        raise not_isolated(model, fault) from error
 
 
-def _not_isolated(model: PreTrainedModel, fault: str) -> UnsupportedError:
+def not_isolated(model: PreTrainedModel, fault: str) -> UnsupportedError:
+    """What says that packed documents cannot be told apart in `model`."""
     name = model.config.model_type
     return UnsupportedError(f"Packing cannot be isolated for {name}: {fault}.", fix="set data.packing: false")
 

@@ -22,13 +22,13 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
-from lowmem_ft.data.isolation import attention_inputs, taking_masks
 from lowmem_ft.data.packing import Answers, Batch, as_bounds
 from lowmem_ft.generate import keeps_cache
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
+from lowmem_ft.planner.served import check_served
 from lowmem_ft.planner.trace import Cost, Trace, Tracer
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
@@ -151,8 +151,7 @@ class Stage:
         self._assembled = self.tracer.trace.events, marks[0]
         self.ready.activations.remove()  # each step decides anew
         self.whole = config.adapter.prompt_learning or not stand_alone(self.ready.model)  # prefixes know the depth
-        if config.data.packing and not config.adapter.prompt_learning:
-            self._try_mask(policy)
+        self._try_forward(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
         self.blocks = find_blocks(self.ready.model)[1]
@@ -186,13 +185,13 @@ class Stage:
         """Within it the blocks that the model has then attend as on the planned device."""
         return planned_attention(find_blocks(self.ready.model)[1], self.kind, self._card.capability)
 
-    def _try_mask(self, policy: Policy) -> None:
-        """Give the decoder, cut down to its first block if it can be, a mask that isolates documents."""
-        model, batch = causal_model(self.ready.model), _batch(self.config, policy, "cpu", None)
-        few = None if self.whole else [0]
-        with taking_masks(model), torch.no_grad(), only_blocks(self.ready.model, few), self.tracer:
-            inputs = attention_inputs(model, batch, dtype=self.ready.compute_dtype)
-            find_decoder(self.ready.model)(input_ids=batch.input_ids, use_cache=False, **inputs)
+    def _try_forward(self, policy: Policy) -> None:
+        """Give the decoder, cut down to one block of each kind if it can be, what a step would."""
+        kinds = block_kinds(self.ready.model)
+        few = None if self.whole else sorted({kinds.index(kind) for kind in kinds})
+        batch = _batch(self.config, policy, "cpu", None)
+        with only_blocks(self.ready.model, few), self.tracer:
+            check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
 
     def step(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -27,7 +26,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
         decoder = causal.get_decoder()
     except (AttributeError, NotImplementedError) as error:
         raise UnsupportedError("This is no decoder-only language model.", given=type(causal).__name__) from error
-    if decoder is causal:  # Llama 4's language model looks for its decoder under the name that the multimodal one has
+    # Llama 4's language model looks for its decoder under the name that the multimodal one has; ModernBERT's has its
+    # output matrix there
+    if decoder is causal or decoder is causal.get_output_embeddings():
         decoder = next((it for it in causal.children() if isinstance(it, PreTrainedModel)), decoder)
     assert isinstance(decoder, nn.Module)
     return decoder
@@ -40,27 +41,29 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         The list's path inside `model` and the list.
 
     Raises:
-        UnsupportedError: no list of modules is as long as the config's number of layers.
+        UnsupportedError: not one list of blocks is as long as the config's number of layers.
     """
     decoder = find_decoder(model)
     count: int = causal_model(model).config.get_text_config().num_hidden_layers
-    lists = [
-        (path, module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not lists:
+    lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    # gemma3n also lists projections, which may be as many
+    found = [path for path, blocks in lists.items() if len(blocks) == count and not all(map(_is_leaf, blocks))]
+    outermost = [path for path in found if path.count(".") == min(it.count(".") for it in found)]
+    if len(outermost) != 1:
+        known = outermost or [path for path in lists if not any(path.startswith(f"{it}.") for it in lists)]
+        sizes = ", ".join(f"{path} of {len(lists[path])}" for path in known) or "none"
         raise UnsupportedError(
-            "The decoder layers of this architecture were not found.",
-            given=type(decoder).__name__,
-            allowed=f"models that hold a ModuleList of their {count} layers",
+            "The decoder layers of this architecture were not found as one list of blocks, each of which runs once.",
+            given=f"{type(decoder).__name__} with these lists: {sizes}",
+            allowed=f"one ModuleList with a block for each of the {count} layers that the config names",
         )
-    # the outermost list, and of several (gemma3n also lists projections) the one with the most weights
-    outermost = min(path.count(".") for path, _ in lists)
-    candidates = [module for path, module in sorted(lists, key=itemgetter(0)) if path.count(".") == outermost]
-    blocks = candidates[0] if len(candidates) == 1 else max(candidates, key=_weights)
+    blocks = lists[outermost[0]]
     path = next(path for path, module in model.named_modules() if module is blocks)
     return path, blocks
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
 
 
 def stand_alone(model: nn.Module) -> bool:
@@ -70,7 +73,3 @@ def stand_alone(model: nn.Module) -> bool:
     if "shared" in (getattr(config, "indexer_types", None) or ()):
         return False
     return not any(getattr(config, name, 0) for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"))
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -128,12 +128,23 @@ def _probe(causal: Any, decoder: Any, linear: Any, hidden: Tensor, logits: Tenso
         returned = causal(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="cpu"), use_cache=False).logits
         return received[0].float(), returned.float()
     except Exception as error:  # whatever a foreign forward may raise on input that is not its own
-        raise _unsupported(causal, f"its forward cannot be run around the head ({error!r})") from error
+        raise _unsupported(causal, _needed(causal, decoder, linear, error)) from error
     finally:
         for module, forward in before:
             del module.forward
             if forward is not None:
                 module.forward = forward
+
+
+def _needed(causal: nn.Module, decoder: nn.Module, linear: nn.Module, error: Exception) -> str:
+    """Why the forward of `causal` fails if only its decoder's last hidden states and its head's logits are known."""
+    known = {*decoder.parameters(), *linear.parameters()}
+    own = (name for name, parameter in causal.named_parameters() if parameter not in known)
+    first = next(own, None)
+    if first is not None:
+        return f"between the decoder and the head's matrix it has layers of its own, such as {first.rpartition('.')[0]}"
+    what = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return f"of the decoder's last hidden states alone it makes no logits ({what})"
 
 
 def _slope(given: Tensor, returned: Tensor) -> float:

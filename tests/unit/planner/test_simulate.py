@@ -85,11 +85,26 @@ def test_what_holds_the_peak(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
-    """A decoder that takes no mask, as in a run; and one whose memory depends on what its tensors hold."""
+    """Decoders that take no mask, never look at it, or count positions on, as in a run; one whose memory depends on
+    what its tensors hold; and one that does not run on rows of any length."""
     tiny_config("bloom").save_pretrained(tmp_path / "bloom")
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_channels": 12, "vocab_size": 131}
-    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=80, num_local_experts=4).save_pretrained(tmp_path / "jet")
-    for name, fault in ("bloom", "Packing cannot be isolated for bloom"), ("jet", "depends on the values"):
+    layers = {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "vocab_size": 131}
+    axes = {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [24, 24], "hidden_size": 48, "num_buckets": 4}
+    for name, settings in {
+        "jetmoe": {**sizes, "intermediate_size": 80, "num_local_experts": 4},
+        "rwkv": {**sizes, "attention_hidden_size": 48, "intermediate_size": 80},
+        "mbart": {**layers, "is_encoder_decoder": False, "is_decoder": True},
+        "reformer": {**axes, "is_decoder": True, "attn_layers": ["local"], "num_attention_heads": 4},
+    }.items():
+        AutoConfig.for_model(name, **settings).save_pretrained(tmp_path / name)
+    for name, fault in {
+        "bloom": "Packing cannot be isolated for bloom",
+        "rwkv": "Packing cannot be isolated for rwkv: its decoder never looks",
+        "mbart": "Packing cannot be isolated for mbart: it counts positions",
+        "jetmoe": "depends on the values",
+        "reformer": r"does not run on rows of token ids alone[\s\S]*axial_pos_shape",
+    }.items():
         settings = {"data": {"seq_len": 64}, "train": {"tokens_per_step": 64}}
         with pytest.raises(UnsupportedError, match=fault):
             make_plan(RunConfig.from_dict({"model": str(tmp_path / name), **settings}), device=DEVICE)

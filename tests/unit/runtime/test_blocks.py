@@ -42,6 +42,14 @@ def test_lists_of_the_same_length_do_not_confuse() -> None:
     assert find_blocks(model)[1] is model.model.layers
 
 
+def test_layers_in_several_lists_are_refused() -> None:
+    """As XLM has its attention beside its MLPs; the message says which lists there are."""
+    model = tiny_model("llama")
+    model.model.mlps = nn.ModuleList(layer.mlp for layer in model.model.layers)
+    with pytest.raises(UnsupportedError, match=r"not found as one list[\s\S]*layers of 2, mlps of 2"):
+        find_blocks(model)
+
+
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.runtime import loss as module
@@ -16,7 +16,7 @@ from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.blocks import find_decoder
 from lowmem_ft.runtime.head import Head, head_of
 from lowmem_ft.runtime.loss import cross_entropy_and_gradients, scratch_bytes
-from tests.models import ARCHITECTURES, tiny_config, tiny_model
+from tests.models import ARCHITECTURES, SMALL, tiny_config, tiny_model
 from tests.unit.runtime.memory import peak_bytes
 
 N, D, V = 37, 24, 101
@@ -293,6 +293,15 @@ def test_scaled_hidden_states_are_a_scale() -> None:
 def test_other_forwards_are_refused(kind: type[LlamaForCausalLM]) -> None:
     with pytest.raises(UnsupportedError, match=r"head of this architecture cannot be served"):
         head_of(kind(tiny_config("llama")))
+
+
+def test_layers_between_decoder_and_head_are_named() -> None:
+    """ModernBERT has its output matrix where other models have their decoder, and before it a layer and a norm."""
+    config = AutoConfig.for_model("modernbert-decoder", **SMALL)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedError, match=r"layers of its own, such as lm_head\.dense"):
+        head_of(model)
 
 
 def test_the_copy_that_peft_trains_is_the_head() -> None:

@@ -1,0 +1,72 @@
+"""Whether a model's own code does what training asks of it, as far as that is seen without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.data.isolation import PROBE_TOKENS, not_isolated, taking_masks
+from lowmem_ft.data.packing import Batch
+from lowmem_ft.quant.checkpoint import first_line
+from lowmem_ft.runtime.blocks import causal_model, find_decoder
+from lowmem_ft.runtime.hidden import decoder_inputs
+
+
+def check_served(model: Any, batch: Batch, *, dtype: torch.dtype) -> None:
+    """Give the decoder of `model`, whose tensors have no data, short rows and, of packed documents, masks.
+
+    Rows of a run are as long as their longest document, so that a model which takes some lengths alone is none for it.
+
+    Raises:
+        UnsupportedError: it takes no rows of token ids alone, or does not tell packed documents apart.
+    """
+    causal, decoder = causal_model(model), find_decoder(model)
+    with _running_its_own_code(causal.config.model_type), torch.no_grad():
+        decoder(input_ids=batch.input_ids[:, : 2 * PROBE_TOKENS], use_cache=False)
+    if not batch.packed:
+        return
+    with taking_masks(causal), torch.no_grad():
+        inputs = decoder_inputs(model, batch, dtype=dtype)
+        masks = tree_leaves(inputs.get("attention_mask"))
+        with _Reading(masks) as reading:
+            decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
+    if masks and not reading.seen:
+        raise not_isolated(causal, "its decoder never looks at an attention mask")
+
+
+@contextmanager
+def _running_its_own_code(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (LowMemError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: each architecture's own code runs here
+        raise UnsupportedError(
+            f"The decoder of {name} does not run on rows of token ids alone, which training gives it.",
+            given=f"{type(error).__name__}: {first_line(error)}",
+            fix="see what that names: a setting in config.json; a type (policy.compute_dtype: float32 serves most); "
+            "or what only another model gives, without which this one cannot be trained",
+        ) from error
+
+
+class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it `seen` tells whether any operation was given one of these tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._wanted = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = (it for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor))
+        self.seen = self.seen or any(it.untyped_storage()._cdata in self._wanted for it in given)
+        return func(*args, **(kwargs or {}))
