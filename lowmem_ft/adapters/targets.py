@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowmem_ft.core.errors import ConfigError, UnsupportedError, nearest
 from lowmem_ft.quant.experts import QuantStack
@@ -63,7 +64,8 @@ def select_targets(
         raise UnsupportedError("the model has no linear layer to adapt", given=type(model).__name__)
     leaves = {path.rpartition(".")[2] for path in candidates}
     if targets == "all-linear":
-        return [path for path in candidates if not _is_read_past(model, path)]
+        towers = _towers(model)
+        return [path for path in candidates if not (_is_read_past(model, path) or is_inside(path, towers))]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -108,6 +110,21 @@ def _is_read_past(model: nn.Module, path: str) -> bool:
     if name == "dt_proj":
         return hasattr(model.get_submodule(parent), "A_log")
     return name == "out_proj" and getattr(getattr(model, "config", None), "model_type", None) in _FUSED
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Paths of the parts that read something else than text, such as those of Phi 4 for pictures and sound: the largest
+    that hold a whole transformers model and not the embeddings of tokens."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    tokens, modules, found = model.get_input_embeddings(), dict(model.named_modules()), set()
+    text = {path for path, module in modules.items() if any(it is tokens for it in module.modules())}
+    for path, module in modules.items():
+        if isinstance(module, PreTrainedModel) and path not in text:
+            while path.rpartition(".")[0] not in text:
+                path = path.rpartition(".")[0]
+            found.add(path)
+    return sorted(found)
 
 
 def _why_not(model: nn.Module, name: str) -> str:

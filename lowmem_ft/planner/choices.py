@@ -20,6 +20,7 @@ from lowmem_ft.core.preference import lanes, step_tokens
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
+from lowmem_ft.planner.served import without_gradient
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.ops import QuantSpec
@@ -85,6 +86,9 @@ class Choices:
             unread = sorted(config.adapter.changed() - BESIDE_INIT)
             if unread:
                 yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
+        silent = without_gradient(ready.trainable, self.scales.stage.learning)
+        if silent is not None:
+            yield silent
         if stored_spec(self.scales.stage.checkpoint) is not None:
             start, asked = self._start, config.quant
             has = {"bits": start.bits, "type": start.quant, "double_quant": start.double_quant}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -54,6 +55,22 @@ def _running_its_own_code(name: str) -> Iterator[None]:
             fix="see what that names: a setting in config.json; a type (policy.compute_dtype: float32 serves most); "
             "or what only another model gives, without which this one cannot be trained",
         ) from error
+
+
+def without_gradient(trained: Mapping[str, nn.Parameter], learning: Mapping[nn.Parameter, bool]) -> str | None:
+    """What to say of the layers whose adapters no gradient has reached, in steps as `Stage.learning` tells of them."""
+    layers = [
+        re.split(r"\.(?=lora_|base_layer)", name)[0] for name, it in trained.items() if not learning.get(it, True)
+    ]
+    ends = dict.fromkeys(".".join(layer.split(".")[-2:]) for layer in layers)
+    if not ends:
+        return None
+    pattern = "|".join(re.escape(end) for end in ends)
+    return (
+        f"adapters of {', '.join(ends)} learn nothing, as no gradient reaches them (an indexer's choice has none, and "
+        f"some matrices are read without a call of their layer): leave them out with "
+        f"adapter.targets: '(?!.*({pattern})$).*'"
+    )
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -124,6 +124,7 @@ class Stage:
         held: bytes of weights, adapter, gradients and optimizer.
         blocks: the decoder layers.
         products: what was multiplied on a CPU that multiplies 16-bit floats.
+        learning: of each trained parameter that was in a step, whether a gradient has reached it.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Stage:
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
         self.blocks = find_blocks(self.ready.model)[1]
         self._unread: dict[nn.Module, list[Any] | None] = {}  # by block, as backward has found them
+        self.learning: dict[nn.Parameter, bool] = {}
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
@@ -316,6 +318,9 @@ class _Update:
         assert optimizer is not None
         assert accumulator is not None
         self.stage.tracer.phase, self.stage.tracer.block = "update", None
+        learning = self.stage.learning
+        for parameter in self.stage.ready.trainable.values():  # of the blocks that ran
+            learning[parameter] = learning.get(parameter, False) or gradient(parameter) is not None
         if not self.run:
             return
         sizes = [(tuple(it.shape for it in run), run[0].dtype) for run in optimizer.runs]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_ft.adapters.inject import inject_lora, injection_of
 from lowmem_ft.adapters.targets import adaptable
@@ -16,11 +16,12 @@ from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
-from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.served import without_gradient
+from lowmem_ft.planner.simulate import Stage, simulate
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import FullBatches, measured_train_peak
 from lowmem_ft.step import sum_gradients
-from tests.models import FURTHER, save_tiny, without_dropout
+from tests.models import FURTHER, SMALL, save_tiny, without_dropout
 from tests.unit.adapters.helpers import plain_model, shake
 from tests.unit.export.runs import policy_of
 from tests.unit.quant.loading import logits, relative
@@ -105,3 +106,32 @@ def test_all_linear_leaves_out_layers_that_are_not_called(name: str, missing: se
 def test_layers_that_are_not_called_are_refused_as_targets(targets: list[str] | str) -> None:
     with pytest.raises(ConfigError, match="no say"):
         inject_lora(plain_model("mamba"), rank=4, targets=targets)
+
+
+def test_all_linear_leaves_out_what_reads_pictures_and_sound() -> None:
+    """In Phi 4 they are parts of the language model itself; a training step never calls them."""
+    own = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4}
+    vision = {**own, "num_hidden_layers": 2, "image_size": 28, "crop_size": 28, "patch_size": 14}
+    sound = {**own, "num_blocks": 2, "nemo_conv_channels": 16}
+    config = AutoConfig.for_model("phi4_multimodal", **SMALL, vision_config=vision, audio_config=sound)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    inject_lora(model, rank=4, alpha=8, targets="all-linear", dtype=torch.float32)
+    assert {path.rpartition(".layers.")[0] for path in injection_of(model).paths} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("deepseek_v32", "indexer.wq_b, indexer.wk, indexer.weights_proj"), ("gemma4", None)]
+)
+def test_adapters_that_no_gradient_reaches_are_told(name: str, missing: str | None, tmp_path: Path) -> None:
+    config, policy = config_of(name, tmp_path), policy_of(16)
+    stage = Stage(config, policy, kind="cpu")
+    stage.step(policy, keep=0)
+    said = without_gradient(stage.ready.trainable, stage.learning)
+    assert (said is None) == (missing is None)
+    if said is not None:
+        assert f"adapters of {missing} learn nothing" in said
+        targets = {"rank": 4, "targets": said.split("'")[-2]}
+        stage = Stage(RunConfig.from_dict({**config.model_dump(), "adapter": targets}), policy, kind="cpu")
+        stage.step(policy, keep=0)
+        assert without_gradient(stage.ready.trainable, stage.learning) is None
