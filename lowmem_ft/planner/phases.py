@@ -30,9 +30,10 @@ from lowmem_ft.export.through_peft import untied_by_peft
 from lowmem_ft.export.trained import MERGE_VALUES
 from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
+from lowmem_ft.planner.cut import block_kinds, only_blocks
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
-from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, only_blocks
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, safetensors_header
 from lowmem_ft.quant.experts import QuantStack

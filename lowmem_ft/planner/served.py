@@ -26,11 +26,21 @@ def check_served(model: Any, batch: Batch, *, dtype: torch.dtype) -> None:
     Rows of a run are as long as their longest document, so that a model which takes some lengths alone is none for it.
 
     Raises:
-        UnsupportedError: it takes no rows of token ids alone, or does not tell packed documents apart.
+        UnsupportedError: it takes no rows of token ids alone, keeps some of a batch, or does not tell packed documents
+            apart.
     """
     causal, decoder = causal_model(model), find_decoder(model)
+    before = _attributes(decoder)
     with _running_its_own_code(causal.config.model_type), torch.no_grad():
         decoder(input_ids=batch.input_ids[:, : 2 * PROBE_TOKENS], use_cache=False)
+    left = next((path for path, value in _attributes(decoder).items() if value is not before.get(path)), None)
+    if left is not None:
+        raise UnsupportedError(
+            f"Layers of {causal.config.model_type} keep tensors of a batch, and in training its graph, until the next "
+            "one, which no plan of a step counts.",
+            given=left,
+            fix="use another model",
+        )
     if not batch.packed:
         return
     with taking_masks(causal), torch.no_grad():
@@ -40,6 +50,13 @@ def check_served(model: Any, batch: Batch, *, dtype: torch.dtype) -> None:
             decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
     if masks and not reading.seen:
         raise not_isolated(causal, "its decoder never looks at an attention mask")
+
+
+def _attributes(decoder: nn.Module) -> dict[str, Tensor]:
+    """Path -> tensor that a module holds beside parameters and buffers."""
+    modules = decoder.named_modules()
+    found = ((f"{path}.{key}", value) for path, module in modules for key, value in vars(module).items())
+    return {path: value for path, value in found if isinstance(value, Tensor)}
 
 
 @contextmanager

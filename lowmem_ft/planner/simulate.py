@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from lowmem_ft.assemble import Assembled, assemble, quant_spec
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.packing import Answers, Batch, as_bounds
 from lowmem_ft.generate import keeps_cache
+from lowmem_ft.planner.cut import block_kinds, numbered, only_blocks
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
@@ -189,11 +191,16 @@ class Stage:
 
     def _try_forward(self, policy: Policy) -> None:
         """Give the decoder, cut down to one block of each kind if it can be, what a step would."""
-        kinds = block_kinds(self.ready.model)
-        few = None if self.whole else sorted({kinds.index(kind) for kind in kinds})
-        batch = _batch(self.config, policy, "cpu", None)
-        with only_blocks(self.ready.model, few), self.tracer:
-            check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
+        last = {kind: at for at, kind in enumerate(block_kinds(self.ready.model))}
+        few = None if self.whole else sorted(last.values())
+        try:
+            with only_blocks(self.ready.model, few), self.tracer:
+                check_served(self.ready.model, _batch(self.config, policy, "cpu", None), dtype=self.ready.compute_dtype)
+        except UnsupportedError:
+            if self.whole:
+                raise
+            self.whole = True  # blocks that look themselves up by number (Zamba 2) run together alone
+            self._try_forward(policy)
 
     def step(
         self,
@@ -282,7 +289,7 @@ class Stage:
         tracer.begin()
         with (
             evaluating(model),
-            _numbered(list(self.blocks), only),
+            numbered(list(self.blocks), only),
             only_blocks(model, only),
             self.attending(),
             tracer,
@@ -337,93 +344,6 @@ class _Update:
 
         optimizer.step(gradient=first)
         STANDS_FOR(next(iter(taken)), 1)
-
-
-@contextmanager
-def only_blocks(model: nn.Module, only: Sequence[int] | None) -> Iterator[None]:
-    """Within it `model` has these of its blocks alone, and a config that says so."""
-    if only is None:
-        yield
-        return
-    path, blocks = find_blocks(model)
-    parent_path, _, name = path.rpartition(".")
-    parent, text = model.get_submodule(parent_path), causal_model(model).config.get_text_config()
-    per_layer = {key: value for key, value in vars(text).items() if _one_each(value, len(blocks))}
-    count = text.num_hidden_layers
-    setattr(parent, name, nn.ModuleList([blocks[index] for index in only]))
-    text.num_hidden_layers = len(only)
-    for key, value in per_layer.items():
-        setattr(text, key, [value[index] for index in only])
-    try:
-        yield
-    finally:
-        setattr(parent, name, blocks)
-        text.num_hidden_layers = count
-        for key, value in per_layer.items():
-            setattr(text, key, value)
-
-
-@contextmanager
-def _numbered(blocks: Sequence[nn.Module], only: Sequence[int] | None) -> Iterator[None]:
-    """Within it these of the blocks have the numbers from 0 on, by which they find their place in a cache."""
-    changed = [
-        (vars(module), name, before, after)
-        for after, before in enumerate(only or ())
-        for module in blocks[before].modules()
-        for name in ("layer_idx", "layer_id")
-        if vars(module).get(name) == before
-    ]
-    try:
-        for attributes, name, _, after in changed:
-            attributes[name] = after
-        yield
-    finally:
-        for attributes, name, before, _ in changed:
-            attributes[name] = before
-
-
-def block_kinds(model: nn.Module) -> list[int]:
-    """A number for each block of `model`, the same for blocks that compute the same.
-
-    Equal are names, classes, sizes and plain settings of all their modules, what the config lists for the layer, and
-    whether something is trained below it, so that gradients go through.
-    """
-    _, blocks = find_blocks(model)
-    lowest = lowest_trained(model)
-    settings = vars(causal_model(model).config.get_text_config()).values()
-    lists = [value for value in settings if _one_each(value, len(blocks))]
-    numbers: dict[Hashable, int] = {}
-    found = []
-    for at, block in enumerate(blocks):
-        modules = tuple(_module_kind(name, module, at) for name, module in block.named_modules())
-        found.append(numbers.setdefault((*(str(value[at]) for value in lists), modules, at > lowest), len(numbers)))
-    return found
-
-
-def lowest_trained(model: nn.Module) -> int:
-    """The first block in which something is trained, so that gradients go down to it; -1: below all of them."""
-    _, blocks = find_blocks(model)
-    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    if any(parameter.requires_grad for module in embeddings for parameter in module.parameters()):
-        return -1
-    trained = (at for at, block in enumerate(blocks) if any(it.requires_grad for it in block.parameters()))
-    return next(trained, len(blocks))
-
-
-def _module_kind(name: str, module: nn.Module, index: int) -> Hashable:
-    """Of a module in block `index`, whose own number (`layer_idx`, `layer_id`) is no setting."""
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    shapes = tuple((key, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for key, tensor in tensors)
-    settings = tuple(
-        (key, repr(value))
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str)) and not (key.startswith("layer") and value == index)
-    )
-    return name, type(module), shapes, settings
-
-
-def _one_each(value: object, count: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == count
 
 
 def _batch(config: RunConfig, policy: Policy, kind: str, loss_tokens: int | None) -> Batch:

@@ -34,10 +34,11 @@ from lowmem_ft.planner.compose import (
     windows,
 )
 from lowmem_ft.planner.cost import HOST_UPDATES
+from lowmem_ft.planner.cut import block_kinds, lowest_trained
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage, block_kinds, lowest_trained
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.streaming import Moved

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.ops import QuantSpec
@@ -28,9 +29,13 @@ def swap_quantized(model: nn.Module, *, spec: QuantSpec, skip: Collection[str]) 
 
     Returns:
         The paths of the new modules, in the order of `model.named_modules()`.
+
+    Raises:
+        UnsupportedError: two layers share one weight.
     """
     swapped: list[str] = []
     replacements: dict[nn.Module, QuantLinear] = {}
+    owners: dict[nn.Parameter, str] = {}
     if spec.kind == "none":
         return swapped
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -44,6 +49,13 @@ def swap_quantized(model: nn.Module, *, spec: QuantSpec, skip: Collection[str]) 
                 swapped.append(f"{path}.{name}" if path else name)
         if is_plain_linear(module):
             if module not in replacements:  # a layer that several parents share stays shared
+                first = owners.setdefault(module.get_parameter("weight"), path)
+                if first != path:
+                    raise UnsupportedError(
+                        "Layers of this architecture share one weight, which would be quantized for each of them.",
+                        given=f"{first} and {path}",
+                        fix="set quant.bits: 16",
+                    )
                 replacements[module] = _quant_linear(module, spec)
                 swapped.append(path)
             model.set_submodule(path, replacements[module])

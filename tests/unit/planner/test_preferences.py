@@ -11,7 +11,8 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.planner.compose import Pieces, holders, peaks, segments, shorten
-from lowmem_ft.planner.simulate import UNSEEN_BYTES, block_kinds, simulate
+from lowmem_ft.planner.cut import block_kinds
+from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import FullBatches, measured_eval_peak, measured_train_peak, verified
 from lowmem_ft.planner.weigh import classes_of

@@ -21,11 +21,12 @@ from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.planner.onednn import KERNEL, MOST, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.simulate import simulate
+from lowmem_ft.planner.simulate import Stage, simulate
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.planner.verify import allocator_events
 from lowmem_ft.quant.products import multiplies
-from tests.models import save_tiny, tiny_config
+from tests.models import SMALL, save_tiny, tiny_config
+from tests.unit.export.runs import policy_of
 from tests.unit.planner.sampler import MIXTURES, compare, describe, draw
 from tests.unit.planner.test_solver import DEVICE
 
@@ -86,7 +87,7 @@ def test_what_holds_the_peak(tmp_path: Path) -> None:
 
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     """Decoders that take no mask, never look at it, or count positions on, as in a run; one whose memory depends on
-    what its tensors hold; and one that does not run on rows of any length."""
+    what its tensors hold; one that does not run on rows of any length; and one that keeps what only a batch needs."""
     tiny_config("bloom").save_pretrained(tmp_path / "bloom")
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_channels": 12, "vocab_size": 131}
     layers = {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "vocab_size": 131}
@@ -96,6 +97,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         "rwkv": {**sizes, "attention_hidden_size": 48, "intermediate_size": 80},
         "mbart": {**layers, "is_encoder_decoder": False, "is_decoder": True},
         "reformer": {**axes, "is_decoder": True, "attn_layers": ["local"], "num_attention_heads": 4},
+        "recurrent_gemma": {**sizes, "num_key_value_heads": 2, "num_attention_heads": 4, "intermediate_size": 80},
     }.items():
         AutoConfig.for_model(name, **settings).save_pretrained(tmp_path / name)
     for name, fault in {
@@ -104,10 +106,23 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         "mbart": "Packing cannot be isolated for mbart: it counts positions",
         "jetmoe": "depends on the values",
         "reformer": r"does not run on rows of token ids alone[\s\S]*axial_pos_shape",
+        "recurrent_gemma": r"keep tensors of a batch[\s\S]*rg_lru.recurrent_states",
     }.items():
-        settings = {"data": {"seq_len": 64}, "train": {"tokens_per_step": 64}}
+        settings = {"data": {"seq_len": 64, "packing": name != "recurrent_gemma"}, "train": {"tokens_per_step": 64}}
         with pytest.raises(UnsupportedError, match=fault):
             make_plan(RunConfig.from_dict({"model": str(tmp_path / name), **settings}), device=DEVICE)
+
+
+def test_blocks_that_do_not_run_without_the_others_are_traced_whole(tmp_path: Path) -> None:
+    """Those of Zamba 2 look up by their number which adapter of the shared layers is theirs."""
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "vocab_size": 131}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8}
+    sizes = {"hidden_size": 48, "attention_hidden_size": 96, "attention_head_dim": 24, "intermediate_size": 80}
+    for name, settings in ("zamba2", {**layers, **heads, **sizes, "adapter_rank": 8}), ("llama", SMALL):
+        AutoConfig.for_model(name, **settings).save_pretrained(tmp_path / name)
+        data = {"seq_len": 16, "packing": False}
+        config = RunConfig.from_dict({"model": str(tmp_path / name), "data": data, "quant": {"bits": 16}})
+        assert Stage(config, policy_of(16), kind="cpu").whole == (name == "zamba2")
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["plain", "of one expert"])

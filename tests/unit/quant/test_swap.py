@@ -10,6 +10,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.ops import QuantSpec
@@ -138,3 +139,12 @@ def test_three_dimensional_parameters_that_are_no_experts_stay() -> None:
     model = nn.Sequential(Mixer())
     assert swap_quantized(model, spec=QuantSpec(), skip=()) == []
     assert {name for name, _ in model.named_parameters()} == {"0.gate_weight", "0.conv.weight", "0.conv.bias"}
+
+
+def test_layers_that_share_one_weight_are_refused() -> None:
+    """As blocks of Zamba do: each would quantize it for itself, and load only one."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.1[\s\S]*quant\.bits: 16"):
+        swap_quantized(model, spec=QuantSpec(), skip={"lm_head"})
+    assert swap_quantized(model, spec=QuantSpec(bits=16), skip={"lm_head"}) == []
