@@ -371,14 +371,15 @@ def _run(
 
 
 class _ShapesOnly:
-    """What rules ask of a model: the shapes of its parameters; of one slice of each while running slice by slice."""
+    """What rules ask of a model: shape and type of each parameter; of a slice of it while running slice by slice."""
 
     def __init__(self, template: PreTrainedModel, *, slice_only: bool) -> None:
         self._template, self._slice_only = template, slice_only
 
     def get_parameter(self, name: str) -> SimpleNamespace:
-        shape = self._template.get_parameter(name).shape
-        return SimpleNamespace(shape=torch.Size((1, *shape[1:])) if self._slice_only else shape)
+        parameter = self._template.get_parameter(name)
+        shape = torch.Size((1, *parameter.shape[1:])) if self._slice_only else parameter.shape
+        return SimpleNamespace(shape=shape, dtype=parameter.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._template, name)

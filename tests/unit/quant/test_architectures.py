@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError
@@ -19,7 +19,7 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.loader import head_path, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.quant.products import multiplies
-from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, save_tiny, without_dropout
+from tests.models import ARCHITECTURES, MOE_ARCHITECTURES, SMALL, save_tiny, without_dropout
 from tests.unit.quant.loading import BF16, NF4, dequantized_reference, load, logits, reference, relative
 
 # Sizes that bitsandbytes' CPU kernel dequantizes rightly (rows a multiple of 64), for comparisons with it
@@ -48,6 +48,17 @@ def test_a_broken_generation_config_is_refused(text: str, tmp_path: Path) -> Non
     (save_tiny("llama", tmp_path) / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         meta_model(Checkpoint.open(tmp_path))
+
+
+def test_rules_that_ask_for_the_type_of_a_parameter(tmp_path: Path) -> None:
+    """Those of Inkling 2 do, for an output matrix that they make larger."""
+    heads = {"head_dim": 12, "swa_head_dim": 12, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2}
+    sizes = {"sliding_window_size": 8, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 131}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("inkling2_text", **SMALL, **heads, **sizes, **experts)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, BF16)
+    assert relative(logits(model), logits(reference(tmp_path))) <= SAME_WEIGHTS
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
