@@ -216,7 +216,7 @@ def test_a_step_that_could_be_repeated(models: dict[str, Path]) -> None:
     settings = config(models["llama"], data={"packing": True}, policy={"activations": "keep"})
     policy, scales, _ = prepared(settings)
     policy = replace(policy, keep_blocks=2, recompute_blocks=0)
-    ready, held = verify._loaded(settings, policy, [])
+    ready, held = verify._loaded(settings, policy)
     examples = [Example([5] * 64, [5] * 64)] * 2
     loader = BatchLoader(
         examples, seq_len=64, packing=True, micro_batch_tokens=64, tokens_per_step=64, seed=0, pad_id=0

@@ -60,8 +60,10 @@ def test_peaks_are_those_of_a_real_step(
     simulated = simulate(config, planned, kind="cpu")
     batches = FullBatches(config, planned, vocabulary=100)
     train, evaluation = measured_train_peak(config, planned, batches), measured_eval_peak(config, planned, batches)
-    # what a simulation cannot see is an allowance; measured beside it: 0 to 24 bytes
-    assert train <= simulated.train_peak <= train * (1 + MOST / 4) + UNSEEN_BYTES
+    # what a simulation cannot see is an allowance; measured beside it: 0 to 24 bytes, and, where the peak is in the
+    # update or in KTO's other prompts, a micro-batch, which is not there then
+    ids = 32 * planned.micro_batch_tokens
+    assert train <= simulated.train_peak <= train * (1 + MOST / 4) + UNSEEN_BYTES + ids
     assert evaluation <= simulated.eval_peak <= evaluation * (1 + MOST) + UNSEEN_BYTES  # of experts, by their routing
 
 
