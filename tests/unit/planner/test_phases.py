@@ -39,6 +39,7 @@ from lowmem_ft.runtime import state, vocabulary
 from lowmem_ft.step import eval_step, train_step
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.recovery import Recovery
+from tests.assets import ASSETS
 from tests.models import save_tiny
 from tests.unit.planner.test_solver import DEVICE
 
@@ -275,7 +276,8 @@ def save_all(ready: Assembled, folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("mixtral", 8), ("gpt2", 16)])
 def test_a_whole_run(models: dict[str, Path], name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(models[name], data={"train": "train.jsonl", "eval": "eval.jsonl"}, quant={"bits": bits})
+    files = {"train": str(ASSETS / "whatis-train.jsonl"), "eval": str(ASSETS / "whatis-eval.jsonl")}
+    settings = config(models[name], data=files, quant={"bits": bits})
     plan = make_plan(settings, device=DEVICE)
     assert list(plan.phases) == [*OF_A_RUN, "merge"]
     assert all(list(it) == ["device_bytes", "pinned_bytes", "disk_bytes"] for it in plan.phases.values())
