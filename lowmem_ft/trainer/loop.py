@@ -390,10 +390,8 @@ class _Loop:
         """The held-out loss of the best weights that are kept."""
         if not self.folder.best.exists():
             return math.inf
-        found: float = state.read_checkpoint(self.folder.best)[1].get(
-            "eval_loss", self.best_loss
-        )  # older ones: unknown
-        return found
+        told = state.read_checkpoint(self.folder.best)[1]
+        return float(told.get("eval_loss", self.best_loss))  # older files do not tell
 
     def _finish(self) -> Run:
         if self.lost:
