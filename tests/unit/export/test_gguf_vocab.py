@@ -18,7 +18,7 @@ from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.export.gguf_vocab import SPLITS, add_tokenizer, adds_bos, differences
 from tests.assets import ASSETS
 
-ROOT = Path(__file__).parents[3]
+CORPUS = Path(__file__).parents[3] / "LICENSE"  # a text that does not change, with indented lines
 TEXTS = ["What does ls do?", "  two  spaces and\nlines\n", "Käse: 12 €, 日本", "a", "tokens_per_step: 16384"]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -30,7 +30,7 @@ def save_spm(folder: Path, **changes: Any) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL + alphabet, show_progress=False)
-    tokenizer.train([str(ROOT / "README.md")], trainer)
+    tokenizer.train([str(CORPUS)], trainer)
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["content"] in SPECIAL]
     vocab = data["model"]["vocab"]
@@ -92,7 +92,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     tokens, scores = contents(reader, "tokens"), contents(reader, "scores")
     space = contents(reader, "add_space_prefix")
     assert space is True
-    for text in [*TEXTS, (ROOT / "README.md").read_text()[:2000]]:
+    for text in [*TEXTS, CORPUS.read_text()[:2000]]:
         assert as_llama_cpp(text, tokens, scores, space=space) == tokenizer.encode(text, add_special_tokens=False).ids
     types = contents(reader, "token_type")
     assert types[:4] == [2, 3, 3, 6], "unknown, control, control, byte"
@@ -110,11 +110,11 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 def save_spaces(folder: Path, *, mixed: bool, lengths: Sequence[int]) -> None:
-    """With runs of spaces as Llama 2 has them, of one score. transformers then puts the longest left part first."""
+    """With runs of spaces as Llama 2 has them, alone and of one score. It puts the longest left part first."""
     save_spm(folder)
     data = json.loads((folder / "tokenizer.json").read_text())["model"]
-    merges = [pair for pair in data["merges"] if "".join(pair).strip("▁")]
-    vocab = {token: index for token, index in data["vocab"].items() if token == "▁" or token.strip("▁")}
+    merges = [pair for pair in data["merges"] if "▁▁" not in "".join(pair)]
+    vocab = {token: index for token, index in data["vocab"].items() if "▁▁" not in token}
     vocab = {token: index for index, token in enumerate([*vocab, *("▁" * length for length in lengths)])}
     pairs = [["▁" * cut, "▁" * (n - cut)] for n in lengths for cut in range(1, n) if {cut, n - cut} <= {1, *lengths}]
     if mixed:
@@ -185,7 +185,7 @@ def save_byte_level(folder: Path, rule: str = "llama-bpe", *, bos: bool = False)
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(ROOT / "README.md")], trainer)
+    tokenizer.train([str(CORPUS)], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
