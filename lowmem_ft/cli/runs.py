@@ -69,7 +69,7 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
     if not run:
         if adapter is None:
             trained = Path(config.output)
-            fix = f"give {trained}" if (trained / "adapter").is_dir() else "give its folder"
+            fix = f"give {trained}" if os.path.isdir(trained / "adapter") else "give its folder"
             warnings.warn(f"this is the base model: for what a run has trained {fix}, or --adapter", stacklevel=2)
         return config, require_fit(make_plan(config)), chosen
     config = config.model_copy(update={"output": str(target)})

@@ -89,6 +89,13 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     return ConfigError("The file cannot be written.", given=f"{path} ({error})", allowed="a file in an existing folder")
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or what of it is there: a folder above, or a file in the place of one."""
+    while not os.path.exists(path):  # unlike pathlib's it answers where nobody may look
+        path = path.parent
+    return path
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder and what is in it, as far as it may be removed and another process has not done it."""
     if path.is_dir() and not path.is_symlink():

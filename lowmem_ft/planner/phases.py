@@ -30,7 +30,7 @@ from lowmem_ft.export.through_peft import untied_by_peft
 from lowmem_ft.export.trained import MERGE_VALUES
 from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
-from lowmem_ft.planner.cut import block_kinds, only_blocks
+from lowmem_ft.planner.cut import only_blocks
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
@@ -323,7 +323,7 @@ def _isolation_work(stage: Stage) -> int:
 
     It grows by the same number of bytes with each further block of a kind.
     """
-    kinds = block_kinds(stage.ready.model)
+    kinds = stage.kinds
     few = list(range(len(kinds))) if stage.whole else shorten(kinds)
     least = total = _isolation_peak(stage, few)
     for kind in set(kinds):

@@ -97,7 +97,7 @@ def scratch_on(card: Card) -> Mapping[Any, Scratch]:
         aten.nonzero_static.default: functools.partial(_nonzero, card),
         **dict.fromkeys(overloads("sort.stable", "sort.default"), _sort),
         **tiled,
-        weight: functools.partial(_rms_norm_weight, card),
+        weight: functools.partial(_rms_norm_weight, tiled[weight], card),
         forward: functools.partial(_rms_norm, tiled[forward]),
         backward: functools.partial(_rms_norm_backward, tiled[backward]),
         **dict.fromkeys(overloads(*_SUMS), functools.partial(_sum, card)),
@@ -330,20 +330,11 @@ def _rms_norm_backward(tiled: Scratch, dy: Tensor, x: Tensor, weight: Tensor, rs
 
 
 def _rms_norm_weight(
-    card: Card, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool, *_: Any
+    tiled: Scratch, card: Card, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool
 ) -> list[int]:
-    """As on a CPU, and what blocks of threads leave that sum over tokens."""
+    """And what blocks of threads leave that sum over tokens."""
     tile = torch.empty((norms.tile_rows(x, "cuda"), x.shape[-1]), device="meta")
-    return [*_copies(x, dy), 8 * x.shape[-1], *_quotient(x, "cuda", offset), *_sum(card, tile, [0])]
-
-
-def _quotient(x: Tensor, kind: str, offset: bool) -> list[int]:
-    """Of a tile the quotient, and without `offset` what it is rounded to, and that in fp32."""
-    rows = norms.tile_rows(x, kind)
-    wide, narrow = 4 * rows * x.shape[-1], rows * x.shape[-1] * x.element_size()
-    if x.dtype == torch.float32:
-        return [wide]
-    return [wide, wide, -wide] if offset else [wide, wide, -wide, narrow, wide, -narrow, -wide]
+    return [*tiled(dy, x, weight, rstd, offset), *_sum(card, tile, [0])]
 
 
 def _copies(*tensors: Tensor) -> list[int]:
@@ -371,7 +362,12 @@ def norms_in_tiles(kind: str) -> Mapping[Any, Scratch]:
         return [*_copies(x, dy), 8 * x.shape[-1], wide, wide, wide, numbers]
 
     def of_weight(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> list[int]:
-        return [*_copies(x, dy), 8 * x.shape[-1], *_quotient(x, kind, offset)]
+        """The quotient, and without `offset` what it is rounded to, and that in fp32."""
+        wide, _ = tile(x)
+        narrow = wide // 4 * x.element_size()
+        copied = [] if x.dtype == torch.float32 else [wide, -wide]
+        rounded = [] if offset or x.dtype == torch.float32 else [narrow, wide, -narrow, -wide]
+        return [*_copies(x, dy), 8 * x.shape[-1], wide, *copied, *rounded]
 
     ops = torch.ops.lowmem_ft
     return {

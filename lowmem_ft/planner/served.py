@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.data.isolation import PROBE_TOKENS, not_isolated, taking_masks
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.quant.checkpoint import first_line
@@ -63,9 +64,9 @@ def _attributes(decoder: nn.Module) -> dict[str, Tensor]:
 def _running_its_own_code(name: str) -> Iterator[None]:
     try:
         yield
-    except (LowMemError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # of any kind: each architecture's own code runs here
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
         raise UnsupportedError(
             f"The decoder of {name} does not run on rows of token ids alone, which training gives it.",
             given=f"{type(error).__name__}: {first_line(error)}",

@@ -125,6 +125,7 @@ class Stage:
         ready: the assembled model.
         held: bytes of weights, adapter, gradients and optimizer.
         blocks: the decoder layers.
+        kinds: of each of them, see `cut.block_kinds`.
         products: what was multiplied on a CPU that multiplies 16-bit floats.
         learning: of each trained parameter that was in a step, whether a gradient has reached it.
     """
@@ -154,6 +155,7 @@ class Stage:
         self._assembled = self.tracer.trace.events, marks[0]
         self.ready.activations.remove()  # each step decides anew
         self.whole = config.adapter.prompt_learning or not stand_alone(self.ready.model)  # prefixes know the depth
+        self.kinds = block_kinds(self.ready.model)
         self._try_forward(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
@@ -191,7 +193,7 @@ class Stage:
 
     def _try_forward(self, policy: Policy) -> None:
         """Give the decoder, cut down to one block of each kind if it can be, what a step would."""
-        last = {kind: at for at, kind in enumerate(block_kinds(self.ready.model))}
+        last = {kind: at for at, kind in enumerate(self.kinds)}
         few = None if self.whole else sorted(last.values())
         try:
             with only_blocks(self.ready.model, few), self.tracer:

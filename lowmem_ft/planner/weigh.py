@@ -34,7 +34,7 @@ from lowmem_ft.planner.compose import (
     windows,
 )
 from lowmem_ft.planner.cost import HOST_UPDATES
-from lowmem_ft.planner.cut import block_kinds, lowest_trained
+from lowmem_ft.planner.cut import lowest_trained
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
@@ -135,7 +135,7 @@ class Scales:
         self.held = next(reversed(list(self.stage.tracer.trace.curve(self._tier))))
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = positions_of(text) or LONGEST
-        self._kinds = block_kinds(self.stage.ready.model)
+        self._kinds = self.stage.kinds
         assert self.stage.ready.optimizer is not None, "a plan is made for training"
         self._optimizer = self.stage.ready.optimizer
         self._hidden, self._lowest = int(text.hidden_size), lowest_trained(self.stage.ready.model)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
-from lowmem_ft.core.files import is_full
+from lowmem_ft.core.files import is_full, nearest_existing
 
 PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
 _CACHED = 64 << 20  # bytes that may wait in the page cache for the disk
@@ -343,9 +343,7 @@ def _unpin(driver: Any, address: int, device: torch.device) -> None:
 def _unnamed_file(folder: Path) -> tuple[FileIO, FileIO, str | None]:
     """A new file, opened for writing, and for reading past the page cache where that is possible; and its name if it
     has one: Windows removes no file that is open."""
-    while not os.path.exists(folder):
-        folder = folder.parent
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".lowmem-ft-stream-")
+    handle, name = tempfile.mkstemp(dir=nearest_existing(folder), prefix=".lowmem-ft-stream-")
     file = direct = FileIO(handle, "r+")
     with contextlib.suppress(OSError):  # tmpfs and some network file systems cannot
         direct = FileIO(os.open(name, os.O_RDONLY | os.O_DIRECT)) if hasattr(os, "O_DIRECT") else file

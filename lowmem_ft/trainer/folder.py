@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import remove_half_written, replace_text
+from lowmem_ft.core.files import nearest_existing, remove_half_written, replace_text
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 
@@ -65,9 +65,7 @@ class RunFolder:
 
     def refuse_unwritable(self) -> None:
         """Raises CheckpointError if nothing can be written into the folder, or if it cannot be made."""
-        place = self.path.absolute()
-        while not os.path.exists(place):
-            place = place.parent
+        place = nearest_existing(self.path.absolute())
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
             why = errno.EACCES if os.path.isdir(place) else errno.ENOTDIR
             raise _unwritable(place, OSError(why, os.strerror(why)))
