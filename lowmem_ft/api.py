@@ -9,8 +9,6 @@ from types import MethodType
 from typing import Any
 
 import peft
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -19,11 +17,11 @@ from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import open_to_others
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
+from lowmem_ft.quant.shards import PYTORCH, write_file
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.trainer import loop
@@ -149,11 +147,9 @@ def _save_pretrained(
     if not is_main_process:
         return
     save(model, save_directory)
-    trained = {name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}
     try:
-        save_file(trained, file := Path(save_directory) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        open_to_others(file)
-    except (OSError, SafetensorError) as error:
+        write_file(Path(save_directory) / SAFE_WEIGHTS_NAME, dict(trainable_parameters(model)), PYTORCH)
+    except OSError as error:
         raise CheckpointError("The adapter cannot be written.", given=f"{save_directory} ({error})") from error
 
 

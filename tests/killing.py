@@ -113,15 +113,15 @@ def failing_twice() -> None:
 
 def die_while_saving() -> None:
     """Let the process die when half of its first checkpoint is written."""
-    save_file = state.save_file
+    write_file = state.write_file
 
-    def half(tensors: Any, path: Path, metadata: Any) -> None:
-        save_file(tensors, path, metadata)
+    def half(path: Path, tensors: Any, metadata: Any) -> None:
+        write_file(path, tensors, metadata)
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    state.save_file = half
+    state.write_file = half
 
 
 def kill_again_and_again(config: RunConfig, kills: range, generator: random.Random, *disturb: Disturb) -> Iterator[str]:

@@ -20,7 +20,6 @@ import peft
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import adapter_at, eject_lora, inject_resolved, injection_of, is_injected
@@ -33,6 +32,7 @@ from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans, writing
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
+from lowmem_ft.quant.shards import PYTORCH, write_file
 
 _PREFIX = "base_model.model."
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -225,14 +225,8 @@ def _write(model: nn.Module, folder: Path, base_model: str) -> None:
     settings = to_lora_config(model, base_model=base_model).to_dict()
     ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     (folder / CONFIG_NAME).write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors: dict[str, Tensor] = {}
-    stored: set[int] = set()
-    for key, tensor in adapter_tensors(model).items():
-        tensor = tensor.detach().contiguous()
-        tensors[key] = tensor.clone() if tensor.data_ptr() in stored else tensor  # safetensors refuses tied tensors
-        stored.add(tensor.data_ptr())
-    metadata = {"format": "pt", CHECKSUM: content_checksum(tensors)}
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+    tensors = adapter_tensors(model)
+    write_file(folder / SAFETENSORS_WEIGHTS_NAME, tensors, {**PYTORCH, CHECKSUM: content_checksum(tensors)})
 
 
 def _check_base_unchanged(settings: Mapping[str, Any], folder: Path) -> None:

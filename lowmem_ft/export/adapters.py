@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -24,6 +23,7 @@ from lowmem_ft.export.gguf import ARCHITECTURES, heads_of, permute
 from lowmem_ft.export.gguf_file import GgufFile, Slot
 from lowmem_ft.export.gguf_read import unpermute
 from lowmem_ft.export.trained import Trained, TrainedWeights
+from lowmem_ft.quant.shards import PYTORCH, write_file
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 # model_type of those that it puts no adapter on, or does not know; read from the sources of vLLM 0.32
@@ -124,7 +124,7 @@ def write_vllm(trained: TrainedWeights, config: PretrainedConfig, adapter: Path,
             A_KI, B_OK = it.A_KI.new_zeros(rank, it.A_KI.shape[1]), it.B_OK.new_zeros(it.B_OK.shape[0], rank)
             A_KI[: it.rank], B_OK[:, : it.rank] = it.A_KI, it.B_OK * it.scaling
             tensors |= _named(it.path, A_KI, B_OK)
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_file(folder / SAFETENSORS_WEIGHTS_NAME, tensors, PYTORCH)
     write_text(folder / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
@@ -185,7 +185,7 @@ def unpack_gguf_adapter(
         tensors |= _named(path, pair["lora_a"], B_OK.contiguous())
     settings: dict[str, Any] = read_adapter_config(adapter)
     settings |= {"lora_alpha": alpha_field.contents(), "alpha_pattern": {}, "use_rslora": False}
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_file(folder / SAFETENSORS_WEIGHTS_NAME, tensors, PYTORCH)
     write_text(folder / CONFIG_NAME, json.dumps(settings))
 
 

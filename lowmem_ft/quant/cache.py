@@ -186,7 +186,7 @@ def entry_bytes(model: PreTrainedModel, *, absent: Collection[str]) -> int:
     No weight is read, so what is written of each tensor in the JSON files is rounded up.
     """
     tensors = _quantized_tensors(model) | _plain_tensors(model, absent)
-    files = sum(8 + len(shard_header(shard)) + layout_bytes(shard) for shard in split_shards(tensors))
+    files = sum(len(shard_header(shard)) + layout_bytes(shard) for shard in split_shards(tensors))
     listed = sum(2 * len(name) + _LISTED_BYTES for name in tensors)  # in the index and in the marker
     return files + listed + len(model.config.to_json_string()) + _CONFIG_BYTES
 

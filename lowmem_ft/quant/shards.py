@@ -1,10 +1,11 @@
-"""Safetensors files written tensor by tensor, or piece by piece, in any order: all offsets are known beforehand."""
+"""Safetensors files written piece by piece: no second copy of a tensor, and the same bytes for the same tensors, which
+safetensors' own writer does not promise (it orders metadata at random)."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,21 @@ from lowmem_ft.quant.ops import Layout, layout_bytes
 
 SHARD_BYTES = 2 << 30
 ALIGN = 64
+PYTORCH = {"format": "pt"}  # which transformers asks for
+
+
+def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one file, the largest data types first so that each tensor is aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    text = shard_header({name: (tuple(tensors[name].shape), tensors[name].dtype) for name in order}, metadata)
+    with open(file, "wb") as stream:
+        stream.write(text)
+        for name in order:
+            stream.writelines(pieces(tensors[name]))
 
 
 class ShardFiles:
-    """The files of a model, at first with headers and room for everything.
+    """The files of a model, at first with headers and room for everything: what they hold is written in any order.
 
     Args:
         folder: exists.
@@ -35,9 +47,9 @@ class ShardFiles:
         self._tensors = tensors
         for file, shard in zip(files, shards, strict=True):
             text = shard_header(shard)
-            offset = 8 + len(text)
+            offset = len(text)
             with open(file, "wb") as stream:
-                stream.write(len(text).to_bytes(8, "little") + text)
+                stream.write(text)
                 stream.truncate(offset + layout_bytes(shard))
             for name, entry in shard.items():
                 self._places[name] = (file, offset)
@@ -83,7 +95,8 @@ def split_shards(tensors: Layout) -> list[Layout]:
     return shards
 
 
-def shard_header(shard: Layout) -> bytes:
-    """The header of a safetensors file that holds its tensors in this order."""
-    text = json.dumps(safetensors_header(shard, {"format": "pt"})).encode()
-    return text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
+def shard_header(shard: Layout, metadata: Mapping[str, str] = PYTORCH) -> bytes:
+    """What stands before the tensors in a safetensors file that holds them in this order."""
+    text = json.dumps(safetensors_header(shard, metadata)).encode()
+    text = text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
+    return len(text).to_bytes(8, "little") + text

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING, open_to_others, writing_prefix
+from lowmem_ft.core.files import SAVING, writing_prefix
 from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
+from lowmem_ft.quant.shards import write_file
 from lowmem_ft.runtime.rerun import random_states
 
 RETAINED = 2  # checkpoints of a run
@@ -38,20 +38,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there before stays.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     header = dict(metadata or {})
     header[CHECKSUM] = content_checksum(tensors, header.get("state", ""))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors, too, writes to a name of its own first, which would stay where the process is killed
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=writing_prefix(SAVING)) as scratch:
             temporary = Path(scratch) / path.name
-            save_file(tensors, temporary, header)
-            open_to_others(temporary)
+            write_file(temporary, tensors, header)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             "A file could not be written.",
             given=f"{path} ({error})",
