@@ -94,7 +94,8 @@ def generate(
 
     Args:
         model: as `lowmem_ft.load` returns it; its mode (train or eval) is restored afterwards. Of its generation config
-            the tokens that begin and end text count alone; what ends answers in the chat template ends them, too.
+            the tokens that begin and end text count alone; the tokenizer's EOS and what ends answers in the chat
+            template end them, too.
         prompts: a string is one.
         temperature: 0 takes the likeliest token each time; above, tokens are sampled, from the smallest set that holds
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
@@ -223,15 +224,15 @@ def converse(
             stopping_criteria=StoppingCriteriaList([stops]),
         )
     text = str(tokenizer.decode(new_N, skip_special_tokens=True)).strip()
-    known = {tokenizer.eos_token_id, *ends, *known_ends(model.generation_config)}
+    known = {*ends, *known_ends(model.generation_config)}
     return Answer(text=text, tokens=len(new_N), ended=_ended(known, new_N, stopped, max_new_tokens, room))
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer under the chat template, of which a model's generation config may know nothing: a base that
-    ends texts by a token of its own has learned this one from conversations."""
-    found = ChatRenderer(tokenizer).answer_end()
-    return [] if found is None else [found]
+    """What training ends texts by: under the chat template, and all others by the tokenizer's EOS. A model's generation
+    config may know of neither: a base that ends texts by a token of its own has learned these from the data."""
+    found = (ChatRenderer(tokenizer).answer_end(), tokenizer.eos_token_id)
+    return list(dict.fromkeys(it for it in found if it is not None))
 
 
 def known_ends(config: GenerationConfig) -> list[int]:
@@ -357,13 +358,14 @@ def _answer(
     say: Callable[[str], None] | None,
 ) -> str:
     if tokenizer.chat_template:
-        ids_1T, ends = _rendered(tokenizer, [{"role": "user", "content": prompt}]), answer_ends(tokenizer)
+        ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
-        ids_1T, ends = _tokens(tokenizer, prompt), []
+        ids_1T = _tokens(tokenizer, prompt)
     positions = _learned_positions(model)
     room = _room(ids_1T, positions, "The prompt is longer than the model has positions for.", "write less")
     new = min(sampling.max_new_tokens, room)
     streamer = None if say is None else _Told(tokenizer, say)
+    ends = answer_ends(tokenizer)
     new_N = _continued(model, tokenizer, ids_1T.to(model.device), new, sampling, ends=ends, streamer=streamer)
     text: str = tokenizer.decode(new_N, skip_special_tokens=True)
     return text.strip()

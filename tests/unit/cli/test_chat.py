@@ -86,6 +86,19 @@ def test_what_ends_answers_in_the_chat_template_ends_them(loaded: tuple[Any, Any
         converse(model, tokenizer, [QUESTION])
 
 
+def test_what_training_ends_texts_by_ends_them(loaded: tuple[Any, Any]) -> None:
+    """The tokenizer's EOS, of which the model's configuration may know nothing."""
+    model, tokenizer = copy.deepcopy(loaded)
+    tokenizer.chat_template, model.generation_config.eos_token_id = None, None
+    head, end = model.get_output_embeddings(), tokenizer.eos_token_id
+    head.register_forward_hook(lambda module, given, logits: torch.nn.functional.one_hot(
+        torch.full(logits.shape[:-1], end), logits.shape[-1]).to(logits))  # fmt: skip
+    calls: list[int] = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    assert generate(model, tokenizer, ["a"], max_new_tokens=9) == [""]
+    assert len(calls) == 1
+
+
 def test_positions(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     word = len(tokenizer(" a" * 100, add_special_tokens=False)["input_ids"]) // 100

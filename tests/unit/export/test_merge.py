@@ -183,6 +183,15 @@ def test_what_ends_answers_in_the_chat_template_is_written(known: Any, tmp_path:
     assert written.get("temperature") == (None if known is None else 0.5)
 
 
+def test_what_training_ends_texts_by_is_written(tmp_path: Path) -> None:
+    """Where there is no chat template the tokenizer's EOS ends them, which is 1 here, and 2 in config.json."""
+    run = trained("llama", tmp_path, model={"vocab_size": 4096})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "doclm-7m" / file, tmp_path / "base" / file)
+    out = write(run, tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+
+
 def test_what_is_beyond_the_range_of_fp16(tmp_path: Path) -> None:
     run = trained("llama", tmp_path, size=3e4)
     with pytest.raises(UnsupportedError, match="range of float16"):
