@@ -291,10 +291,25 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """(1, T) of a text; of an empty one that which begins every text."""
     _refuse_halves(prompt)
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    ids = prompt_ids(tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is None:
         raise DataError("The prompt has no tokens.", given=repr(prompt), fix="write something")
     return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that goes on: with what the tokenizer puts in front, and not with the EOS that some put behind,
+    which in training stands behind the answer; and as there, with one BOS where the text has brought its own."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = ids[: len(ids) - len(added_around(tokenizer)[1])]
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts in front of a text and behind it."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (True, False))
+    before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:before], whole[before + len(bare) :]
 
 
 def _refuse_halves(text: str) -> None:

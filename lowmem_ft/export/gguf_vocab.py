@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.data.chat import ChatRenderer
-from lowmem_ft.generate import answer_ends
+from lowmem_ft.generate import added_around, answer_ends
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,9 +83,9 @@ def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     _add_special(writer, loaded, folder, vocab_size)
-    before, after = _around(loaded)
-    writer.add_add_bos_token(before)
-    writer.add_add_eos_token(after)
+    writer.add_add_bos_token(adds_bos(loaded))
+    # whatever the tokenizer does: llama.cpp would put it behind prompts, and its programs refuse such a file
+    writer.add_add_eos_token(False)
     template: Any = loaded.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
@@ -94,8 +94,20 @@ def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int) -> None:
 
 
 def adds_bos(loaded: PreTrainedTokenizerBase) -> bool:
-    """Whether llama.cpp puts the first token in front by itself, as the file that is written says it."""
-    return _around(loaded)[0]
+    """Whether llama.cpp puts the first token in front by itself, as the file that is written says it.
+
+    Raises:
+        UnsupportedError: the tokenizer puts others around a text than the first and the last one.
+    """
+    around = added_around(loaded)
+    for ids, allowed in zip(around, (loaded.bos_token_id, loaded.eos_token_id), strict=True):
+        if ids not in ([], [allowed]):
+            raise UnsupportedError(
+                "This tokenizer puts other tokens around a text than the one that begins and the one that ends it.",
+                given=f"{loaded.convert_ids_to_tokens(ids)} in {loaded.name_or_path}",
+                fix="merge, and convert the folder with llama.cpp's convert_hf_to_gguf.py; or export the adapter alone",
+            )
+    return bool(around[0])
 
 
 def differences(loaded: PreTrainedTokenizerBase) -> list[str]:
@@ -151,25 +163,6 @@ def _add_special(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, voc
 def _json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
-
-
-def _around(loaded: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether a text gets the first token in front, and the last one behind it.
-
-    Raises:
-        UnsupportedError: it gets others.
-    """
-    whole, bare = (list(loaded("a", add_special_tokens=add)["input_ids"]) for add in (True, False))
-    before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
-    around = whole[:before], whole[before + len(bare) :]
-    for ids, allowed in zip(around, (loaded.bos_token_id, loaded.eos_token_id), strict=True):
-        if ids not in ([], [allowed]):
-            raise UnsupportedError(
-                "This tokenizer puts other tokens around a text than the one that begins and the one that ends it.",
-                given=f"{loaded.convert_ids_to_tokens(ids)} in {loaded.name_or_path}",
-                fix="merge, and convert the folder with llama.cpp's convert_hf_to_gguf.py; or export the adapter alone",
-            )
-    return bool(around[0]), bool(around[1])
 
 
 def _in_range(index: int, vocab_size: int, path: Path) -> int:

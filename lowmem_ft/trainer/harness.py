@@ -24,7 +24,7 @@ from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Rows
-from lowmem_ft.generate import complete
+from lowmem_ft.generate import answer_ends, complete, prompt_ids
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer.recovery import Recovery
 
@@ -51,7 +51,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.tokenizer: Any = recovery.ready.tokenizer
         if self.tokenizer is None:
             raise UnsupportedError("The model folder holds no tokenizer, which the harness needs.")
-        self._renderer = ChatRenderer(self.tokenizer)
+        self._renderer, self._ends = ChatRenderer(self.tokenizer), answer_ends(self.tokenizer)
         self.shortened = 0
 
     @property
@@ -69,11 +69,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with what the tokenizer adds, but for a BOS where the text has one already."""
+        """Token ids; by default with what the tokenizer puts in front, but for a BOS where the text has one already."""
         if add_special_tokens is None:
             begins = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not begins or not string.startswith(begins)
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        # none has what some put behind: it would stand between a question and its answer
+        if add_special_tokens:
+            return prompt_ids(self.tokenizer, string)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -141,6 +144,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 temperature=float(options.get("temperature", 1.0)) if samples else 0.0,
                 top_p=float(options.get("top_p", 1.0)) if samples else 1.0,
                 until=[stop for stop in until if stop],
+                ends=self._ends,
             )
         )[0]
 

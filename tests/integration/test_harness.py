@@ -3,6 +3,7 @@ command line, on local tasks."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
@@ -106,6 +108,33 @@ def test_answers_are_theirs(ours: HarnessModel, theirs: Any, until: list[str]) -
     assert all(stop not in answer for answer in found for stop in until)
     assert any(found)
     assert ours.shortened == 1
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_question(ours: HarnessModel) -> None:
+    """Nor of an answer: the EOS of some would be all that is scored. In training it stands behind the answer."""
+    cases, asked = requests(("ls is", " it"), ("ls is", " a command")), {"until": [], "max_gen_toks": 6}
+    expected = ours.loglikelihood(cases, disable_tqdm=True), ours.generate_until(requests(("ls is", asked)))
+    ours.tokenizer = copy.deepcopy(ours.tokenizer)
+    ours.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|eos|>", special_tokens=[("<|eos|>", ours.tokenizer.eos_token_id)]
+    )
+    found = ours.loglikelihood(cases, disable_tqdm=True), ours.generate_until(requests(("ls is", asked)))
+    assert found == expected
+
+
+def test_what_training_ends_texts_by_ends_answers(ready: Assembled, ours: HarnessModel) -> None:
+    """Of which the model's own generation config may know nothing."""
+    head, model, calls = ready.model.get_output_embeddings(), ready.model, list[int]()
+    known, end = model.generation_config.eos_token_id, ours.tokenizer.eos_token_id
+    hook = head.register_forward_hook(lambda module, given, logits: calls.append(1) or torch.nn.functional.one_hot(
+        torch.full(logits.shape[:-1], end), logits.shape[-1]).to(logits))  # fmt: skip
+    model.generation_config.eos_token_id = None
+    try:
+        assert ours.generate_until(requests(("ls is", {"until": [], "max_gen_toks": 6}))) == [""]
+    finally:
+        hook.remove()
+        model.generation_config.eos_token_id = known
+    assert len(calls) == 1
 
 
 def test_ways_to_generate(ours: HarnessModel) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_ft.cli.chat import _lines, piped_lines
@@ -97,6 +98,20 @@ def test_what_training_ends_texts_by_ends_them(loaded: tuple[Any, Any]) -> None:
     head.register_forward_hook(lambda *_: calls.append(1))
     assert generate(model, tokenizer, ["a"], max_new_tokens=9) == [""]
     assert len(calls) == 1
+
+
+def test_nothing_stands_between_a_prompt_and_its_answer(loaded: tuple[Any, Any]) -> None:
+    """Some tokenizers put an EOS behind a text, which in training stands behind the answer."""
+    model, tokenizer = copy.deepcopy(loaded)
+    tokenizer.chat_template = None
+    expected = generate(model, tokenizer, ["<|bos|>ls -", ""], max_new_tokens=4)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(it, tokenizer.convert_tokens_to_ids(it)) for it in (bos, eos)]
+    )
+    assert tokenizer("ls -")["input_ids"][-1] == tokenizer.eos_token_id
+    assert generate(model, tokenizer, ["ls -", ""], max_new_tokens=4) == expected
+    assert generate(model, tokenizer, ["<|bos|>ls -", ""], max_new_tokens=4) == expected, "one is enough"
 
 
 def test_positions(loaded: tuple[Any, Any]) -> None:

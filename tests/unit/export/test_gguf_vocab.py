@@ -201,6 +201,19 @@ def test_whether_a_first_token_is_added_is_always_said(bos: bool, tmp_path: Path
     assert contents(reader, "merges")[0].count(" ") == 1
 
 
+def test_no_last_token_is_put_behind_prompts(tmp_path: Path) -> None:
+    """Where the tokenizer does that, the programs of llama.cpp end at once: GGML_ASSERT(!llama_vocab_get_add_eos)."""
+    save_byte_level(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    reader = written(tmp_path)
+    assert contents(reader, "add_bos_token") is True
+    assert contents(reader, "add_eos_token") is False
+
+
 def test_other_tokens_around_a_text_are_refused(tmp_path: Path) -> None:
     save_byte_level(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
