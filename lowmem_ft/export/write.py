@@ -14,7 +14,8 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.files import is_full, open_to_others, remove_orphans, writing_prefix
 from lowmem_ft.core.sizes import format_size
 
-COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # what an exported model takes over from its base
+# what an exported model takes over from its base; templates beside the default one (for tools) lie in a folder
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 _OF_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json", "quantize_config.json")
 
 
@@ -42,10 +43,11 @@ def new_folder(out: Path, *, nbytes: int) -> Iterator[Path]:
     try:
         with _explained(out, nbytes):
             yield folder
-            for file in folder.iterdir():
+            paths = [*folder.rglob("*")]
+            for file in filter(Path.is_file, paths):
                 with open(file, "r+b") as stream:
                     os.fsync(stream.fileno())
-            for path in (*folder.iterdir(), folder):
+            for path in (*paths, folder):
                 open_to_others(path)
             folder.rename(out)  # onto an empty folder, too
     finally:
@@ -82,7 +84,9 @@ def small_files(folder: Path) -> list[Path]:
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copy `small_files`. Links, as the hub's cache has them, are followed."""
     for file in small_files(source):
-        shutil.copyfile(file, folder / file.name)
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 @contextmanager

@@ -370,11 +370,13 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.jinja", "*.txt", "tokenizer.model", *(["*.py"] if code else [])]
+    small = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.py"] if code else [])]
+    # of folders templates alone (additional_chat_templates): what else lies there is the model in other formats
+    below = [f"*/*.{kind}" for kind in ("json", "txt", "model", "py", "safetensors")]
     what = "the model is neither a local folder nor a hub repository that can be reached or is in the hub's cache"
     given = f"{hub_id}, which is no folder in {Path.cwd()}"
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=below))
         if not weights:
             return folder
         what = "the model's weights can be neither reached nor found in the hub's cache, which has its small files"
@@ -382,7 +384,7 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
         files = [file.name for file in _named_files(folder, INDEX)[0]]
         # the very same revision, and only the files that make up the model: many repositories hold it twice
         folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
-                                        ignore_patterns=["*/*"]))  # fmt: skip
+                                        ignore_patterns=below))  # fmt: skip
         if constants.HF_HUB_OFFLINE and not any((folder / name).exists() for name in files):
             raise LocalEntryNotFoundError("offline, what is in the cache is taken for all there is")
         return folder

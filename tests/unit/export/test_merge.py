@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
@@ -181,6 +182,18 @@ def test_what_ends_answers_in_the_chat_template_is_written(known: Any, tmp_path:
     written = json.loads((out / "generation_config.json").read_text())
     assert written["eos_token_id"] == [*(known if isinstance(known, list) else [2]), 1]
     assert written.get("temperature") == (None if known is None else 0.5)
+
+
+def test_the_whole_tokenizer_comes_along(tmp_path: Path) -> None:
+    """With its other templates, such as that for tools, which lie in a folder, and files of SentencePiece."""
+    run = trained("llama", tmp_path, model={"vocab_size": 4096})
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "spiece.model").write_bytes(b"pieces")
+    out = write(run, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert (out / "spiece.model").read_bytes() == b"pieces"
 
 
 def test_what_training_ends_texts_by_is_written(tmp_path: Path) -> None:

@@ -271,12 +271,14 @@ def test_of_a_hub_repository_only_what_is_needed_is_downloaded(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool, trusted: bool
 ) -> None:
     there = [*(file.name for file in llama.iterdir()), "pytorch_model.bin", "model.py", "original/model.safetensors"]
+    there += ["additional_chat_templates/tool_use.jinja", "spiece.model", "onnx/config.json"]
 
     def download(
         repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
     ) -> str:
         for name in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             file = tmp_path / name
+            file.parent.mkdir(exist_ok=True)
             file.write_bytes((llama / name).read_bytes() if (llama / name).exists() else b"")
         return str(tmp_path)
 
@@ -287,6 +289,8 @@ def test_of_a_hub_repository_only_what_is_needed_is_downloaded(
     assert {name for name in names if name.endswith(".safetensors")} == {file.name for file in checkpoint.files}
     assert bool(checkpoint.tensors) == weights
     assert not any(name.endswith(".bin") for name in names)
+    assert {"spiece.model", "additional_chat_templates"} <= names
+    assert not names & {"original", "onnx"}
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
