@@ -87,6 +87,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     say: Callable[[int, str], None] | None = None,
+    raw: bool = False,
 ) -> list[str]:
     """What `model` says to each prompt.
 
@@ -101,6 +102,7 @@ def generate(
             `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
         seed: of the sampling; the caller's random numbers are left as they are.
         say: called with the index of a prompt and each piece of its answer, once that no longer changes.
+        raw: each prompt as it is, past the chat template: for what was trained on texts, or prompts with completions.
 
     Returns:
         one text per prompt, special tokens removed.
@@ -115,7 +117,7 @@ def generate(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with _sampled(model, seed):
         return [
-            _answer(model, tokenizer, prompt, sampling, None if say is None else partial(say, index))
+            _answer(model, tokenizer, prompt, sampling, None if say is None else partial(say, index), raw=raw)
             for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
         ]
 
@@ -371,8 +373,10 @@ def _answer(
     prompt: str,
     sampling: Sampling,
     say: Callable[[str], None] | None,
+    *,
+    raw: bool,
 ) -> str:
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not raw:
         ids_1T = _rendered(tokenizer, [{"role": "user", "content": prompt}])
     else:
         ids_1T = _tokens(tokenizer, prompt)

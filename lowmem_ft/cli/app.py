@@ -214,6 +214,9 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print answers as they are generated.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as they are, not as messages of the chat template.")
+    ] = False,
     device: DeviceOption = None,
     as_json: Json = False,
 ) -> None:
@@ -234,7 +237,8 @@ def generate(
         shown = index
 
     ready = assemble_run(config, made, chosen, Reporter(quiet=as_json))
-    answers = generate_texts(ready.model, ready.tokenizer, texts, **asdict(sampling), say=say if stream else None)
+    told = say if stream else None
+    answers = generate_texts(ready.model, ready.tokenizer, texts, **asdict(sampling), say=told, raw=raw)
     if stream:
         say(len(texts), "")
         return

@@ -114,6 +114,19 @@ def test_nothing_stands_between_a_prompt_and_its_answer(loaded: tuple[Any, Any])
     assert generate(model, tokenizer, ["<|bos|>ls -", ""], max_new_tokens=4) == expected, "one is enough"
 
 
+def test_a_prompt_past_the_chat_template(loaded: tuple[Any, Any], command: Command, config: Path) -> None:
+    """As a run on prompts with completions has seen it, whose tokenizer has a template all the same."""
+    model, tokenizer = loaded
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    (expected,) = generate(model, bare, "ls - list", max_new_tokens=6)
+    assert [expected] == generate(model, tokenizer, "ls - list", max_new_tokens=6, raw=True)
+    assert [expected] != generate(model, tokenizer, "ls - list", max_new_tokens=6)
+    ask = ("generate", config, "ls - list", "--max-new-tokens", "6", "--json")
+    raw, chat = (json.loads(command(*ask, *more)[1])["answer"] for more in (["--raw"], []))
+    assert raw != chat
+
+
 def test_positions(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     word = len(tokenizer(" a" * 100, add_special_tokens=False)["input_ids"]) // 100
