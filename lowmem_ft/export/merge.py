@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -125,15 +126,18 @@ def merge(
         run.config, run.policy, run.adapter, base=base, device=run.device,
         dtype=torch.float32 if quantize_to else dtype, stored=quantize_to is None,
     )  # fmt: skip
+    # what cannot be written is told before anything is computed
+    form = None if quantize_to is None else quantized_form(weights, quantize_to)
+    tensors = weights.tensors() if form is None else form.tensors
     read = held_out(run.config, weights.checkpoint.folder, text)
-    nbytes = folder_bytes(weights, weights.tensors())
-    with new_folder(out, nbytes=nbytes) as folder:
+    with new_folder(out, nbytes=folder_bytes(weights, tensors)) as folder:
         reporter.say("Computing the trained model's logits ...")
         trained = run.logits(read)
         reference, other, between = trained, None, None
         if weights.bases_differ:
             reporter.say("Computing those of the other base ...")
-            original = run.unquantized_logits(read, nbytes=nbytes)
+            values = sum(math.prod(shape) for shape, _ in weights.tensors().values())
+            original = run.unquantized_logits(read, nbytes=values * run.compute_dtype.itemsize)
             between = compare(trained, original)
             if base == "original":
                 reference = original
@@ -143,10 +147,10 @@ def merge(
                 other = between
             del original
         with reporter.task("Merging", unit="B") as update:
-            if quantize_to is None:
+            if form is None:
                 write_merged(weights, folder, progress=update)
             else:
-                write_quantized(weights, quantize_to, folder, progress=update)
+                write_quantized(weights, form, folder, progress=update)
         tidy()
         reporter.say("Checking the merged model ...")
         result = run.folder_logits(folder, read)
@@ -221,12 +225,29 @@ def write_merged(weights: MergedWeights, folder: Path, *, progress: Progress | N
     write_configs(weights, folder)
 
 
-@torch.no_grad()
-def write_quantized(weights: MergedWeights, spec: QuantSpec, folder: Path, *, progress: Progress | None = None) -> None:
-    """Write the merged model quantized again, in bitsandbytes' format, as transformers loads it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedForm:
+    """How a merged model lies in a folder in bitsandbytes' format.
+
+    Attributes:
+        dtype: of what stays unquantized.
+        layers: of the tensors that are quantized, by their names.
+        skip: what transformers must leave alone.
+        tensors: of the folder.
+    """
+
+    spec: QuantSpec
+    dtype: torch.dtype
+    layers: dict[str, QuantLinear]
+    skip: tuple[str, ...]
+    tensors: Layout
+
+
+def quantized_form(weights: MergedWeights, spec: QuantSpec) -> QuantizedForm:
+    """What `write_quantized` writes; no weight is read.
 
     Args:
-        weights: in float32 and as the model holds them (`stored=False`), so that nothing is rounded before.
+        weights: as the model holds them (`stored=False`).
 
     Raises:
         UnsupportedError: stacked experts, or layers that transformers does not quantize.
@@ -252,6 +273,20 @@ def write_quantized(weights: MergedWeights, spec: QuantSpec, folder: Path, *, pr
             tensors |= packed_layout(name.removesuffix(".weight"), layers[name].shape, spec)
         else:
             tensors[name] = (state[name][0], plain[name])
+    return QuantizedForm(spec=spec, dtype=dtype, layers=layers, skip=skip, tensors=tensors)
+
+
+@torch.no_grad()
+def write_quantized(
+    weights: MergedWeights, form: QuantizedForm, folder: Path, *, progress: Progress | None = None
+) -> None:
+    """Write the merged model quantized again, in bitsandbytes' format, as transformers loads it.
+
+    Args:
+        weights: in float32, so that nothing is rounded before.
+        form: of these weights.
+    """
+    spec, layers, tensors = form.spec, form.layers, form.tensors
     total, done = layout_bytes(tensors), 0
     files = ShardFiles(folder, tensors, index_name=INDEX)
     for name, start, tensor in weights.parts(whole=layers):
@@ -262,13 +297,13 @@ def write_quantized(weights: MergedWeights, spec: QuantSpec, folder: Path, *, pr
             path, layer = name.removesuffix(".weight"), layers[name]
             conv = isinstance(weights.template.text.get_submodule(path), Conv1D)
             storage = quantize(tensor.t() if conv else tensor, spec)
-            for part, values in pack(path, storage, shape=layer.shape, spec=spec, dtype=dtype).items():
+            for part, values in pack(path, storage, shape=layer.shape, spec=spec, dtype=form.dtype).items():
                 files.write(part, values)
                 done += values.nbytes
         if progress is not None:
             progress(done, total)
     assert done == total, "every value is written once"
-    write_configs(weights, folder, quantized=(spec, dtype, skip))
+    write_configs(weights, folder, quantized=(spec, form.dtype, form.skip))
 
 
 def folder_bytes(weights: MergedWeights, tensors: Layout) -> int:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError, ParityError, UnsupportedError
+from lowmem_ft.export import merge as merge_module
 from lowmem_ft.export import parity
-from lowmem_ft.export.merge import Merge, merge, write_quantized
+from lowmem_ft.export.merge import CONFIG_BYTES, Merge, merge, quantized_form, write_quantized
 from lowmem_ft.export.models import TrainedRun
 from lowmem_ft.export.parity import (
     FOUR_BITS,
@@ -154,7 +155,7 @@ def test_quantized_again(name: str, kind: QuantSpec, tmp_path: Path) -> None:
     made = trained(name, tmp_path, dtype="bfloat16", model=wide, size=0.01)
     weights = MergedWeights(made.config, made.policy, made.adapter, base="original", dtype=torch.float32, stored=False)
     with new_folder(tmp_path / "out", nbytes=0) as folder:
-        write_quantized(weights, kind, folder)
+        write_quantized(weights, quantized_form(weights, kind), folder)
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["load_in_4bit"], config["load_in_8bit"]) == (kind.bits == 4, kind.bits == 8)
@@ -168,7 +169,24 @@ def test_quantized_again(name: str, kind: QuantSpec, tmp_path: Path) -> None:
     assert error(torch.stack(ours), torch.stack(whole)) < (0.04 if kind.bits == 8 else 0.6)
 
 
-def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+def test_quantized_again_it_needs_the_space_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of the fp32 values that it is made from."""
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    made = trained("llama", tmp_path, dtype="bfloat16", model=wide, size=0.01)
+    asked: list[int] = []
+
+    def asking(out: Path, *, nbytes: int) -> Any:
+        asked.append(nbytes)
+        return new_folder(out, nbytes=nbytes)
+
+    monkeypatch.setattr(merge_module, "new_folder", asking)
+    merged(made, tmp_path, base="original", quantize_to=QuantSpec())
+    taken = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert taken <= asked[0] < 1.2 * taken + 2 * CONFIG_BYTES
+
+
+def test_quantized_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainedRun, "logits", lambda *_: pytest.fail("too late"))
     with pytest.raises(UnsupportedError, match="no quantized form"):
         merged(trained("mixtral", tmp_path), tmp_path, base="original", quantize_to=QuantSpec())
     assert not (tmp_path / "out").exists()
