@@ -18,7 +18,7 @@ from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import ParityError, UnsupportedError
 from lowmem_ft.core.files import write_text
 from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, write_vllm
-from lowmem_ft.export.gguf import architecture_of, gguf_tensors, require_gguf, write_gguf
+from lowmem_ft.export.gguf import architecture_of, gguf_header, gguf_tensors, require_gguf, write_gguf
 from lowmem_ft.export.gguf_read import unpack_gguf
 from lowmem_ft.export.gguf_vocab import adds_bos, differences
 from lowmem_ft.export.merge import UNTIED
@@ -94,6 +94,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         run.config, run.policy, run.adapter, base=base, dtype=torch.float32, device=run.device, stored=False
     )
     sizes = gguf_tensors(weights, kind)
+    gguf_header(weights, kind, name="")  # a tokenizer that cannot be written is told before anything is computed
     read = held_out(run.config, weights.checkpoint.folder, text)
     slots = [place.slot for places in sizes.values() for place in places]
     nbytes, numel = sum(slot.bytes_of(slot.numel) for slot in slots), sum(slot.numel for slot in slots)

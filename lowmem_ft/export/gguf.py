@@ -151,6 +151,29 @@ def _places_of_experts(block: int, leaf: str, shape: tuple[int, ...], kind: str)
     ]
 
 
+def gguf_header(weights: MergedWeights, kind: str, *, name: str) -> tuple[Any, Tensor | None]:
+    """A writer with all that a file says of the model and its tokenizer, and the factors of its frequencies.
+
+    Args:
+        weights, kind, name: as for `write_gguf`.
+
+    Raises:
+        CheckpointError, UnsupportedError: as the tokenizer and the architecture have it.
+    """
+    import gguf
+
+    config = weights.model.config
+    writer = gguf.GGUFWriter(None, architecture_of(config).name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_MEANINGFUL.sub(r"\1 \2", name))
+    writer.add_file_type(_file_type(kind))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, config)
+    factors = _add_rope(writer, config)
+    add_tokenizer(writer, weights.checkpoint.folder, vocab_size=config.vocab_size)
+    return writer, factors
+
+
 @torch.no_grad()
 def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, progress: Progress | None = None) -> None:
     """Write the merged model to `path`.
@@ -163,19 +186,10 @@ def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, prog
     Raises:
         CheckpointError, UnsupportedError: as reading, the tokenizer and the architecture have it.
     """
-    import gguf
-
     config = weights.model.config
     architecture = architecture_of(config)
     tensors = gguf_tensors(weights, kind)
-    writer = gguf.GGUFWriter(None, architecture.name)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_MEANINGFUL.sub(r"\1 \2", name))
-    writer.add_file_type(_file_type(kind))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, config)
-    factors = _add_rope(writer, config)
-    add_tokenizer(writer, weights.checkpoint.folder, vocab_size=config.vocab_size)
+    writer, factors = gguf_header(weights, kind, name=name)
     slots = {place.name: place.slot for places in tensors.values() for place in places}
     if factors is not None:
         slots[ROPE_FACTORS] = Slot(shape=tuple(factors.shape), type="f32")

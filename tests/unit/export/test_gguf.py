@@ -241,15 +241,18 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_unknown_rule_of_splitting_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_rule_of_splitting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = run_of(tmp_path)
+    monkeypatch.setattr(TrainedRun, "logits", lambda *_: pytest.fail("too late"))
     change_tokenizer(tmp_path, pre_tokenizer={"type": "Whitespace"})
     with pytest.raises(UnsupportedError, match="no name that is known"):
         exported(run)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainedRun, "logits", lambda *_: pytest.fail("too late"))
+
     def refused(name: str, **sizes: Any) -> str:
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
         made = trained(name, folder, model=sizes)
