@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ Progress = Callable[[int, int], None]
 FROM_ORIGINAL = (
     "quantize from the original base (--base original): values that lie on a grid of 4 bits go back to where they were "
     "before training when they are quantized again"
+)
+ON_A_GRID = (
+    "the base's values lie on a grid of 4 bits: quantized to 4 bits again most of them go back to where they were "
+    "before training; int8, or 16 bits, keep what it added"
 )
 UNTIED = (
     "Embeddings and output head, one matrix in the base, are two in what was written (tie_word_embeddings: false), as "
@@ -129,6 +134,9 @@ def merge(
     # what cannot be written is told before anything is computed
     form = None if quantize_to is None else quantized_form(weights, quantize_to)
     tensors = weights.tensors() if form is None else form.tensors
+    from_a_grid = weights.spec.bits == 4 and (weights.prequantized or base == "dequantized")
+    if from_a_grid and quantize_to is not None and quantize_to.bits == 4:
+        warnings.warn(ON_A_GRID, stacklevel=2)
     read = held_out(run.config, weights.checkpoint.folder, text)
     with new_folder(out, nbytes=folder_bytes(weights, tensors)) as folder:
         reporter.say("Computing the trained model's logits ...")

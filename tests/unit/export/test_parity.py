@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -183,6 +184,24 @@ def test_quantized_again_it_needs_the_space_that_it_takes(tmp_path: Path, monkey
     merged(made, tmp_path, base="original", quantize_to=QuantSpec())
     taken = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert taken <= asked[0] < 1.2 * taken + 2 * CONFIG_BYTES
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_four_bits_of_four_bits_are_warned_of(kind: str, base: Any, tmp_path: Path) -> None:
+    """A base that is stored in 4 bits has no other: what it was before is not there."""
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    first = trained("llama", tmp_path, dtype="bfloat16", model=wide, size=0.001)
+    spec = QuantSpec() if kind == "nf4" else QuantSpec(bits=8)
+    again = dict[str, Any](dtype="bfloat16", base=tmp_path / "out", size=0.001)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        merged(first, tmp_path, base=base, quantize_to=spec)
+        at = len(warned)
+        merged(trained("llama", tmp_path / "again", **again), tmp_path / "again", quantize_to=QuantSpec())
+    told = ["a grid of 4 bits" in str(it.message) for it in warned]
+    assert any(told[:at]) == (kind == "nf4" and base == "dequantized")
+    assert any(told[at:]) == (kind == "nf4")
 
 
 def test_quantized_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
