@@ -43,6 +43,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     Attributes:
         length: as given.
         shortened: requests whose beginning was left out.
+        chat: whether questions are texts of the chat template, which writes its own special tokens: as in training none
+            are added.
     """
 
     def __init__(self, recovery: Recovery, length: int, reporter: Reporter) -> None:
@@ -52,7 +54,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if self.tokenizer is None:
             raise UnsupportedError("The model folder holds no tokenizer, which the harness needs.")
         self._renderer, self._ends = ChatRenderer(self.tokenizer), answer_ends(self.tokenizer)
-        self.shortened = 0
+        self.shortened, self.chat = 0, False
 
     @property
     def eot_token_id(self) -> int:
@@ -72,7 +74,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Token ids; by default with what the tokenizer puts in front, but for a BOS where the text has one already."""
         if add_special_tokens is None:
             begins = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not begins or not string.startswith(begins)
+            add_special_tokens = not self.chat and (not begins or not string.startswith(begins))
         # none has what some put behind: it would stand between a question and its answer
         if add_special_tokens:
             return prompt_ids(self.tokenizer, string)
@@ -100,7 +102,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         windows: list[tuple[list[int], list[int]]] = []
         ends = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
+            # a text is no question
+            ids = self.tok_encode(request.args[0], add_special_tokens=True if self.chat else None)
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.length - 1, 1)
             windows += map(make_disjoint_window, rolling)
             ends.append(len(windows))
@@ -220,6 +223,7 @@ def run_tasks(
     """
     if chat and not model.tokenizer.chat_template:
         raise ConfigError("The model's tokenizer has no chat template.", given="--chat", fix="leave --chat out")
+    model.chat = chat
     try:
         results: dict[str, Any] = simple_evaluate(
             model,

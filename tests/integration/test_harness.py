@@ -122,6 +122,22 @@ def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_question(ours: Harn
     assert found == expected
 
 
+def test_questions_through_the_template_are_tokenized_as_in_training(ours: HarnessModel) -> None:
+    """A template without a BOS has none there, whatever the tokenizer puts in front of other texts."""
+    tokenizer = ours.tokenizer = copy.deepcopy(ours.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    asked = [{"role": "user", "content": "What is ls?"}]
+    whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert ours.tok_encode(text := ours.apply_chat_template(asked))[0] == tokenizer.bos_token_id
+    scored = ours.loglikelihood_rolling(requests(("ls is a command",)))
+    ours.chat = True
+    assert ours.tok_encode(text) == whole
+    assert ours.loglikelihood_rolling(requests(("ls is a command",))) == scored
+
+
 def test_what_training_ends_texts_by_ends_answers(ready: Assembled, ours: HarnessModel) -> None:
     """Of which the model's own generation config may know nothing."""
     head, model, calls = ready.model.get_output_embeddings(), ready.model, list[int]()
