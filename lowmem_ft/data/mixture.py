@@ -85,6 +85,19 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
 
 def content_of(examples: Sequence[Any]) -> str | None:
     """A name for what is learned from stored examples or preferences, without reading any; None of others."""
+    stored = _stored(examples)
+    return " ".join(it.content for it in stored) if stored else None
+
+
+def checksums_of(examples: Sequence[Any]) -> NDArray[np.uint32] | None:
+    """(documents,) of stored examples or preferences, whatever sources they are of, without reading any; None of
+    others."""
+    stored = _stored(examples)
+    return np.concatenate([it.checksums for it in stored]) if stored else None
+
+
+def _stored(examples: Sequence[Any]) -> list[StoredExamples]:
+    """The stored examples of each source; nothing if they are not all stored."""
     sources = examples.sources if isinstance(examples, Mixture) else (examples,)
     stored = [it for source in sources if isinstance(it := getattr(source, "stored", source), StoredExamples)]
-    return " ".join(it.content for it in stored) if len(stored) == len(sources) else None
+    return stored if len(stored) == len(sources) else []

@@ -59,6 +59,7 @@ class StoredExamples(Sequence[Example]):
     Attributes:
         lengths: (N,) int32, tokens of each example.
         parts: (N,) uint8.
+        checksums: (N,) uint32, of the tokens of each, and of which of them are in the loss.
         content: a name for all tokens, and for which of them are in the loss.
 
     Raises:
@@ -83,7 +84,7 @@ class StoredExamples(Sequence[Example]):
             raise ValueError("its index is damaged")
         self.lengths: NDArray[np.int32] = np.frombuffer(index, "<i4", count)
         self.parts: NDArray[np.uint8] = np.frombuffer(index, "u1", count, 8 * count)
-        self._checksums = np.frombuffer(index, "<u4", count, 4 * count)
+        self.checksums: NDArray[np.uint32] = np.frombuffer(index, "<u4", count, 4 * count)
         self.content = hashlib.sha256(index).hexdigest()[:16]
         self._starts = np.zeros(count + 1, np.int64)
         np.cumsum(self.lengths, out=self._starts[1:])
@@ -103,7 +104,7 @@ class StoredExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         raw = _pread(self.descriptor, 4 * int(self.lengths[at]), 4 * int(self._starts[at]))
-        if zlib.crc32(raw) != self._checksums[at]:
+        if zlib.crc32(raw) != self.checksums[at]:
             if self.path is not None:
                 _remove(self.path)
             raise DataError(
@@ -181,14 +182,13 @@ def content_key(
         total.update(content.digest())
     for name in MAKERS:
         total.update((files("lowmem_ft.data") / name).read_bytes())
-    template = str(tokenizer.chat_template)
     facts = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
         "tokenizer": type(tokenizer).__name__,
-        "template": template,
+        "template": str(tokenizer.chat_template),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "day": date.today().isoformat() if "strftime_now" in template else None,  # which the template then writes
+        "day": date.today().isoformat() if writes_date(tokenizer) else None,
         "settings": dict(settings),
     }
     total.update(json.dumps(facts, sort_keys=True).encode())
@@ -197,6 +197,11 @@ def content_key(
     else:
         total.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return total.hexdigest()[:KEY_DIGITS]
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the chat template writes the day's date, so that the same records have other tokens tomorrow."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
 def open_stored(folder: Path, key: str, name: str) -> StoredExamples | None:

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import settings_of
 from lowmem_ft.data.loader import row_lengths
+from lowmem_ft.data.mixture import checksums_of
 from lowmem_ft.data.pairs import preferences_of
 from lowmem_ft.quant.checkpoint import Checkpoint
 
@@ -74,12 +76,27 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def held_out_identity(config: RunConfig, examples: Sequence[Any]) -> str | None:
+def held_out_identity(config: RunConfig, examples: Sequence[Any], *, dated: bool = False) -> str | None:
     """Of held-out examples, since on other ones a loss means something else; None without any.
 
-    Lengths stand for them, as they do in `data.loader.BatchLoader`.
+    It has a word for their lengths and one for their content; the second is left out where it is not known.
+
+    Args:
+        dated: their tokens hold the day's date (`data.store.writes_date`), which makes no other examples of them.
     """
     if not len(examples):
         return None
-    lengths = row_lengths(examples, preferences_of(config))
-    return hashlib.sha256(lengths.astype(np.int64).tobytes()).hexdigest()[:16]
+    words = [_digest(row_lengths(examples, preferences_of(config)), np.int64)]
+    content = None if dated else checksums_of(examples)
+    return " ".join(words if content is None else [*words, _digest(content, np.uint32)])
+
+
+def same_held_out(saved: str | None, now: str | None) -> bool:
+    """Whether two identities of held-out examples are of the same ones, as far as both tell."""
+    if saved is None or now is None:
+        return saved == now
+    return all(was == it for was, it in zip(saved.split(), now.split(), strict=False))
+
+
+def _digest(numbers: NDArray[Any], dtype: type[np.generic]) -> str:
+    return hashlib.sha256(numbers.astype(dtype).tobytes()).hexdigest()[:16]

@@ -29,7 +29,7 @@ from lowmem_ft.data.mixture import Mixture, content_of
 from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, check_sources, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
-from lowmem_ft.data.store import cache_folder
+from lowmem_ft.data.store import cache_folder, writes_date
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
 from lowmem_ft.step import diverged
 from lowmem_ft.trainer.folder import RunFolder
-from lowmem_ft.trainer.identity import check_identity, held_out_identity, identity_of
+from lowmem_ft.trainer.identity import check_identity, held_out_identity, identity_of, same_held_out
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from lowmem_ft.trainer.replan import plan_again
 from lowmem_ft.trainer.samples import in_one_line, samples
@@ -200,7 +200,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.identity = identity_of(self.config, self.plan.policy)
-        self.held_out = held_out_identity(self.config, self.eval_examples)
+        dated = writes_date(self.ready.tokenizer)
+        self.held_out = held_out_identity(self.config, self.eval_examples, dated=dated)
         self.content = content_of(self.train_examples)
         if self.ready.device.type == "cpu":
             self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
@@ -375,7 +376,7 @@ class _Loop:
         self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
         self.step = meta["step"]
-        if meta.get("held_out", self.held_out) == self.held_out:
+        if same_held_out(meta.get("held_out", self.held_out), self.held_out):
             self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         else:

@@ -13,15 +13,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_ft.core.files import writing_prefix
 from lowmem_ft.core.run import Run
+from lowmem_ft.data.store import writes_date
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.folder import RunFolder
+from lowmem_ft.trainer.identity import held_out_identity, same_held_out
 from tests.assets import ASSETS, write_pairs, write_share
 from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
@@ -225,6 +228,49 @@ def test_with_other_held_out_data_the_best_so_far_is_forgotten(data: Path) -> No
     assert run.metrics[-1]["step"] == 6
     assert [line["step"] for line in run.evaluations] == [1, 6], "on the new data, from the first step that has it"
     assert "held-out loss at step 1" in (run.adapter / "README.md").read_text()
+
+
+def test_held_out_data_with_as_many_tokens_but_other_ones_is_another(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    (newest,) = state.checkpoints(data / "run" / "checkpoints")
+    before = state.read_checkpoint(newest)[1]["held_out"]
+    held_out = data / "eval.jsonl"
+    held_out.write_text(held_out.read_text().replace("gethostbyname(3)", "gethostbyname(5)"))
+    run = loop.train(config(data, train={"steps": 2}), resume=True, reporter=QUIET)
+    (*_, newest) = state.checkpoints(data / "run" / "checkpoints")
+    after = state.read_checkpoint(newest)[1]["held_out"]
+    assert before.split()[0] == after.split()[0], "as many tokens"
+    assert before.split()[1] != after.split()[1]
+    assert [line["step"] for line in run.evaluations] == [1, 2]
+
+
+def test_what_is_the_same_held_out_data(data: Path) -> None:
+    """In how many files it lies does not count; nor does what tells less: a checkpoint of before content was told, a
+    template that writes the date."""
+    lines = (data / "eval.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("first", lines[:3]), ("second", lines[3:])):
+        (data / f"{name}.jsonl").write_text("".join(part))
+    parts = [str(data / f"{name}.jsonl") for name in ("first", "second")]
+    told = {}
+    for name, source in (("one", str(data / "eval.jsonl")), ("two", parts)):
+        settings = config(data, data={"eval": source})
+        examples = loop.load_examples(settings, QUIET)[1]
+        told[name] = held_out_identity(settings, examples)
+        told[f"{name} dated"] = held_out_identity(settings, examples, dated=True)
+    assert told["one"] == told["two"]
+    assert told["one dated"] == str(told["one"]).split()[0]
+    assert same_held_out(told["one dated"], told["one"])
+    assert not same_held_out(None, told["one"])
+    assert not same_held_out("0123456789abcdef", told["one"])
+
+
+@pytest.mark.parametrize(("template", "dated"), [("{{ strftime_now('%d') }}", True), ("{{ messages }}", False)])
+def test_templates_that_write_the_date(template: str, dated: bool) -> None:
+    tokenizer = load_tokenizer(ASSETS / "doclm-7m")
+    assert tokenizer is not None
+    tokenizer.chat_template = template
+    assert writes_date(tokenizer) is dated
+    assert not writes_date(None)
 
 
 def test_the_best_of_steps_that_are_done_again_is_forgotten(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
