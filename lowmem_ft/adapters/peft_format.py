@@ -6,6 +6,7 @@ peft gives them in a plain transformers model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -163,6 +164,15 @@ def adapter_folder(folder: str | Path) -> Path:
     inside = folder / "adapter"
     # unlike pathlib's these answer where nobody may look
     return inside if os.path.isfile(inside / CONFIG_NAME) and not os.path.exists(folder / CONFIG_NAME) else folder
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """SHA-256 (16 hex digits) over the files of the adapter in `folder`, wherever that lies: settings and weights."""
+    total = hashlib.sha256()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        with (Path(folder) / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
 
 
 def warn_of_other_base(settings: Mapping[str, Any], folder: str | Path, base_model: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_ft.adapters.peft_format import adapter_digest, adapter_folder
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.plan import Policy
@@ -42,7 +43,7 @@ def identity_of(config: RunConfig, policy: Policy) -> dict[str, Any]:
 
 def _function(adapter: AdapterConfig) -> dict[str, Any]:
     if adapter.init not in get_args(Init):  # a folder, whose own settings hold
-        return {}
+        return {"init (content)": adapter_digest(adapter_folder(adapter.init))}
     if adapter.peft is not None:
         return {name: value for name, value in adapter.peft.items() if "dropout" not in name}
     return adapter.model_dump(include=set(_OF_FUNCTION))
@@ -54,10 +55,14 @@ def check_identity(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> N
     Raises:
         CheckpointError: they differ.
     """
-    if saved is None or saved == now:
+    if saved is None:
         return
     was, wanted = _flat(saved), _flat(now)
+    if saved.get("adapter") == {}:  # it began with a saved adapter, before it was told which
+        wanted.pop("adapter.init (content)", None)
     changed = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
+    if not changed:
+        return
     given, allowed = (", ".join(f"{key} {of.get(key)}" for key in changed) for of in (wanted, was))
     raise CheckpointError(
         "The checkpoint is of a run with another base, adapter or objective, so the run cannot go on.",

@@ -24,7 +24,7 @@ from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.folder import RunFolder
-from lowmem_ft.trainer.identity import held_out_identity, same_held_out
+from lowmem_ft.trainer.identity import check_identity, held_out_identity, same_held_out
 from tests.assets import ASSETS, write_pairs, write_share
 from tests.unit.trainer.runs import QUIET, at_step, config, exact
 
@@ -207,6 +207,34 @@ def test_a_run_with_another_base_is_refused(data: Path) -> None:
         loop.train(config(data, model=str(other)), resume=True, reporter=QUIET)
     shutil.copytree(ASSETS / "doclm-7m", data / "same")  # where it lies does not matter
     assert loop.train(config(data, model=str(data / "same")), resume=True, reporter=QUIET).status == "finished"
+
+
+def test_another_adapter_to_begin_with_is_refused(data: Path) -> None:
+    """By what it is, not by where it lies; a checkpoint of before it was told goes on."""
+    for name, steps in (("first", 1), ("second", 2)):
+        loop.train(config(data, name, train={"steps": steps}, data={"eval": None}), reporter=QUIET)
+
+    def begun_with(folder: str, **train: Any) -> RunConfig:
+        return config(data, adapter={"init": str(data / folder)}, data={"eval": None}, train={"steps": 2, **train})
+
+    loop.train(begun_with("first", max_time=0.001), reporter=QUIET)
+    said = "another base, adapter or objective"
+    with pytest.raises(CheckpointError, match=rf"{said}[\s\S]*adapter\.init \(content\) \w{{16}}\n"):
+        loop.train(begun_with("second"), resume=True, reporter=QUIET)
+    with pytest.raises(CheckpointError, match=said):  # begun anew
+        loop.train(config(data, data={"eval": None}), resume=True, reporter=QUIET)
+    (newest,) = state.checkpoints(data / "run" / "checkpoints")
+    told = state.read_checkpoint(newest)[1]["identity"]
+    check_identity({**told, "adapter": {}}, told)
+    shutil.move(data / "first", data / "moved")
+    settings = data / "moved" / "adapter" / "adapter_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace('"lora_alpha": 32', '"lora_alpha": 64'))
+    assert settings.read_text() != text
+    with pytest.raises(CheckpointError, match=said):
+        loop.train(begun_with("moved"), resume=True, reporter=QUIET)
+    settings.write_text(text)
+    assert loop.train(begun_with("moved"), resume=True, reporter=QUIET).status == "finished"
 
 
 def test_another_objective_is_refused(data: Path) -> None:
