@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -20,6 +19,7 @@ from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.adapters.peft_methods import peft_remaps
 from lowmem_ft.adapters.targets import ends_with, match_pattern
 from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.quant.swap import has_conv1d
 
 _READ = {  # what a saved LoraConfig may set for us to load it
     *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
@@ -65,7 +65,7 @@ def to_lora_config(model: nn.Module, *, base_model: str) -> Any:
         use_dora=injection.dora,
         init_lora_weights="gaussian" if injection.init == "gaussian" else True,
         bias=injection.bias,
-        fan_in_fan_out=hasattr(sys.modules[type(model).__module__], "Conv1D"),  # GPT-2 and its kin store (in, out)
+        fan_in_fan_out=has_conv1d(model),
         target_modules=_shortened(modules, names, ends_with, parts=1),
         target_parameters=_shortened(parameters, names, ends_with, parts=2) or None,
         modules_to_save=_shortened(trained, names, str.endswith, parts=1) or None,

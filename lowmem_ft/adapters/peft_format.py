@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lowmem_ft.adapters.inject import adapter_at, eject_lora, inject_resolved, injection_of, is_injected
 from lowmem_ft.adapters.lora import LoraLinear, module_device
 from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora_config, to_lora_config, with_tied
-from lowmem_ft.adapters.peft_methods import check_base_unchanged, is_prompt_learning
+from lowmem_ft.adapters.peft_methods import check_base_unchanged, check_conv1d, is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans, writing_prefix
@@ -87,6 +87,7 @@ def load_adapter(
     Raises:
         CheckpointError: missing, damaged, or not made for this model; the model is then as it was.
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
+        ConfigError: a method that peft does not have on the plain model's layers.
     """
     folder = Path(folder)
     settings = settings or read_adapter_config(folder)
@@ -267,7 +268,7 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
     """`load_adapter` of what is not native, whatever `model` has become since that was found out.
 
     Raises:
-        CheckpointError, UnsupportedError: as `load_adapter`.
+        CheckpointError, UnsupportedError, ConfigError: as `load_adapter`.
     """
     _check_base_unchanged(settings, folder)
     file, device = folder / SAFETENSORS_WEIGHTS_NAME, module_device(model)
@@ -286,6 +287,7 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
             raise
         fix = _other_base(model, settings)
         raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})", fix=fix) from error
+    check_conv1d(model, wrapped, settings["peft_type"])
     # of embeddings that are adapted peft writes the base's own matrix, too
     expected, allowed = (set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=it)) for it in (False, True))
     if wrong := (expected - keys) | (keys - allowed):  # peft only warns

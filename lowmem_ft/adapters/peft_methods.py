@@ -13,12 +13,15 @@ from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from lowmem_ft.adapters.targets import adaptable, ends_with, is_linear
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
 from lowmem_ft.core.out_of_memory import is_out_of_memory
+from lowmem_ft.quant.linear import QuantLinear
+from lowmem_ft.quant.swap import has_conv1d
 
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 
@@ -27,6 +30,10 @@ SERVED = frozenset({
     "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING",
     "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA",
     "P_TUNING", "RANDLORA", "ROAD", "SUPERTUNING", "TRAINABLE_TOKENS", "UNILORA", "VERA",
+})  # fmt: skip
+# those that adapt Conv1D as they adapt nn.Linear; the others refuse it, but OSF, whose factors are then other ones
+ON_CONV1D = frozenset({
+    "DEFT", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LORA", "PVERA", "RANDLORA", "UNILORA", "VERA",
 })  # fmt: skip
 _BY_VALUES = "it goes by the values of tensors, which a plan does not have"
 _BY_TASKS = "it needs the task of each example"
@@ -53,6 +60,7 @@ _UNSERVED_OPTIONS = {
     "monteclora_config": _BY_VALUES,
     "velora_config": "it keeps activations in a form of its own, which plans do not know",
 }
+_OF_CONV1D = "set adapter.method: lora, or another peft_type"
 
 
 def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -68,7 +76,7 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         ConfigError: no or an unknown `peft_type`, one that is not served, an unknown field, values that peft refuses,
-            or parameters that are out of its reach.
+            parameters that are out of its reach, or a method that peft does not have on this model's layers.
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
     settings = peft_config(config)
@@ -85,9 +93,35 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"peft cannot put {settings.peft_type.value} into this model", given=dict(config), allowed=str(error)
+            f"peft cannot put {settings.peft_type.value} into this model",
+            given=dict(config),
+            allowed=str(error),
+            fix=_OF_CONV1D if "Conv1D" in str(error) else None,
         ) from error
+    check_conv1d(model, wrapped, settings.peft_type.value)
     return wrapped
+
+
+def check_conv1d(model: nn.Module, wrapped: nn.Module, method: str) -> None:
+    """Refuse a method that stands on quantized layers, which are nn.Linear, and that the plain model would not take, or
+    not as the same.
+
+    Args:
+        model: a transformers model, which `wrapped` has adapters of peft's around.
+
+    Raises:
+        ConfigError: it does so.
+    """
+    if method in ON_CONV1D or not has_conv1d(model):
+        return
+    for name, module in wrapped.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), QuantLinear):
+            raise ConfigError(
+                f"peft could not load {method} on the plain model, whose layers are transformers' Conv1D",
+                given=f"peft_type: {method} on {name.removeprefix('base_model.model.')}",
+                allowed=", ".join(sorted(ON_CONV1D)),
+                fix=_OF_CONV1D + (", or quant.bits: 16" if method == "OSF" else ""),
+            )
 
 
 def check_base_unchanged(settings: Mapping[str, Any], where: object, *, fix: str) -> None:

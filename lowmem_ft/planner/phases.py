@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,6 +40,7 @@ from lowmem_ft.quant.footprint import LISTED_BYTES, LoadFootprint
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.quant.loader import effective_spec
 from lowmem_ft.quant.ops import QuantSpec, layout, layout_bytes, quantize_scratch
+from lowmem_ft.quant.swap import has_conv1d
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.head import head_of
 from lowmem_ft.runtime.optim import HOST_WORK_BYTES
@@ -272,7 +272,7 @@ def _merge_work(stage: Stage, spec: QuantSpec) -> int:
     """
     model, compute = stage.ready.model, stage.ready.compute_dtype
     wide = 2 if compute == torch.bfloat16 else 4  # what is rounded to bf16 in the end is not rounded before
-    turned = hasattr(sys.modules[type(causal_model(model)).__module__], "Conv1D")  # GPT-2 and its kin: (in, out)
+    turned = has_conv1d(causal_model(model))
     adapters = {id(_base(it)): it for it in _adapters(model)}
     matrices = [it for it in model.modules() if isinstance(it, (QuantLinear, QuantStack))]
     matrices += [base for it in adapters.values() if not isinstance(base := _base(it), (QuantLinear, QuantStack))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 
 import torch
@@ -80,6 +81,11 @@ def is_expert_stack(module: nn.Module, parameter: Tensor) -> bool:
     marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     counted = getattr(module, "num_experts", None) == parameter.shape[0] if parameter.ndim else False
     return parameter.ndim == 3 and (marked or counted)
+
+
+def has_conv1d(model: nn.Module) -> bool:
+    """Whether a model's layers are Conv1D, which store (I, O), or quantized ones in their place: GPT-2 and its kin."""
+    return hasattr(sys.modules[type(model).__module__], "Conv1D")
 
 
 def is_plain_linear(module: nn.Module) -> bool:

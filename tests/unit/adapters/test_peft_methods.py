@@ -14,13 +14,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lowmem_ft.adapters.inject import adapters_disabled, parameter_groups, trainable_parameters
 from lowmem_ft.adapters.peft_format import load_adapter, save_adapter
-from lowmem_ft.adapters.peft_methods import SERVED, inject_peft, is_prompt_learning
+from lowmem_ft.adapters.peft_methods import ON_CONV1D, SERVED, inject_peft, is_prompt_learning
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError, UnsupportedError
 from lowmem_ft.generate import complete
-from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, tokens
-from tests.unit.export.runs import trained
+from tests.models import save_tiny
+from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, shake, tokens
+from tests.unit.export.runs import policy_of, trained
 
 PROMPT = {"num_virtual_tokens": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -158,6 +159,54 @@ def test_one_takes_unquantized_layers_alone() -> None:
     assert trainable_parameters(inject_peft(plain_model("llama"), config))
     with pytest.raises(ConfigError, match="cannot put GLORA into this model"):
         inject_peft(quantized_model("llama"), config)
+
+
+def on_conv1d(method: str) -> dict[str, Any]:
+    """For the layers of GPT-2."""
+    names = {"q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "attn.c_proj"}
+    names |= {"down_proj": "mlp.c_proj", "input_layernorm": "ln_1", "norm": "ln_f"}
+    return {key: sorted({names[it] for it in value}) if key.endswith("_modules") else value
+            for key, value in METHODS[method].items()}  # fmt: skip
+
+
+TARGETED = [name for name, config in METHODS.items() if "target_modules" in config]
+
+
+@pytest.mark.parametrize("method", TARGETED)
+def test_what_is_trained_on_conv1d_peft_loads_on_the_plain_model(method: str, tmp_path: Path) -> None:
+    """Or it is refused: a quantized layer is an nn.Linear, which more methods take."""
+    quantized, config = quantized_model("gpt2"), on_conv1d(method)
+    plain = dequantized_model("gpt2", quantized)
+    if str(config["peft_type"]) not in ON_CONV1D | {"LN_TUNING"}:
+        message = r"plain model, whose layers are transformers' Conv1D\n[\s\S]*transformer\.h\.0[\s\S]*method: lora"
+        with pytest.raises(ConfigError, match=message):
+            inject_peft(quantized, config)
+        return
+    model = inject_peft(quantized, config)
+    shake(model)
+    save_adapter(model.eval(), tmp_path, base_model="base")
+    assert error(logits(model), logits(quantized_model("gpt2"))) > 1e-4
+    assert error(logits(peft.PeftModel.from_pretrained(plain, tmp_path).eval()), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_method_without_conv1d_is_refused_while_planning(bits: int, tmp_path: Path) -> None:
+    save_tiny("gpt2", tmp_path)
+    adapter = {"method": "peft", "peft": on_conv1d("lokr")}
+    config = RunConfig.from_dict({"model": str(tmp_path), "quant": {"bits": bits}, "adapter": adapter})
+    with pytest.raises(ConfigError, match=r"Conv1D[\s\S]*fix: +set adapter.method: lora, or another peft_type$"):
+        assemble(config, policy_of(bits), torch.device("meta"))
+
+
+def test_one_takes_conv1d_where_it_is_not_quantized(tmp_path: Path) -> None:
+    """Its factors of the (I, O) matrix are not those of the (O, I) one, which a quantized layer shows."""
+    model = inject_peft(plain_model("gpt2"), on_conv1d("osf"))
+    shake(model)
+    save_adapter(model.eval(), tmp_path, base_model="base")
+    assert torch.equal(logits(load_adapter(plain_model("gpt2"), tmp_path).eval()), logits(model))
+    for begin in (lambda it: inject_peft(it, on_conv1d("osf")), lambda it: load_adapter(it, tmp_path)):
+        with pytest.raises(LowMemError, match=r"peft (cannot load the adapter|could not load OSF)"):
+            begin(quantized_model("gpt2"))
 
 
 def test_options_of_lora_that_are_not_served() -> None:
