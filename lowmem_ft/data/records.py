@@ -6,15 +6,16 @@ reader: it knows lines, holds one of them, and leaves text that looks like a num
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from lowmem_ft.core.errors import DataError
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 TABLE_ROWS = 64  # of a table, decoded at once
 TABLE_BUFFER = 1 << 18  # bytes
-DEEPEST = 500  # brackets that may be open at once in a JSON file
+JSON_BYTES = 1 << 16  # of a JSON file, at a time at least
+JSON_WORD = 32  # characters of what JSON does not put between quotes, such as a number or one escape, or fewer
+_SPACES = re.compile(r"[ \t\n\r]*")
 SUFFIXES = {
     ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
@@ -136,20 +139,10 @@ def _record(raw: bytes) -> dict[str, Any] | None:
 
 def _json(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     """The objects of an array, or of lines: many name them so."""
-    import ijson
-
     if not _at_array(file):
         yield from _lines_of_json(path, file)
         return
-    records = enumerate(_items(file), start=1)
-    while True:
-        try:
-            number, record = next(records)
-        except StopIteration:
-            return
-        except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
-            message = " ".join(str(error).split())[:200]
-            raise DataError(f"{path}: not valid JSON.", given=message, allowed="an array of objects") from None
+    for number, record in enumerate(_items(path, file), start=1):
         place = f"{path}: row {number}"
         if isinstance(record, dict):
             yield Row(number, place, record)
@@ -183,28 +176,74 @@ def _lines_of_json(path: Path, file: io.BufferedReader) -> Iterator[Row]:
         yield row
 
 
-def _items(file: io.BufferedReader) -> Iterator[Any]:
-    """The elements of a JSON array, one at a time.
+def _items(path: Path, file: io.BufferedReader) -> Iterator[Any]:
+    """The elements of a JSON array, read as those of lines are, one at a time."""
+    text, number = _Text(file), 0
+    try:
+        text.skip("[")
+        if text.next() == "]":
+            text.skip("]")
+        else:
+            while True:
+                number += 1
+                yield text.value()
+                if text.next() == "]":
+                    text.skip("]")
+                    break
+                text.skip(",")
+        if text.next():
+            raise json.JSONDecodeError("Extra data behind the array", text.text, text.at)
+    except (RecursionError, ValueError) as error:  # of text that is not UTF-8, and numbers of too many digits, too
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            there = text.text[error.pos : error.pos + 40]
+            why = f"{error.msg}: {there!r}" if there else f"{error.msg}, and the file ends"
+        given = f"{why} (row {number}, or behind it)" if number else why
+        raise DataError(f"{path}: not valid JSON.", given=given, allowed="an array of objects") from None
 
-    Not by `ijson.items`, which writes the way to each value: of a million brackets it would take terabytes.
-    """
-    import ijson
 
-    depth, builder = 0, ijson.ObjectBuilder()
-    for event, value in ijson.basic_parse(file):  # not with `use_float`, which refuses whole numbers of 64 bits
-        if isinstance(value, Decimal):
-            value = float(value)
-        if event in ("end_map", "end_array"):
-            depth -= 1
-        if depth:
-            builder.event(event, value)
-        if event in ("start_map", "start_array"):
-            depth += 1
-            if depth > DEEPEST:
-                raise RecursionError("nested too deeply")
-        elif depth == 1 and event != "map_key":
-            yield builder.value
-            builder = ijson.ObjectBuilder()
+class _Text:
+    """The text of a JSON file that is too large to be read at once, from `at` on."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file, self.text, self.at = file, "", 0
+        self._decode, self._read = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
+
+    def _more(self) -> bool:
+        """Read on, so much more that a long element is not begun anew many times. False at the end of the file."""
+        raw = self.file.read(max(JSON_BYTES, len(self.text) - self.at))
+        read = self._decode(raw, final=not raw)
+        if raw:
+            self.text, self.at = self.text[self.at :] + read, 0
+        return bool(raw)
+
+    def next(self) -> str:
+        """The character behind spaces; nothing at the end."""
+        while True:
+            self.at = _SPACES.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def skip(self, wanted: str) -> None:
+        """Pass that character. Raises JSONDecodeError if it does not follow."""
+        if self.next() != wanted:
+            raise json.JSONDecodeError(f"Expecting {wanted!r}", self.text, self.at)
+        self.at += 1
+
+    def value(self) -> Any:
+        """The value that follows. Raises as `json.loads`."""
+        self.next()
+        while True:
+            try:
+                found, end = self._read(self.text, self.at)
+            except json.JSONDecodeError as error:  # of a value that is cut, it is of the end, or of its last string
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - JSON_WORD
+                if not (cut and self._more()):
+                    raise
+            else:
+                if end <= len(self.text) - JSON_WORD or not self._more():  # else a number may go on
+                    self.at = end
+                    return found
 
 
 def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:

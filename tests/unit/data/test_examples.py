@@ -136,6 +136,16 @@ def test_bad_records_are_named_by_line(
         read_examples(jsonl(TEXT, "", record), tokenizer, seq_len=32)
 
 
+def test_half_of_a_character_in_an_array_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "sound"}, {"text": "a\\ud83d b"}]')
+    with pytest.raises(DataError, match=r"data\.json: row 2: .*half of a surrogate pair"):
+        read_examples(path, tokenizer, seq_len=32)
+    path.write_text('[{"text": "sound"}, {"te\\ude00xt": "a"}]')
+    with pytest.raises(DataError, match=r"data\.json: row 2: .*lacks the keys"):
+        read_examples(path, tokenizer, seq_len=32)
+
+
 def test_bad_files(tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path) -> None:
     def read(path: Path) -> None:
         read_examples(path, tokenizer, seq_len=32)

@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset, Features, Json, List, Value
 
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.data import records
 from lowmem_ft.data.records import read_rows
 
 RECORDS: list[dict[str, Any]] = [
@@ -176,6 +177,11 @@ BROKEN = {
     "json cut": ("data.json", b'[{"text": "a"}, {"te', r"data\.json: not valid JSON"),
     "json comma": ("data.json", b'[{"text": "a"} {"text": "b"}]', r"data\.json: not valid JSON"),
     "json latin": ("data.json", '[{"text": "é"}]'.encode("latin-1"), r"data\.json: not valid JSON"),
+    "json key": ("data.json", b'[{"a": 1}, {"b" 2}]', r"Expecting ':' delimiter: '2\}\]' \(row 2, or behind it\)"),
+    "json open": ("data.json", b'[{"a": "b}]', r"Unterminated string starting at: '\"b\}\]' \(row 1"),
+    "json end": ("data.json", b'[{"a": 1}', r"Expecting ',', and the file ends"),
+    "json more": ("data.json", b'[{"a": 1}] [', r"Extra data behind the array: '\['"),
+    "json digits": ("data.json", b'[{"a": ' + b"1" * 5000, r"not valid JSON[\s\S]*5000 digits"),
     "json depth": ("data.json", b"[" * 100_000, r"data\.json: not valid JSON[\s\S]*nested too deeply"),
     "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
     "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
@@ -226,6 +232,30 @@ def test_damaged_files_give_records_or_a_clear_error(tmp_path: Path, kind: str) 
         path.write_bytes(damaged)
         with contextlib.suppress(DataError):
             list(read_rows(path))
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, records.JSON_BYTES])
+def test_an_array_is_read_as_lines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Wherever what is read at once ends; also what JSON can write and Unicode has not, which tokenizing refuses."""
+    monkeypatch.setattr(records, "JSON_BYTES", size)
+    elements = [
+        {"text": "half \ud83d of a pair, and \ude00 the other, \U0001f600 both, é and \\ud83d none"},
+        {"ke\ud800y": [-12345678901234567890, 1.25e-30, True, None, {}, [[]], "\u2028\n\\"]},
+        *[-1.5e-7, "a\ud83d", None, 12, False, []],
+        {"text": "x" * 200},
+    ]
+    for ascii_only in (True, False):
+        text = json.dumps(elements, ensure_ascii=ascii_only)
+        array, lines = tmp_path / "data.json", tmp_path / "data.jsonl"
+        array.write_text(text, encoding="utf-8", errors="replace")
+        rewritten = [json.dumps(it, ensure_ascii=ascii_only) + "\n" for it in elements]
+        lines.write_text("".join(rewritten), encoding="utf-8", errors="replace")
+        told = [
+            [None if isinstance(row.record, DataError) else row.record for row in read_rows(path)]
+            for path in (array, lines)
+        ]
+        assert told[0] == told[1]
+        assert not ascii_only or told[0] == [it if isinstance(it, dict) else None for it in elements]
 
 
 def test_nested_json(tmp_path: Path) -> None:
