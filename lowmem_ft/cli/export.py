@@ -126,9 +126,9 @@ def _trained_run(
     target: Path, adapter: Path | None, out: Path | None, name: str, device: str | None
 ) -> tuple[TrainedRun, Path]:
     """What to export, and the folder for it: `out`, or `name` in the run folder."""
-    config, plan, chosen = open_run(target, on_device(device), None if adapter is None else str(adapter))
-    if not isinstance(chosen, Path):
-        raise ConfigError("There is no adapter to export.", given=target, fix="--adapter FOLDER, or give a run folder")
+    named = None if adapter is None else str(adapter)
+    config, plan, chosen = open_run(target, on_device(device), named, need_adapter=True)
+    assert isinstance(chosen, Path), "refused"
 
     from transformers.utils import logging
 

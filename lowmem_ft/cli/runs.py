@@ -31,11 +31,17 @@ _OF_TRAINING = ("adapter", "train", "data.train", "data.order", "output")
 _OF_DATA = "train.objective"
 
 
-def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[RunConfig, Plan, bool | Path]:
+def open_run(
+    target: Path, overrides: list[str], adapter: str | None, *, need_adapter: bool = False
+) -> tuple[RunConfig, Plan, bool | Path]:
     """Config, plan and adapter of a run folder (its own plan, so that sums are the same) or of a config file.
 
+    Args:
+        need_adapter: the base model alone is not what is asked for.
+
     Raises:
-        ConfigError: no such run, one that is not finished, an override without effect, a plan that cannot be read.
+        ConfigError: no such run, one that is not finished, an override without effect, a plan that cannot be read, or
+            no adapter where one is needed.
         BudgetError: nothing fits the budget that overrides ask for.
     """
     from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config
@@ -66,11 +72,18 @@ def open_run(target: Path, overrides: list[str], adapter: str | None) -> tuple[R
             fix=f"finish it with `lowmem-ft train {target / 'config.yaml'} --resume`, or name another adapter: "
             "--adapter FOLDER, or none for the base model",
         )
+    trained = config.output if os.path.isdir(Path(config.output) / "adapter") else "its folder"
+    fix = f"for what a run has trained give {trained}, or --adapter"
+    if need_adapter and chosen is False:
+        raise ConfigError(
+            "There is no adapter to export.",
+            given=f"{target} --adapter none" if adapter else target,
+            allowed="the folder of a finished run, or --adapter FOLDER",
+            fix="leave --adapter none out" if run else fix,
+        )
     if not run:
         if adapter is None:
-            trained = Path(config.output)
-            fix = f"give {trained}" if os.path.isdir(trained / "adapter") else "give its folder"
-            warnings.warn(f"this is the base model: for what a run has trained {fix}, or --adapter", stacklevel=2)
+            warnings.warn(f"this is the base model: {fix}", stacklevel=2)
         return config, require_fit(make_plan(config)), chosen
     config = config.model_copy(update={"output": str(target)})
     if adapter is None:

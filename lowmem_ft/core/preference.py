@@ -100,9 +100,3 @@ def _check_reference(config: RunConfig) -> None:
             given=f"adapter.{key}: {value}",
             fix=f"remove adapter.{key}, or set train.objective to simpo or orpo, which have no reference",
         )
-    if adapter.init not in ("default", "gaussian"):
-        warnings.warn(
-            f"the reference of {objective} is the base without the adapter that adapter.init names; merge that into "
-            "the base first if the reference shall have it",
-            stacklevel=4,
-        )

@@ -16,7 +16,7 @@ from lowmem_ft.core.config import BESIDE_INIT, Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import has_position_table, positions_of
-from lowmem_ft.core.preference import lanes, step_tokens
+from lowmem_ft.core.preference import WITH_REFERENCE, lanes, step_tokens
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
 from lowmem_ft.planner.device import Device
@@ -86,6 +86,11 @@ class Choices:
             unread = sorted(config.adapter.changed() - BESIDE_INIT)
             if unread:
                 yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
+        if config.adapter.init not in get_args(Init) and config.train.objective in WITH_REFERENCE:
+            yield (
+                f"the reference of {config.train.objective} is the base without the adapter that adapter.init names; "
+                "merge that into the base first if the reference shall have it"
+            )
         silent = without_gradient(ready.trainable, self.scales.stage.learning)
         if silent is not None:
             yield silent

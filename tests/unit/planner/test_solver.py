@@ -3,6 +3,7 @@
 import gc
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -204,6 +205,20 @@ def test_what_an_adapter_to_go_on_from_decides(models: dict[str, Path], tmp_path
     with pytest.raises(ConfigError, match="neither a way to begin nor a folder") as caught:
         make_plan(config(models["llama"], adapter={"init": "pissa"}), device=DEVICE)
     assert "default, gaussian" in str(caught.value.allowed)
+
+
+def test_a_reference_without_the_adapter_to_go_on_from_is_told_once(models: dict[str, Path], tmp_path: Path) -> None:
+    """By the plan, and not by each command that reads the config."""
+    model = tiny_model("llama")
+    inject_lora(model, targets="all-linear", rank=4, alpha=8)
+    save_adapter(model, tmp_path, base_model="base")
+    for objective, expected in (("dpo", 1), ("simpo", 0)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            given = config(models["llama"], adapter={"init": str(tmp_path)}, train={"objective": objective})
+            assert not told
+            assert make_plan(given, device=DEVICE).fits
+        assert sum("without the adapter that adapter.init names" in str(it.message) for it in told) == expected
 
 
 def test_a_micro_batch_is_of_whole_rows(models: dict[str, Path]) -> None:
