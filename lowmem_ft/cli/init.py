@@ -85,7 +85,7 @@ def init(
 
     from lowmem_ft.assemble import require_tokenizer
     from lowmem_ft.planner.device import find_device
-    from lowmem_ft.planner.suggest import free_words, suggest_budget, suggest_data, suggest_step
+    from lowmem_ft.planner.suggest import free_words, suggest_budget, suggest_data, suggest_every, suggest_step
     from lowmem_ft.quant.checkpoint import Checkpoint
 
     reporter = Reporter()
@@ -119,7 +119,10 @@ def init(
     rank = ask(rank, "Rank of the adapter", RANK, _rank)
 
     step = suggest_step(found.tokens, seq_len)
-    reporter.say(f"Updates of {step} tokens (train.tokens_per_step): about {-(-found.tokens // step)} in an epoch")
+    updates = -(-found.tokens // step)
+    every = suggest_every(updates)
+    looks = f"evaluated and saved every {every}" if held_out else f"saved every {every}"
+    reporter.say(f"Updates of {step} tokens (train.tokens_per_step): about {updates} in an epoch, {looks}")
     adapter: dict[str, Any] = {"rank": rank, "alpha": 2 * rank, **({} if method == "lora" else {method: True})}
     config = RunConfig.from_dict(
         {
@@ -127,7 +130,7 @@ def init(
             "adapter": adapter,
             "budget": {"memory": budget},
             "data": {"train": data, "eval": held_out, "format": found.format, "seq_len": seq_len},
-            "train": {"tokens_per_step": step},
+            "train": {"tokens_per_step": step, "eval_every": every, "save_every": every},
             "output": f"runs/{out.stem}",
             "trust_remote_code": trust_remote_code,
         }

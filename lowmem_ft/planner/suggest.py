@@ -17,6 +17,9 @@ from lowmem_ft.planner.device import Device
 STEP = 256  # sequences are suggested in multiples of so many tokens
 ROWS = 2000  # records that are looked at
 UPDATES = 50  # that an epoch has at least, where its tokens suffice: with few, a warmup and a schedule mean nothing
+LOOKS = (
+    4  # evaluations and checkpoints of an epoch, at least: what is best is chosen of several, and a crash costs less
+)
 SHARE = 0.9  # of what is free: the rest is for what else the machine does meanwhile
 
 
@@ -91,6 +94,13 @@ def suggest_step(tokens: int, seq_len: int) -> int:
     while tokens < UPDATES * step and step // 2 >= seq_len:
         step //= 2
     return max(step, seq_len)
+
+
+def suggest_every(updates: int) -> int:
+    """Updates from one evaluation, or checkpoint, to the next, for an epoch of so many: the default, or less where an
+    epoch would have fewer than `LOOKS`."""
+    most: int = TrainConfig().eval_every
+    return max(1, min(most, updates // LOOKS))
 
 
 def _format(kinds: list[str]) -> DataFormat:

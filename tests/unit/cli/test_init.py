@@ -1,6 +1,7 @@
 """`lowmem-ft init`: by flags, by asking, what is refused, and that what it writes plans and trains."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from lowmem_ft.cli import doctor
 from lowmem_ft.cli.app import app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.planner.suggest import suggest_data, suggest_step
+from lowmem_ft.planner.suggest import suggest_data, suggest_every, suggest_step
 from tests.models import save_tiny
 from tests.unit.cli.conftest import ASSETS, Command
 
@@ -59,7 +60,8 @@ def test_by_flags(command: Command) -> None:
     code, out, err = command(*shlex.split(plan)[1:], "--json")
     assert code == 0, err
     planned = RunConfig.from_dict(json.loads(out)["config"])
-    assert (planned.adapter, planned.budget, planned.train) == (config.adapter, config.budget, config.train)
+    assert (planned.adapter, planned.budget) == (config.adapter, config.budget)
+    assert planned.train.tokens_per_step == config.train.tokens_per_step
     assert planned.data.seq_len == 300
 
 
@@ -158,6 +160,17 @@ def test_an_epoch_has_enough_updates(command: Command) -> None:
     assert [suggest_step(tokens, 256) for tokens in (1, 50 * 1024, 50 * 16384, 10**9)] == [256, 1024, 16384, 16384]
     assert suggest_step(10, 300) == 512
     assert suggest_step(10**9, 32768) == 32768
+
+
+def test_an_epoch_is_evaluated_more_than_once(command: Command) -> None:
+    """Or the adapter of the lowest held-out loss would be the last one, and a crash would cost the whole run."""
+    Path("few.jsonl").write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:60]))
+    code, _, err = command("init", "--model", MODEL, "--data", "few.jsonl", "--eval", EVAL, "--yes", "--seq-len", "64")
+    assert code == 0, err
+    updates = int(re.search(r"about (\d+) in an epoch, evaluated and saved every \d+", err)[1])  # type: ignore[index]
+    settings = RunConfig.load("config.yaml").train
+    assert settings.eval_every == settings.save_every == updates // 4 < 100
+    assert [suggest_every(updates) for updates in (1, 7, 50, 399, 400, 10**6)] == [1, 1, 12, 99, 100, 100]
 
 
 def test_tokens_of_a_file_that_is_not_read_whole() -> None:
