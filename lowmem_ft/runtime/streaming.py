@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,11 +26,12 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.ring import SLOTS, Slots
-from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier
+from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, refuse_loading
 from lowmem_ft.runtime.vocabulary import Matrix
 
 _ALIGN = 512  # bytes, of each tensor within its block: what CUDA's own allocations start on
 _FETCH = "_fetch_streamed"  # the attribute of a module that brings its weights up
+_STORED = "_stored_below"  # and the one that tells where each of them lies
 
 
 def spread(depth: int, count: int) -> list[int]:
@@ -153,19 +154,19 @@ class Holder(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """What it holds now."""
-        found = self.parameter if self.buffers is None else self.buffers[self._name]
+        found = self.parameter if self.buffers is None else self.buffers[self.name]
         assert found is not None
         return found.detach()
 
     def hold(self, tensor: Tensor) -> None:
         """Hold that instead."""
         if self.buffers is not None:
-            self.buffers[self._name] = tensor
+            self.buffers[self.name] = tensor
         elif self.parameter is not None:
             self.parameter.data = tensor
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         return self.piece.path.rpartition(".")[2]
 
 
@@ -256,13 +257,30 @@ class Streaming:
         """Whatever reads a streamed weight of a block asks for it from now on."""
         for index in self.blocks:
             layer = self._layers[index]
-            streamed = {id(holder.parameter) for holder in self._held[index] if holder.parameter is not None}
+            parameters = {id(holder.parameter): holder.piece for holder in self._held[index] if holder.buffers is None}
+            buffers: defaultdict[int, dict[str, Piece]] = defaultdict(dict)
+            for holder in self._held[index]:
+                if holder.buffers is not None:
+                    buffers[id(holder.buffers)][holder.name] = holder.piece
             for module in list(layer.modules()):
-                names = tuple(name for name, parameter in module._parameters.items() if id(parameter) in streamed)
-                if isinstance(module, QuantLinear | QuantStack) or any(names):
+                pieces = {name: it for name, own in module._parameters.items() if (it := parameters.get(id(own)))}
+                # of what an adapter has taken over (a stack of experts) its former owner lets go
+                if isinstance(module, QuantLinear | QuantStack) or pieces or _STORED in vars(module):
                     if _FETCH not in vars(module):
-                        module.__class__ = _asking(type(module), names)  # type: ignore[arg-type]
+                        module.__class__ = _asking(type(module), tuple(pieces))  # type: ignore[arg-type]
                     setattr(module, _FETCH, functools.partial(self.fetch, index))
+                    pieces |= buffers.get(id(module._buffers), {})
+                    below = {name: functools.partial(self._stored, index, piece) for name, piece in pieces.items()}
+                    setattr(module, _STORED, below)
+
+    def _stored(self, block: int, piece: Piece) -> Tensor:
+        """A piece where it lies, below the device."""
+        if isinstance(self._tier, NoTier):
+            return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+        buffer = self._tier.buffer(self.blocks.index(block), block_bytes(self._pieces[block]))
+        # with a storage of its own: torch.save writes whole ones
+        found = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.nbytes, offset=piece.offset)
+        return found.view(piece.dtype).view(piece.shape)
 
     def attach_to_adapters(self) -> None:
         """The same for what adapters have put around weights.
@@ -345,7 +363,17 @@ def _asking(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
         return property(read)
 
+    def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """What lies below, and not the slots, which hold the weights of whichever block is at work."""
+        cls._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination.update({prefix + name: stored() for name, stored in vars(self)[_STORED].items()})
+
+    def load(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_loading(state_dict, [prefix + name for name in vars(self)[_STORED]])
+        cls._load_from_state_dict(self, state_dict, prefix, *rest)
+
     members: dict[str, Any] = {name: reader(name) for name in names}
+    members |= {"_save_to_state_dict": save, "_load_from_state_dict": load}
     if issubclass(cls, QuantLinear | QuantStack):
         members["storage"] = storage
     return type(cls.__name__, (cls,), members)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from itertools import accumulate, pairwise
@@ -54,6 +55,10 @@ class Tier(Protocol):
             (N, nbytes) uint8, in RAM.
         """
 
+    def buffer(self, block: int, nbytes: int) -> Any:
+        """So many bytes from the beginning of a block on, and of those behind it, where they lie: what
+        `torch.frombuffer` takes. Of a file it takes no memory until it is read."""
+
 
 class TakingTier(Tier, Protocol):
     """One that also takes from the device while that works."""
@@ -71,6 +76,22 @@ def device_memory(nbytes: int, device: torch.device) -> Tensor:
     whole = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=device)
     begin = 0 if whole.is_meta else -whole.data_ptr() % PAGE
     return whole[begin : begin + nbytes]
+
+
+def refuse_loading(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """What is loaded would come into a slot that the next block overwrites, or into a placeholder.
+
+    Raises:
+        UnsupportedError: `state` holds one of `names`, whose weights lie below the device.
+    """
+    given = next((name for name in names if name in state), None)
+    if given is not None:
+        raise UnsupportedError(
+            "A weight that lies below the device is frozen, and nothing can be loaded over it.",
+            given=f"load_state_dict with {given}",
+            allowed="a state that holds trained weights alone, with strict=False",
+            fix="leave the base weights out, or load the model in a budget that keeps all on the device",
+        )
 
 
 def refuse_copy(tier: object, memo: object) -> None:
@@ -100,6 +121,9 @@ class NoTier:
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
         raise AssertionError("a simulated run has no weights")
 
+    def buffer(self, block: int, nbytes: int) -> Any:
+        raise AssertionError("a simulated run has no weights")
+
 
 class DiskTier:
     """A file without a name, which is gone when the process ends, however it ends. For a device that is a CPU.
@@ -124,6 +148,7 @@ class DiskTier:
             if hasattr(os, "posix_fallocate") and any(sizes):
                 os.posix_fallocate(self._file.fileno(), 0, sum(sizes))
         self._written = 0
+        self._mapped: weakref.WeakValueDictionary[tuple[int, int], mmap.mmap] = weakref.WeakValueDictionary()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stream")
         weakref.finalize(self, _close, self._reader, {self._file, self._direct}, name)
 
@@ -157,6 +182,16 @@ class DiskTier:
             found = torch.empty(len(indices), nbytes, dtype=torch.uint8)
         self._reader.submit(self._read_rows, indices, found).result()  # one thread reads: a file has one position
         return found
+
+    def buffer(self, block: int, nbytes: int) -> memoryview:
+        begin = self._starts[block] % mmap.ALLOCATIONGRANULARITY  # not a page everywhere
+        found = self._mapped.get((block, nbytes))
+        if found is None:  # each takes an open file, so that all who ask for a block share one
+            start, access = self._starts[block] - begin, mmap.ACCESS_COPY  # PyTorch knows no memory but to write to
+            with self._clear_errors():
+                found = mmap.mmap(self._file.fileno(), begin + nbytes, access=access, offset=start)
+            self._mapped[block, nbytes] = found
+        return memoryview(found)[begin:]
 
     def _read_rows(self, indices: Tensor, found: Tensor) -> None:
         wanted, nbytes = indices.numpy(), found.shape[1]
@@ -217,9 +252,9 @@ class HostTier:
     __deepcopy__ = refuse_copy
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        starts = [0, *accumulate(sizes)]
-        self._arena = device_memory(starts[-1], torch.device("cpu"))
-        self._blocks = [self._arena[a:b] for a, b in pairwise(starts)]
+        self._starts = [0, *accumulate(sizes)]
+        self._arena = device_memory(self._starts[-1], torch.device("cpu"))
+        self._blocks = [self._arena[a:b] for a, b in pairwise(self._starts)]
         self._stream, self._device = _own_stream(self, device), device
         _pin(self, self._arena, device)
 
@@ -240,6 +275,9 @@ class HostTier:
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
         count = len(self._arena) // nbytes
         return self._arena[: count * nbytes].view(count, nbytes).index_select(0, indices)
+
+    def buffer(self, block: int, nbytes: int) -> Any:
+        return self._arena[self._starts[block] :][:nbytes].numpy()
 
 
 class StagedDiskTier:
@@ -272,6 +310,9 @@ class StagedDiskTier:
 
     def rows(self, indices: Tensor, nbytes: int) -> Tensor:
         return self._disk.rows(indices, nbytes)
+
+    def buffer(self, block: int, nbytes: int) -> Any:
+        return self._disk.buffer(block, nbytes)
 
     def _bring(self, block: int, slot: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         if not self._stages:

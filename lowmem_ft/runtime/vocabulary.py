@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.ring import SLOTS, Slots
-from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier
+from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, refuse_loading
 
 Which: TypeAlias = Literal["none", "input", "both"]
 
@@ -79,6 +79,13 @@ class Table:
         """What the model holds in its place: of its shape, without its memory, and NaN for whoever reads it still."""
         return torch.full((1, 1), math.nan, dtype=self._dtype, device=self._device).expand(self._shape)
 
+    def stored(self) -> Tensor:
+        """The whole matrix where it lies, below the device."""
+        if isinstance(self._tier, NoTier):
+            return torch.empty(self._shape, dtype=self._dtype, device="meta")
+        buffer = self._tier.buffer(0, self._shape[0] * self._row_bytes)  # tiles fill their pages, but for the last one
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(self._dtype).view(self._shape)
+
     def gather(self, ids: Tensor) -> Tensor:
         """The rows of `ids` (...) int64, as (..., D) on the device."""
         shape = (*ids.shape, self._shape[1])
@@ -95,7 +102,19 @@ class Table:
         return slot[: rows * self._row_bytes].view(self._dtype).view(rows, self._shape[1])
 
 
-class _Rows(nn.Embedding):
+class _Below(nn.Module):
+    """A module whose `weight` lies below the device, where its state is read."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = vars(self)[_TABLE].stored()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        refuse_loading(state_dict, [f"{prefix}weight"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _Rows(_Below, nn.Embedding):
     """An embedding whose rows lie below the device."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -110,7 +129,7 @@ def _looking_up(cls: type[nn.Embedding]) -> type[nn.Embedding]:
     return type(cls.__name__, bases, {})
 
 
-class TiledLinear(nn.Linear):
+class TiledLinear(_Below, nn.Linear):
     """A linear layer whose weight lies below the device."""
 
     def forward(self, input: Tensor) -> Tensor:

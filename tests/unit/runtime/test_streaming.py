@@ -225,6 +225,57 @@ def test_weights_are_there_for_whoever_asks(models: dict[str, Path]) -> None:
     assert torch.equal(compiled(x), layers[0][0](x))
 
 
+@pytest.mark.parametrize(
+    ("name", "quant", "adapter"),
+    [
+        ("llama", "nf4", "lora"),
+        ("llama", "bf16", "peft"),
+        ("llama", "int8", "dora"),
+        ("gpt2", "bf16", "lora"),
+        ("mixtral", "nf4", "lora"),
+        ("mixtral", "bf16", "lora"),
+    ],
+)
+def test_the_state_has_all_weights(
+    models: dict[str, Path], tmp_path: Path, name: str, quant: str, adapter: str
+) -> None:
+    """And not what happens to lie in the slots; where it lies, so that it takes no memory to look at it."""
+    targets = {"targets": ["c_attn"]} if name == "gpt2" else {}
+    config = settings(models[name], {"quant": QUANT[quant], "adapter": {**ADAPTERS[adapter], **targets}})
+    resident = equipped(config, streamed=0, activations="recompute").model.state_dict()
+    ready = equipped(config, streamed=DEPTH - 1, activations="recompute", stream_embeddings="both")
+    batches = FullBatches(config, a_policy(config, streamed=DEPTH - 1, activations="recompute"), vocabulary=100)
+    before = [eval_step(ready, batches[0]), eval_step(ready, batches[0])]
+    state = ready.model.state_dict()
+    assert state.keys() == resident.keys()
+    assert all(torch.equal(state[key].nan_to_num(), it.nan_to_num()) for key, it in resident.items())
+    assert not any(it.is_floating_point() and it.isnan().any() for it in state.values())
+    below = [it for key, it in state.items() if it.untyped_storage()._cdata not in
+             {tensor.untyped_storage()._cdata for tensor in ready.model.parameters()}]  # fmt: skip
+    assert all(it.untyped_storage().nbytes() == it.nbytes for it in below)
+    torch.save(state, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(saved[key], it) for key, it in resident.items())
+    assert [eval_step(ready, batches[0])] * 2 == before, "nothing moved"
+    streamed = [key for key in state if "layers.4." in key or "h.4." in key]
+    with pytest.raises(UnsupportedError, match=r"nothing can be loaded over it\.\n.*load_state_dict with"):
+        ready.model.load_state_dict({key: state[key] for key in streamed}, strict=False)
+    with pytest.raises(UnsupportedError, match=r"load_state_dict with .*(embed_tokens|wte)"):
+        ready.model.load_state_dict({key: it for key, it in state.items() if "embed" in key or "wte" in key})
+    trained = {key: torch.zeros_like(it) for key, it in ready.trainable.items()}
+    ready.model.load_state_dict(trained, strict=False)
+    assert not any(it.any() for it in ready.trainable.values())
+
+
+def test_the_state_of_a_simulated_model_has_none(models: dict[str, Path]) -> None:
+    config = settings(models["llama"], {"adapter": {"rank": 4}})
+    chosen = replace(a_policy(config, streamed=DEPTH, activations="keep"), stream_embeddings="both")
+    states = [assemble(config, it, torch.device("meta")).model.state_dict()
+              for it in (chosen, a_policy(config, streamed=0, activations="keep"))]  # fmt: skip
+    shapes = [{key: (it.device.type, it.shape, it.dtype) for key, it in state.items()} for state in states]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("changes", [{"streamed_blocks": DEPTH}, {"stream_embeddings": "input"}])
 def test_a_model_with_weights_below_the_device_is_not_copied(models: dict[str, Path], changes: dict[str, Any]) -> None:
     ready = equipped(
