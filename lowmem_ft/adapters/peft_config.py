@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
-from lowmem_ft.adapters.inject import adapter_at, injection_of
+from lowmem_ft.adapters.inject import Bias, adapter_at, injection_of
 from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.adapters.peft_methods import peft_remaps
 from lowmem_ft.adapters.targets import ends_with, match_pattern
+from lowmem_ft.core.config_words import allowed_words
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.quant.swap import has_conv1d
 
-_READ = {  # what a saved LoraConfig may set for us to load it
-    *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    "ensure_weight_tying",
+_Rank: TypeAlias = Annotated[int, Field(gt=0)]
+_Alpha: TypeAlias = Annotated[float, Field(gt=0)]
+_Names: Any = str | list[str] | None
+_READ: Mapping[
+    str, Any
+] = {  # what a saved LoraConfig may set for us to load it; of what is null peft takes its default
+    **{"r": _Rank, "lora_alpha": _Alpha, "rank_pattern": dict[str, _Rank] | None},
+    **{"alpha_pattern": dict[str, _Alpha] | None, "bias": Bias | None},
+    **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), bool | None),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _Names),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), list[str] | None),
+    "layers_to_transform": int | list[int] | None,
 }
+PUT_BACK = f"put {CONFIG_NAME} back as it was saved, if it was edited"
 _WITHOUT_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "fan_in_fan_out", "init_lora_weights", "runtime_config"),
@@ -124,7 +136,7 @@ def with_tied(model: nn.Module, paths: list[str]) -> list[str]:
 def is_variant(settings: Mapping[str, Any]) -> bool:
     """Whether a LoRA config asks for something that only peft itself does."""
     defaults = peft.LoraConfig().to_dict()
-    unread = settings.keys() - _READ - _WITHOUT_EFFECT
+    unread = settings.keys() - _READ.keys() - _WITHOUT_EFFECT
     return any(settings[key] not in (None, False, {}, []) and settings[key] != defaults.get(key) for key in unread)
 
 
@@ -134,19 +146,21 @@ def read_lora_config(settings: Mapping[str, Any], folder: Path) -> Any:
     Raises:
         CheckpointError: values that cannot be right.
     """
+    file, what = folder / CONFIG_NAME, "the adapter's config is not valid"
+    for key in sorted(settings.keys() & _READ.keys()):
+        try:
+            TypeAdapter(_READ[key]).validate_python(settings[key], strict=True)
+        except ValidationError:
+            found = f"{key}: {json.dumps(settings[key])} in {file}"
+            raise CheckpointError(what, given=found, allowed=allowed_words(_READ[key]), fix=PUT_BACK) from None
     given = {key: deepcopy(value) for key, value in settings.items() if key in _READ and value is not None}
     try:
-        for key in ("r", "lora_alpha"):  # of what is null peft takes its default, but not of these
-            if settings.get(key, 0) is None:
-                raise ValueError(f"{key} is null")
         config = peft.LoraConfig(**given)
         patterns = [*config.rank_pattern, *config.alpha_pattern]
         for pattern in patterns + ([config.target_modules] if isinstance(config.target_modules, str) else []):
             re.compile(pattern)
-        if min(config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values()) <= 0:
-            raise ValueError("rank and alpha must be positive")
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise CheckpointError("the adapter's config is not valid", given=f"{folder / CONFIG_NAME} ({error})") from error
+        raise CheckpointError(what, given=f"{file} ({error})", fix=PUT_BACK) from error
     return config
 
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from lowmem_ft.adapters.inject import adapter_at, eject_lora, inject_resolved, injection_of, is_injected
 from lowmem_ft.adapters.lora import LoraLinear, module_device
-from lowmem_ft.adapters.peft_config import is_variant, rank_and_alpha, read_lora_config, to_lora_config, with_tied
+from lowmem_ft.adapters.peft_config import (
+    PUT_BACK,
+    is_variant,
+    rank_and_alpha,
+    read_lora_config,
+    to_lora_config,
+    with_tied,
+)
 from lowmem_ft.adapters.peft_methods import check_base_unchanged, check_conv1d, is_prompt_learning
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
@@ -38,6 +45,7 @@ from lowmem_ft.quant.shards import PYTORCH, write_file
 _PREFIX = "base_model.model."
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
 _SHOWN = 4  # keys that a message names
+_LETTERS = 400  # of what peft says
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str) -> None:
@@ -285,8 +293,9 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        fix = _other_base(model, settings)
-        raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({error})", fix=fix) from error
+        fix, why = _other_base(model, settings) or PUT_BACK, " ".join(str(error).split())
+        why = why if len(why) <= _LETTERS else f"{why[:_LETTERS]} ..."  # of shapes, each has a line
+        raise CheckpointError("peft cannot load the adapter", given=f"{folder} ({why})", fix=fix) from error
     check_conv1d(model, wrapped, settings["peft_type"])
     # of embeddings that are adapted peft writes the base's own matrix, too
     expected, allowed = (set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=it)) for it in (False, True))
@@ -294,7 +303,7 @@ def load_through_peft(model: nn.Module, folder: Path, settings: Mapping[str, Any
         raise CheckpointError(
             "the adapter's tensors are not those that its config calls for",
             given=f"{', '.join(sorted(wrong)[:_SHOWN])}: either missing or unexpected in {file}",
-            fix=_other_base(model, settings),
+            fix=_other_base(model, settings) or PUT_BACK,
         )
     return wrapped
 
@@ -306,7 +315,7 @@ def _inject(model: nn.Module, config: Any, folder: Path, *, dropout: float, dtyp
         raise CheckpointError(
             "the adapter was made for another model: none of its targets is in this one",
             given=f"{config.target_modules or config.target_parameters} in {folder / CONFIG_NAME}",
-            fix=_other_base(model, config.to_dict()),
+            fix=_other_base(model, config.to_dict()) or PUT_BACK,
         )
     inject_resolved(
         model,
@@ -403,7 +412,7 @@ def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, 
         raise CheckpointError(
             f"the adapter has {len(unexpected)} tensors for which this model has no place",
             given=f"{', '.join(unexpected[:_SHOWN])} in {file}",
-            fix=other or "load it into the base model that it was trained on",
+            fix=other or f"load it into the base model that it was trained on; {PUT_BACK}",
         )
     there = {id(expected[key]) for key in keys}
     missing = [key for key in expected if key not in keys and not (tied and id(expected[key]) in there)]
@@ -411,17 +420,31 @@ def _check_keys(keys: list[str], expected: Mapping[str, Tensor], file: Path, *, 
         raise CheckpointError(
             f"the adapter lacks {len(missing)} tensors that its config calls for",
             given=f"no {', '.join(missing[:_SHOWN])} in {file}",
-            fix=other or "save it again",
+            fix=other or f"save it again; {PUT_BACK}",
         )
 
 
 def _check_value(key: str, value: Tensor, expected: Tensor, file: Path, other: str | None) -> None:
+    if value.shape != expected.shape and _is_of_other_rank(key, value, expected):
+        raise CheckpointError(
+            f"the adapter's config gives {key.rpartition('.lora_')[0].removeprefix(_PREFIX)} another rank than its "
+            "tensors have",
+            given=f"{key} {tuple(value.shape)} in {file}",
+            allowed=tuple(expected.shape),
+            fix=f"put r and rank_pattern in {CONFIG_NAME} back: they say what was trained, and change nothing of it",
+        )
     if value.shape != expected.shape:
         raise CheckpointError(
             "a tensor of the adapter has another shape than this model and the config give it",
             given=f"{key} {tuple(value.shape)} in {file}",
             allowed=tuple(expected.shape),
-            fix=other or "load it into the base model that it was trained on",
+            fix=other or f"load it into the base model that it was trained on; {PUT_BACK}",
         )
     if not value.isfinite().all():
         raise CheckpointError("the adapter holds NaN or Inf", given=f"{key} in {file}", fix="use an earlier checkpoint")
+
+
+def _is_of_other_rank(key: str, value: Tensor, expected: Tensor) -> bool:
+    """Whether a factor of LoRA has the expected shape but for the rank: rows of A, columns of B."""
+    rank = 0 if key.endswith(".lora_A.weight") else 1 if key.endswith(".lora_B.weight") else None
+    return rank is not None and value.ndim == expected.ndim == 2 and value.shape[1 - rank] == expected.shape[1 - rank]

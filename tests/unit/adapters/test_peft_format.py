@@ -206,6 +206,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 A_KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+PUT_R = "fix: +put r and rank_pattern in adapter_config.json back"
 BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), CheckpointError, "config cannot be read"),
     "no json": (lambda f: (f / CONFIG).write_bytes(b"\xff{"), CheckpointError, "config cannot be read"),
@@ -224,9 +225,17 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "shape": (edit_tensors(lambda t: t.update({A_KEY: torch.zeros(4, 47)})), CheckpointError, "another shape"),
     "nan": (edit_tensors(lambda t: t[A_KEY].fill_(torch.nan)), CheckpointError, "NaN or Inf"),
     "inf": (edit_tensors(lambda t: t[A_KEY][0].fill_(torch.inf)), CheckpointError, "NaN or Inf"),
-    "rank": (edit_config(r=5), CheckpointError, "another shape"),
+    "rank": (edit_config(r=5), CheckpointError, rf"q_proj another rank than[\s\S]*\(4, 48\)[\s\S]*{PUT_R}"),
+    "rank of some": (edit_config(rank_pattern={"q_proj": 2}), CheckpointError, "q_proj another rank than its tensors"),
+    "half a rank": (edit_config(r=4.5), CheckpointError, r"r: 4\.5 in[\s\S]*allowed: a whole number > 0\n.*put adapt"),
+    "rank as text": (edit_config(r="4"), CheckpointError, r'not valid\n.*r: "4" in'),
+    "ranks": (edit_config(rank_pattern={"q_proj": "a"}), CheckpointError, r'rank_pattern: \{"q_proj": "a"\} in'),
+    "targets": (edit_config(target_modules=5), CheckpointError, r"target_modules: 5[\s\S]*text \| a list of text"),
+    "layers": (edit_config(layers_to_transform="x"), CheckpointError, 'layers_to_transform: "x" in'),
+    "biases": (edit_config(bias="foo"), CheckpointError, r'bias: "foo"[\s\S]*none \| all \| lora_only'),
+    "flag": (edit_config(use_dora="yes"), CheckpointError, r'use_dora: "yes"[\s\S]*true \| false'),
     "rank zero": (edit_config(r=0), CheckpointError, "config is not valid"),
-    "no alpha": (edit_config(lora_alpha=None), CheckpointError, "lora_alpha is null"),
+    "no alpha": (edit_config(lora_alpha=None), CheckpointError, "lora_alpha: null in"),
     "broken pattern": (edit_config(rank_pattern={"(": 3}), CheckpointError, "config is not valid"),
     "no such layers": (edit_config(target_modules=["c_attn"]), CheckpointError, "made for another model"),
     "more layers": (edit_config(target_modules=["q_proj", "v_proj"]), CheckpointError, "lacks 4 tensors"),
