@@ -171,7 +171,7 @@ def test_saving_that_fails_leaves_the_old_adapter(tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowmem_ft.adapters.peft_format.save_file", full)
+    monkeypatch.setattr("lowmem_ft.adapters.peft_format.write_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_adapter(trained(plain_model("llama"), rank=2), tmp_path, base_model="base")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
