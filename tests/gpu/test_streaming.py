@@ -1,5 +1,6 @@
 """Streamed blocks on a card: the same results as resident ones, also where a wait that is missing must show."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -88,3 +89,24 @@ def test_a_file_through_pinned_buffers(tmp_path: Path) -> None:
     for copy, slot, content in zip(copies, slots, data, strict=True):
         tier.wait(copy)
         assert torch.equal(slot[: len(content)].cpu(), content)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_the_state_has_all_weights(model: Path, tier: Literal["host", "disk"]) -> None:
+    """Also when the model is gone, and with it the pinned memory."""
+    config, states = settings(model, {"adapter": {"rank": 4}}), []
+    for streamed, embeddings in ((0, "none"), (DEPTH, "both")):
+        chosen = a_policy(config, streamed=streamed, activations="recompute")
+        torch.manual_seed(0)
+        ready = assemble(
+            config,
+            replace(chosen, stream_from=tier, stream_embeddings=embeddings),
+            torch.device("cuda"),
+            optimizer=False,
+        )
+        states.append(ready.model.state_dict())
+        del ready
+        gc.collect()
+    resident, below = states
+    assert resident.keys() == below.keys()
+    assert all(torch.equal(below[key].cpu(), it.cpu()) for key, it in resident.items())
