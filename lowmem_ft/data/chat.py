@@ -18,6 +18,7 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
+THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
 PROBE, SECOND = "lowmem", "second"  # what no template writes by itself
 
 
@@ -102,10 +103,18 @@ class ChatRenderer:
     def _answer(
         self, template: _Template, messages: Sequence[dict[str, Any]], turn: int, whole: str
     ) -> tuple[str, tuple[int, int], bool]:
-        """The text up to message `turn`, where the answer stands in it, and whether it stands in `whole` likewise."""
-        text = template.render(messages[: turn + 1])
-        prompt = template.render(messages[:turn], add_generation_prompt=True)
-        if not text.startswith(prompt):
+        """The text up to message `turn`, where the answer stands in it, and whether it stands in `whole` likewise.
+
+        An answer that does not begin with what the template asks for by default (Nemotron 3 opens a thought, and shows
+        an answer without one behind an empty thought) is one to what it asks for when it shall think, or not.
+        """
+        for thinks in (None, False, True):
+            text = template.render(messages[: turn + 1], thinks=thinks)
+            prompt = template.render(messages[:turn], add_generation_prompt=True, thinks=thinks)
+            if text.startswith(prompt):
+                break
+        else:
+            prompt = template.render(messages[:turn], add_generation_prompt=True)
             raise DataError(
                 f"the chat template does not show which part of message {turn + 1} is the answer: "
                 "the turn does not begin with the generation prompt.",
@@ -113,15 +122,16 @@ class ChatRenderer:
                 fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
             )
         last = turn + 1 == len(messages)
-        later = template.continued(messages) if last else whole
+        stays = text == whole if last else True
+        later = template.continued(messages, thinks=thinks) if last else whole
         # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
         ends = self._ends(text, len(prompt))
         for end in ends:
             if later is None or later.startswith(text[:end]):
-                return text, (len(prompt), end), True
+                return text, (len(prompt), end), stays
         if later is None or later.startswith(text):
-            return text, (len(prompt), len(text)), True
-        return text, (len(prompt), ends[0] if ends else len(text)), last
+            return text, (len(prompt), len(text)), stays
+        return text, (len(prompt), ends[0] if ends else len(text)), last and stays
 
     def _ends(self, text: str, start: int) -> list[int]:
         """Where the special tokens end that close `text` behind `start`, the last first."""
@@ -163,9 +173,12 @@ class _Template:
     variables: Mapping[str, Any]
     forms: dict[str, _Forms] = field(default_factory=dict)  # by role, as far as they are known
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """The text of `messages`."""
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, thinks: bool | None = None
+    ) -> str:
+        """The text of `messages`; where the template asks whether to think, as it is told, or left to its default."""
+        asked = {} if thinks is None else {name: thinks for name in THINKING if name in self.source}
+        return self._render(messages, add_generation_prompt=add_generation_prompt, **asked)[0]
 
     def leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
         """Whether the text of `messages` is the same without their calls of tools."""
@@ -175,11 +188,11 @@ class _Template:
         except DataError:  # then the template looks for them
             return False
 
-    def continued(self, messages: Sequence[dict[str, Any]]) -> str | None:
+    def continued(self, messages: Sequence[dict[str, Any]], *, thinks: bool | None = None) -> str | None:
         """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
         asked = self.with_contents_as_wanted([{"role": "user", "content": "And then?"}])
         try:
-            return self.render([*messages, *asked])
+            return self.render([*messages, *asked], thinks=thinks)
         except DataError:
             return None
 

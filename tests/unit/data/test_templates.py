@@ -92,6 +92,7 @@ TEMPLATES = {
         eos="<|im_end|>", special=IM, answer="<think>\n\n</think>\n\n{}<|im_end|>", earlier=False,
         call="<think>\n\n</think>\n\n" + QWEN_CALL, call_earlier=False,
     ),
+    "nemotron-3": Template(eos="<|im_end|>", special=IM, answer="{}<|im_end|>"),
     "gemma-2": Template(
         bos="<bos>", eos="<eos>", special=["<start_of_turn>", "<end_of_turn>"], answer="{}<end_of_turn>", system=False
     ),
@@ -253,6 +254,36 @@ def test_template_that_drops_the_thoughts_that_it_asks_for_is_refused(tokenizer:
     tokenizer.chat_template = source.replace("{#gen#}", "{% generation %}").replace("{#end#}", "{% endgeneration %}")
     (example,) = RecordEncoder(tokenizer).encode({"messages": MULTI})
     assert answers(tokenizer, example) == [f"{answer}<｜end▁of▁sentence｜>" for answer in (ONE, TWO)]
+
+
+@pytest.mark.parametrize("asked", ["enable_thinking", "thinking"])
+def test_answers_are_told_from_the_prompt_that_asks_for_such(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
+    """Nemotron 3 opens a thought by default, and another template only when asked to: answers of both kinds begin with
+    the prompt of one of both."""
+    encode(tokenizer, "nemotron-3", MULTI)
+    source = (FOLDER / "nemotron-3.jinja").read_text(encoding="utf-8").replace("enable_thinking", asked)
+    thoughts = [{**it, "reasoning_content": f"Hm, {i}."} if i in (1, 3) else it for i, it in enumerate(MULTI)]
+    for default in ("true", "false"):
+        tokenizer.chat_template = source.replace("default(true)", f"default({default})")
+        plain, first, second = (
+            example
+            for messages in (MULTI, thoughts)
+            for example in RecordEncoder(tokenizer).encode({"messages": messages})
+        )
+        assert answers(tokenizer, plain) == [f"{ONE}<|im_end|>", f"{TWO}<|im_end|>"]
+        assert answers(tokenizer, first) == [f"Hm, 1.\n</think>\n{ONE}<|im_end|>"]
+        assert answers(tokenizer, second) == [f"Hm, 3.\n</think>\n{TWO}<|im_end|>"]
+        assert "assistant\n<think></think>List" in tokenizer.decode(second.input_ids)
+
+
+def test_a_text_that_says_whether_to_think_is_that_of_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As SmolLM3's, whose system turn tells the mode: an answer of the other mode gets a text of its own."""
+    encode(tokenizer, "nemotron-3", MULTI)
+    mode = "{{ '<|im_start|>system\n/think' if enable_thinking | default(true) else '<|im_start|>system\n/no_think' }}"
+    tokenizer.chat_template = mode + "{{ '<|im_end|>\n' }}" + tokenizer.chat_template
+    one, two = RecordEncoder(tokenizer).encode({"messages": MULTI})
+    assert [answers(tokenizer, it) for it in (one, two)] == [[f"{ONE}<|im_end|>"], [f"{TWO}<|im_end|>"]]
+    assert all("/no_think" in tokenizer.decode(it.input_ids) for it in (one, two))
 
 
 def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
