@@ -110,8 +110,7 @@ class ChatRenderer:
         """
         for thinks in (None, False, True):
             text = template.render(messages[: turn + 1], thinks=thinks)
-            prompt = template.render(messages[:turn], add_generation_prompt=True, thinks=thinks)
-            if text.startswith(prompt):
+            if (found := _begin(template, messages[:turn], messages[turn], text, thinks)) is not None:
                 break
         else:
             prompt = template.render(messages[:turn], add_generation_prompt=True)
@@ -121,17 +120,18 @@ class ChatRenderer:
                 given=f"generation prompt {prompt[-40:]!r}",
                 fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
             )
+        text, begin = found
         last = turn + 1 == len(messages)
         stays = text == whole if last else True
         later = template.continued(messages, thinks=thinks) if last else whole
         # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
-        ends = self._ends(text, len(prompt))
+        ends = self._ends(text, begin)
         for end in ends:
             if later is None or later.startswith(text[:end]):
-                return text, (len(prompt), end), stays
+                return text, (begin, end), stays
         if later is None or later.startswith(text):
-            return text, (len(prompt), len(text)), stays
-        return text, (len(prompt), ends[0] if ends else len(text)), last and stays
+            return text, (begin, len(text)), stays
+        return text, (begin, ends[0] if ends else len(text)), last and stays
 
     def _ends(self, text: str, start: int) -> list[int]:
         """Where the special tokens end that close `text` behind `start`, the last first."""
@@ -191,8 +191,12 @@ class _Template:
     def continued(self, messages: Sequence[dict[str, Any]], *, thinks: bool | None = None) -> str | None:
         """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
         asked = self.with_contents_as_wanted([{"role": "user", "content": "And then?"}])
+        return self.rendered([*messages, *asked], thinks=thinks)
+
+    def rendered(self, messages: Sequence[dict[str, Any]], *, thinks: bool | None = None) -> str | None:
+        """The text of `messages`; None if the template refuses them."""
         try:
-            return self.render([*messages, *asked], thinks=thinks)
+            return self.render(messages, thinks=thinks)
         except DataError:
             return None
 
@@ -266,6 +270,34 @@ class _Template:
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
         return texts[0], spans[0] if spans else []
+
+
+def _begin(
+    template: _Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], text: str, thinks: bool | None
+) -> tuple[str, int] | None:
+    """A text with the answer as the model gives it, and where it begins there; None where the template shows neither.
+
+    Mostly that is `text`, of all messages. Where this shows earlier turns otherwise than the model saw them (gpt-oss
+    takes the reasoning out of calls of tools once an answer follows them), what the model saw stands there instead.
+
+    Args:
+        before: the messages that it answers.
+    """
+    if not before:  # many templates look for a first message, or write a system turn before it
+        asked = template.render([answer], add_generation_prompt=True, thinks=thinks)
+        header = asked.removeprefix(text) if asked.startswith(text) else ""
+        if header and text.count(header) == 1:
+            return text, text.index(header) + len(header)
+    prompt = template.render(before, add_generation_prompt=True, thinks=thinks)
+    if text.startswith(prompt):
+        return text, len(prompt)
+    earlier = template.rendered(before[:-1], thinks=thinks)
+    if not earlier or not prompt.startswith(earlier):
+        return None
+    asked = prompt.removeprefix(earlier)
+    if text.count(asked) != prompt.count(asked):
+        return None
+    return prompt + text[text.rindex(asked) + len(asked) :], len(prompt)
 
 
 def _of_turns(spans: Spans, turns: Sequence[int], first: int) -> Spans:

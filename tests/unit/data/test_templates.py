@@ -256,6 +256,40 @@ def test_template_that_drops_the_thoughts_that_it_asks_for_is_refused(tokenizer:
     assert answers(tokenizer, example) == [f"{answer}<｜end▁of▁sentence｜>" for answer in (ONE, TWO)]
 
 
+LEADING = ["llama-3.1", "qwen-2.5", "qwen-3", "chatml", "granite-3", "smollm-3", "phi-3", "gpt-oss"]
+
+
+@pytest.mark.parametrize("name", LEADING)
+def test_answer_that_nobody_asked_for(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """A greeting, as personas begin: templates look for a first message, or show a system turn before it."""
+    greeting = {"role": "assistant", "content": "Hello."}
+    known = encode(tokenizer, name, [greeting, *SINGLE])
+    said = [run for it in known.runs for run in it]
+    assert len(said) == 2
+    end = TEMPLATES[name].answer.split("{}")[1]
+    assert said[0].endswith(f"Hello.{end}")
+    assert said[0].removesuffix(f"Hello.{end}") in ("", "<|channel|>final<|message|>")
+    assert said[1] == TEMPLATES[name].answer.format(ONE)
+
+
+def test_thoughts_before_calls_of_tools_that_are_no_longer_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+    """gpt-oss takes the reasoning out of a call once an answer follows: the answer was given with it in sight."""
+    talk = [{**it, "thinking": f"Hm, {i}."} if it["role"] == "assistant" else it for i, it in enumerate(TOOL_TALK)]
+    known = encode(tokenizer, "gpt-oss", talk, TOOLS)
+    call = f"<|end|><|start|>assistant{TEMPLATES['gpt-oss'].call}"
+    final = "<|end|><|start|>assistant" + TEMPLATES["gpt-oss"].answer
+    assert known.runs == [
+        [f"<|channel|>analysis<|message|>Hm, 1.{call}"],
+        [f"<|channel|>analysis<|message|>Hm, 3.{final.format(ONE)}"],
+        [f"<|channel|>analysis<|message|>Hm, 5.{final.format(TWO)}"],
+    ]
+    seen = [tokenizer.decode(it.input_ids) for it in known.plain]
+    prompt = str(tokenizer.apply_chat_template(talk[:3], tools=TOOLS, tokenize=False, add_generation_prompt=True))
+    assert "Hm, 1." in prompt
+    assert seen[1].startswith(prompt)
+    assert "Hm, 1." not in seen[2]
+
+
 @pytest.mark.parametrize("asked", ["enable_thinking", "thinking"])
 def test_answers_are_told_from_the_prompt_that_asks_for_such(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
     """Nemotron 3 opens a thought by default, and another template only when asked to: answers of both kinds begin with
