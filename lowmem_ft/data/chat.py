@@ -80,13 +80,7 @@ class ChatRenderer:
         template = self._template(tools)
         checked = template.with_contents_as_wanted(_checked(messages))
         if any(message.get("tool_calls") for message in checked):
-            checked = template.with_arguments_as_wanted(checked)
-            if template.leaves_out_calls(checked):
-                raise DataError(
-                    "the chat template leaves out calls of tools, so empty answers would be learnt for them.",
-                    given=", ".join(f"message {i}" for i, it in enumerate(checked, start=1) if it.get("tool_calls")),
-                    fix="use a template that shows 'tool_calls', or leave such conversations out",
-                )
+            checked = template.with_calls_as_wanted(checked)
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
@@ -180,7 +174,7 @@ class _Template:
         asked = {} if thinks is None else {name: thinks for name in THINKING if name in self.source}
         return self._render(messages, add_generation_prompt=add_generation_prompt, **asked)[0]
 
-    def leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
+    def _leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
         """Whether the text of `messages` is the same without their calls of tools."""
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         try:
@@ -245,14 +239,42 @@ class _Template:
         quoted = isinstance(content, list) and re.search(f"[\"']{PROBE}[\"']", text)
         return all(it in text for it in texts) and not quoted
 
-    def with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`messages` with the arguments of calls as objects, or for a template that joins them to text as JSON text."""
+    def with_calls_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` with calls of tools in a form that the template shows: their arguments as objects, or for one that
+        joins them to text as JSON text; and where nothing is said beside them, the content as it is given, null (by
+        which DeepSeek V3's knows a call), or empty.
+
+        Raises:
+            DataError: the template leaves out calls, or refuses all forms.
+        """
+        refused: DataError | None = None
+        for silent in ({}, {"content": None}, {"content": ""}):
+            try:
+                found = self._with_arguments_as_wanted(
+                    [{**it, **silent} if it.get("tool_calls") and not it.get("content") else it for it in messages]
+                )
+            except DataError as error:
+                refused = refused or error
+                continue
+            if not self._leaves_out_calls(found):
+                return found
+            refused = DataError(
+                "the chat template leaves out calls of tools, so empty answers would be learnt for them.",
+                given=", ".join(f"message {i}" for i, it in enumerate(messages, start=1) if it.get("tool_calls")),
+                fix="use a template that shows 'tool_calls', or leave such conversations out",
+            )
+        assert refused is not None
+        raise refused
+
+    def _with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         objects = _arguments(messages, _parsed)
         try:
             self.render(objects)
         except DataError as refused:
             if isinstance(refused.__cause__, TypeError):
-                return _arguments(objects, _as_text)
+                texts = _arguments(objects, _as_text)
+                self.render(texts)
+                return texts
             raise
         return objects
 

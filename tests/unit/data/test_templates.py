@@ -232,6 +232,25 @@ def test_calls_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedToken
         encode(tokenizer, name, TOOL_TALK, TOOLS)
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("test", ["is none", "is not string", "== ''"])
+def test_calls_with_nothing_said_beside_them(
+    tokenizer: PreTrainedTokenizerBase, test: str, content: dict[str, Any]
+) -> None:
+    """DeepSeek V3's first template knows a call by its content, which is null; others join an empty one."""
+    encode(tokenizer, "deepseek-v3", SINGLE)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<｜Assistant｜>' }}{% if m['content'] TEST %}"
+        "{% for call in m.tool_calls %}{{ call.function.name + call.function.arguments }}{% endfor %}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% else %}{{ '<｜User｜>' + m['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+    ).replace("TEST", test)
+    call = {"role": "assistant", "tool_calls": [CALL], **content}
+    (example,) = RecordEncoder(tokenizer).encode({"messages": [FIRST, call, *TOOL_TALK[2:]]})
+    ends = [f"{text}<｜end▁of▁sentence｜>" for text in ('run{"command": "ls"}', ONE, TWO)]
+    assert answers(tokenizer, example) == ends
+
+
 def test_reasoning_of_earlier_turns_is_learnt_where_it_was_thought(tokenizer: PreTrainedTokenizerBase) -> None:
     """As Qwen3 sees it: with the reasoning of the turn that it is in, without that of earlier ones."""
     thoughts = [
