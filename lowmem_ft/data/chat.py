@@ -86,7 +86,7 @@ class ChatRenderer:
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
         if GENERATION_BLOCK.search(template.source):
             text, spans = template.render_marked(checked)
-            return [RenderedChat(text, _of_turns(spans, turns, first))]
+            return [RenderedChat(text, [self._marked(text, *span) for span in _of_turns(spans, turns, first)])]
         turns = [turn for turn in turns if turn >= first]
         whole = template.render(checked)
         found = [self._answer(template, checked, turn, whole) for turn in turns]
@@ -126,6 +126,14 @@ class ChatRenderer:
         if later is None or later.startswith(text):
             return text, (begin, len(text)), stays
         return text, (begin, ends[0] if ends else len(text)), last and stays
+
+    def _marked(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """A marked answer with the token that ends it: some templates leave the EOS outside their markers, and others
+        mark the newline behind it (LFM2.5), which is never generated."""
+        if ends := self._ends(text[:end], start):
+            end = ends[0]
+        eos = self.tokenizer.eos_token
+        return start, end + len(eos) if isinstance(eos, str) and eos and text.startswith(eos, end) else end
 
     def _ends(self, text: str, start: int) -> list[int]:
         """Where the special tokens end that close `text` behind `start`, the last first."""

@@ -173,10 +173,7 @@ class RecordEncoder:
 
     def _encode_chat(self, chat: RenderedChat) -> Example:
         """A template writes its own special tokens, BOS included: none are added."""
-        ids, kept = self._tokenize(chat.text, chat.answers, add_special_tokens=False)
-        for i in range(1, len(ids)):  # some templates leave the EOS that ends an answer outside its markers
-            kept[i] = kept[i] or (ids[i] == self.tokenizer.eos_token_id and kept[i - 1])
-        return _labelled(ids, kept)
+        return _labelled(*self._tokenize(chat.text, chat.answers, add_special_tokens=False))
 
     def _encode_text(self, text: str, answers: Spans | None) -> Example:
         """The tokenizer adds what it adds to any text; one EOS ends it, and is in the loss."""
@@ -209,27 +206,32 @@ class RecordEncoder:
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=answers is not None, verbose=False
         )
         ids = array("i", encoding["input_ids"])
-        return ids, [True] * len(ids) if answers is None else _in_spans(encoding["offset_mapping"], answers)
+        if answers is None:
+            return ids, [True] * len(ids)
+        special = [token in self.special_ids for token in ids]
+        return ids, _in_spans(encoding["offset_mapping"], special, answers)
 
 
 def _labelled(ids: array[int], kept: Sequence[bool]) -> Example:
     return Example(ids, array("i", [token if keep else IGNORE_INDEX for token, keep in zip(ids, kept, strict=True)]))
 
 
-def _in_spans(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+def _in_spans(offsets: Sequence[tuple[int, int]], special: Sequence[bool], spans: Spans) -> list[bool]:
     """Which tokens stand for a character of the (sorted) `spans`.
 
     Byte-level tokenizers may trim whitespace from offsets, which leaves a token of whitespace an empty range at its
-    end: it then stands for what is between the token before and there.
+    end: it then stands for what is between the token before and there. A special token that strips the spaces behind it
+    (Phi-3's `<|assistant|>`) covers those that an answer begins with, and is no part of it.
     """
     kept = []
     previous_end = 0
     at = 0
-    for start, end in offsets:
+    for (start, end), is_special in zip(offsets, special, strict=True):
         begin = start if start < end else previous_end
         while at < len(spans) and spans[at][1] <= begin:
             at += 1
-        kept.append(at < len(spans) and begin < end and end > spans[at][0])
+        inside = at < len(spans) and begin < end and end > spans[at][0]
+        kept.append(inside and not (is_special and begin < spans[at][0]))
         previous_end = max(previous_end, end)
     return kept
 

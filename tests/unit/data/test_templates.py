@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.assemble import load_tokenizer
@@ -230,6 +231,34 @@ def test_calls_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedToken
     """Else the model would learn to answer nothing."""
     with pytest.raises(DataError, match=r"leaves out calls of tools[\s\S]*message 2"):
         encode(tokenizer, name, TOOL_TALK, TOOLS)
+
+
+def test_special_tokens_that_strip_the_spaces_behind_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As Phi-3's tokenizer has them: the EOS behind the last turn follows the end of the answer, and the header holds
+    the spaces that an answer begins with."""
+    encode(tokenizer, "phi-3", SINGLE)
+    stripping = [AddedToken(it, rstrip=True, special=True) for it in TEMPLATES["phi-3"].special]
+    tokenizer.add_special_tokens({"extra_special_tokens": stripping})
+    messages = [FIRST, {"role": "assistant", "content": f"\n  {ONE}"}, SECOND, MULTI[-1]]
+    (example,) = RecordEncoder(tokenizer).encode({"messages": messages})
+    assert answers(tokenizer, example) == [f"{ONE}<|end|>", f"{TWO}<|end|>"]
+    assert list(example.input_ids)[-2:] == tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+
+
+def test_newlines_inside_of_markers_are_not_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As LFM2.5's: what follows the end of a turn is never generated."""
+    encode(tokenizer, "chatml", MULTI)
+    source = (
+        (FOLDER / "chatml.jinja")
+        .read_text(encoding="utf-8")
+        .replace("'<|im_end|>' }}{#end#}", "'<|im_end|>\n' }}{#end#}")
+    )
+    assert "\n' }}{#end#}" in source
+    tokenizer.chat_template = source.replace("{#gen#}", "{% generation %}").replace("{#end#}", "{% endgeneration %}")
+    encoder = RecordEncoder(tokenizer)
+    (example,) = encoder.encode({"messages": MULTI})
+    assert answers(tokenizer, example) == [f"{ONE}<|im_end|>", f"{TWO}<|im_end|>"]
+    assert encoder.ends(example)
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
