@@ -66,6 +66,7 @@ class ChatRenderer:
     ) -> list[RenderedChat]:
         """`messages` as text, with the spans of what the assistant says from message `first` on if `answers_only`.
 
+        An answer with a `weight` of 0 (as OpenAI and Mistral have it) is shown, and is not to be learnt.
         A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
         gains from the generation prompt before a turn to the special token that ends the turn. What some templates put
         behind the last turn of all (Phi-3 an EOS) is no part of it: it is not there once the conversation goes on.
@@ -84,12 +85,12 @@ class ChatRenderer:
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
+        learnt = [turn for turn in turns if turn >= first and _weight(checked[turn], turn + 1)]
         if GENERATION_BLOCK.search(template.source):
             text, spans = template.render_marked(checked)
-            return [RenderedChat(text, [self._marked(text, *span) for span in _of_turns(spans, turns, first)])]
-        turns = [turn for turn in turns if turn >= first]
+            return [RenderedChat(text, [self._marked(text, *span) for span in _of_turns(spans, turns, learnt)])]
         whole = template.render(checked)
-        found = [self._answer(template, checked, turn, whole) for turn in turns]
+        found = [self._answer(template, checked, turn, whole) for turn in learnt]
         if all(stays for _, _, stays in found):
             return [RenderedChat(whole, [span for _, span, _ in found])]
         return [RenderedChat(text, [span]) for text, span, _ in found]
@@ -330,17 +331,26 @@ def _begin(
     return prompt + text[text.rindex(asked) + len(asked) :], len(prompt)
 
 
-def _of_turns(spans: Spans, turns: Sequence[int], first: int) -> Spans:
-    """The spans of the answers from message `first` on, given those of all (which are at `turns`)."""
-    before = sum(turn < first for turn in turns)
-    if before and len(spans) != len(turns):
+def _of_turns(spans: Spans, turns: Sequence[int], learnt: Sequence[int]) -> Spans:
+    """The spans of the answers at messages `learnt`, given those of all (which are at `turns`)."""
+    if len(learnt) == len(turns):
+        return spans
+    if len(spans) != len(turns):
         raise DataError(
-            "the chat template does not show which answers belong to the prompt: its markers are not one for each.",
+            "the chat template does not show which answers are not to be learnt: its markers are not one for each.",
             given=f"{len(spans)} marked parts",
             allowed=f"{len(turns)}, one for each answer",
-            fix="leave the assistant out of the prompt, or set data.assistant_only: false",
+            fix="leave the assistant out of the prompt, and weights out, or set data.assistant_only: false",
         )
-    return spans[before:]
+    return [span for span, turn in zip(spans, turns, strict=True) if turn in learnt]
+
+
+def _weight(message: dict[str, Any], number: int) -> bool:
+    """Whether an answer is to be learnt."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"message {number} has a 'weight' that is neither 0 nor 1.", given=weight, allowed="0 or 1")
+    return bool(weight)
 
 
 def _arguments(messages: Sequence[dict[str, Any]], form: Callable[[Any], Any]) -> list[dict[str, Any]]:

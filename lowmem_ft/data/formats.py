@@ -258,15 +258,17 @@ def _from_sharegpt(number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"message {number} is from nobody known.", given=speaker, allowed=", ".join(SHAREGPT_ROLES))
     if not isinstance(value, str):
         raise DataError(f"message {number} has no 'value' of text.", given=type(value).__name__, allowed="a string")
+    weighed = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
     if str(speaker).lower() not in ("function_call", "tool_call"):
-        return _message(role, value)
+        return _message(role, value) | weighed
     try:
         calls = json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
         what = f"message {number}, a call of a function, is not valid JSON: {error}."
         raise DataError(what, given=value[:80], allowed='{"name": ..., "arguments": {...}}') from None
     calls = calls if isinstance(calls, list) else [calls]
-    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+    called = [{"type": "function", "function": call} for call in calls]
+    return {"role": role, "content": "", "tool_calls": called, **weighed}
 
 
 def _parsed(value: Any) -> Any:

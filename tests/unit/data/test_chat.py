@@ -83,6 +83,25 @@ def test_spaces_at_the_border_of_an_answer(chatml: PreTrainedTokenizerBase, cont
     assert encode(chatml, MARKED, messages) == [example]
 
 
+@pytest.mark.parametrize("template", [MARKED, UNMARKED, THINKING], ids=["marked", "unmarked", "thinking"])
+def test_answers_of_no_weight_are_shown_and_not_learnt(chatml: PreTrainedTokenizerBase, template: str) -> None:
+    """As OpenAI and Mistral write it; ShareGPT's turns have it, too."""
+    chatml.chat_template = template
+    encoder, thought = RecordEncoder(chatml), "<think></think>" if template == THINKING else ""
+    texts = [f"{thought}{CONVERSATION[i]['content']}<|im_end|>" for i in (2, 4)]
+    for weights in ((0, 1), (1, 0.0), (False, True), (1, 1), (0, None), (0, 0)):
+        messages = [*CONVERSATION[:2], CONVERSATION[2] | {"weight": weights[0]}, CONVERSATION[3]]
+        messages.append(CONVERSATION[4] | {"weight": weights[1]})
+        turns = [{"from": it["role"], "value": it["content"], "weight": it.get("weight")} for it in messages]
+        for record in ({"messages": messages}, {"conversations": turns}):
+            examples = encoder.encode(record)
+            learnt = [text for example in examples for text in answers(chatml, example)]
+            assert learnt == [text for text, weight in zip(texts, weights, strict=True) if weight in (1, None)]
+            assert CONVERSATION[2]["content"] in chatml.decode(examples[-1].input_ids)
+    with pytest.raises(DataError, match=r"message 3 has a 'weight' that is neither 0 nor 1"):
+        encoder.encode({"messages": [*CONVERSATION[:2], CONVERSATION[2] | {"weight": 0.5}]})
+
+
 def test_eos_outside_the_markers_is_in_the_loss(tokenizer: PreTrainedTokenizerBase) -> None:
     template = tokenizer.chat_template
     outside = template.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")

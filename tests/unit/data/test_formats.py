@@ -269,7 +269,7 @@ def test_markers_that_are_not_one_for_each_answer(tokenizer: PreTrainedTokenizer
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{% generation %}{{ eos_token }}{% endgeneration %}"
     )
-    with pytest.raises(DataError, match="which answers belong to the prompt"):
+    with pytest.raises(DataError, match="which answers are not to be learnt"):
         RecordEncoder(tokenizer).encode({"prompt": [ASKED, BAD, ASKED], "completion": [ANSWERED]})
 
 
