@@ -67,7 +67,7 @@ class ChatRenderer:
         """`messages` as text, with the spans of what the assistant says from message `first` on if `answers_only`.
 
         An answer with a `weight` of 0 (as OpenAI and Mistral have it) is shown, and is not to be learnt.
-        A template with `{% generation %}` blocks marks the answers itself. Of any other, an answer is what the text
+        A template with `{% generation %}` blocks marks the answers itself. Of any other an answer is what the text
         gains from the generation prompt before a turn to the special token that ends the turn. What some templates put
         behind the last turn of all (Phi-3 an EOS) is no part of it: it is not there once the conversation goes on.
         Usually all turns stand in the whole text as they stood when they were the last. A template that shows an answer
@@ -87,8 +87,7 @@ class ChatRenderer:
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
         learnt = [turn for turn in turns if turn >= first and _weight(checked[turn], turn + 1)]
         if GENERATION_BLOCK.search(template.source):
-            text, spans = template.render_marked(checked)
-            return [RenderedChat(text, [self._marked(text, *span) for span in _of_turns(spans, turns, learnt)])]
+            return self._marked_answers(template, checked, turns, learnt)
         whole = template.render(checked)
         found = [self._answer(template, checked, turn, whole) for turn in learnt]
         if all(stays for _, _, stays in found):
@@ -127,6 +126,26 @@ class ChatRenderer:
         if later is None or later.startswith(text):
             return text, (begin, len(text)), stays
         return text, (begin, ends[0] if ends else len(text)), last and stays
+
+    def _marked_answers(
+        self, template: _Template, messages: Sequence[dict[str, Any]], turns: Sequence[int], learnt: Sequence[int]
+    ) -> list[RenderedChat]:
+        """The answers at messages `learnt` of all (which are at `turns`), of a template that marks them."""
+        whole, marked = template.render_marked(messages)
+        spans = [self._marked(whole, *span) for span in marked]
+        known = len(spans) == len(turns)  # else nothing tells which marked part is which answer
+        alone = []
+        for turn in learnt if known else ():
+            try:
+                text, upto = template.render_marked(messages[: turn + 1])
+            except DataError:
+                upto = []
+            if not (known := len(upto) == turns.index(turn) + 1):
+                break
+            alone.append((text, self._marked(text, *upto[-1])))
+        if not known or all(whole.startswith(text[:end]) for text, (_, end) in alone):
+            return [RenderedChat(whole, _of_turns(spans, turns, learnt))]
+        return [RenderedChat(text, [span]) for text, span in alone]
 
     def _marked(self, text: str, start: int, end: int) -> tuple[int, int]:
         """A marked answer with the token that ends it: some templates leave the EOS outside their markers, and others
