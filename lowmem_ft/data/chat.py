@@ -103,8 +103,8 @@ class ChatRenderer:
         an answer without one behind an empty thought) is one to what it asks for when it shall think, or not.
         """
         for thinks in (None, False, True):
-            text = template.render(messages[: turn + 1], thinks=thinks)
-            if (found := _begin(template, messages[:turn], messages[turn], text, thinks)) is not None:
+            rendered = template.render(messages[: turn + 1], thinks=thinks)
+            if (found := _begin(template, messages[:turn], messages[turn], rendered, thinks)) is not None:
                 break
         else:
             prompt = template.render(messages[:turn], add_generation_prompt=True)
@@ -119,7 +119,7 @@ class ChatRenderer:
         stays = text == whole if last else True
         later = template.continued(messages, thinks=thinks) if last else whole
         # What stands between the token that ends a turn and the next turn (a newline, in ChatML) is never generated.
-        ends = self._ends(text, begin)
+        ends = self._ends(text, max(begin, len(text) - _closing(template, messages[: turn + 1], rendered, thinks)))
         for end in ends:
             if later is None or later.startswith(text[:end]):
                 return text, (begin, end), stays
@@ -348,6 +348,20 @@ def _begin(
     if text.count(asked) != prompt.count(asked):
         return None
     return prompt + text[text.rindex(asked) + len(asked) :], len(prompt)
+
+
+def _closing(template: _Template, messages: Sequence[dict[str, Any]], text: str, thinks: bool | None) -> int:
+    """Characters at the end of `text`, of `messages`, among which the token is that ends the last answer. Of an empty
+    one they are what stands behind where a content would: its header may end with special tokens, too (gpt-oss')."""
+    answer = messages[-1]
+    said = answer.get("content") or ""
+    texts = [said] if isinstance(said, str) else [part.get("text", "") for part in said]
+    if answer.get("tool_calls") or any(it.strip() for it in texts):
+        return len(text)
+    probe = template.with_contents_as_wanted([{**answer, "content": PROBE}])
+    filled = template.rendered([*messages[:-1], *probe], thinks=thinks) or ""
+    pairs = enumerate(zip(text, filled, strict=False))
+    return len(text) - next((i for i, (one, other) in pairs if one != other), min(len(text), len(filled)))
 
 
 def _of_turns(spans: Spans, turns: Sequence[int], learnt: Sequence[int]) -> Spans:

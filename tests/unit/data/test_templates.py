@@ -199,6 +199,20 @@ def test_several_turns(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     assert tokenizer.decode(known.plain[-1].input_ids) == shown(tokenizer, name, MULTI)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_empty_answer_is_learnt_as_its_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    for messages in (
+        [FIRST, {"role": "assistant", "content": ""}, *MULTI[2:]],
+        [*MULTI[:3], {"role": "assistant", "content": ""}],
+    ):
+        known, template = encode(tokenizer, name, messages), TEMPLATES[name]
+        runs = [run.strip() for example in known.runs for run in example]
+        empty = template.answer.format("").strip() + template.joined * (messages[1]["content"] == "")
+        full = template.answer.format(messages[1]["content"] or messages[3]["content"]).strip()
+        assert empty in runs
+        assert full in [run.removesuffix(template.joined).strip() if template.joined else run for run in runs]
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name].system])
 def test_system_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     known = encode(tokenizer, name, [SYSTEM, *SINGLE])
