@@ -141,6 +141,8 @@ def _facts(found: Preview) -> Table:
     table.add_row("in the loss", f"{found.loss_tokens} tokens ({facts['loss_share']:.1%})")
     if found.masked:
         table.add_row("without loss", f"{found.masked} {found.unit}, which training leaves out")
+    if found.unshown:
+        table.add_row("left out", f"the reasoning of {found.unshown} messages, which the chat template does not show")
     table.add_row("answers end", ", ".join(f"{text!r} ({number})" for text, number in found.endings.most_common(4)))
     if found.used:
         full = f"{facts['packed_share']:.1%} full"

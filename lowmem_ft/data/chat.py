@@ -19,6 +19,7 @@ ROLES = "system, user, assistant, tool"
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
 THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys by which messages have it, for all templates alike
 PROBE, SECOND = "lowmem", "second"  # what no template writes by itself
 
 
@@ -34,12 +35,17 @@ class RenderedChat:
 
 
 class ChatRenderer:
-    """A tokenizer's chat template."""
+    """A tokenizer's chat template.
+
+    Attributes:
+        unshown: messages so far whose reasoning the template left out.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special, key=len, reverse=True)  # of two with the same end the whole one
+        self.unshown = 0
         self._forms: dict[str, dict[str, _Forms]] = {}  # template -> role -> what it takes
 
     def as_wanted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -82,6 +88,13 @@ class ChatRenderer:
         checked = template.with_contents_as_wanted(_checked(messages))
         if any(message.get("tool_calls") for message in checked):
             checked = template.with_calls_as_wanted(checked)
+        found = self._rendered(template, checked, answers_only=answers_only, first=first)
+        self.unshown += sum(not any(it in chat.text for chat in found) for it in _reasoning(checked))
+        return found
+
+    def _rendered(
+        self, template: _Template, checked: Sequence[dict[str, Any]], *, answers_only: bool, first: int
+    ) -> list[RenderedChat]:
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
@@ -376,6 +389,12 @@ def _of_turns(spans: Spans, turns: Sequence[int], learnt: Sequence[int]) -> Span
             fix="leave the assistant out of the prompt, and weights out, or set data.assistant_only: false",
         )
     return [span for span, turn in zip(spans, turns, strict=True) if turn in learnt]
+
+
+def _reasoning(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """What is given as reasoning, without the spaces around it, which templates trim."""
+    given = (next((it[key] for key in REASONING if it.get(key)), None) for it in messages)
+    return [text.strip() for text in given if isinstance(text, str) and text.strip()]
 
 
 def _weight(message: dict[str, Any], number: int) -> bool:

@@ -115,6 +115,7 @@ def encode_rows(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> It
             unended = kept is example and not encoder.ends(example)
             tally.counts.update(examples=1, tokens=len(kept), loss_tokens=loss_tokens, unended=int(unended))
             yield kept
+    tally.counts["unshown"] = encoder.chat.unshown
     encoder.reader.check_columns()
 
 

@@ -135,6 +135,7 @@ def preference_entries(
         for example, part in zip(found.example.documents, parts, strict=True):
             tally.counts.update(tokens=len(example), loss_tokens=example.loss_tokens)
             yield example, part
+    tally.counts["unshown"] = encoder.chat.unshown
     encoder.reader.check_columns()
 
 

@@ -43,6 +43,7 @@ class Preview:
         overlong: what becomes of the `truncated` examples, which are longer than `seq_len`. A pair of answers is
             dropped as a whole; both count then.
         masked: examples without a token in the loss.
+        unshown: messages whose reasoning the chat template leaves out.
         endings: text of the last token of an answer -> examples.
         samples: the first examples, cut to `seq_len`: (name, runs of text).
     """
@@ -63,6 +64,7 @@ class Preview:
     loss_tokens: int = 0
     truncated: int = 0
     masked: int = 0
+    unshown: int = 0
     endings: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[str, Segments]] = field(default_factory=list)
 
@@ -115,6 +117,7 @@ class Preview:
             "truncated": self.truncated,
             "truncated_share": self.truncated / len(lengths) if len(lengths) else 0.0,
             "masked": self.masked,
+            "unshown": self.unshown,
             "length": {
                 name: int(np.quantile(lengths, share, method="inverted_cdf")) if len(lengths) else 0
                 for name, share in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))
@@ -179,6 +182,7 @@ def preview(
             if shown:
                 name = f"{row.place} {what}".rstrip()
                 found.samples.append((name, segments(example.cut(data.seq_len), tokenizer)))
+    found.unshown = encoder.chat.unshown
     if found.complete:
         encoder.reader.check_columns()
     return found

@@ -14,8 +14,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.assemble import load_tokenizer
+from lowmem_ft.core.config import DataConfig, DataSource
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder, read_examples
+from lowmem_ft.data.preview import preview
 from lowmem_ft.generate import _rendered
 
 from .test_chat import answers
@@ -434,6 +436,23 @@ def test_counts_are_of_examples_where_a_record_gives_several(
     assert left_out.endswith("4 examples left out, no token of theirs is in the loss: line 1")
     _, dropped = read_examples(path, tokenizer, seq_len=lengths[0], overlong="drop")
     assert "4 of 5 examples dropped" in dropped.notes()[0]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_a_template_leaves_out_is_told(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, key: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    thoughts = [{**it, key: f" Hm, {i}.\n"} if it["role"] == "assistant" else it for i, it in enumerate(MULTI)]
+    path.write_text(json.dumps({"messages": thoughts}) + "\n" + json.dumps({"messages": MULTI}) + "\n")
+    for name, unshown in (("chatml", 2), ("qwen-3", 0), ("gpt-oss", 0), ("llama-3.1", 2)):
+        encode(tokenizer, name, SINGLE)
+        _, report = read_examples(path, tokenizer, seq_len=1024)
+        assert report.unshown == unshown
+        told = "the reasoning of 2 messages is not learnt, the chat template leaves it out"
+        assert [told in note for note in report.notes()] == [True] * (unshown > 0)
+        known = preview(DataSource(path=str(path)), DataConfig(), tokenizer, rows=None, samples=0)
+        assert known.to_dict()["unshown"] == unshown
 
 
 def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
