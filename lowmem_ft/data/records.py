@@ -271,7 +271,8 @@ def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[
             continue
         if header is None:
             header = [name.strip() for name in cells]
-            if len(set(header)) < len(header) or not all(header):
+            names = [name for name in header if name]  # pandas writes its index into a column without a name
+            if len(set(names)) < len(names) or not names:
                 given = delimiter.join(header)[:200]
                 raise DataError(f"{place}: not a header.", given=given, allowed="one name for each column")
             if len(header) == 1 and (other := next((it for it in ";\t|," if it in header[0]), None)):
@@ -282,7 +283,7 @@ def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[
             wrong = DataError("not as many fields as columns.", given=len(cells), allowed=len(header))
             yield Row(line, place, wrong)
         else:
-            yield Row(line, place, dict(zip(header, cells, strict=True)))
+            yield Row(line, place, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 
 
 def _tsv(path: Path, file: io.BufferedReader) -> Iterator[Row]:

@@ -60,6 +60,16 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, kind: str) ->
     assert rows[100].place == (f"{path}:{line}" if kind in ("jsonl", "csv", "tsv") else f"{path}: row 101")
 
 
+@pytest.mark.parametrize("header", [",prompt,completion", "prompt,,completion", "prompt,completion, "])
+def test_columns_without_a_name_are_left_out(tmp_path: Path, header: str) -> None:
+    """As pandas writes its index, and spreadsheets what lies beside a table."""
+    path = tmp_path / "data.csv"
+    path.write_text(
+        f"{header}\n" + ",".join({"prompt": "a", "completion": "b"}.get(it, "0") for it in header.split(","))
+    )
+    assert [row.record for row in read_rows(path)] == [{"prompt": "a", "completion": "b"}]
+
+
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_numbers_are_those_of_json(tmp_path: Path, name: str) -> None:
     record = {"id": 2**64 - 1, "hash": -(10**30), "share": 0.1, "whole": 1.0, "text": "\N{GRINNING FACE}"}
@@ -184,6 +194,7 @@ BROKEN = {
     "json digits": ("data.json", b'[{"a": ' + b"1" * 5000, r"not valid JSON[\s\S]*5000 digits"),
     "json depth": ("data.json", b"[" * 100_000, r"data\.json: not valid JSON[\s\S]*nested too deeply"),
     "csv latin": ("data.csv", "text\né\n".encode("latin-1"), r"data\.csv:1: not UTF-8"),
+    "csv names": ("data.csv", b",\na,b\n", r"data\.csv:1: not a header"),
     "csv header": ("data.csv", b"text,text\na,b\n", r"data\.csv:1: not a header"),
     "json object": ("data.json", b'{\n  "data": [\n', r"data\.json: neither an array nor lines[\s\S]*fix: +write the"),
     "csv semicolons": ("data.csv", b"a;b\n1;2\n", r"data\.csv:1: the fields are not separated by commas[\s\S]*';'"),
