@@ -187,6 +187,7 @@ def content_key(
         "versions": [transformers.__version__, tokenizers.__version__],
         "tokenizer": type(tokenizer).__name__,
         "template": str(tokenizer.chat_template),
+        "split": tokenizer.split_special_tokens,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "day": date.today().isoformat() if writes_date(tokenizer) else None,
         "settings": dict(settings),

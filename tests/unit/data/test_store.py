@@ -110,6 +110,10 @@ def test_found_again_under_another_name_but_not_after_a_change(
     assert changes()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert changes()
+    tokenizer.split_special_tokens = True
+    assert changes()
+    tokenizer.split_special_tokens = False
+    assert not changes()
     tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
     assert changes()
     assert not changes()
