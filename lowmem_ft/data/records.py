@@ -6,6 +6,7 @@ reader: it knows lines, holds one of them, and leaves text that looks like a num
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import gzip
@@ -283,7 +284,30 @@ def _csv(path: Path, file: io.BufferedReader, delimiter: str = ",") -> Iterator[
             wrong = DataError("not as many fields as columns.", given=len(cells), allowed=len(header))
             yield Row(line, place, wrong)
         else:
-            yield Row(line, place, {name: cell for name, cell in zip(header, cells, strict=True) if name})
+            record = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            yield Row(line, place, {**record, **_message_lists(record)})
+
+
+def _message_lists(record: dict[str, str]) -> dict[str, Any]:
+    """Cells that are lists of messages, as JSON or as pandas writes them, where several are: a prompt and its answer,
+    or two answers. One alone may be a text that is to be learnt."""
+    found = {name: turns for name, cell in record.items() if (turns := _messages_in(cell)) is not None}
+    return found if len(found) > 1 else {}
+
+
+def _messages_in(cell: str) -> list[Any] | None:
+    if not cell.lstrip().startswith("[{"):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            turns = read(cell.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        known = all(
+            isinstance(it, dict) and ({"role", "content"} <= {*it} or {"from", "value"} <= {*it}) for it in turns
+        )
+        return turns if known else None
+    return None
 
 
 def _tsv(path: Path, file: io.BufferedReader) -> Iterator[Row]:

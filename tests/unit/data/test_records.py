@@ -70,6 +70,28 @@ def test_columns_without_a_name_are_left_out(tmp_path: Path, header: str) -> Non
     assert [row.record for row in read_rows(path)] == [{"prompt": "a", "completion": "b"}]
 
 
+@pytest.mark.parametrize("write_list", [json.dumps, str], ids=["json", "pandas"])
+def test_lists_of_messages_in_cells(tmp_path: Path, write_list: Any) -> None:
+    """Else their brackets would be learnt. One alone stays a text: what a model shall write may look so."""
+    turns = [[{"role": "user", "content": 'It\'s "a"?\nNo.'}], [{"role": "assistant", "content": "b"}]]
+    shares = [{"from": "gpt", "value": "b"}]
+    path = tmp_path / "data.csv"
+    for cells, lists in (
+        ((*turns, "c"), {0, 1}),
+        ((turns[0], shares, "c"), {0, 1}),
+        (("a", turns[1], "c"), set()),
+        ((turns[0], [{"name": "b"}], "c"), set()),
+        ((turns[0], "[{'role': b", "c"), set()),
+        ((turns[0], "[{" * 9999, "c"), set()),
+    ):
+        texts = [it if isinstance(it, str) else write_list(it) for it in cells]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["chosen", "rejected", "source"], texts])
+        (row,) = read_rows(path)
+        expected = [cells[i] if i in lists else texts[i] for i in range(3)]
+        assert row.record == dict(zip(("chosen", "rejected", "source"), expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_numbers_are_those_of_json(tmp_path: Path, name: str) -> None:
     record = {"id": 2**64 - 1, "hash": -(10**30), "share": 0.1, "whole": 1.0, "text": "\N{GRINNING FACE}"}
