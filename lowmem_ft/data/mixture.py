@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.store import StoredExamples
 
+COMPARED = 1 << 18  # examples whose fingerprints are compared at once
 T = TypeVar("T", covariant=True)
 
 
@@ -81,6 +82,19 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
     if isinstance(examples, Mixture):
         return np.concatenate([lengths_of(source) for source in examples.sources])
     return np.fromiter(map(len, examples), np.int32, len(examples))
+
+
+def count_shared(examples: Sequence[Any], others: Sequence[Any]) -> int:
+    """How many of stored `others` are, token for token, among stored `examples`, without reading any. Of preferences
+    their documents count."""
+    wanted = [np.unique(it.fingerprints(slice(None)), return_counts=True) for it in _stored(others)]
+    found = [np.zeros(len(prints), bool) for prints, _ in wanted]
+    for source in _stored(examples):
+        for start in range(0, len(source), COMPARED):  # in little memory
+            some = source.fingerprints(slice(start, start + COMPARED))
+            for (prints, _), seen in zip(wanted, found, strict=True):
+                seen |= np.isin(prints, some)
+    return int(sum(counts[seen].sum() for (_, counts), seen in zip(wanted, found, strict=True)))
 
 
 def content_of(examples: Sequence[Any]) -> str | None:

@@ -95,6 +95,11 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def fingerprints(self, at: slice) -> NDArray[np.uint64]:
+        """What the same tokens have in common, of some examples: lengths and checksums."""
+        found: NDArray[np.uint64] = self.lengths[at].astype(np.uint64) << np.uint64(32) | self.checksums[at]
+        return found
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload

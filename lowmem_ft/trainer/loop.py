@@ -25,7 +25,7 @@ from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, eval_batches
-from lowmem_ft.data.mixture import Mixture, content_of
+from lowmem_ft.data.mixture import Mixture, content_of, count_shared
 from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, check_sources, read_preferences, read_sources
 from lowmem_ft.data.sources import Use
@@ -124,10 +124,14 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any],
         DataError: records that cannot be used.
     """
     assert config.data.train is not None, "refused before the plan"
-    return (
-        read_split(config, config.data.train, reporter, use="train"),
-        read_split(config, config.data.eval, reporter) if config.data.eval else [],
-    )
+    examples = read_split(config, config.data.train, reporter, use="train")
+    held_out = read_split(config, config.data.eval, reporter) if config.data.eval else []
+    if shared := count_shared(examples, held_out):
+        reporter.say(
+            f"Warning: {shared} held-out documents are also trained on, token for token: "
+            "the held-out loss is lower than that of new ones, and keep_best goes by it."
+        )
+    return examples, held_out
 
 
 def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: Use = "eval") -> Mixture[Any]:

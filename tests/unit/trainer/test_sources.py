@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.config import Objective, RunConfig
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.data import mixture
 from lowmem_ft.trainer import loop
 
 from .test_loop import ASSETS, QUIET, config, exact
@@ -96,19 +97,20 @@ def test_preferences_are_refused_before_anything_is_written(folder: Path) -> Non
     assert run.status == "finished"
 
 
+class Listening:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: object) -> None:
+        self.said.append(str(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(QUIET, name)
+
+
 def test_skipped_records_are_told(folder: Path) -> None:
-    class Listening:
-        """Keeps what it is told."""
-
-        def __init__(self) -> None:
-            self.said: list[str] = []
-
-        def say(self, text: object) -> None:
-            self.said.append(str(text))
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(QUIET, name)
-
     path, reporter = folder / "train.jsonl", Listening()
     path.write_text(path.read_text() + '\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"train\.jsonl:41: 'text' is not a string"):
@@ -116,3 +118,37 @@ def test_skipped_records_are_told(folder: Path) -> None:
     train, _ = loop.load_examples(over(folder, "run", str(path), invalid="skip"), reporter)  # type: ignore[arg-type]
     assert len(train) == 40
     assert "1 of 41 records skipped" in reporter.said[0]
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_what_is_held_out_and_trained_on_is_told(
+    folder: Path, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is written: the fourth record is another one, and the last one occurs twice."""
+    monkeypatch.setattr(mixture, "COMPARED", 7)
+    pairs = [
+        {"prompt": it["question"], "chosen": f" {it['answer']}", "rejected": f" Not {it['answer']}"}
+        for it in csv.DictReader((folder / "train.csv").open())
+    ]
+    held_out = [*pairs[20:23], {**pairs[3], "chosen": " No.", "rejected": " Yes."}, pairs[39], pairs[39]]
+    settings = over(
+        folder, "run", [str(folder / "half.jsonl"), str(folder / "rest.jsonl")], eval=str(folder / "held.jsonl")
+    )
+    format = "chosen" if objective == "sft" else "auto"
+    settings = settings.model_copy(
+        update={
+            "train": settings.train.model_copy(update={"objective": objective}),
+            "data": settings.data.model_copy(update={"format": format}),
+        }
+    )
+    for name, records in (("half", pairs[:25]), ("rest", pairs[25:]), ("held", held_out)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    reporter = Listening()
+    _, held = loop.load_examples(settings, reporter)  # type: ignore[arg-type]
+    assert len(held) == (12 if objective == "kto" else 6)
+    (told,) = (it for it in reporter.said if it.startswith("Warning: "))
+    assert f"{5 if objective == 'sft' else 10} held-out documents are also trained on" in told
+    (folder / "held.jsonl").write_text(json.dumps(held_out[3]))
+    reporter.said.clear()
+    loop.load_examples(settings, reporter)  # type: ignore[arg-type]
+    assert not any("trained on" in it for it in reporter.said)
