@@ -147,8 +147,8 @@ class DataSource(Section):
 
     `path`: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files (`data/*.jsonl`), a folder that datasets'
     `save_to_disk` wrote, or a hub id.
-    `weight`: how often an epoch uses each of its examples; of 2.5, every example twice, and half of them, drawn anew
-    for each epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
+    `weight`: how often an epoch uses each of its examples; of 2.5, every example twice, and half of them, another half
+    in the next epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
     """
 
     path: PathText

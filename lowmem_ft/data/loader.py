@@ -213,7 +213,8 @@ class BatchLoader(Iterator[MicroBatches]):
 
     def _deal(self, epoch: int) -> Rows:
         seed = self.seed + epoch
-        rows = _deal(self.examples, self.lengths, self.seq_len, seed, self.packing)
+        used = self.examples.of_epoch(self.seed, epoch) if isinstance(self.examples, Mixture) else None
+        rows = _deal(self.lengths, used, self.seq_len, seed, self.packing)
         if self.order == "longest_first":
             rows = rows.reordered(np.argsort(-rows.tokens(self.lengths), kind="stable"))
         return rows
@@ -259,6 +260,8 @@ class BatchLoader(Iterator[MicroBatches]):
             identity["order"] = self.order
         if isinstance(self.examples, Mixture) and any(weight != 1 for weight in self.examples.weights):
             identity["weights"] = list(self.examples.weights)
+        if self._varies:
+            identity["drawn"] = "in turn"  # checkpoints of before drew by chance
         return identity | (self.preferences.identity() if self.preferences is not None else {})
 
 
@@ -278,7 +281,7 @@ def eval_batches(
     """
     lengths = row_lengths(examples, preferences)
     _check(lengths, seq_len)
-    rows = _deal(examples, lengths, seq_len, 0, packing)
+    rows = _deal(lengths, None, seq_len, 0, packing)
     return MicroBatches(
         examples,
         rows,
@@ -297,9 +300,9 @@ def row_lengths(examples: Sequence[Any], preferences: Preferences | None) -> NDA
     return lengths_of(examples) if preferences is None else preferences.lengths(examples)
 
 
-def _deal(examples: Sequence[Any], lengths: NDArray[np.int32], seq_len: int, seed: int, packing: bool) -> Rows:
-    """The rows of an epoch, shuffled by `seed`."""
-    used = examples.of_epoch(seed) if isinstance(examples, Mixture) else np.arange(len(lengths))
+def _deal(lengths: NDArray[np.int32], used: NDArray[np.int64] | None, seq_len: int, seed: int, packing: bool) -> Rows:
+    """The rows of an epoch, shuffled by `seed`, of the examples that are `used` (None: all, once)."""
+    used = np.arange(len(lengths)) if used is None else used
     if not len(used):
         raise DataError("The weights of the sources leave no example.", given=0, allowed="at least one")
     if packing:

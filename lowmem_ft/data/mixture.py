@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import permutation
 from lowmem_ft.data.store import StoredExamples
 
 COMPARED = 1 << 18  # examples whose fingerprints are compared at once
@@ -23,7 +23,7 @@ class Mixture(Sequence[T]):
 
     Attributes:
         weights: of each source. An epoch uses each of its examples `floor(weight)` times, and a share of
-            `weight - floor(weight)` of them, drawn anew for each epoch, once more.
+            `weight - floor(weight)` of them once more: others in each epoch, until all have had their turn.
     """
 
     sources: tuple[Sequence[T], ...]
@@ -57,17 +57,29 @@ class Mixture(Sequence[T]):
         sources = enumerate(zip(self.sources, self.weights, strict=True))
         return [number for number, (source, weight) in sources if not int(weight) + _drawn(source, weight)]
 
-    def of_epoch(self, seed: int) -> NDArray[np.int64]:
-        """Indices of the examples of one epoch, those of the first source first; `seed` decides what is drawn."""
+    def of_epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Indices of the examples of an epoch, those of the first source first; `seed` decides what is drawn."""
         found, start = [], 0
         for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
             indices = np.arange(start, start + len(source))
             # sources of the same length must not draw the same
-            generator = torch.Generator().manual_seed(seed + (number << 32))
-            drawn = torch.randperm(len(source), generator=generator).numpy()[: _drawn(source, weight)]
+            drawn = _in_turn(len(source), _drawn(source, weight), seed + (number << 32), epoch)
             found += [*[indices] * int(weight), start + np.sort(drawn)]
             start += len(source)
         return np.concatenate(found)
+
+
+def _in_turn(count: int, drawn: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Which `drawn` of `count` an epoch uses: those that have waited longest, in an order by `seed`."""
+    waiting: NDArray[np.int64] = np.arange(0)
+    rounds = 0
+    for _ in range(epoch + 1):
+        if len(waiting) < drawn:
+            order = permutation(count, seed + rounds)
+            late = np.isin(order, waiting)  # their next turn comes behind the others', so that no epoch has one twice
+            waiting, rounds = np.concatenate([waiting, order[~late], order[late]]), rounds + 1
+        used, waiting = waiting[:drawn], waiting[drawn:]
+    return used
 
 
 def _drawn(source: Sequence[T], weight: float) -> int:

@@ -203,6 +203,8 @@ def test_weights_say_how_often_an_epoch_uses_a_source(examples: list[Example], p
         assert (sum(half), max(half)) == (15, 1)
         halves.append(half)
     assert len({tuple(half) for half in halves}) == 4
+    assert np.array_equal(np.add(halves[0], halves[1]), np.ones(30))  # the other half
+    assert np.array_equal(np.add(halves[2], halves[3]), np.ones(30))
     again = BatchLoader(mixture, **{**SETTINGS, "packing": packing})
     found = drawn(again)
     assert [found[tuple(example.input_ids)] for example in parts[2]] == halves[0]
@@ -226,6 +228,22 @@ def test_weighted_runs_resume_exactly_where_epochs_differ_in_steps(examples: lis
     other = Mixture(mixture.sources, (1.5, 0.4))
     with pytest.raises(DataError, match="weights"):
         BatchLoader(other, **settings).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(("count", "weight"), [(10, 0.3), (7, 2.9), (40, 0.1), (3, 0.5), (1, 1.6)])
+def test_all_examples_have_their_turn(examples: list[Example], count: int, weight: float) -> None:
+    """Whatever an epoch draws, no example is drawn twice in it, or again before all others were drawn."""
+    mixture, drawn, times = Mixture((examples[:count],), (weight,)), round(weight % 1 * count), Counter[int]()
+    for epoch in range(60):
+        found = Counter(mixture.of_epoch(3, epoch).tolist())
+        more = {index for index, uses in found.items() if uses > int(weight)}
+        assert len(more) == drawn
+        assert set(found.values()) <= {int(weight), int(weight) + 1}
+        times += Counter(more)
+        uses = [times[index] for index in range(count)]
+        assert max(uses) - min(uses) <= 1
+    orders = [[mixture.of_epoch(seed, epoch).tolist() for epoch in range(20)] for seed in (3, 4)]
+    assert (orders[0] == orders[1]) == (drawn == count)
 
 
 def test_equal_weights_are_no_weights(examples: list[Example]) -> None:
