@@ -246,5 +246,5 @@ def _no_preferences(kind: str) -> WrongDataError:
         allowed="conversations, prompts with completions, texts",
         fix=chosen
         if kind == "preference"
-        else "set train.objective: kto to learn from both, or data.format: prompt_completion to train on every answer",
+        else "set train.objective: kto to learn from both, or data.format: prompt_completion or messages for all",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_ft.core.config import DataFormat, DataRole
@@ -25,6 +25,8 @@ PREFERENCES = ("preference", "kto")
 BESIDE = ("prompt", "input", "label", "system", "tools")  # keys that say more of what other keys say
 OPTIONAL = ("input", "system", "tools")  # roles that a record may do without
 LISTS = ("messages", "conversations", "conversation")  # keys of a list of turns
+ASSISTANT = "\n\nAssistant:"  # before each answer in texts of Anthropic's preferences
+LONGEST_WORD = 30  # characters; more without a space are no word, as in Chinese
 SHAREGPT_ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -110,7 +112,7 @@ class RecordReader:
             good, bad = _pair(record)
             return Content(kind, good, None if self.format == "chosen" else bad)
         if kind == "kto":
-            answer = _answer(record)
+            answer = _answer(record) if "completion" in record else _last_answer(record)
             return Content(kind, answer) if _verdict(record["label"]) else Content(kind, None, answer)
         if kind == "alpaca":
             return Content(kind, self._instruction(record))
@@ -165,13 +167,15 @@ def _kind(record: Mapping[str, Any], format: DataFormat, *, judged: bool) -> str
     """
     if format in ("messages", "sharegpt"):
         return "messages" if any(key in record for key in LISTS) else None
+    listed = any(key in record for key in LISTS)
     if format != "auto":
         wanted = "preference" if format == "chosen" else format
-        return wanted if all(key in record for key in KINDS[wanted]) else None
+        has = all(key in record for key in KINDS[wanted])
+        return wanted if has or (wanted == "kto" and listed and "label" in record) else None
     for kind, keys in KINDS.items():
         if kind == "kto" and not judged and str(record.get("label")).lower() not in ("true", "false"):
             continue
-        if all(key in record for key in keys):
+        if all(key in record for key in keys) or (kind == "kto" and listed and "label" in record):
             return kind
     return "messages" if any(key in record for key in LISTS) else None
 
@@ -292,6 +296,19 @@ def _answer(record: Mapping[str, Any], key: str = "completion") -> Conversation 
     return _conversation(record, [*before, *_turns(answer, "assistant")], first=len(before))
 
 
+def _last_answer(record: Mapping[str, Any]) -> Conversation:
+    """A conversation whose last turn has a verdict, as LLaMA-Factory writes it."""
+    turns = _parsed(next(record[key] for key in LISTS if key in record))
+    conversation = _conversation(record, turns)
+    said = conversation.messages
+    if _is_messages(said) and said[-1].get("role") != "assistant":
+        given = said[-1].get("role")
+        raise DataError(
+            "the last message of a conversation with a 'label' is no answer.", given=given, allowed="assistant"
+        )
+    return replace(conversation, first=len(said) - 1) if _is_messages(said) else conversation
+
+
 def _turns(part: Any, role: str) -> list[dict[str, Any]]:
     if isinstance(part, str):
         return [_message(role, part)]
@@ -303,6 +320,11 @@ def _turns(part: Any, role: str) -> list[dict[str, Any]]:
 def _pair(record: Mapping[str, Any]) -> tuple[Conversation | Completion, Conversation | Completion]:
     """The better and the worse answer, with the same prompt: the one given, or what both begin with."""
     chosen, rejected = record["chosen"], record["rejected"]
+    if isinstance(chosen, dict) and isinstance(rejected, dict):  # as LLaMA-Factory writes them, behind a conversation
+        chosen, rejected = [chosen], [rejected]
+        record = {**record, "chosen": chosen, "rejected": rejected}
+        if "prompt" not in record and (listed := next((record[key] for key in LISTS if key in record), None)):
+            record["prompt"] = _parsed(listed)
     for name, part in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(part, str) and not _is_messages(part):
             allowed = "a string, or a list of messages"
@@ -316,9 +338,7 @@ def _pair(record: Mapping[str, Any]) -> tuple[Conversation | Completion, Convers
     if isinstance(chosen, str):
         if prompt is not None:
             return _answer(record, "chosen"), _answer(record, "rejected")
-        shared = _shared(chosen, rejected)
-        while shared and chosen[shared - 1].isspace():  # a space belongs to the word behind it
-            shared -= 1
+        shared = _answers_begin(chosen, rejected)
         common = chosen[:shared]
         return Completion(common, chosen[shared:]), Completion(common, rejected[shared:])
     good, bad = _turns(chosen, "assistant"), _turns(rejected, "assistant")
@@ -329,6 +349,24 @@ def _pair(record: Mapping[str, Any]) -> tuple[Conversation | Completion, Convers
     if not shared:
         raise DataError("'chosen' and 'rejected' begin with different messages.", allowed="the same prompt in both")
     return _conversation(record, good, first=shared), _conversation(record, bad, first=shared)
+
+
+def _answers_begin(chosen: str, rejected: str) -> int:
+    """Where two answers begin in texts that begin with the same prompt: behind the last header of the assistant, where
+    they have those of Anthropic's data, or else at the last word in which they differ. Else the beginning that two
+    answers share would be no part of them, and half a word may be a token of its own in one text and not in the other.
+    """
+    shared = _shared(chosen, rejected)
+    if (header := chosen.rfind(ASSISTANT, 0, shared)) >= 0:
+        return header + len(ASSISTANT)
+    begin = shared
+    while begin > 0 and shared - begin < LONGEST_WORD and not chosen[begin - 1].isspace():
+        begin -= 1
+    in_word = any(text[shared : shared + 1].strip() for text in (chosen, rejected))
+    shared = begin if in_word and (not begin or chosen[begin - 1].isspace()) else shared
+    while shared and chosen[shared - 1].isspace():  # a space belongs to the word behind it
+        shared -= 1
+    return shared
 
 
 def _shared(one: Any, other: Any) -> int:

@@ -1,5 +1,6 @@
 """What records say: the formats that are in use, found by their keys."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lowmem_ft.data.formats import Completion, Conversation, RecordReader
 Write = Callable[..., Path]
 ASKED, ANSWERED = {"role": "user", "content": "What is ls?"}, {"role": "assistant", "content": "List files."}
 BAD = {"role": "assistant", "content": "No idea."}
+TURNS = "\n\nHuman: What is ls?\n\nAssistant: List.\n\nHuman: Sure?\n\nAssistant:"
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOLS = [{"type": "function", "function": {"name": "run"}}]
 CALL = {"name": "run", "arguments": {"command": "ls"}}
@@ -107,8 +109,35 @@ PAIRS: dict[str, tuple[dict[str, Any], Any, Any]] = {
         {"prompt": "a", "chosen": "b", "rejected": "c"}, Completion("a", "b"), Completion("a", "c")
     ),
     "common beginning": (
-        {"chosen": "Q: ls? A: files", "rejected": "Q: ls? A: folders"},
-        Completion("Q: ls? A: f", "iles"), Completion("Q: ls? A: f", "olders"),
+        {"chosen": "Q: ls? A: The files", "rejected": "Q: ls? A: The folders"},
+        Completion("Q: ls? A: The", " files"), Completion("Q: ls? A: The", " folders"),
+    ),
+    "common beginning of one that ends there": (
+        {"chosen": "Q: ls? A: file", "rejected": "Q: ls? A: files"},
+        Completion("Q: ls? A:", " file"), Completion("Q: ls? A:", " files"),
+    ),
+    "common beginning of one that goes on": (
+        {"chosen": "Q: ls? A: files", "rejected": "Q: ls? A: files and folders"},
+        Completion("Q: ls? A: files", ""), Completion("Q: ls? A: files", " and folders"),
+    ),
+    "common beginning without spaces": (
+        {"chosen": "问题：" + 20 * "目录" + "好", "rejected": "问题：" + 20 * "目录" + "坏"},
+        Completion("问题：" + 20 * "目录", "好"), Completion("问题：" + 20 * "目录", "坏"),
+    ),
+    "turns in a text": (
+        {"chosen": TURNS + " I think so.", "rejected": TURNS + " I think not."},
+        Completion(TURNS, " I think so."), Completion(TURNS, " I think not."),
+    ),
+    "answers behind a conversation": (
+        {
+            "conversations": [{"from": "human", "value": "What is ls?"}],
+            "chosen": {"from": "gpt", "value": "List files."}, "rejected": {"from": "gpt", "value": "No idea."},
+        },
+        Conversation([ASKED, ANSWERED], first=1), Conversation([ASKED, BAD], first=1),
+    ),
+    "answers behind messages": (
+        {"messages": [SYSTEM, ASKED], "chosen": ANSWERED, "rejected": BAD},
+        Conversation([SYSTEM, ASKED, ANSWERED], first=2), Conversation([SYSTEM, ASKED, BAD], first=2),
     ),
     "common beginning before a space": (
         {"chosen": "Q: ls? A: yes", "rejected": "Q: ls? A: no"},
@@ -148,6 +177,23 @@ def test_verdicts(label: Any, good: bool) -> None:
     assert (content.good, content.bad)[not good] == Completion("a", "b")
     assert (content.good, content.bad)[good] is None
     assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_verdicts_on_the_last_answer_of_a_conversation(key: str) -> None:
+    """As LLaMA-Factory writes them: bad answers must not be learnt without a word."""
+    turns = [SYSTEM, ASKED, ANSWERED, ASKED, BAD]
+    shares = [{"from": it["role"], "value": it["content"]} for it in turns]
+    for listed in (turns, json.dumps(turns)) if key == "messages" else (shares,):
+        content = RecordReader().read({key: listed, "label": False})
+        assert (content.kind, content.good) == ("kto", None)
+        assert content.bad == Conversation(turns, first=4)
+        assert RecordReader().read({key: listed, "label": 0}).kind != "kto"  # it may be the class of anything
+        assert RecordReader().read({key: listed, "label": 1}, judged=True).good == content.bad
+        assert RecordReader(format="kto").read({key: listed, "label": 1}).good == content.bad
+        assert RecordReader(format="messages").read({key: listed, "label": False}).kind in ("messages", "sharegpt")
+    with pytest.raises(DataError, match="the last message of a conversation with a 'label' is no answer"):
+        RecordReader().read({key: [SYSTEM, ASKED], "label": True})
 
 
 @pytest.mark.parametrize("label", [1, "0", 1.0, False])
