@@ -16,6 +16,7 @@ from lowmem_ft.core.errors import DataError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
+LIKE_ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # roles that are meant so
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
 THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
@@ -98,6 +99,11 @@ class ChatRenderer:
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
         turns = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
+        near = next((it["role"] for it in checked if it["role"].strip().lower() in LIKE_ASSISTANT), None)
+        if near is not None and not turns:
+            raise DataError(
+                "no message is from the assistant.", given=near, allowed=ROLES, fix="write 'assistant' for it"
+            )
         learnt = [turn for turn in turns if turn >= first and _weight(checked[turn], turn + 1)]
         if GENERATION_BLOCK.search(template.source):
             return self._marked_answers(template, checked, turns, learnt)

@@ -102,6 +102,15 @@ def test_answers_of_no_weight_are_shown_and_not_learnt(chatml: PreTrainedTokeniz
         encoder.encode({"messages": [*CONVERSATION[:2], CONVERSATION[2] | {"weight": 0.5}]})
 
 
+@pytest.mark.parametrize("role", ["model", "Assistant", "bot"])
+def test_roles_by_other_names_are_told(chatml: PreTrainedTokenizerBase, role: str) -> None:
+    """A template that shows any role would show no answer, and what is left out would be said to be too long."""
+    messages = [CONVERSATION[1], {"role": role, "content": "List."}]
+    with pytest.raises(DataError, match=rf"no message is from the assistant[\s\S]*{role}[\s\S]*write 'assistant'"):
+        encode(chatml, UNMARKED, messages)
+    assert encode(chatml, UNMARKED, CONVERSATION[:2])[0].loss_tokens == 0  # a question alone is left out, and told
+
+
 def test_eos_outside_the_markers_is_in_the_loss(tokenizer: PreTrainedTokenizerBase) -> None:
     template = tokenizer.chat_template
     outside = template.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
