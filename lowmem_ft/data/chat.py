@@ -21,6 +21,7 @@ MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of part
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
 THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys by which messages have it, for all templates alike
+OPENED, CLOSED = "<think>", "</think>"
 PROBE, SECOND = "lowmem", "second"  # what no template writes by itself
 
 
@@ -127,11 +128,12 @@ class ChatRenderer:
                 break
         else:
             prompt = template.render(messages[:turn], add_generation_prompt=True)
+            brought = f"give answers with their thought ({OPENED}...{CLOSED}), " if OPENED in prompt[-40:] else ""
             raise DataError(
                 f"the chat template does not show which part of message {turn + 1} is the answer: "
                 "the turn does not begin with the generation prompt.",
                 given=f"generation prompt {prompt[-40:]!r}",
-                fix="use a template with {% generation %} blocks, or set data.assistant_only: false",
+                fix=f"{brought}use a template with {{% generation %}} blocks, or set data.assistant_only: false",
             )
         text, begin = found
         last = turn + 1 == len(messages)
@@ -156,7 +158,8 @@ class ChatRenderer:
         alone = []
         for turn in learnt if known else ():
             try:
-                text, upto = template.render_marked(messages[: turn + 1])
+                last = turn + 1 == len(messages)
+                text, upto = (whole, marked) if last else template.render_marked(messages[: turn + 1])
             except DataError:
                 upto = []
             if not (known := len(upto) == turns.index(turn) + 1):
@@ -361,12 +364,27 @@ def _begin(
     if text.startswith(prompt):
         return text, len(prompt)
     earlier = template.rendered(before[:-1], thinks=thinks)
-    if not earlier or not prompt.startswith(earlier):
+    asked = prompt.removeprefix(earlier) if earlier and prompt.startswith(earlier) else ""
+    if asked and text.count(asked) == prompt.count(asked):
+        return prompt + text[text.rindex(asked) + len(asked) :], len(prompt)
+    thought = _thought(template, before, answer, prompt, thinks)
+    return None if thought is None else (prompt + thought, len(prompt))
+
+
+def _thought(
+    template: _Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], prompt: str, thinks: bool | None
+) -> str | None:
+    """An answer with the thought in it, and its end, behind a prompt that opens a thought, of a template that shows
+    turns without theirs (DeepSeek R1, QwQ); None if it is not so."""
+    said, opened = answer.get("content"), prompt.rstrip()
+    if not isinstance(said, str) or CLOSED not in said or not opened.endswith(OPENED) or answer.get("tool_calls"):
         return None
-    asked = prompt.removeprefix(earlier)
-    if text.count(asked) != prompt.count(asked):
+    head, probe, end = (template.rendered([*before, {**answer, "content": PROBE}], thinks=thinks) or "").rpartition(
+        PROBE
+    )
+    if not probe or head.rstrip() != opened.removesuffix(OPENED).rstrip():
         return None
-    return prompt + text[text.rindex(asked) + len(asked) :], len(prompt)
+    return said.lstrip().removeprefix(OPENED).lstrip("\n") + end
 
 
 def _closing(template: _Template, messages: Sequence[dict[str, Any]], text: str, thinks: bool | None) -> int:

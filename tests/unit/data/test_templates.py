@@ -385,6 +385,27 @@ def test_a_text_that_says_whether_to_think_is_that_of_its_prompt(tokenizer: PreT
     assert all("/no_think" in tokenizer.decode(it.input_ids) for it in (one, two))
 
 
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>", ""])
+def test_thoughts_that_an_answer_brings_follow_the_prompt_that_opens_one(
+    tokenizer: PreTrainedTokenizerBase, opened: str
+) -> None:
+    """DeepSeek R1 and QwQ are trained so; the template shows turns without what was thought."""
+    thoughts = [
+        {**message, "content": f"{opened}Hm, {i}.\n</think>\n\n{message['content']}"}
+        if message["role"] == "assistant" else message
+        for i, message in enumerate(MULTI)
+    ]  # fmt: skip
+    encode(tokenizer, "deepseek-v3", SINGLE)
+    tokenizer.chat_template = (FOLDER / "deepseek-r1.jinja").read_text(encoding="utf-8")
+    first, second = RecordEncoder(tokenizer).encode({"messages": thoughts})
+    for example, upto, i, answer in ((first, 1, 1, ONE), (second, 3, 3, TWO)):
+        assert answers(tokenizer, example) == [f"Hm, {i}.\n</think>\n\n{answer}<｜end▁of▁sentence｜>"]
+        prompt = tokenizer.apply_chat_template(thoughts[:upto], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(example.input_ids).startswith(str(prompt))
+        assert str(prompt).endswith("<think>\n")
+    assert "Hm, 1." not in tokenizer.decode(second.input_ids)
+
+
 def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each content in two parts, where there is one to part."""
     return [
