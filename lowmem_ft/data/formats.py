@@ -155,9 +155,8 @@ class RecordReader:
         if self.chat:
             asked = f"{instruction}\n\n{beside}" if beside else instruction
             return _conversation(record, [_message("user", asked), _message("assistant", output)])
-        system = f"{_string(record, 'system')}\n\n" if record.get("system") else ""
         given = f"### Input:\n{beside}\n\n" if beside else ""
-        return Completion(f"{system}### Instruction:\n{instruction}\n\n{given}### Response:\n", output)
+        return Completion(f"{_system_text(record)}### Instruction:\n{instruction}\n\n{given}### Response:\n", output)
 
 
 def _kind(record: Mapping[str, Any], format: DataFormat, *, judged: bool) -> str | None:
@@ -233,6 +232,11 @@ def _verdict(label: Any) -> bool:
     return found
 
 
+def _system_text(record: Mapping[str, Any]) -> str:
+    """What a text begins with that has a system turn beside it."""
+    return f"{_string(record, 'system')}\n\n" if record.get("system") else ""
+
+
 def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -291,7 +295,7 @@ def _answer(record: Mapping[str, Any], key: str = "completion") -> Conversation 
             allowed = "a string, or a list of messages"
             raise DataError(f"'{name}' is not a string.", given=type(part).__name__, allowed=allowed)
     if isinstance(prompt, str) and isinstance(answer, str):
-        return Completion(prompt, answer)
+        return Completion(_system_text(record) + prompt, answer)
     before = _turns(prompt, "user")
     return _conversation(record, [*before, *_turns(answer, "assistant")], first=len(before))
 

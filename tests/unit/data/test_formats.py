@@ -179,6 +179,21 @@ def test_verdicts(label: Any, good: bool) -> None:
     assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
 
 
+def test_a_system_turn_beside_texts() -> None:
+    """It begins the text, as that of an instruction told as text; it was left out without a word."""
+    asked = {"system": "Be brief.", "prompt": "What is ls?"}
+    whole = "Be brief.\n\nWhat is ls?"
+    assert RecordReader().read({**asked, "completion": " It."}).good == Completion(whole, " It.")
+    assert RecordReader().read({**asked, "completion": " It.", "label": False}).bad == Completion(whole, " It.")
+    pair = RecordReader().read({**asked, "chosen": " It.", "rejected": " No."})
+    assert (pair.good, pair.bad) == (Completion(whole, " It."), Completion(whole, " No."))
+    columns: dict[DataRole, str] = {"system": "persona"}
+    mapped = RecordReader(columns=columns).read({"persona": "Be brief.", "prompt": "What is ls?", "completion": " It."})
+    assert mapped.good == Completion(whole, " It.")
+    with pytest.raises(DataError, match="'system' is not a string"):
+        RecordReader().read({**asked, "system": 3, "completion": " It."})
+
+
 @pytest.mark.parametrize("key", ["messages", "conversations"])
 def test_verdicts_on_the_last_answer_of_a_conversation(key: str) -> None:
     """As LLaMA-Factory writes them: bad answers must not be learnt without a word."""
