@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 PREFERENCES = ("preference", "kto")
-BESIDE = ("prompt", "input", "label", "system", "tools")  # keys that say more of what other keys say
+BESIDE = ("prompt", "input", "label", "system", "tools", "history")  # keys that say more of what other keys say
 OPTIONAL = ("input", "system", "tools")  # roles that a record may do without
 LISTS = ("messages", "conversations", "conversation")  # keys of a list of turns
 ASSISTANT = "\n\nAssistant:"  # before each answer in texts of Anthropic's preferences
@@ -154,7 +154,10 @@ class RecordReader:
         beside = _string(record, "input") if record.get("input") is not None else ""
         if self.chat:
             asked = f"{instruction}\n\n{beside}" if beside else instruction
-            return _conversation(record, [_message("user", asked), _message("assistant", output)])
+            turns = [*_history(record), _message("user", asked), _message("assistant", output)]
+            return _conversation(record, turns)
+        if _history(record):
+            raise DataError("'history' wants a chat template, and the tokenizer has none.", allowed="no earlier turns")
         given = f"### Input:\n{beside}\n\n" if beside else ""
         return Completion(f"{_system_text(record)}### Instruction:\n{instruction}\n\n{given}### Response:\n", output)
 
@@ -230,6 +233,16 @@ def _verdict(label: Any) -> bool:
     if found is None:
         raise DataError("'label' is no verdict.", given=repr(label), allowed="true or false, 1 or 0")
     return found
+
+
+def _history(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns before an instruction, as LLaMA-Factory writes them: pairs of what was asked and answered."""
+    found = _parsed(record.get("history"))
+    pairs = found if isinstance(found, list) else []  # a column of this name may say anything else
+    if not all(isinstance(it, list) and len(it) == 2 and all(isinstance(text, str) for text in it) for it in pairs):
+        allowed = "[[asked, answered], ...]"
+        raise DataError("'history' is no list of earlier turns.", given=str(found)[:80], allowed=allowed)
+    return [_message(role, text) for it in pairs for role, text in zip(("user", "assistant"), it, strict=True)]
 
 
 def _system_text(record: Mapping[str, Any]) -> str:

@@ -179,6 +179,34 @@ def test_verdicts(label: Any, good: bool) -> None:
     assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
 
 
+@pytest.mark.parametrize("write_list", [list, json.dumps], ids=["json", "csv"])
+def test_turns_before_an_instruction(write_list: Any) -> None:
+    """As LLaMA-Factory writes them; they were left out without a word."""
+    record = {
+        "system": "Be brief.",
+        "instruction": "And cat?",
+        "output": "It.",
+        "history": write_list([["ls?", "Files."]]),
+    }
+    said = RecordReader().read(record).good
+    texts = [
+        ("system", "Be brief."),
+        ("user", "ls?"),
+        ("assistant", "Files."),
+        ("user", "And cat?"),
+        ("assistant", "It."),
+    ]
+    assert said == Conversation([{"role": role, "content": text} for role, text in texts])
+    with pytest.raises(DataError, match="'history' wants a chat template"):
+        RecordReader(chat=False).read(record)
+    for wrong in (["ls?"], [["ls?"]], [["ls?", 3]], [{"ls?": "Files."}]):
+        with pytest.raises(DataError, match="'history' is no list of earlier turns"):
+            RecordReader().read({**record, "history": wrong})
+    for none in ([], "", None, "[]", "Cooking.", 3):
+        assert len(RecordReader().read({**record, "history": none}).good.messages) == 3  # type: ignore[union-attr]
+        assert isinstance(RecordReader(chat=False).read({**record, "history": none}).good, Completion)
+
+
 def test_a_system_turn_beside_texts() -> None:
     """It begins the text, as that of an instruction told as text; it was left out without a word."""
     asked = {"system": "Be brief.", "prompt": "What is ls?"}
