@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.template import PROBE, SECOND, TEXT_PARTS, Forms, Spans, Template, is_text
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
 LIKE_ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # roles that are meant so
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
-TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
-THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys by which messages have it, for all templates alike
 OPENED, CLOSED = "<think>", "</think>"
-PROBE, SECOND = "lowmem", "second"  # what no template writes by itself
-
-
-Spans = Sequence[tuple[int, int]]  # (start, end) in characters, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +40,7 @@ class ChatRenderer:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special, key=len, reverse=True)  # of two with the same end the whole one
         self.unshown = 0
-        self._forms: dict[str, dict[str, _Forms]] = {}  # template -> role -> what it takes
+        self._forms: dict[str, dict[str, Forms]] = {}  # template -> role -> what it takes
 
     def as_wanted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`messages` whose contents have the form that the chat template takes: a string, or a list of parts.
@@ -95,7 +87,7 @@ class ChatRenderer:
         return found
 
     def _rendered(
-        self, template: _Template, checked: Sequence[dict[str, Any]], *, answers_only: bool, first: int
+        self, template: Template, checked: Sequence[dict[str, Any]], *, answers_only: bool, first: int
     ) -> list[RenderedChat]:
         if not answers_only:
             return [RenderedChat(template.render(checked), None)]
@@ -115,7 +107,7 @@ class ChatRenderer:
         return [RenderedChat(text, [span]) for text, span, _ in found]
 
     def _answer(
-        self, template: _Template, messages: Sequence[dict[str, Any]], turn: int, whole: str
+        self, template: Template, messages: Sequence[dict[str, Any]], turn: int, whole: str
     ) -> tuple[str, tuple[int, int], bool]:
         """The text up to message `turn`, where the answer stands in it, and whether it stands in `whole` likewise.
 
@@ -149,7 +141,7 @@ class ChatRenderer:
         return text, (begin, ends[0] if ends else len(text)), last and stays
 
     def _marked_answers(
-        self, template: _Template, messages: Sequence[dict[str, Any]], turns: Sequence[int], learnt: Sequence[int]
+        self, template: Template, messages: Sequence[dict[str, Any]], turns: Sequence[int], learnt: Sequence[int]
     ) -> list[RenderedChat]:
         """The answers at messages `learnt` of all (which are at `turns`), of a template that marks them."""
         whole, marked = template.render_marked(messages)
@@ -187,7 +179,7 @@ class ChatRenderer:
             body = body.removesuffix(token).rstrip()
         return found
 
-    def _template(self, tools: object) -> _Template:
+    def _template(self, tools: object) -> Template:
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise DataError("'tools' is not a list of objects.", given=type(tools).__name__, allowed="JSON schemas")
         if not self.tokenizer.chat_template:
@@ -197,155 +189,11 @@ class ChatRenderer:
                 fix="use records of 'prompt' and 'completion', or a tokenizer with chat_template.jinja",
             )
         source = self.tokenizer.get_chat_template(tools=tools)
-        return _Template(source, tools, self.tokenizer.special_tokens_map, self._forms.setdefault(source, {}))
-
-
-class _Forms(NamedTuple):
-    """Which forms of a content a template shows: a string, a list of one text part, or of several."""
-
-    text: bool
-    part: bool
-    parts: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """One template (a tokenizer may have another for tools), with its errors told to the user."""
-
-    source: str
-    tools: list[dict[str, Any]] | None
-    variables: Mapping[str, Any]
-    forms: dict[str, _Forms] = field(default_factory=dict)  # by role, as far as they are known
-
-    def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, thinks: bool | None = None
-    ) -> str:
-        """The text of `messages`; where the template asks whether to think, as it is told, or left to its default."""
-        asked = {} if thinks is None else {name: thinks for name in THINKING if name in self.source}
-        return self._render(messages, add_generation_prompt=add_generation_prompt, **asked)[0]
-
-    def _leaves_out_calls(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether the text of `messages` is the same without their calls of tools."""
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-        try:
-            return self.render(without) == self.render(messages)
-        except DataError:  # then the template looks for them
-            return False
-
-    def continued(self, messages: Sequence[dict[str, Any]], *, thinks: bool | None = None) -> str | None:
-        """The text of `messages` with another turn of the user behind them; None if the template refuses it."""
-        asked = self.with_contents_as_wanted([{"role": "user", "content": "And then?"}])
-        return self.rendered([*messages, *asked], thinks=thinks)
-
-    def rendered(self, messages: Sequence[dict[str, Any]], *, thinks: bool | None = None) -> str | None:
-        """The text of `messages`; None if the template refuses them."""
-        try:
-            return self.render(messages, thinks=thinks)
-        except DataError:
-            return None
-
-    def render_marked(self, messages: Sequence[dict[str, Any]]) -> tuple[str, Spans]:
-        """The text of `messages` and the spans of its `{% generation %}` blocks."""
-        return self._render(messages, return_assistant_tokens_mask=True)
-
-    def with_contents_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`messages` with text parts joined, but for a template that goes through parts itself; and with strings as
-        parts for one that takes nothing else (LLaVA's would go through the letters, and leave all of them out)."""
-        return [
-            {**message, "content": self._wanted(number, message["role"], message["content"])}
-            if "content" in message
-            else message
-            for number, message in enumerate(messages, start=1)
-        ]
-
-    def _wanted(self, number: int, role: str, content: Any) -> Any:
-        takes = self._takes(role)
-        if isinstance(content, str):
-            return content if takes.text or not takes.part else [_part(content)]
-        if takes.parts:
-            return content
-        joined = _joined(number, content)
-        return joined if takes.text or not takes.part else [_part(joined)]
-
-    def _takes(self, role: str) -> _Forms:
-        """Which forms of a content the template shows in the turns of `role`; where it shows none, those of a user."""
-        if role not in self.forms:
-            contents = (PROBE, [_part(PROBE)], [_part(PROBE), _part(SECOND)])
-            found = _Forms(*(self._shows(role, content) for content in contents))
-            self.forms[role] = found if any(found) or role == "user" else self._takes("user")
-        return self.forms[role]
-
-    def _shows(self, role: str, content: Any) -> bool:
-        """Whether the template's text has the texts of `content`. In quotes it does where a list was written."""
-        messages = [{"role": role, "content": content}]
-        if role != "user":
-            asked = self._wanted(0, "user", "a")
-            messages.insert(1 if role == "system" else 0, {"role": "user", "content": asked})
-        try:
-            text = self.render(messages)
-        except DataError:
-            return False
-        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
-        quoted = isinstance(content, list) and re.search(f"[\"']{PROBE}[\"']", text)
-        return all(it in text for it in texts) and not quoted
-
-    def with_calls_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`messages` with calls of tools in a form that the template shows: their arguments as objects, or for one that
-        joins them to text as JSON text; and where nothing is said beside them, the content as it is given, null (by
-        which DeepSeek V3's knows a call), or empty.
-
-        Raises:
-            DataError: the template leaves out calls, or refuses all forms.
-        """
-        refused: DataError | None = None
-        for silent in ({}, {"content": None}, {"content": ""}):
-            try:
-                found = self._with_arguments_as_wanted(
-                    [{**it, **silent} if it.get("tool_calls") and not it.get("content") else it for it in messages]
-                )
-            except DataError as error:
-                refused = refused or error
-                continue
-            if not self._leaves_out_calls(found):
-                return found
-            refused = DataError(
-                "the chat template leaves out calls of tools, so empty answers would be learnt for them.",
-                given=", ".join(f"message {i}" for i, it in enumerate(messages, start=1) if it.get("tool_calls")),
-                fix="use a template that shows 'tool_calls', or leave such conversations out",
-            )
-        assert refused is not None
-        raise refused
-
-    def _with_arguments_as_wanted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        objects = _arguments(messages, _parsed)
-        try:
-            self.render(objects)
-        except DataError as refused:
-            if isinstance(refused.__cause__, TypeError):
-                texts = _arguments(objects, _as_text)
-                self.render(texts)
-                return texts
-            raise
-        return objects
-
-    def _render(self, messages: Sequence[dict[str, Any]], **options: bool) -> tuple[str, Spans]:
-        # Not through apply_chat_template: where a tokenizer trims spaces from its offsets (as Llama 3's does), its mask
-        # takes in all that follows an answer that ends with a space, and loses all answers from one that begins so.
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                tools=self.tools,
-                chat_template=self.source,
-                **options,
-                **self.variables,
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
-        return texts[0], spans[0] if spans else []
+        return Template(source, tools, self.tokenizer.special_tokens_map, self._forms.setdefault(source, {}))
 
 
 def _begin(
-    template: _Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], text: str, thinks: bool | None
+    template: Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], text: str, thinks: bool | None
 ) -> tuple[str, int] | None:
     """A text with the answer as the model gives it, and where it begins there; None where the template shows neither.
 
@@ -372,7 +220,7 @@ def _begin(
 
 
 def _thought(
-    template: _Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], prompt: str, thinks: bool | None
+    template: Template, before: Sequence[dict[str, Any]], answer: dict[str, Any], prompt: str, thinks: bool | None
 ) -> str | None:
     """An answer with the thought in it, and its end, behind a prompt that opens a thought, of a template that shows
     turns without theirs (DeepSeek R1, QwQ); None if it is not so."""
@@ -387,7 +235,7 @@ def _thought(
     return said.lstrip().removeprefix(OPENED).lstrip("\n") + end
 
 
-def _closing(template: _Template, messages: Sequence[dict[str, Any]], text: str, thinks: bool | None) -> int:
+def _closing(template: Template, messages: Sequence[dict[str, Any]], text: str, thinks: bool | None) -> int:
     """Characters at the end of `text`, of `messages`, among which the token is that ends the last answer. Of an empty
     one they are what stands behind where a content would: its header may end with special tokens, too (gpt-oss')."""
     answer = messages[-1]
@@ -429,57 +277,6 @@ def _weight(message: dict[str, Any], number: int) -> bool:
     return bool(weight)
 
 
-def _arguments(messages: Sequence[dict[str, Any]], form: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """`messages` with `form` of the arguments of each call."""
-
-    def called(call: Any) -> Any:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "arguments" not in function:
-            return call
-        function = {**function, "arguments": form(function["arguments"])}
-        return {**call, "function": function} if "function" in call else function
-
-    return [
-        {**message, "tool_calls": [called(call) for call in message["tool_calls"]]}
-        if isinstance(message.get("tool_calls"), list)
-        else message
-        for message in messages
-    ]
-
-
-def _parsed(arguments: Any) -> Any:
-    """Arguments as an object, where they are the JSON text of one, as OpenAI writes them."""
-    try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (json.JSONDecodeError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _joined(number: int, parts: list[dict[str, Any]]) -> str:
-    """The text of message `number`, all of whose parts must be text."""
-    for part in parts:
-        if not _is_text(part):
-            raise DataError(
-                f"message {number} has a part that is no text, and the chat template takes no parts.",
-                given=str(part)[:80],
-                allowed=f"a string, or {TEXT_PARTS}",
-            )
-    return "".join(part["text"] for part in parts)
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _is_text(part: dict[str, Any]) -> bool:
-    return part.get("type") in (None, "text")
-
-
 def _checked(messages: object) -> list[dict[str, Any]]:
     """`messages` with absent values (null) left out, as transformers hands them to a template."""
     if not isinstance(messages, list) or not messages:
@@ -499,7 +296,7 @@ def _checked(messages: object) -> list[dict[str, Any]]:
                 f"message {number} has no 'content' of text.", given=given, allowed="a string, or text parts"
             )
         for part in content if isinstance(content, list) else ():
-            whole = isinstance(part, dict) and (isinstance(part.get("text"), str) or not _is_text(part))
+            whole = isinstance(part, dict) and (isinstance(part.get("text"), str) or not is_text(part))
             if not whole or part.get("type") in MEDIA:
                 what = f"message {number} has a part that is no text."
                 raise DataError(what, given=str(part)[:80], allowed=TEXT_PARTS)

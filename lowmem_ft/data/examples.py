@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataFormat, DataRole
 from lowmem_ft.core.errors import DataError
-from lowmem_ft.data.chat import ChatRenderer, RenderedChat, Spans
+from lowmem_ft.data.chat import ChatRenderer, RenderedChat
 from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation, RecordReader
 from lowmem_ft.data.records import Progress, Row, read_rows
 from lowmem_ft.data.tally import DataReport, Invalid, Overlong, Tally, WrongDataError
+from lowmem_ft.data.template import Spans
 
 IGNORE_INDEX = -100
 

@@ -39,7 +39,7 @@ from lowmem_ft.data.tally import DataReport
 
 FORMAT = 1  # raise it when what is written changes
 # what turns records into tokens: another version of it finds nothing that this one wrote
-MAKERS = ("chat.py", "examples.py", "formats.py", "preference.py", "records.py", "tally.py")
+MAKERS = ("chat.py", "examples.py", "formats.py", "preference.py", "records.py", "tally.py", "template.py")
 MAGIC = b"LMFTDAT1"
 TAIL = 8 + 32 + len(MAGIC)
 INDEX_BYTES = 4 + 4 + 1  # of an example
