@@ -222,6 +222,10 @@ class Recovery:
         for parameter in self.ready.trainable.values():
             parameter.grad = None
         self.ready.activations.let_go()
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        """Give back what nobody holds; what was taken until now does not count against what comes."""
         gc.collect()
         if self.ready.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -277,13 +281,15 @@ class Recovery:
         return any(self._follow(policy) for policy in policies)
 
     def _follow(self, policy: Policy) -> bool:
-        """Whether `policy` could be taken up."""
+        """Whether `policy` could be taken up. On the way weights lie here and below."""
         try:
             self.ready.follow(policy)
         except Exception as error:
             if isinstance(error, UnsupportedError) or is_out_of_memory(error):
                 return False  # what is trained cannot be streamed; and to move weights takes memory too
             raise
+        finally:
+            self._count_anew()
         self.policy = policy
         return True
 

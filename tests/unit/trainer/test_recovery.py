@@ -288,6 +288,33 @@ def test_crossing_the_budget_is_seen_and_mended(model: Path) -> None:
     assert same(plain.state(), trained.state())
 
 
+def test_what_it_takes_to_follow_a_policy_does_not_count_against_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that go down are read, and lie here until they are there: a peak of no step."""
+    trained = Trained(model, planned())
+    watch = trained.recovery._watch = Watch(trained.ready.model, process_bytes() + (64 << 20))
+    follow = trained.ready.follow
+
+    def spoil(*_: Any) -> None:
+        torch.zeros(128 << 20, dtype=torch.uint8)
+
+    def following(policy: Policy) -> None:
+        spoil()
+        follow(policy)
+
+    monkeypatch.setattr(trained.ready, "follow", following)
+    spoilt = iter(range(2))
+    hook = next(iter(trained.ready.trainable.values())).register_post_accumulate_grad_hook(
+        lambda _: None if next(spoilt, None) is None else spoil()
+    )
+    trained.recovery.step(trained.batches, lr=1e-2)
+    hook.remove()
+    watch.remove()
+    assert trained.recovery.policy == planned(keep_blocks=0, recompute_blocks=DEPTH)
+    assert trained.recovery.repeated == 2
+
+
 def test_what_says_that_memory_ran_out() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
