@@ -41,13 +41,25 @@ class Shelf:
         if place == self._last:
             self._staying = flat
             return
+        self._full = {it for it in self._full if it < place}  # others are of an aborted pass
         nbytes = -(-tensor.nbytes // PAGE) * PAGE
         if nbytes > self._size:
-            self._size, self._tier = 0, NoTier()  # first what it had is given back
-            self._tier = NoTier() if tensor.is_meta else self._open_tier([nbytes] * self._last)
-            self._size = nbytes
+            self._widen(nbytes, tensor.device)
         self._going = self._tier.store(place, flat), flat
         self._full.add(place)
+
+    def _widen(self, nbytes: int, device: torch.device) -> None:
+        """Have places of so many bytes. What lies in them moves: the first input of a pass may be smaller than those
+        behind it, as where a model adds its blocks' outputs up in fp32 (Mamba)."""
+        if not self._full:
+            self._size, self._tier = 0, NoTier()  # first what it had is given back
+        simulated = device.type == "meta"
+        wider = NoTier() if simulated else self._open_tier([nbytes] * self._last)
+        for place in () if simulated else self._full:
+            memory = device_memory(self._size, device)
+            self._tier.wait(self._tier.start(place, memory))
+            wider.wait(wider.store(place, memory))
+        self._size, self._tier = nbytes, wider
 
     def take(self, place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor of `place`, while the one below it begins to come."""
