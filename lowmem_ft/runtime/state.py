@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, writing_prefix
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 from lowmem_ft.quant.shards import write_file
@@ -49,6 +50,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 os.fsync(file.fileno())
             temporary.replace(path)
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             "A file could not be written.",
             given=f"{path} ({error})",

@@ -49,6 +49,7 @@ from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, check_trackers, tracking
 
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
+_LESS = "lower data.seq_len or adapter.rank, and start over in another output folder"
 LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
 
 
@@ -245,8 +246,13 @@ class _Loop:
             return self._steps(loader, total)
         except NoSaferPolicyError as error:
             loader.steps = self.step  # what a step was handed that is not done
-            self._save(loader)
-            fix = f"{error.fix}, and go on from the checkpoint of step {self.step} with --resume"
+            newest = f"from the checkpoint of step {self.step}"
+            try:
+                self._save(loader)
+            except NoSaferPolicyError:
+                newest = "from the last checkpoint"
+            # what else would help makes another run, with which a checkpoint does not go on
+            fix = f"raise budget.memory, and go on {newest} with --resume; or {_LESS}"
             raise NoSaferPolicyError(error.what, given=error.given, fix=fix) from error
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:
@@ -318,9 +324,11 @@ class _Loop:
     def _evaluate(self) -> None:
         if not self.eval_examples:
             return
-        self.eval_loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
+        loss, metrics = evaluate(self.recovery, self.config, self.eval_examples, self.reporter)
+        if self.config.train.keep_best and self.step > 0 and loss < self.best_loss:
+            self._keep_best(loss)  # first: where it cannot be, this is evaluated again when the run goes on
+        self.eval_loss, self.evaluated = loss, self.step
         named = {f"eval_{name}": value for name, value in metrics.items()}
-        self.evaluated = self.step
         changed = {"held_out_changed": True} if self.held_out_changed else {}
         self.held_out_changed = False
         self._log({"step": self.step, "eval_loss": self.eval_loss, **named, **changed})
@@ -332,32 +340,40 @@ class _Loop:
             self.reporter.say(f"  {in_one_line(answer)}")
         if answers:
             self.folder.log_samples([{"step": self.step, **answer} for answer in answers])
-        if self.config.train.keep_best and self.step > 0 and self.eval_loss < self.best_loss:
-            self.best_loss = self.eval_loss
-            weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}
-            state.write_tensors(self.folder.best, weights, {"state": json.dumps({"eval_loss": self.best_loss})})
+
+    def _keep_best(self, loss: float) -> None:
+        weights = {f"weights/{name}": parameter.data for name, parameter in self.ready.trainable.items()}
+        told = {"state": json.dumps({"eval_loss": loss})}
+        self.recovery.once_more(lambda: state.write_tensors(self.folder.best, weights, told))
+        self.best_loss = loss
 
     def _save(self, loader: BatchLoader) -> None:
-        assert self.ready.optimizer is not None, "training assembles an optimizer"
-        state.save_checkpoint(
-            self.folder.checkpoints,
-            step=self.step,
-            weights=self.ready.trainable,
-            optimizer_tensors=self.ready.optimizer.state_tensors(),
-            device=self.ready.device,
-            meta={
-                "optimizer": self.ready.optimizer.state_meta(),
-                "data": loader.state_dict(),
-                "content": self.content,
-                "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
-                "recovery": self.recovery.state_dict(),
-                "eval_loss": self.eval_loss,
-                "evaluated": self.evaluated,
-                "held_out": self.held_out,
-                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
-                "identity": self.identity,
-            },
-        )
+        optimizer = self.ready.optimizer
+        assert optimizer is not None, "training assembles an optimizer"
+        meta = {
+            "optimizer": optimizer.state_meta(),
+            "data": loader.state_dict(),
+            "content": self.content,
+            "scaler": self.ready.scaler.state_dict() if self.ready.scaler else None,
+            "recovery": self.recovery.state_dict(),
+            "eval_loss": self.eval_loss,
+            "evaluated": self.evaluated,
+            "held_out": self.held_out,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "identity": self.identity,
+        }
+
+        def save() -> None:
+            state.save_checkpoint(
+                self.folder.checkpoints,
+                step=self.step,
+                weights=self.ready.trainable,
+                optimizer_tensors=optimizer.state_tensors(),
+                device=self.ready.device,
+                meta=meta,
+            )
+
+        self.recovery.once_more(save)
 
     def _restore(self, checkpoint: Path, loader: BatchLoader) -> None:
         assert self.ready.optimizer is not None, "training assembles an optimizer"

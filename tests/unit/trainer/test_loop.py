@@ -1,6 +1,7 @@
 """The loop on the embedded model: what a run leaves, that stopping and resuming change nothing, what is refused."""
 
 import dataclasses
+import errno
 import importlib.util
 import io
 import itertools
@@ -296,7 +297,8 @@ def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
     monkeypatch.setattr(recovery, "sum_gradients", gradients)
     with pytest.raises(BudgetError, match="no safer policy left") as raised:
         loop.train(config(data, "stopped", **settings), reporter=QUIET)
-    assert "go on from the checkpoint of step 2 with --resume" in str(raised.value)
+    wanted = "raise budget.memory, and go on from the checkpoint of step 2 with --resume; or lower data.seq_len"
+    assert f"{wanted} or adapter.rank, and start over in another output folder" in str(raised.value)
     assert [path.stem for path in state.checkpoints(data / "stopped" / "checkpoints")][-1] == "step-00000002"
     monkeypatch.undo()
     resumed = loop.train(config(data, "stopped", **settings), resume=True, reporter=QUIET)
@@ -322,3 +324,31 @@ def test_an_evaluation_that_memory_stopped_is_done_when_the_run_goes_on(
         loop.train(settings, reporter=QUIET)
     run = loop.train(settings, resume=True, reporter=QUIET)
     assert [line["step"] for line in run.metrics if "eval_loss" in line] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_memory_that_runs_out_while_files_are_written(data: Path, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best weights of step 1 are written again; where that does not help, too, when the run goes on."""
+    settings = {"train": {"steps": 2, "eval_every": 1, "save_every": 1}}
+    whole = loop.train(config(data, "whole", **settings), reporter=QUIET)
+    write_file, calls = state.write_file, itertools.count(1)
+
+    def failing(*args: Any) -> None:
+        if next(calls) <= times:
+            raise OSError(errno.ENOMEM, "no memory")
+        write_file(*args)
+
+    monkeypatch.setattr(state, "write_file", failing)
+    run = config(data, "run", **settings)
+    if times == 1:
+        assert exact(loop.train(run, reporter=QUIET)) == exact(whole)
+    else:
+        newest = "the last checkpoint" if times == 9 else "the checkpoint of step 1"
+        with pytest.raises(NoSaferPolicyError, match=f"go on from {newest} with --resume"):
+            loop.train(run, reporter=QUIET)
+        monkeypatch.undo()
+        assert exact(loop.train(run, resume=True, reporter=QUIET)) == exact(whole)
+    folders = [RunFolder(data / name) for name in ("run", "whole")]
+    best, expected = (load_file(folder.best) for folder in folders)
+    assert all(torch.equal(best[name], expected[name]) for name in expected)
+    assert len(list(folders[0].checkpoints.iterdir())) == 3
