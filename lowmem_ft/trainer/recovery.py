@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from lowmem_ft.assemble import Assembled
-from lowmem_ft.core.errors import BudgetError, UnsupportedError
+from lowmem_ft.core.errors import BudgetError, LowMemError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.core.plan import Policy
@@ -84,7 +84,7 @@ class Recovery:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready, self.policy, self._planned = ready, policy, policy
-        self._alternatives = list(alternatives)
+        self._alternatives, self._passed = list(alternatives), 0
         self._may_recompute, self._watch, self._say = may_recompute, watch, say
         self.repeated = 0
 
@@ -190,11 +190,12 @@ class Recovery:
         """The policy in force, as JSON can hold it; None while it is the plan's."""
         if self.policy == self._planned:
             return None
-        return {"planned": asdict(self._planned), "policy": asdict(self.policy)}
+        return {"planned": asdict(self._planned), "policy": asdict(self.policy), "passed": self._passed}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Go on under the policy that was in force, if the plan is the one that it came from."""
         if saved is not None and saved["planned"] == asdict(self._planned):
+            self._passed = saved.get("passed", 0)
             self._follow(Policy(**saved["policy"]))
 
     def _insist(self, work: Callable[[], T], retreat: Callable[[], bool]) -> T:
@@ -243,8 +244,9 @@ class Recovery:
 
     def _next(self, row_tokens: int) -> Iterator[Policy]:
         """Safer policies than the one in force: those of the plan, then what is left to save."""
-        while self._alternatives:
-            planned = self._alternatives.pop(0)
+        while self._passed < len(self._alternatives):
+            planned = _no_larger(self._alternatives[self._passed], self.policy)
+            self._passed += 1
             if _reachable(planned, self.policy):
                 yield planned
         policy = self.policy
@@ -285,13 +287,23 @@ class Recovery:
         try:
             self.ready.follow(policy)
         except Exception as error:
-            if isinstance(error, UnsupportedError) or is_out_of_memory(error):
-                return False  # what is trained cannot be streamed; and to move weights takes memory too
+            # what is trained cannot be streamed, a disk may be full, and to move weights takes memory, too
+            if isinstance(error, LowMemError) or is_out_of_memory(error):
+                return False
             raise
         finally:
             self._count_anew()
         self.policy = policy
         return True
+
+
+def _no_larger(policy: Policy, now: Policy) -> Policy:
+    """`policy` without larger micro-batches and loss chunks than there are now: an evaluation may have made them
+    smaller."""
+    tokens = min(policy.micro_batch_tokens, now.micro_batch_tokens)
+    times = math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens)
+    chunk = min(policy.loss_chunk_tokens, now.loss_chunk_tokens)
+    return replace(policy, micro_batch_tokens=tokens, accumulation=times, loss_chunk_tokens=chunk)
 
 
 def _reachable(policy: Policy, now: Policy) -> bool:

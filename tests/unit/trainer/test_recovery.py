@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -256,13 +257,49 @@ def test_the_policy_in_force_is_saved_and_taken_up_again(model: Path) -> None:
     assert trained.recovery.state_dict() is None
     trained.step(lambda at: at in (5, 10))
     saved = trained.recovery.state_dict()
-    assert saved == {"planned": asdict(planned()), "policy": asdict(trained.recovery.policy)}
+    assert saved == {"planned": asdict(planned()), "policy": asdict(trained.recovery.policy), "passed": 0}
     resumed = Trained(model, planned())
     resumed.recovery.load_state_dict(saved)
     assert resumed.recovery.policy == trained.recovery.policy
     other = Trained(model, planned(loss_chunk_tokens=32))
     other.recovery.load_state_dict(saved)
     assert other.recovery.policy == planned(loss_chunk_tokens=32), "another plan decides anew"
+
+
+def test_no_policy_that_is_less_safe_takes_over(model: Path) -> None:
+    """What the plan had beside has been passed before a checkpoint, or has larger micro-batches than an evaluation
+    could bear."""
+    beside = planned(keep_blocks=0, recompute_blocks=DEPTH)
+    trained = Trained(model, planned(), alternatives=[beside])
+    trained.step(lambda at: at in (50, 100, 150))
+    halved = replace(beside, micro_batch_tokens=LENGTH, accumulation=ROWS)
+    assert trained.recovery.policy == halved
+    resumed = Trained(model, planned(), alternatives=[beside])
+    resumed.recovery.load_state_dict(trained.recovery.state_dict())
+    resumed.step(lambda at: at in (50, 100))
+    assert resumed.recovery.policy.streamed_blocks == DEPTH
+
+    evaluated = Trained(model, planned(), alternatives=[beside])
+    with Failing(lambda at: at in (5, 10)):
+        evaluated.recovery.evaluate(evaluated.batches, lambda done, total: None)
+    assert evaluated.recovery.policy == planned(micro_batch_tokens=LENGTH, accumulation=ROWS)
+    evaluated.step(lambda at: at in (50, 100))
+    assert evaluated.recovery.policy == halved
+
+
+def test_a_full_disk_leaves_weights_where_they_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plain, trained = Trained(model, planned(), dropout=0.0), Trained(model, planned(), dropout=0.0)
+    expected, _ = plain.step()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoSaferPolicyError):
+        trained.step(lambda at: at % 10 == 0)
+    assert trained.recovery.policy.resident_blocks == DEPTH
+    assert same(trained.state(), trained.begin)
+    monkeypatch.undo()
+    assert trained.step()[0].loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_crossing_the_budget_is_seen_and_mended(model: Path) -> None:
