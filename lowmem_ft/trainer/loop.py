@@ -87,24 +87,40 @@ def train(
     _check_before_planning(config, folder)
     newest = state.checkpoints(folder.checkpoints)[-1:] if resume else []
     before = folder.plan() if newest else None
-    plan = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
+    followed = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
+    planned = config
     if config.policy.objective == "context":  # then the plan decides how long sequences are
-        planned = plan.run_config
-        config = config.model_copy(update={"data": planned.data, "train": planned.train})
-    train_examples, eval_examples = load_examples(config, reporter)
+        its = followed.run_config
+        planned = config.model_copy(update={"data": its.data, "train": its.train})
+    examples = load_examples(planned, reporter)
     with folder.alone():
         if not resume:
             folder.refuse_another()  # which may have come while this one was planned
-        if not newest:
-            folder.start(config, plan)
-        torch.manual_seed(config.train.seed)  # decides how fresh adapters start
-        device = device_of(plan)
-        with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
-            with reporter.task("Loading weights", unit="B") as update:
-                ready = assemble(config, plan.policy, device, progress=update)
-            with tracking(config, folder.path) as trackers:
-                loop = _Loop(config, plan, ready, folder, trackers, train_examples, eval_examples, reporter)
-                return loop.run(newest[0] if newest else None)
+        elsewhere = os.path.exists(folder.finished) or state.checkpoints(folder.checkpoints)[-1:] != newest
+        if not (resume and elsewhere):
+            return _run(planned, followed, folder, newest[0] if newest else None, examples, reporter)
+    # from where another process has come to meanwhile, as one that was told to end and took its time
+    return train(config, resume=True, plan=plan, reporter=reporter)
+
+
+def _run(
+    config: RunConfig,
+    plan: Plan,
+    folder: RunFolder,
+    newest: Path | None,
+    examples: tuple[Sequence[Any], Sequence[Any]],
+    reporter: Reporter,
+) -> Run:
+    """Train from the checkpoint `newest` on, in a folder that is this process's alone."""
+    if newest is None:
+        folder.start(config, plan)
+    torch.manual_seed(config.train.seed)  # decides how fresh adapters start
+    device = device_of(plan)
+    with capped_allocator(device, plan.budget["device_bytes"], beside=plan.device["process_bytes"]):
+        with reporter.task("Loading weights", unit="B") as update:
+            ready = assemble(config, plan.policy, device, progress=update)
+        with tracking(config, folder.path) as trackers:
+            return _Loop(config, plan, ready, folder, trackers, *examples, reporter).run(newest)
 
 
 def _check_before_planning(config: RunConfig, folder: RunFolder) -> None:

@@ -108,6 +108,29 @@ def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: 
         loop.train(settings, reporter=QUIET)
 
 
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_run_goes_on_from_where_another_process_has_come_to_meanwhile(
+    data: Path, finishes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler starts a job anew while the one before, which it told to end, still works on its last step."""
+    few: dict[str, Any] = {"steps": 2, "save_every": 1}
+    settings, load, before = config(data, train=few), loop.load_examples, []
+    console = Console(file=io.StringIO(), width=200)
+
+    def another(*args: Any) -> Any:
+        monkeypatch.setattr(loop, "load_examples", load)
+        own = few if finishes else {**few, "max_time": 0.001}
+        before.append(loop.train(config(data, train=own), resume=True, reporter=QUIET))
+        return load(*args)
+
+    monkeypatch.setattr(loop, "load_examples", another)
+    run = loop.train(settings, resume=True, reporter=Reporter(console=console))
+    assert [it.status for it in (*before, run)] == ["finished" if finishes else "out_of_time", "finished"]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("is finished: nothing to do" if finishes else "Going on from step 1.") in said
+    assert [line["step"] for line in run.metrics if "loss" in line] == [1, 2]
+
+
 def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data / "model").symlink_to(ASSETS / "doclm-7m")
     paths = {"train": "train.jsonl", "eval": "eval.jsonl", "cache": "tokens"}
