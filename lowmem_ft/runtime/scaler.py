@@ -55,7 +55,8 @@ class LossScaler:
             self._good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "good_steps": self._good_steps}
+        return {"scale": self.scale, "good_steps": self._good_steps, "lost": self._lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
+        self._lost = int(state.get("lost", 0))  # older checkpoints do not tell

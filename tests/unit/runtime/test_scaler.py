@@ -45,5 +45,8 @@ def test_a_loss_that_is_not_finite_is_told_from_gradients_that_are_not() -> None
     assert scaler.scale == 2.0**16
     for _ in range(3):
         scaler.update(finite=False, loss=float("inf"))
-    with pytest.raises(LowMemError, match=r"compute_dtype: float32"):
-        scaler.update(finite=False, loss=float("inf"))
+    resumed = LossScaler()
+    resumed.load_state_dict(scaler.state_dict())  # a run that is stopped now has seen three, too
+    for one in (scaler, resumed):
+        with pytest.raises(LowMemError, match=r"compute_dtype: float32"):
+            one.update(finite=False, loss=float("inf"))
