@@ -342,7 +342,8 @@ class Streaming:
             entered[-1].__enter__()
 
         def leave(*_: object) -> None:
-            entered.pop().__exit__()
+            if entered:  # else another hook, which was there before, has refused the block first
+                entered.pop().__exit__()
 
         self._hooks.append(self._layers[index].register_forward_pre_hook(enter))
         self._hooks.append(self._layers[index].register_forward_hook(leave, always_call=True))

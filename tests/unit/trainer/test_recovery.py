@@ -352,6 +352,19 @@ def test_what_it_takes_to_follow_a_policy_does_not_count_against_it(
     assert trained.recovery.repeated == 2
 
 
+@pytest.mark.filterwarnings("error:module forward hook")
+def test_a_budget_that_is_crossed_when_blocks_are_streamed_already(model: Path) -> None:
+    """Who looks at the budget came before the hooks of blocks that went down later, which it keeps from entering."""
+    trained = Trained(model, planned(bits=16, quant="none", double_quant=False))
+    watch = trained.recovery._watch = Watch(trained.ready.model, process_bytes() + (64 << 20))
+    trained.step(lambda at: at in range(50, 300, 50))
+    assert trained.recovery.policy.streamed_blocks == DEPTH
+    torch.zeros(128 << 20, dtype=torch.uint8)
+    trained.recovery.step(trained.batches, lr=1e-2)
+    watch.remove()
+    assert "the process took" in trained.said[-1]
+
+
 def test_what_says_that_memory_ran_out() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
