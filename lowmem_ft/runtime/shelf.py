@@ -54,7 +54,7 @@ class Shelf:
         if not self._full:
             self._size, self._tier = 0, NoTier()  # first what it had is given back
         simulated = device.type == "meta"
-        wider = NoTier() if simulated else self._open_tier([nbytes] * self._last)
+        wider: TakingTier = NoTier() if simulated else self._open_tier([nbytes] * self._last)
         for place in () if simulated else self._full:
             memory = device_memory(self._size, device)
             self._tier.wait(self._tier.start(place, memory))
