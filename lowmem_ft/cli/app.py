@@ -172,7 +172,7 @@ def evaluate(
     reporter = Reporter(quiet=as_json)
     examples = loop.read_split(config, sources, reporter)
     ready = assemble_run(config, made, chosen, reporter)
-    recovery = Recovery(ready, made.policy, say=reporter.say)
+    recovery = Recovery(ready, made.policy, host_budget=made.budget["host_bytes"], say=reporter.say)
     loss, metrics = loop.evaluate(recovery, config, examples, reporter)
     answers = samples(recovery, config, examples)
     unit = counted(config)

@@ -35,7 +35,8 @@ def run_harness(
     reporter = Reporter(quiet=as_json)
     manager, names = harness.find_tasks(tasks, include)  # before a model is loaded for them
     ready = assemble_run(config, made, adapter, reporter)
-    model = harness.HarnessModel(Recovery(ready, made.policy, say=reporter.say), config.data.seq_len, reporter)
+    recovery = Recovery(ready, made.policy, host_budget=made.budget["host_bytes"], say=reporter.say)
+    model = harness.HarnessModel(recovery, config.data.seq_len, reporter)
     found = harness.run_tasks(model, manager, names, fewshot=fewshot, limit=limit, chat=chat)
     if model.shortened:
         reporter.say(

@@ -232,6 +232,7 @@ class _Loop:
             alternatives=[it.policy for it in self.plan.alternatives],
             may_recompute=not self.config.adapter.prompt_learning,
             watch=self.watch,
+            host_budget=self.plan.budget["host_bytes"],
             say=self.reporter.say,
         )
 
@@ -262,13 +263,13 @@ class _Loop:
             return self._steps(loader, total)
         except NoSaferPolicyError as error:
             loader.steps = self.step  # what a step was handed that is not done
-            newest = f"from the checkpoint of step {self.step}"
+            where = f"from the checkpoint of step {self.step}"
             try:
                 self._save(loader)
             except NoSaferPolicyError:
-                newest = "from the last checkpoint"
+                where = "from the last checkpoint"
             # what else would help makes another run, with which a checkpoint does not go on
-            fix = f"raise budget.memory, and go on {newest} with --resume; or {_LESS}"
+            fix = f"raise budget.memory, and go on {where} with --resume; or {_LESS}"
             raise NoSaferPolicyError(error.what, given=error.given, fix=fix) from error
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:

@@ -14,7 +14,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -27,7 +27,9 @@ from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch
-from lowmem_ft.runtime.vocabulary import Which
+from lowmem_ft.runtime.memory import process_bytes
+from lowmem_ft.runtime.streaming import Moved
+from lowmem_ft.runtime.vocabulary import Matrix, Which
 from lowmem_ft.step import (
     Evaluated,
     StepResult,
@@ -65,6 +67,7 @@ class Recovery:
         alternatives: safer policies, the fastest first, as in `Plan.alternatives`.
         may_recompute: whether blocks that keep their activations can do without.
         watch: of the budget, where crossing it is seen afterwards.
+        host_budget: bytes that the process may take of the host beside a card; 0 where that is unknown.
         say: told what was done about a failure.
 
     Attributes:
@@ -81,11 +84,12 @@ class Recovery:
         alternatives: Sequence[Policy] = (),
         may_recompute: bool = True,
         watch: Watch | None = None,
+        host_budget: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready, self.policy, self._planned = ready, policy, policy
         self._alternatives, self._passed = list(alternatives), 0
-        self._may_recompute, self._watch, self._say = may_recompute, watch, say
+        self._may_recompute, self._watch, self._host_budget, self._say = may_recompute, watch, host_budget, say
         self.repeated = 0
 
     def step(self, batches: MicroBatches, *, lr: float) -> StepResult:
@@ -256,13 +260,20 @@ class Recovery:
             yield replace(policy, keep_attention=False)
         yield from self._reductions(row_tokens)
         depth = policy.resident_blocks + policy.streamed_blocks
-        below: Any = "disk" if self.ready.device.type == "cpu" else policy.stream_from
         if policy.resident_blocks:
-            yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=below)
+            yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=self._tier(depth))
         if policy.stream_embeddings != _EMBEDDINGS[-1]:
-            yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=below)
+            tier = self._tier(0, self.ready.below.matrices)
+            yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=tier)
         if policy.recompute_blocks:
             yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
+
+    def _tier(self, blocks: int, matrices: Sequence[Matrix] = ()) -> Literal["host", "disk"]:
+        """Where so many blocks, or these embeddings and head, go: what the host has no room for, to the disk."""
+        if self.ready.device.type == "cpu" or self.policy.stream_from == "disk":
+            return "disk"
+        stored = Moved.of(self.ready.below.streamable, blocks, matrices).stored
+        return "disk" if 0 < self._host_budget < process_bytes() + stored else "host"
 
     def _reductions(self, row_tokens: int) -> Iterator[Policy]:
         """The policy with half the rows in a micro-batch, or, with one row, smaller tiles or a smaller loss chunk."""
