@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowmem_ft.core.errors import LowMemError, UnsupportedError
 from lowmem_ft.core.files import is_full, nearest_existing
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 
 PAGE = 4096  # direct reads want offsets, sizes and memory in multiples of it
 _CACHED = 64 << 20  # bytes that may wait in the page cache for the disk
@@ -229,6 +230,8 @@ class DiskTier:
         try:
             yield
         except OSError as error:
+            if is_out_of_memory(error):  # as of the system, for a read past its cache: then the step is done again
+                raise
             full = is_full(error)
             raise LowMemError(
                 "No space left for streamed weights." if full else "Streamed weights cannot be written or read.",

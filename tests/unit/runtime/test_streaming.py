@@ -4,6 +4,7 @@ Equal means bit by bit: loss, gradients' norm, trained weights and held-out loss
 Slots are filled with poison before every copy, and one tier is slow, so that whoever reads early or late is found out.
 """
 
+import errno
 import functools
 import gc
 import itertools
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -399,6 +401,22 @@ def test_a_file_that_was_cut_short_is_a_clear_error(tmp_path: Path) -> None:
     tier._file.truncate(PAGE)
     with pytest.raises(LowMemError, match="shorter than what was written"):
         tier.wait(tier.start(0, into))
+
+
+def test_a_read_that_the_system_has_no_memory_for_is_no_broken_disk(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, [2 * PAGE])
+    tier.write(0, 0, torch.zeros(2 * PAGE, dtype=torch.uint8))
+    file, into = tier._direct, device_memory(2 * PAGE, torch.device("cpu"))
+
+    def refused(data: memoryview) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    tier._direct = SimpleNamespace(seek=file.seek, readinto=refused)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        tier.wait(tier.start(0, into))
+    tier._direct = file
+    tier.wait(tier.start(0, into))
+    assert not into.any()
 
 
 class _Copied:
