@@ -309,12 +309,16 @@ class Recovery:
 
 
 def _no_larger(policy: Policy, now: Policy) -> Policy:
-    """`policy` without larger micro-batches and loss chunks than there are now: an evaluation may have made them
+    """`policy` without larger micro-batches, tiles and loss chunks than there are now: an evaluation may have made them
     smaller."""
     tokens = min(policy.micro_batch_tokens, now.micro_batch_tokens)
-    times = math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens)
-    chunk = min(policy.loss_chunk_tokens, now.loss_chunk_tokens)
-    return replace(policy, micro_batch_tokens=tokens, accumulation=times, loss_chunk_tokens=chunk)
+    return replace(
+        policy,
+        micro_batch_tokens=tokens,
+        accumulation=math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens),
+        loss_chunk_tokens=min(policy.loss_chunk_tokens, now.loss_chunk_tokens),
+        mlp_tile_tokens=min((it for it in (policy.mlp_tile_tokens, now.mlp_tile_tokens) if it), default=0),
+    )
 
 
 def _reachable(policy: Policy, now: Policy) -> bool:

@@ -287,6 +287,16 @@ def test_no_policy_that_is_less_safe_takes_over(model: Path) -> None:
     assert evaluated.recovery.policy == halved
 
 
+def test_what_is_beside_is_taken_up_in_the_tiles_of_now(model: Path) -> None:
+    """Of MLPs and of the loss; none of them grows."""
+    beside = planned(keep_blocks=0, recompute_blocks=DEPTH, loss_chunk_tokens=64)
+    for tile, others, expected in ((8, 0, 8), (8, 4, 4), (4, 8, 4), (0, 0, 0)):
+        of = planned(mlp_tile_tokens=tile)
+        one = Recovery(Trained(model, of).ready, of, alternatives=[replace(beside, mlp_tile_tokens=others)])
+        wanted = replace(beside, mlp_tile_tokens=expected, loss_chunk_tokens=of.loss_chunk_tokens)
+        assert next(one._next(LENGTH)) == wanted
+
+
 def test_a_full_disk_leaves_weights_where_they_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
