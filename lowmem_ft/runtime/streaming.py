@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack
@@ -32,6 +31,7 @@ from lowmem_ft.runtime.vocabulary import Matrix
 _ALIGN = 512  # bytes, of each tensor within its block: what CUDA's own allocations start on
 _FETCH = "_fetch_streamed"  # the attribute of a module that brings its weights up
 _STORED = "_stored_below"  # and the one that tells where each of them lies
+_VIEWS = "_without_streamed_views"  # that of a block: what it runs under
 
 
 def spread(depth: int, count: int) -> list[int]:
@@ -211,7 +211,6 @@ class Streaming:
         self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
         self._layers = list(find_blocks(model)[1])
         self._held: Mapping[int, Sequence[Holder]] = {}
-        self._hooks: list[RemovableHandle] = []
 
     def place(self, path: str, tensor: Tensor) -> Tensor | None:
         """Take a weight that was loaded. Returns what the model shall hold instead; None if it is not streamed."""
@@ -249,8 +248,6 @@ class Streaming:
                 self._tier.write(at, holder.piece.offset, holder.tensor)
         if before is not None:
             before._slots.settle()
-            for hook in before._hooks:
-                hook.remove()
         self.attach(holders)
 
     def _have_asked(self) -> None:
@@ -335,18 +332,22 @@ class Streaming:
             slot = self._slots.holding(self.blocks.index(index)).view(dtype)
             return slot.as_strided(shape, stride, slot.storage_offset() + offset)
 
-        entered: list[saved_tensors_hooks] = []
+        layer = self._layers[index]
+        if _VIEWS not in vars(layer):
+            layer.__class__ = _keeping_no_views(type(layer))  # type: ignore[arg-type]
+        setattr(layer, _VIEWS, functools.partial(saved_tensors_hooks, pack, unpack))
 
-        def enter(*_: object) -> None:
-            entered.append(saved_tensors_hooks(pack, unpack))
-            entered[-1].__enter__()
 
-        def leave(*_: object) -> None:
-            if entered:  # else another hook, which was there before, has refused the block first
-                entered.pop().__exit__()
+@functools.cache
+def _keeping_no_views(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls`, whose objects run under the hooks that they were given. With hooks of the module instead, those for saved
+    tensors would stay after Ctrl-C, and hold the model."""
 
-        self._hooks.append(self._layers[index].register_forward_pre_hook(enter))
-        self._hooks.append(self._layers[index].register_forward_hook(leave, always_call=True))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with vars(self)[_VIEWS]():
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call})
 
 
 @functools.cache

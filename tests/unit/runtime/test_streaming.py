@@ -10,6 +10,7 @@ import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -417,6 +418,26 @@ def test_a_read_that_the_system_has_no_memory_for_is_no_broken_disk(tmp_path: Pa
     tier._direct = file
     tier.wait(tier.start(0, into))
     assert not into.any()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_pass_that_ctrl_c_ends_leaves_nothing(bits: int, models: dict[str, Path]) -> None:
+    """Whoever presses it in a notebook goes on in the same process: nothing holds its blocks then, nor their file."""
+    config = settings(models["llama"], {"quant": {"bits": bits}})
+    ready = equipped(config, streamed=2, activations="keep")
+    batches = FullBatches(config, a_policy(config, streamed=2, activations="keep"), vocabulary=100)
+
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    norms = [it for it in ready.model.modules() if type(it).__name__.endswith("RMSNorm")]
+    norms[-2].register_forward_pre_hook(pressed)  # of the last block
+    with pytest.raises(KeyboardInterrupt):
+        train_step(ready, batches, lr=1e-3)
+    norm = weakref.ref(norms[-2])
+    del ready, norms
+    gc.collect()
+    assert norm() is None
 
 
 class _Copied:
