@@ -127,6 +127,7 @@ class Stage:
         blocks: the decoder layers.
         kinds: of each of them, see `cut.block_kinds`.
         products: what was multiplied on a CPU that multiplies 16-bit floats.
+        handed_on: bytes that a block hands to the next one for a token, at most.
         learning: of each trained parameter that was in a step, whether a gradient has reached it.
     """
 
@@ -195,9 +196,11 @@ class Stage:
         """Give the decoder, cut down to one block of each kind if it can be, what a step would."""
         last = {kind: at for at, kind in enumerate(self.kinds)}
         few = None if self.whole else sorted(last.values())
+        batch = _batch(self.config, policy, "cpu", None)
         try:
-            with only_blocks(self.ready.model, few), self.tracer:
-                check_served(self.ready.model, _batch(self.config, policy, "cpu", None), dtype=self.ready.compute_dtype)
+            with only_blocks(self.ready.model, few), self.tracer, _handing_on(self.ready.model, batch) as sizes:
+                check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
+            self.handed_on = max(sizes)
         except UnsupportedError:
             if self.whole:
                 raise
@@ -372,6 +375,23 @@ def _answers(rows: int, length: int) -> Answers:
     spans = tuple((row * length, (row + 1) * length - 1) for row in range(rows))
     good = (rows + 1) // 2
     return Answers(spans=spans, whole=spans, tokens=(length - 1,) * rows, good=good, likely=good * (length - 1))
+
+
+@contextmanager
+def _handing_on(model: nn.Module, batch: Batch) -> Iterator[set[int]]:
+    """Within it bytes are gathered that blocks hand to the next one for a token of rows like those of `batch`."""
+    sizes, rows = set[int](), len(batch.input_ids)
+
+    def see(block: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        sizes.add(hidden.nbytes // (rows * hidden.shape[-2]))
+
+    hooks = [block.register_forward_hook(see) for block in find_blocks(model)[1]]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from lowmem_ft.planner.device import Device
 STEP = 256  # sequences are suggested in multiples of so many tokens
 ROWS = 2000  # records that are looked at
 UPDATES = 50  # that an epoch has at least, where its tokens suffice: with few, a warmup and a schedule mean nothing
-LOOKS = (
-    4  # evaluations and checkpoints of an epoch, at least: what is best is chosen of several, and a crash costs less
-)
+LOOKS = 4  # evaluations and checkpoints of an epoch, at least: the best is one of several, and a crash costs less
 SHARE = 0.9  # of what is free: the rest is for what else the machine does meanwhile
 
 

@@ -236,7 +236,9 @@ class Scales:
     def input_bytes(self, policy: Policy) -> int:
         """Bytes of one offloaded block's input in the tier below."""
         dtype: torch.dtype = getattr(torch, policy.compute_dtype)
-        return -(-policy.micro_batch_tokens * self._hidden * dtype.itemsize // PAGE) * PAGE
+        # models that add blocks' outputs up in fp32 (Mamba), or in several streams (Gemma 3n), hand more on
+        a_token = max(self._hidden * dtype.itemsize, self.stage.handed_on)
+        return -(-policy.micro_batch_tokens * a_token // PAGE) * PAGE
 
     def inputs_stored(self, policy: Policy) -> int:
         """Bytes of all offloaded inputs there; the last one stays on the device."""

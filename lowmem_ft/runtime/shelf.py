@@ -51,15 +51,15 @@ class Shelf:
     def _widen(self, nbytes: int, device: torch.device) -> None:
         """Have places of so many bytes. What lies in them moves: the first input of a pass may be smaller than those
         behind it, as where a model adds its blocks' outputs up in fp32 (Mamba)."""
-        if not self._full:
-            self._size, self._tier = 0, NoTier()  # first what it had is given back
         simulated = device.type == "meta"
-        wider: TakingTier = NoTier() if simulated else self._open_tier([nbytes] * self._last)
-        for place in () if simulated else self._full:
-            memory = device_memory(self._size, device)
+        moving = {} if simulated else {place: device_memory(self._size, device) for place in self._full}
+        for place, memory in moving.items():
             self._tier.wait(self._tier.start(place, memory))
-            wider.wait(wider.store(place, memory))
-        self._size, self._tier = nbytes, wider
+        self._size, self._tier = 0, NoTier()  # first what it had is given back
+        tier: TakingTier = NoTier() if simulated else self._open_tier([nbytes] * self._last)
+        self._size, self._tier = nbytes, tier
+        for place, memory in moving.items():
+            tier.wait(tier.store(place, memory))
 
     def take(self, place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor of `place`, while the one below it begins to come."""

@@ -17,6 +17,7 @@ from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime import optim, vocabulary
+from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.tiers import PAGE
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
@@ -34,7 +35,7 @@ def small_updates(monkeypatch: pytest.MonkeyPatch) -> None:
 def scales(
     name: str, folder: Path, kind: Any = "cpu", sizes: dict[str, Any] | None = None, **sections: Any
 ) -> tuple[RunConfig, Scales]:
-    tiny_config(name, **DEEP[name], **(sizes or {})).save_pretrained(folder)
+    tiny_config(name, **{**DEEP.get(name, {}), **(sizes or {})}).save_pretrained(folder)
     keys = {"data": {"seq_len": SEQ_LEN}, "train": {"tokens_per_step": 8 * SEQ_LEN}, **sections}
     config = RunConfig.from_dict({"model": str(folder), **keys})
     return config, Scales(config, policy(), kind=kind, cost=lambda *_: 1e-6)
@@ -118,6 +119,17 @@ def test_offloaded_inputs_are_weighed_as_simulated(name: str, keep: int, streame
     assert without.seconds == pytest.approx(weighed.seconds, rel=0.03), "copies take no time here, views do"
     estimate = made.estimate(asked, SEQ_LEN, 8 * SEQ_LEN)
     assert abs(estimate.allocated / weighed.allocated - 1) < 0.03
+
+
+@pytest.mark.parametrize(("name", "wider"), [("llama", 1), ("mamba", 2)])
+def test_inputs_are_as_wide_as_blocks_hand_them_on(name: str, wider: int, tmp_path: Path) -> None:
+    """Mamba's in fp32."""
+    data = {"seq_len": SEQ_LEN, "packing": False}
+    config, made = scales(name, tmp_path, sizes={"num_hidden_layers": 4}, data=data)
+    asked = replace(policy(rows=2, seq_len=SEQ_LEN, keep=0, depth=4), recompute_blocks=0, offload_blocks=4)
+    hidden = causal_model(made.stage.ready.model).config.get_text_config().hidden_size
+    assert made.input_bytes(asked) == 2 * SEQ_LEN * hidden * 2 * wider
+    assert made.weigh(asked, timed=False).allocated == simulate(config, asked, kind="cpu").train_peak
 
 
 @pytest.mark.parametrize(("keep", "offload"), [(0, 0), (3, 0), (0, DEPTH)])

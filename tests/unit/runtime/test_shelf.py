@@ -76,7 +76,15 @@ def test_they_go_down_one_by_one_and_come_up_one_ahead() -> None:
 
 def test_inputs_that_are_larger_than_those_before_them() -> None:
     """In the first pass, and in a later one with longer rows: the places become larger while some are full."""
-    shelf, tiers = shelf_and_tiers()
+    opened: list[weakref.ref[Recorded]] = []
+
+    def open_tier(sizes: list[int]) -> Recorded:
+        assert all(tier() is None for tier in opened), "both at once would take more than was planned"
+        tier = Recorded(sizes)
+        opened.append(weakref.ref(tier))
+        return tier
+
+    shelf = Shelf(COUNT, open_tier)
     for times in (1, 2):
         given: list[Tensor] = [torch.randn(3, 1000 * times).bfloat16(), *(torch.randn(3, 1000 * times) for _ in "123")]
         for place, tensor in enumerate(given):
@@ -84,7 +92,7 @@ def test_inputs_that_are_larger_than_those_before_them() -> None:
         for place in reversed(range(COUNT)):
             like = given[place]
             assert torch.equal(shelf.take(place, like.shape, like.dtype, like.device), like), place
-    assert len(tiers) == 3
+    assert len(opened) == 3
 
 
 def test_after_an_aborted_pass() -> None:
