@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.planner.choices import first_policy
 from lowmem_ft.report.progress import Reporter
+from lowmem_ft.trainer import harness
 from lowmem_ft.trainer.harness import HarnessModel
 from lowmem_ft.trainer.recovery import NoSaferPolicyError, Recovery
 from tests.assets import ASSETS, write_share
@@ -214,6 +216,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find the 14,000 that come with the harness takes seven seconds each time."""
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
+
+
 def test_command(tasks: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = [word for name in ("manual_choice", "manual_text", "manual_answer") for word in ("--harness", name)]
@@ -225,6 +232,7 @@ def test_command(tasks: Path, command: Command, monkeypatch: pytest.MonkeyPatch)
     assert 1 < results["manual_text"]["byte_perplexity,none"] < 10
     assert results["manual_answer"]["exact_match,none"] == 0
     assert found["n-samples"]["manual_choice"]["effective"] == 12
+    own_tasks_alone(monkeypatch)
     code, out, err = command(
         "eval", tasks / "config.yaml", "--harness", "manual_choice", "--include", tasks, "--limit", "4",
         "--chat", "--fewshot", "1",
@@ -234,7 +242,8 @@ def test_command(tasks: Path, command: Command, monkeypatch: pytest.MonkeyPatch)
     assert "|acc_norm|" in out
 
 
-def test_bad_input(tasks: Path, command: Command) -> None:  # noqa: F811
+def test_bad_input(tasks: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    own_tasks_alone(monkeypatch)
     config = tasks / "config.yaml"
     for arguments, words in (
         (["--harness", "manual_chioce", "--include", tasks], "did you mean manual_choice?"),
