@@ -97,6 +97,6 @@ def split_shards(tensors: Layout) -> list[Layout]:
 
 def shard_header(shard: Layout, metadata: Mapping[str, str] = PYTORCH) -> bytes:
     """What stands before the tensors in a safetensors file that holds them in this order."""
-    text = json.dumps(safetensors_header(shard, metadata)).encode()
+    text = json.dumps(safetensors_header(shard, metadata), separators=(",", ":")).encode()
     text = text.ljust(-(-(len(text) + 8) // ALIGN) * ALIGN - 8)
     return len(text).to_bytes(8, "little") + text

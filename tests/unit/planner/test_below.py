@@ -215,16 +215,18 @@ def test_an_optimizer_on_the_host_where_nothing_else_fits(deep: Path, monkeypatc
     assert bound.weighed.policy.optimizer_on == "device", "the host has no room for it"
 
 
-@pytest.mark.parametrize("objective", ["speed", "memory"])
-def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all tiles and numbers of keeping and streamed blocks the plan takes the best that fits, by brute force."""
     for module in (choices, search_module):
         monkeypatch.setattr(module, "MLP_TILES", (64, 32))
     sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_tiny("llama", tmp_path, **sizes)
-    pins = {"micro_batch_tokens": 512, "loss_chunk_tokens": 32, "stream_embeddings": "none", "objective": objective}
-    settings = config(tmp_path, data={"seq_len": 256}, policy={**pins, "resident_blocks": 4})
-    search, exact = Search(settings, DEVICE, 4), []
+    pins = {"micro_batch_tokens": 512, "loss_chunk_tokens": 32, "stream_embeddings": "none", "resident_blocks": 4}
+
+    def search_for(objective: str) -> Search:
+        return Search(config(tmp_path, data={"seq_len": 256}, policy={**pins, "objective": objective}), DEVICE, 4)
+
+    search, smallest, exact = search_for("speed"), search_for("memory"), []
     for tile in (0, 64, 32):
         for keep in range(5):
             for offload in {0, 4 - keep if 4 - keep > SLOTS else 0}:
@@ -239,11 +241,9 @@ def test_tiles_come_where_nothing_else_serves(tmp_path: Path, monkeypatch: pytes
         fitting = [it for it in exact if it[0] <= budget]
         assert answer.fits
         assert answer.process <= budget
-        if objective == "speed":
-            assert answer.weighed.seconds <= 1.05 * min(seconds for _, seconds, _ in fitting)
-            assert (answer.weighed.policy.mlp_tile_tokens > 0) == (budget < plain)
-        else:
-            assert answer.process <= least
+        assert answer.weighed.seconds <= 1.05 * min(seconds for _, seconds, _ in fitting)
+        assert (answer.weighed.policy.mlp_tile_tokens > 0) == (budget < plain)
+        assert smallest.best(budget).process <= least
     refused = search.best(least - 2**12)
     assert not refused.fits
     assert refused.process == least
