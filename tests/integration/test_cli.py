@@ -53,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_eval_generate(folder: Path) -> None:
+def test_train_eval_generate(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    here = partial(run_here, monkeypatch=monkeypatch, capfd=capfd)
     trained = run("train", folder / "config.yaml", "adapter.rank=4")
     assert trained.returncode == 0, trained.stderr
     assert "process peak" in trained.stderr
@@ -68,7 +69,7 @@ def test_train_eval_generate(folder: Path) -> None:
     assert 0 < found["bits_per_byte"] < 8
     accuracies = {line["eval_accuracy"] for line in lines if line.get("eval_loss") == best}
     assert {found["eval_accuracy"]} == accuracies
-    without = run("eval", folder / "run", "--adapter", "none", "eval.samples=2", "eval.max_new_tokens=4", "--json")
+    without = here("eval", folder / "run", "--adapter", "none", "eval.samples=2", "eval.max_new_tokens=4", "--json")
     told = json.loads(without.stdout)
     assert told["eval_loss"] == held_out[0]
     assert [set(sample) for sample in told["samples"]] == [{"prompt", "answer", "reference"}] * 2
@@ -80,7 +81,7 @@ def test_train_eval_generate(folder: Path) -> None:
     assert [answer["prompt"] for answer in answers] == ["What does ls do?", "What is cat?"]
     assert all(answer["answer"] for answer in answers)
 
-    again = run("train", folder / "config.yaml", "adapter.rank=4", "--resume")
+    again = here("train", folder / "config.yaml", "adapter.rank=4", "--resume")
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from lowmem_ft.export.parity import held_out
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from tests.assets import ASSETS, write_pairs, write_share
+from tests.unit.cli.conftest import command  # noqa: F401 - a fixture
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-COMMAND = [sys.executable, "-m", "lowmem_ft"]
+Command = Callable[..., tuple[int, str, str]]
 QUIET = Reporter(quiet=True)
 SAID = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 POLICY = {"micro_batch_tokens": 256, "loss_chunk_tokens": 64, "activations": "keep"}  # quickly planned
@@ -50,24 +50,20 @@ def config(folder: Path, objective: str, file: str = "pairs-train.jsonl", **sect
     return RunConfig.from_dict(keys)
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
-
-
-def test_the_readmes_example(folder: Path) -> None:
+def test_the_readmes_example(folder: Path, command: Command) -> None:  # noqa: F811
     (text,) = re.findall(r"```yaml\n(# dpo\.yaml\n.*?)```", README, re.DOTALL)
     (line,) = re.findall(r"^lowmem-ft (train dpo\.yaml .*)$", README, re.MULTILINE)
     (folder / "dpo.yaml").write_text(text)
     told = line.replace("$assets", str(ASSETS)).replace("dpo.yaml", str(folder / "dpo.yaml")).split()
     assert yaml.safe_load(text)["train"]["objective"] == "dpo"
     short = ["train.steps=2", f"output={folder / 'run'}", *(f"policy.{key}={value}" for key, value in POLICY.items())]
-    done = command(*told, *short)
-    assert done.returncode == 0, done.stderr
+    code, _, err = command(*told, *short)
+    assert code == 0, err
     lines = [json.loads(it) for it in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [it["eval_loss"] for it in lines if it["step"] == 0] == [pytest.approx(0.693147, rel=1e-5)]
-    evaluated = command("eval", folder / "run", "eval.samples=2", "eval.max_new_tokens=4", "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    found = json.loads(evaluated.stdout)
+    code, out, err = command("eval", folder / "run", "eval.samples=2", "eval.max_new_tokens=4", "--json")
+    assert code == 0, err
+    found = json.loads(out)
     last = lines[-1]
     assert found["eval_loss"] == last["eval_loss"]
     assert found["examples"] == 80
@@ -101,10 +97,10 @@ def test_every_objective_trains(folder: Path, objective: str) -> None:
     assert len(text.sequences) >= 8
 
 
-def test_a_merge_after_preferences_is_checked_on_their_answers(folder: Path) -> None:
+def test_a_merge_after_preferences_is_checked_on_their_answers(folder: Path, command: Command) -> None:  # noqa: F811
     run = loop.train(config(folder, "dpo"), reporter=QUIET)
-    done = command("merge", run.folder)
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("merge", run.folder)
+    assert code == 0, err
     assert (run.folder / "merged" / "config.json").exists()
 
 
@@ -125,11 +121,11 @@ def test_data_of_another_objective_is_refused(
     assert not (folder / objective).exists(), "nothing is left"
 
 
-def test_wrong_keys_end_with_one_message(folder: Path) -> None:
+def test_wrong_keys_end_with_one_message(folder: Path, command: Command) -> None:  # noqa: F811
     (folder / "config.yaml").write_text(config(folder, "dpo").to_yaml())
-    done = command("train", folder / "config.yaml", "preference.gamma=1")
-    assert done.returncode == 2
-    assert "preference.gamma does not concern train.objective: dpo" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = command("train", folder / "config.yaml", "preference.gamma=1")
+    assert code == 2
+    assert "preference.gamma does not concern train.objective: dpo" in err
+    assert "Traceback" not in err
     with pytest.raises(ConfigError, match=r"did you mean 'preference\.beta'"):
         config(folder, "dpo").from_dict({"model": "m"}, ["preference.bta=1"])
