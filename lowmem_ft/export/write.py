@@ -13,9 +13,10 @@ from pathlib import Path
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.files import is_full, open_to_others, remove_orphans, writing_prefix
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.quant.checkpoint import SMALL_FILES
 
 # what an exported model takes over from its base; templates beside the default one (for tools) lie in a folder
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
+COPIED = (*SMALL_FILES, "additional_chat_templates/*.jinja")
 _OF_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json", "quantize_config.json")
 
 

@@ -39,6 +39,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's folder: configs, tokenizer, templates
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _A_MODEL = "a folder with config.json and safetensors files, or a hub id such as Qwen/Qwen3-0.6B"
@@ -370,7 +371,7 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.py"] if code else [])]
+    small = [*SMALL_FILES, *(["*.py"] if code else [])]
     # of folders templates alone (additional_chat_templates): what else lies there is the model in other formats
     below = [f"*/*.{kind}" for kind in ("json", "txt", "model", "py", "safetensors")]
     what = "the model is neither a local folder nor a hub repository that can be reached or is in the hub's cache"

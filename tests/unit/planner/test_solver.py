@@ -3,7 +3,6 @@
 import gc
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,6 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from benchmarks.random_weights import write_model
-from lowmem_ft.adapters.inject import inject_lora
-from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError
@@ -29,7 +25,7 @@ from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime.blocks import causal_model
-from tests.models import save_tiny, tiny_model
+from tests.models import save_tiny
 
 GIB = 2**30
 QUANTIZED = {
@@ -176,71 +172,6 @@ def test_brute_force_finds_nothing_faster_that_fits(models: dict[str, Path], nam
         # estimates order what is weighed; with tiny models they are off by a few tiles (7% measured, 0 with large ones)
         assert plan.predicted.step_seconds <= 1.1 * best
     assert not search.best(sizes[0] - 2**16).fits
-
-
-@pytest.mark.parametrize(
-    ("pins", "words"),
-    [
-        ({"resident_blocks": 9}, "not so many blocks"),
-        ({"keep_blocks": 9}, "not so many blocks"),
-        ({"stream_from": "host"}, "streamed from disk"),
-        ({"activations": "keep", "keep_blocks": 0}, "keep_blocks: 6"),
-        ({"activations": "recompute", "keep_blocks": 3}, "keep_blocks: 0"),
-        ({"micro_batch_tokens": 1}, "allowed: 64"),
-    ],
-)
-def test_pins_that_cannot_be(models: dict[str, Path], pins: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_plan(config(models["deep"], policy=pins), device=DEVICE)
-
-
-def test_what_an_adapter_to_go_on_from_decides(models: dict[str, Path], tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    inject_lora(model, targets="all-linear", rank=4, alpha=8)
-    save_adapter(model, tmp_path, base_model="base")
-    given = config(models["llama"], adapter={"init": str(tmp_path), "rank": 64, "dropout": 0.1})
-    with pytest.warns(UserWarning, match=r"adapter\.rank: ignored, as .* has its own"):
-        plan = make_plan(given, device=DEVICE)
-    assert plan.model["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ConfigError, match="neither a way to begin nor a folder") as caught:
-        make_plan(config(models["llama"], adapter={"init": "pissa"}), device=DEVICE)
-    assert "default, gaussian" in str(caught.value.allowed)
-
-
-def test_a_reference_without_the_adapter_to_go_on_from_is_told_once(models: dict[str, Path], tmp_path: Path) -> None:
-    """By the plan, and not by each command that reads the config."""
-    model = tiny_model("llama")
-    inject_lora(model, targets="all-linear", rank=4, alpha=8)
-    save_adapter(model, tmp_path, base_model="base")
-    for objective, expected in (("dpo", 1), ("simpo", 0)):
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            given = config(models["llama"], adapter={"init": str(tmp_path)}, train={"objective": objective})
-            assert not told
-            assert make_plan(given, device=DEVICE).fits
-        assert sum("without the adapter that adapter.init names" in str(it.message) for it in told) == expected
-
-
-def test_a_micro_batch_is_of_whole_rows(models: dict[str, Path]) -> None:
-    with pytest.warns(UserWarning, match="micro_batch_tokens: 200 is taken for 192"):
-        plan = make_plan(config(models["llama"], policy={"micro_batch_tokens": 200}), device=DEVICE)
-    assert plan.policy.micro_batch_tokens == 192
-
-
-def test_sequences_that_the_model_has_no_positions_for(models: dict[str, Path]) -> None:
-    """Of a table; rotary positions go on behind those that the model was made for."""
-    longer = {"data": {"seq_len": 136}, "train": {"tokens_per_step": 136}}
-    with pytest.raises(ConfigError, match="no positions") as caught:
-        make_plan(config(models["gpt2"], **longer), device=DEVICE)
-    assert caught.value.fix == "set data.seq_len: 128"
-    assert make_plan(config(models["llama"], **longer), device=DEVICE).fits
-
-
-def test_what_is_trained_whole_stays_on_the_device(models: dict[str, Path]) -> None:
-    sections = {"quant": {"bits": 16}, "adapter": {"train_modules": ["up_proj"]}}
-    plan = with_budget(config(models["deep"], **sections))(DEVICE.process_bytes + PROCESS_SLACK)
-    assert not plan.fits
-    assert plan.policy.streamed_blocks == 0
 
 
 def test_objectives(models: dict[str, Path]) -> None:
@@ -430,38 +361,6 @@ def test_of_experts_those_that_a_token_has_multiply(models: dict[str, Path], bit
     heads = 2 * size * (text.num_attention_heads + text.num_key_value_heads)
     numbers = text.hidden_size * (heads + text.num_experts_per_tok * 3 * text.intermediate_size)
     assert products_of(search.scales.stage.blocks[-1], text) == numbers
-
-
-def test_pins_are_followed(models: dict[str, Path]) -> None:
-    pins = {"activations": "recompute", "micro_batch_tokens": 128, "loss_chunk_tokens": 32, "compute_dtype": "float32"}
-    policy = make_plan(config(models["llama"], policy=pins), device=DEVICE).policy
-    assert (policy.keep_blocks, policy.micro_batch_tokens, policy.accumulation) == (0, 128, 4)
-    assert (policy.loss_chunk_tokens, policy.compute_dtype) == (32, "float32")
-
-
-def test_auto_bits_takes_the_most_that_fit(models: dict[str, Path]) -> None:
-    assert make_plan(config(models["llama"], quant={"bits": "auto"}), device=DEVICE).policy.bits == 16
-    nothing = make_plan(config(models["llama"], quant={"bits": "auto"}, budget={"memory": "1MiB"}), device=DEVICE)
-    assert nothing.policy.bits == 4
-
-
-@pytest.mark.parametrize(
-    ("quant", "ignored"), [({"bits": 8}, "quant.bits: 8"), ({"bits": "auto", "type": "fp4"}, "fp4")]
-)
-def test_a_checkpoint_that_is_quantized_keeps_its_precision(
-    tmp_path: Path, quant: dict[str, Any], ignored: str
-) -> None:
-    model = write_model(tmp_path / "model", QUANTIZED, device="cpu", quantized=True)
-    with pytest.warns(UserWarning, match=f"{ignored} has no effect on a checkpoint that is quantized already"):
-        policy = make_plan(config(model, quant=quant), device=DEVICE).policy
-    assert (policy.bits, policy.quant, policy.double_quant) == (4, "nf4", True)
-    assert policy.describe().startswith("nf4 double-quantized weights")
-
-
-def test_an_optimizer_on_the_host_of_a_cpu_is_a_warning(models: dict[str, Path]) -> None:
-    with pytest.warns(UserWarning, match="no effect on a CPU"):
-        plan = make_plan(config(models["llama"], policy={"optimizer_on": "host"}), device=DEVICE)
-    assert plan.policy == make_plan(config(models["llama"]), device=DEVICE).policy
 
 
 @pytest.fixture
