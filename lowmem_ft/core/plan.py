@@ -141,7 +141,7 @@ class Plan:
         changes: where nothing fits, the cheapest changes of the config that would make it fit.
         frontier: of all policies that were weighed those that no other beats in both memory and speed, by memory.
             Its figures and those of alternatives are estimates, where `predicted` is exact. Measured on models of 7M
-            and 1.1B parameters: tensors -2% to +7%, seconds 0% to +4%; the process on a CPU -0.2% to +0.7%, on CUDA,
+            and 1.1B parameters: tensors -2% to +7%, seconds 0% to +4%; the process on a CPU -1.1% to +0.7%, on CUDA,
             where only `predicted` replays the allocator, -10% to +1%. Of a policy that was weighed exactly and refused
             the bytes are exact here.
         measured: what real steps took, under the keys of `predicted`; empty where none was run.

@@ -41,7 +41,7 @@ class Rates:
 
     Attributes:
         products: floating-point operations of large matrix products, by dtype.
-        loops: of 16-bit products outside of our operator on a CPU that has no units for them.
+        loops: of 16-bit products outside of our operator on a CPU that has no units for them; None where there are.
         attention_forward, attention_backward: floating-point operations of the attention kernel.
         elementwise: bytes read and written by element-wise operations.
         dequantize: values, by the bits they were stored in.
@@ -52,7 +52,7 @@ class Rates:
     """
 
     products: Mapping[torch.dtype, float]
-    loops: float
+    loops: float | None
     attention_forward: float
     attention_backward: float
     elementwise: float
@@ -72,7 +72,7 @@ class Rates:
         if found is None:
             return cls(
                 products={dtype: PRODUCT_SHARE * rate for dtype, rate in flops.items()},
-                loops=LOOPS_SHARE * fastest,
+                loops=None if profile.kind == "cuda" or multiplies(torch.bfloat16) else LOOPS_SHARE * fastest,
                 attention_forward=ATTENTION_SHARE * fastest,
                 attention_backward=ATTENTION_SHARE * fastest,
                 elementwise=BANDWIDTH_SHARE * bandwidth,
@@ -84,7 +84,7 @@ class Rates:
             )
         return cls(
             products=flops,
-            loops=found.loops.value if found.loops is not None else fastest,
+            loops=None if found.loops is None else found.loops.value,
             attention_forward=found.attention_forward.value,
             attention_backward=found.attention_backward.value,
             elementwise=found.elementwise.value,
@@ -98,9 +98,10 @@ class Rates:
     def calls_alone(self) -> Rates:
         """A second for each call, and nothing for work: what is summed is the number of calls."""
         return Rates(
-            products=dict.fromkeys(self.products, math.inf), loops=math.inf, attention_forward=math.inf,
-            attention_backward=math.inf, elementwise=math.inf, dequantize=dict.fromkeys(self.dequantize, math.inf),
-            updates=math.inf, draws=math.inf, call=1.0, update_call=0.0,
+            products=dict.fromkeys(self.products, math.inf), loops=None if self.loops is None else math.inf,
+            attention_forward=math.inf, attention_backward=math.inf, elementwise=math.inf,
+            dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf, draws=math.inf, call=1.0,
+            update_call=0.0,
         )  # fmt: skip
 
 
@@ -113,7 +114,6 @@ class CostModel:
     def __init__(self, rates: Rates, *, kind: str) -> None:
         self._rates = rates
         self._ahead = kind == "cuda"  # the host calls on while the device works
-        self._native = kind == "cuda" or multiplies(torch.bfloat16)
         self._rules: dict[Any, Callable[..., float] | None] = {
             torch.ops.lowmem_ft.product.default: self._product,
             torch.ops.lowmem_ft.dequantize_4bit.default: self._dequantize_4bit,
@@ -169,21 +169,25 @@ class CostModel:
         work = 2.0 * rows * inner * columns
         if c is not None:
             work += 2.0 * rows * c.shape[1] * (columns + (inner if by is not None else 0))
-        if self._native or a.dtype == torch.float32:
-            return work / self._rates.products.get(a.dtype, self._rates.loops)
+        if self._rates.loops is None or a.dtype == torch.float32:
+            return work / self._rate(a.dtype)
         # as quant/products.py does it: tile by tile, whose parts are converted to fp32 and back
         top, left, along = (math.ceil(size / TILE) for size in (rows, columns, inner))
         converted = rows * inner * left + inner * columns * top + rows * columns
         again = 0 if c is None else rows * columns + (rows * inner if by is not None else 0)  # memory binds there
         moved = _BYTES_PER_CONVERTED * converted + _BYTES_PER_SUMMED * again
         calls = _CALLS_PER_TILE * top * left * along + (0 if c is None else top * (left + along + 1))
-        multiplied = work / self._rates.products.get(torch.float32, self._rates.loops)
-        return multiplied + moved / self._rates.elementwise + calls * self._rates.call
+        return work / self._rate(torch.float32) + moved / self._rates.elementwise + calls * self._rates.call
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]
-        fast = self._native or a.dtype == torch.float32
-        return work / (self._rates.products.get(a.dtype, self._rates.loops) if fast else self._rates.loops)
+        loops = self._rates.loops
+        return work / (self._rate(a.dtype) if loops is None or a.dtype == torch.float32 else loops)
+
+    def _rate(self, dtype: torch.dtype) -> float:
+        """Of products in a dtype; of one that profiles do not know, such as fp64, the slowest."""
+        products = self._rates.products
+        return products.get(dtype) or min(products.values())
 
     def _addmm(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         return self._mm(out, a, b)

@@ -23,7 +23,7 @@ from lowmem_ft.planner.profile import SUFFIXES, Profile, load_profile, near_prof
 from lowmem_ft.planner.trace import Cost
 from lowmem_ft.planner.workspaces import derived_workspaces, measured_workspaces
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
-from lowmem_ft.quant.products import mm
+from lowmem_ft.quant.products import mm, multiplies
 from lowmem_ft.runtime.attention import attention
 from lowmem_ft.runtime.memory import cgroup_bytes, cuda_process_bytes, process_bytes
 from lowmem_ft.runtime.optim import AdamW
@@ -42,6 +42,7 @@ HOST_PROCESS_BYTES = (1600 << 20) + LATER_HOST_BYTES
 # Of a row of an embedding on a disk, beside its bytes: 73 to 89 us were measured for 6 KB rows on the machine of
 # fit.json; it is the disk's latency, so a profile's bandwidth says nothing of it.
 LOOKUP_SECONDS = 75e-6
+MATMUL_SECONDS = 0.1
 SIMILAR_TO_CUDA = "rtx-3090-24gb"  # whose ratios of bandwidth to arithmetic are taken for a card without a profile
 
 
@@ -131,13 +132,19 @@ def find_device(name: str) -> Device:
 
 def cost_of(device: Device) -> Cost:
     """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, with products in
-    proportion."""
+    proportion, and attention too where the number of cores is what differs."""
     profile = _profile_of(device)
     rates = Rates.of(profile)
     if device.profile is None:
         faster = device.flops / profile.flops[device.compute_dtype].value
         products = {dtype: rate * faster for dtype, rate in rates.products.items()}
-        rates = replace(rates, products=products)
+        cores = faster if device.kind == "cpu" else 1.0
+        rates = replace(
+            rates,
+            products=products,
+            attention_forward=rates.attention_forward * cores,
+            attention_backward=rates.attention_backward * cores,
+        )
     return CostModel(rates, kind=device.kind).seconds
 
 
@@ -156,7 +163,9 @@ def links_of(device: Device) -> Links:
 def _profile_of(device: Device) -> Profile:
     if device.profile is not None:
         return load_profile(device.profile)
-    return load_profile("cpu" if device.kind == "cpu" else _similar_card(device))
+    if device.kind == "cpu":
+        return load_profile("cpu-bf16" if multiplies(torch.bfloat16) else "cpu")
+    return load_profile(_similar_card(device))
 
 
 @functools.cache  # which reads all of them
@@ -266,15 +275,16 @@ def _free_and_taken() -> tuple[int, int]:
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product of the size of a small model's layer, the best of three."""
+    """Operations per second of a matrix product of the size of a small model's layer, the best of three or more: where
+    others work beside, a product waits for its processors now and then."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(4):  # the first one warms up
+    best, times, end = float("inf"), 0, time.perf_counter() + MATMUL_SECONDS
+    while times < 4 or time.perf_counter() < end:  # the first one warms up
         start = time.perf_counter()
         mm(a, a, out=out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best, times = min(best, time.perf_counter() - start), times + 1
     return 2.0 * size**3 / best

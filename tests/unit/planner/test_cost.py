@@ -19,7 +19,7 @@ from tests.unit.planner.policies import policy
 
 ENDLESS = 1e30
 FREE: dict[str, Any] = {
-    "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": ENDLESS, "attention_forward": ENDLESS,
+    "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": None, "attention_forward": ENDLESS,
     "attention_backward": ENDLESS, "elementwise": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
     "draws": ENDLESS, "call": 0.0, "update_call": 0.0,
 }  # fmt: skip
@@ -93,20 +93,26 @@ def test_updates_of_small_tensors() -> None:
         assert model.seconds(update, ("adam", meta(10)), {}, None) == expected
 
 
-def test_products_that_a_processor_does_in_fp32_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_a_processor_does_in_fp32_tiles() -> None:
     """Two tiles of rows and three of columns, whose parts are converted, with a product of low rank."""
-    monkeypatch.setattr(cost, "multiplies", lambda dtype: False)
     n, k, m, r = 2048, 512, 3072, 4
     operands = (meta(n, m), meta(n, k), meta(k, m), None, meta(n, r), meta(k, r), meta(r, m), 1.0)
 
     def of(**rates: Any) -> complex:
-        model = CostModel(Rates(**{**FREE, **rates}), kind="cpu")
+        model = CostModel(Rates(**{**FREE, "loops": ENDLESS, **rates}), kind="cpu")
         return model.seconds(torch.ops.lowmem_ft.product.default, operands, {}, None)
 
     work = 2 * n * k * m + 2 * n * r * (k + m)
     assert of(products={torch.float32: 1.0}) == pytest.approx(work)
     assert of(elementwise=1.0) == pytest.approx(6 * (3 * n * k + 2 * k * m + n * m) + 8 * (n * m + n * k))
     assert of(call=1.0) == pytest.approx(1 + 4 * 6 + 2 * (3 + 1 + 1))
+    mm = torch.ops.aten.mm.default
+    slow = {"products": {torch.bfloat16: 4.0, torch.float32: 2.0}, "loops": 1.0, "kind": "cpu"}
+    operands_of = {
+        dtype: (meta(3, 5, dtype=dtype), meta(5, 7, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)
+    }
+    assert seconds(mm, *operands_of[torch.bfloat16], **slow) == 2 * 3 * 5 * 7, "by PyTorch itself"
+    assert seconds(mm, *operands_of[torch.float32], **slow) == 3 * 5 * 7
 
 
 def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:
@@ -161,8 +167,11 @@ def test_each_expert_dequantizes_its_own_weights(tmp_path: Path, tokens: int) ->
     assert of(16, call=1.0) - of(4, call=1.0) > 2 * layers * more * 4  # two that dequantize and two products
 
 
+@pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("name", ["rtx-3060-12gb", "colab-t4-16gb", "cpu"])
-def test_a_profile_that_nobody_measured_has_rates_too(name: str) -> None:
-    rates = Rates.of(load_profile(name))
+def test_a_profile_that_nobody_measured_has_rates_too(name: str, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "multiplies", lambda dtype: units)
+    rates = Rates.of(load_profile(name).model_copy(update={"measured": None}))
+    assert (rates.loops is None) == (units or name != "cpu")
     assert all(0 < rate < 1e16 for rate in (*rates.products.values(), *rates.dequantize.values()))
     assert rates.elementwise < load_profile(name).memory_bandwidth.value

@@ -12,6 +12,7 @@ from lowmem_ft.core.errors import BudgetError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
 from lowmem_ft.planner.device import Device, cost_of, find_device
+from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.trainer import loop
 from tests.unit.planner.test_solver import CARD, DEVICE, GIB, config, models  # noqa: F401 - a fixture
@@ -114,6 +115,29 @@ def test_times_on_a_card_are_those_of_its_profile() -> None:
     assert seconds(here, add) == seconds(known, add)
     assert seconds(replace(here, flops=here.flops / 2), mm) == pytest.approx(2 * seconds(known, mm))
     assert seconds(replace(here, sm_count=131), add) > 2 * seconds(here, add), "no profile has such a chip"
+
+
+@pytest.mark.parametrize(("units", "name"), [(True, "cpu-bf16"), (False, "cpu")])
+def test_times_on_a_cpu_are_those_of_one_with_the_same_units(
+    units: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products and attention count as fast as products were measured: a processor of twice the cores does both twice as
+    fast, but calls as many operations."""
+    monkeypatch.setattr(device_facts, "multiplies", lambda dtype: units)
+    known = find_device(name)
+    here = replace(known, present=True, profile=None, flops=known.flops * 2)
+    factor, heads = torch.empty(2048, 2048, device="meta"), torch.empty(1, 4, 256, 64, device="meta")
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def seconds(device: Device, operation: Any, *args: Any) -> float:
+        return cost_of(device)(operation, args, {}, torch.empty_like(args[0]), 1.0).real
+
+    call = 1 / load_profile(name).measured.calls.value  # type: ignore[union-attr]
+    for operation, args in ((torch.ops.aten.mm.default, (factor, factor)), (flash, (heads, heads, heads, 0.0, True))):
+        work = seconds(known, operation, *args) - call
+        assert seconds(here, operation, *args) == pytest.approx(call + work / 2), operation
+    add = torch.ops.aten.add.Tensor
+    assert seconds(here, add, factor, factor) == seconds(known, add, factor, factor) > call
 
 
 def test_a_plan_for_a_card_that_is_not_here(models: dict[str, Path]) -> None:  # noqa: F811

@@ -263,7 +263,7 @@ def test_alternatives_take_less_and_are_close(models: dict[str, Path], device: D
         assert candidate.process_peak_bytes < roomy.predicted.process_peak_bytes
         exact = process_peak(device, search.scales, search.scales.weigh(candidate.policy)).process
         # as `Plan` says
-        low, high = (-0.002, 0.007) if device.kind == "cpu" else (-0.1, 0.01)
+        low, high = (-0.011, 0.007) if device.kind == "cpu" else (-0.1, 0.01)
         assert 1 + low <= candidate.process_peak_bytes / exact <= 1 + high
     least = make_plan(
         settings.model_copy(update={"budget": settings.budget.model_copy(update={"memory": 1})}), device=device
