@@ -25,6 +25,7 @@ from lowmem_ft.cli.init import init
 from lowmem_ft.cli.profiles import profiles_app
 from lowmem_ft.cli.push import push
 from lowmem_ft.cli.runs import DeviceOption, assemble_run, on_device, open_run
+from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import check_writable, write_text
@@ -42,6 +43,22 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+
+
+def _tell_versions(asked: bool) -> None:
+    if asked:
+        for name in (PACKAGE, "torch", "transformers"):
+            print(name, installed_version(name) or "is not installed as a package")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_versions, is_eager=True, help="Print versions, and exit.")
+    ] = False,
+) -> None:
+    """Of the command line itself; what `version` asks for has been told."""
 
 
 @app.command()

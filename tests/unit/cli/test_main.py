@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +97,28 @@ def test_warnings_say_no_place_in_the_code() -> None:
     """But for those that are not this package's."""
     assert format_warning("ignored", UserWarning, "/venv/lowmem_ft/cli/app.py", 94) == "Warning: ignored\n"
     assert "linear.py:7: UserWarning" in format_warning("slow", UserWarning, "/venv/torch/nn/linear.py", 7)
+
+
+def test_versions(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_ft.core.checks.metadata.version", {"lowmem-ft": "1.2", "torch": "2.13.0+cpu"}.get)
+    code, out, err = command("--version")
+    told = ["lowmem-ft 1.2", "torch 2.13.0+cpu", "transformers is not installed as a package"]
+    assert (code, out.splitlines(), err) == (0, told, "")
+
+
+def test_what_needs_no_pytorch_does_not_wait_for_it() -> None:
+    """Importing it takes seconds."""
+    code = """
+import sys
+from lowmem_ft.cli import main
+for words in ("--version", "--help", "plan --help", "profiles list", "profiles show cpu", "docs"):
+    sys.argv = ["lowmem-ft", *words.split()]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert not stopped.code, words
+    assert not {"torch", "transformers", "numpy"} & set(sys.modules), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"torch {metadata.version('torch')}" in done.stdout
