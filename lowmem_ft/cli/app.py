@@ -39,9 +39,7 @@ app = typer.Typer(
     help="Fine-tune large language models inside the memory budget you name.",
 )
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as train.lr=1e-4.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys, such as train.lr=1e-4.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
@@ -163,8 +161,7 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss of a run's adapter, in the micro-batches it was trained with; perplexity, bits per byte and the
-    share of tokens that the model takes for the likeliest."""
+    """Held-out loss of a run's adapter, perplexity, bits per byte and token accuracy; or tasks of a harness."""
     config, made, chosen = open_run(target, overrides or [], adapter)
     if harness:
         run_harness(

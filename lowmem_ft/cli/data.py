@@ -31,7 +31,7 @@ SHOWN = 2000  # characters of an example
 def data_preview(
     file: Annotated[str, typer.Argument(help="A data file, a saved dataset's folder, or a hub id.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys, such as data.format=alpaca.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys, such as data.format=alpaca.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Whose tokenizer; default: the embedded model.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,

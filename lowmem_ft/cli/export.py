@@ -40,8 +40,7 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base model, and check that the result computes what was trained.
 
-    The folder has the weights, tokenizer and chat template, and loads with transformers alone. It appears complete
-    or not at all.
+    The folder loads with transformers alone: weights, tokenizer, chat template. It appears complete or not at all.
     """
     # four bits rounded twice lose what training added: the grid's own values go back to where they were
     chosen = _one_of(base or ("original" if quantize else "dequantized"), ("dequantized", "original"), "--base")
@@ -78,7 +77,10 @@ def merge(
 
 def export(
     target: Target,
-    gguf: Annotated[str | None, typer.Option(help="The merged model in one file: f16, q8_0, q4_0 ...")] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(help="The merged model in one file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."),
+    ] = None,
     gguf_adapter: Annotated[bool, typer.Option("--gguf-adapter", help="The adapter alone, for llama.cpp.")] = False,
     vllm: Annotated[bool, typer.Option("--vllm", help="The adapter alone, as a folder for vLLM.")] = False,
     out: Annotated[

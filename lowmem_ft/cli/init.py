@@ -52,7 +52,7 @@ class Asker:
 
 
 def init(
-    out: Annotated[Path, typer.Argument(metavar="[OUT.yaml]", help="The file to write.")] = Path("config.yaml"),
+    out: Annotated[Path, typer.Argument(metavar="OUT.yaml", help="The file to write.")] = Path("config.yaml"),
     model: Annotated[str | None, typer.Option(help="A model folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Records to train on.")] = None,
     held_out: Annotated[str | None, typer.Option("--eval", help="Records to evaluate on.")] = None,

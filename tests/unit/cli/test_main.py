@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.main import get_group
 
 from lowmem_ft.cli import demo, export, format_warning
-from lowmem_ft.cli.app import perplexity_of
+from lowmem_ft.cli.app import app, perplexity_of
+from lowmem_ft.export.gguf_file import TYPES
 from lowmem_ft.export.write import refuse_filled
 from lowmem_ft.planner import solver
 from tests.unit.cli.conftest import ASSETS
@@ -122,3 +124,19 @@ for words in ("--version", "--help", "plan --help", "profiles list", "profiles s
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"torch {metadata.version('torch')}" in done.stdout
+
+
+def test_help_is_set_as_wide_as_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typer keeps where a docstring's lines end, and puts brackets around what may be left out."""
+    for name, one in get_group(app).commands.items():
+        assert all("\n" not in paragraph for paragraph in (one.help or "").split("\n\n")), name
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("plan", "train", "eval", "data"):
+        assert " [KEY=VALUE]...  " in command(name, "--help")[1], name
+    assert " [OUT.yaml]  " in command("init", "--help")[1]
+
+
+def test_help_names_every_type_of_gguf(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without importing them, which would import PyTorch."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"{', '.join(TYPES[:-1])} or {TYPES[-1]}." in command("export", "--help")[1]
