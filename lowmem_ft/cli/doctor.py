@@ -18,6 +18,7 @@ from lowmem_ft.core.checks import Check, check_versions
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.positions import positions_of
+from lowmem_ft.report.columns import columns
 
 if TYPE_CHECKING:
     from lowmem_ft.planner.health import Limit
@@ -105,7 +106,7 @@ def check_hub() -> Check:
 
 def _show(checks: list[Check], limit: Limit | None, console: Console) -> None:
     if console.is_terminal:
-        table = Table("", "check", "found", "how to fix it", box=box.SIMPLE, pad_edge=False)
+        table = Table(*columns("", "check", "found", "how to fix it"), box=box.SIMPLE, pad_edge=False)
         for check in checks:
             status = Text(check.status, style=STYLES[check.status])
             table.add_row(status, Text(check.name), Text(check.found), Text(check.fix))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import check_writable
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.profile import SUFFIXES, Bytes, Profile, Rate, load_profile, profile_names, write_profile
+from lowmem_ft.report.columns import columns
 from lowmem_ft.report.progress import Reporter
 
 profiles_app = typer.Typer(
@@ -29,6 +31,8 @@ UNITS = {
     **dict.fromkeys(("flops.", "attention", "loops"), "FLOP/s"),
     **dict.fromkeys(("dequantize", "updates", "draws", "calls"), "/s"),
 }
+
+NARROW = 60  # characters of a line in which columns become too narrow to read
 
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
@@ -122,13 +126,13 @@ def _summary(profile: Profile) -> dict[str, str | int | float]:
 
 
 def _print(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], title: str | None = None) -> None:
-    """A table on a terminal; piped, one line per row with tabs between the columns."""
+    """A table on a terminal with room for one; elsewhere one line per row, with tabs between the columns."""
     console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal or console.width < NARROW:
         for row in rows:
             print("\t".join(row))
         return
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(*columns(*header), title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)

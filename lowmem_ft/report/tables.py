@@ -21,6 +21,7 @@ from lowmem_ft.core.plan_words import (
 )
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.report.columns import columns
 
 BAR = 30  # characters of a full bar
 
@@ -61,7 +62,7 @@ def _table(listing: Listing) -> Table:
 def _cell(cell: str | float) -> Text:
     if isinstance(cell, float):
         return Text(_bar(cell))
-    return Text(cell, justify="right" if cell[:1].isdigit() else "left")
+    return Text(cell, justify="right" if cell[:1].isdigit() else "left", overflow="fold")
 
 
 def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
@@ -79,7 +80,9 @@ def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
 
 def measured_table(run: Run) -> Table:
     """Planned against measured memory and speed."""
-    table = Table("", "planned", "measured", "of plan", title="Planned against measured", title_justify="left")
+    table = Table(
+        *columns("", "planned", "measured", "of plan"), title="Planned against measured", title_justify="left"
+    )
     for row in measured_rows(run):
         table.add_row(*row)
     return table

@@ -93,3 +93,11 @@ def test_a_terminal_gets_a_table() -> None:
     assert "how to fix it" in shown
     assert "needs more" in shown
     assert "What would limit you: [tiny] fits." in shown
+
+
+def test_a_narrow_terminal_gets_all_of_it() -> None:
+    console = Console(force_terminal=True, width=40, color_system=None, highlight=False, markup=False)
+    path = "/home/somebody/.cache/huggingface/hub"
+    with console.capture() as capture:
+        _show([Check(name="disk", status="ok", found=path)], None, console)
+    assert path in "".join(line.split()[-1] for line in capture.get().splitlines()[3:] if line.strip())

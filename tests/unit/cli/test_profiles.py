@@ -32,6 +32,16 @@ def test_list_is_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(name in output for name in profile_names())
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_names_are_whole_in_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    for output, names in ((run("list"), profile_names()), (run("show", "cpu"), list(load_profile("cpu").figures()))):
+        assert set(names) <= set(output.split())
+        assert "…" not in output, "nothing is cut"
+
+
 def test_list_as_json() -> None:
     rows = json.loads(run("list", "--json"))
     assert [row["name"] for row in rows] == profile_names()

@@ -112,6 +112,9 @@ def test_piped_rows_of_tables_are_lines_of_any_length() -> None:
     terminal = Reporter(console=console(terminal=True, width=80))
     terminal.say(plan_table(PLAN))
     assert max(map(len, text(terminal).splitlines())) == 80
+    narrow = Reporter(console=console(terminal=True, width=32))
+    narrow.say(plan_table(PLAN))
+    assert "…" not in text(narrow), "nothing is cut"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
