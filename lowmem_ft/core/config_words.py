@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.yaml_text import QUOTE
@@ -81,9 +82,15 @@ def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
                 yield sign, getattr(item, name)
 
 
+def first_problem(error: ValidationError) -> ErrorDetails:
+    """What to tell of `error`: of a key that is misspelt that nobody knows it, and not that another one is missing."""
+    problems = error.errors(include_url=False)
+    return next((it for it in problems if it["type"] == "extra_forbidden"), problems[0])
+
+
 def explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
     """The first problem of a pydantic error of `schema`, in this project's form."""
-    first = error.errors(include_url=False)[0]
+    first = first_problem(error)
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         where = ".".join(str(part) for part in first["loc"])

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from lowmem_ft.core.config import Section
+from lowmem_ft.core.config_words import first_problem
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.files import write_text
 from lowmem_ft.core.sizes import parse_size
@@ -265,7 +266,7 @@ def _below(annotation: Any, key: str) -> Any:
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
     """The first problem of a pydantic error, in this project's form."""
-    first = error.errors(include_url=False)[0]
+    first = first_problem(error)
     path = [str(part) for part in first["loc"]]
     unknown = first["type"] in ("extra_forbidden", "invalid_key") or path[-1:] == ["[key]"]
     if path[-1:] == ["[key]"]:  # pydantic's place of a mapping's key that is no dtype

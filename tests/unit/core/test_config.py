@@ -246,6 +246,9 @@ def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
 def test_a_model_is_required_and_configs_are_frozen() -> None:
     with pytest.raises(ConfigError, match="'model' is missing"):
         RunConfig.from_dict({})
+    for name in ("modle", "base_model"):
+        with pytest.raises(ConfigError, match=rf"Unknown key '{name}'(.|\n)*did you mean 'model'"):
+            RunConfig.from_dict({name: "m"})
     config = RunConfig.from_dict({"model": "m"})
     with pytest.raises(Exception, match="frozen"):
         config.model = "other"

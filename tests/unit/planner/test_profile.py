@@ -173,6 +173,13 @@ def test_a_broken_profile_is_named(path: str, value: Any, words: list[str], tmp_
         assert word in str(caught.value)
 
 
+def test_a_misspelt_key_is_not_called_missing(tmp_path: Path) -> None:
+    data = facts()
+    data["disk_raed"] = data.pop("disk_read")
+    with pytest.raises(ConfigError, match=r"Unknown key 'disk_raed'(.|\n)*did you mean 'disk_read'"):
+        load(data, tmp_path)
+
+
 def test_a_key_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Unknown key '1'"):
         load({**facts(), 1: 2}, tmp_path)
