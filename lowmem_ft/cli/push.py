@@ -29,9 +29,8 @@ def push(
             fix="finish it with `lowmem-ft train ... --resume`",
         )
 
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     from lowmem_ft.adapters.peft_format import read_adapter_config
     from lowmem_ft.report.card import without_places
@@ -46,7 +45,7 @@ def push(
         hub.create_commit(address.repo_id, operations, commit_message=f"Adapter of {run.resolve().name}")
     except HFValidationError as error:
         raise ConfigError("That is no name for a repository.", given=repo, allowed="OWNER/NAME") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # of httpx or httpx2, by the version of huggingface_hub
         raise CheckpointError(
             "The hub does not take the adapter.",
             given=f"{repo}: {error}",

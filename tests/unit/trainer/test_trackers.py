@@ -9,12 +9,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlflow
 import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -180,9 +181,6 @@ def test_push_uploads_the_adapter(tracked: Run, tmp_path: Path, monkeypatch: pyt
 
 
 def test_push_says_what_is_wrong(tracked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: HfApi, *_: Any, **__: Any) -> None:
-        raise LocalTokenNotFoundError("no token")
-
     def pushed(folder: Path, name: str) -> BaseException | None:
         return CliRunner().invoke(app, ["push", str(folder), name]).exception
 
@@ -193,7 +191,9 @@ def test_push_says_what_is_wrong(tracked: Run, tmp_path: Path, monkeypatch: pyte
     shutil.copy(tracked.adapter / "adapter_config.json", tmp_path / "adapter")
     assert "no adapter" in str(pushed(tmp_path, "me/mine")), "its weights are not there"
     assert "no name for a repository" in str(pushed(tracked.folder, "not a/name/at all"))
-    monkeypatch.setattr(HfApi, "create_repo", refused)
-    error = pushed(tracked.folder, "me/mine")
-    assert isinstance(error, LowMemError)
-    assert "hf auth login" in str(error)
+    for reason in (LocalTokenNotFoundError("no token"), HTTPError("no network")):
+        monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=reason))
+        error = pushed(tracked.folder, "me/mine")
+        assert isinstance(error, LowMemError)
+        assert str(reason) in str(error)
+        assert "hf auth login" in str(error)
