@@ -54,6 +54,10 @@ def main() -> None:
             sys.exit(1)
         _tell(f"The output cannot be written.\n  given:   {error}")
         sys.exit(2)
+    except UnicodeEncodeError as error:  # of a path; what is printed has no such letters
+        fix = "set PYTHONUTF8=1, or LC_ALL to a locale of UTF-8"
+        _tell(ConfigError("The locale has no letters for a file's name.", given=error.object, fix=fix))
+        sys.exit(ConfigError.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _ran_out_of_memory(error):
             raise

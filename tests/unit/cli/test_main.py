@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +67,20 @@ def test_names_that_the_system_does_not_take(command: Command, monkeypatch: pyte
     monkeypatch.setattr(solver, "make_plan", raising(PermissionError(errno.EACCES, "Permission denied", name)))
     code, _, err = command("plan", model)
     assert (code, f"given:   [Errno 13] Permission denied: '{name}'" in err) == (2, True), err
+
+
+def test_names_that_the_locale_has_no_letters_for(tmp_path: Path) -> None:
+    """As under LC_ALL=de_DE.ISO-8859-1; under C alone Python takes UTF-8."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "lowmem_ft", "train", "config.yaml"]
+    (tmp_path / "config.yaml").write_text(f"model: {ASSETS / 'doclm-7m'}\ndata: {{train: träin.jsonl}}\n", "utf-8")
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **locale}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "The locale has no letters for a file's name" in done.stderr
+    assert "tr\\xe4in.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_perplexity_of_a_model_that_diverged() -> None:
