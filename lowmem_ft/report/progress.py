@@ -27,7 +27,8 @@ def show(console: Console, text: object) -> None:
     if console.is_terminal:
         console.print(text, highlight=False, markup=False, emoji=False)
         return
-    wide = Console(file=io.StringIO(), width=WIDE, color_system=None, force_jupyter=False)
+    file = io.TextIOWrapper(io.BytesIO(), encoding=console.encoding)  # which decides what tables are drawn with
+    wide = Console(file=file, width=WIDE, color_system=None, force_jupyter=False)
     with wide.capture() as captured:
         wide.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     lines = "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n"))

@@ -118,6 +118,16 @@ def test_piped_rows_of_tables_are_lines_of_any_length() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
+def test_tables_are_drawn_with_what_the_encoding_has(run: Run, terminal: bool) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    reporter = Reporter(console=Console(file=file, force_terminal=terminal, width=100, color_system=None))
+    reporter.say(plan_table(PLAN))
+    reporter.say(measured_table(run))
+    file.seek(0)
+    assert "\\u" not in file.read()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_told_is_shown_as_it_is(terminal: bool) -> None:
     reporter = Reporter(console=console(terminal=terminal))
     reporter.say("written to runs/[bold]/:cat:")
