@@ -76,7 +76,9 @@ def read_rows(path: Path, progress: Progress | None = None) -> Iterator[Row]:
         file = path.open("rb")
         size = path.stat().st_size
     except OSError as error:
-        raise DataError("The data file cannot be read.", given=f"{path} ({error.strerror})") from error
+        # a config may lie elsewhere, and is no place that its paths would begin at
+        fix = None if path.is_absolute() else f"check the path, which begins at {Path.cwd()}, where this runs"
+        raise DataError("The data file cannot be read.", given=f"{path} ({error.strerror})", fix=fix) from error
     with file, _telling(path):
         if not file.seekable():
             progress = None  # a pipe does not say how far it is

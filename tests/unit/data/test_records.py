@@ -304,3 +304,12 @@ def test_cut_tables(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(DataError, match="cannot be read"):
             list(read_rows(path))
+
+
+def test_where_a_relative_path_begins_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"begins at {tmp_path}"):
+        list(read_rows(Path("data.jsonl")))
+    with pytest.raises(DataError) as caught:
+        list(read_rows(tmp_path / "data.jsonl"))
+    assert caught.value.fix is None
