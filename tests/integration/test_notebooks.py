@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 from lowmem_ft.cli.app import app
+from lowmem_ft.planner.profile import load_profile
 from tests.unit.core.test_plan import PLAN
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -93,6 +94,11 @@ def test_installs_only_where_it_is_missing(path: Path) -> None:
     first = next(cell.source for cell in read(path).cells if cell.cell_type == "code")
     assert ("%pip install" in first) == (path.stem != "dry_run")
     assert ("DEMO = False" in first) == (path.stem != "dry_run")
+
+
+def test_the_memory_of_a_t4_is_that_of_its_profile() -> None:
+    memory = load_profile("colab-t4-16gb").memory_bytes.value
+    assert f"A T4 has {memory / 2**30:.1f} GiB of memory" in read(notebook("finetune_7b_colab_t4")).cells[0].source
 
 
 def test_command_lines_are_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
