@@ -1,9 +1,11 @@
 """What programs in `benchmarks/` share, where a mistake would falsify what they say."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -20,6 +22,53 @@ SHAPE = {
     "model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_what_the_readme_says_of_budgets_is_what_was_planned():
+    plans = {plan["what"]: plan for plan in result("limits")["plans"]}
+    readme = (ROOT / "README.md").read_text()
+    for model in ("Llama-3.1-8B", "Qwen3-14B", "Qwen3-32B", "Llama-3-70B"):
+        smallest = plans[f"{model}, 512 tokens, the smallest"]
+        rates = [plans[f"{model}, 512 tokens in {gib} GiB"]["tokens_per_second"] for gib in (4, 8, 12, 24)]
+        cells = [f"{smallest['process_peak_bytes'] / 1e9:.2f} GB, {smallest['tokens_per_second']:.0f}/s"]
+        cells += [f"{rate:.0f}/s" for rate in rates]
+        assert f"| {model} | {' | '.join(cells)} |" in readme
+
+
+def test_what_is_said_beside_peers_on_a_card_is_what_was_measured():
+    names = {
+        "peer": "peer",
+        "peer with Liger": "peer with Liger's kernels",
+        "ours, recompute": "activations recomputed",
+    }
+    names["ours, fastest"] = "the plan without a budget"
+    peers = result("gpu_h200")["peers"]
+    for file, ours in (("README.md", "lowmem-ft"), ("benchmarks/MEASURED.md", "ours")):
+        text = (ROOT / file).read_text()
+        for side, name in names.items():
+            runs = [run for run in peers[side] if not run.get("packing")]
+            cells = [f"{it['peaks']['process'] / 1e9:.1f} GB, {it['tokens_per_second']:.0f}/s" for it in runs]
+            name = f"{ours}, {name}" if side.startswith("ours") else name
+            assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_what_is_said_of_the_accuracy_of_plans_is_what_was_found():
+    seeds = [result(f"plan_accuracy_seed{seed}")["configurations"] for seed in (1, 2, 3)]
+    errors = {key: [[it[f"{key}_error"] for it in seed] for seed in seeds] for key in ("train", "eval")}
+    readme, measured = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "MEASURED.md").read_text()
+    for label, key in (("bytes in tensors, training step", "train"), ("the same, evaluation", "eval")):
+        every = [error for seed in errors[key] for error in seed]
+        under = sum(error < 0 for error in every)
+        assert f"| CPU: {label} | {len(every)} | {under} | +{median(every):.2%} | +{max(every):.1%}" in readme
+    first = errors["train"][0] + errors["train"][1]
+    assert f"never under, +{median(first):.2%} in the median and +{max(first):.1%} at\nmost" in measured
 
 
 @pytest.mark.parametrize("quantized", [False, True])
