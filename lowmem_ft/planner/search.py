@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from heapq import heapify, heappop, heappush
 from typing import Literal, NamedTuple
 
 from lowmem_ft.core.config import RunConfig
@@ -48,13 +49,11 @@ class _Start(NamedTuple):
     """A policy of which more blocks will be streamed.
 
     Attributes:
-        offload: blocks that offload in it.
         known: the same with other embeddings, and nothing that offloads.
         least: bytes that the process takes at least.
     """
 
     policy: Policy
-    offload: int
     known: Option
     least: int
 
@@ -168,7 +167,8 @@ class Search:
         found = {option.policy: option for option in self.options(budget, optimizer_on=place, tiled=tiled)}
         options |= found
         learned: dict[Hashable, float] = {}
-        for option in self._in_turn([*found.values()], budget, learned):
+        for option in self._in_turn(found, budget, learned):
+            options.setdefault(option.policy, option)
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits and self.config.policy.objective == "memory":
                 smallest = self._smallest(budget, place, options, most=most)
@@ -312,9 +312,9 @@ class Search:
                 policy, seconds = start.policy, start.known.seconds
                 if start.known.process <= budget / margin or start.least > int(budget / margin):
                     continue
-                sort = policy.stream_embeddings, start.offload > 0, policy.keep_attention
+                sort = policy.stream_embeddings, policy.offload_blocks > 0, policy.keep_attention
                 if every or seconds < best.get(sort, math.inf):  # none of it makes any faster
-                    found = self._fewest_streamed(start, int(budget / margin))
+                    found = self._fewest_streamed(policy, int(budget / margin))
                     if found is not None:
                         best[sort] = min(best.get(sort, math.inf), found.seconds)
                         yield found
@@ -356,20 +356,20 @@ class Search:
         held, heads = scales.held_by(known.policy), scales.stage.streams_head(known.policy)
         for policy in self._with_embeddings(known.policy):
             for offload in self.choices.offloads(policy, policy.keep_blocks):
-                most = self.choices.blocks(
-                    policy, policy.keep_blocks, streamed=self.choices.most_saved, offload=offload
+                least, most = (
+                    self.choices.blocks(policy, policy.keep_blocks, streamed=streamed, offload=offload)
+                    for streamed in (self.choices.streams[0], self.choices.most_saved)
                 )
                 more = held - scales.held_by(most) + scales.inputs_stored(most)
                 if scales.stage.streams_head(policy) != heads:  # the loss may take nothing
                     more += scratch_bytes(scales.stage.ready.head, known.policy.loss_chunk_tokens)
-                yield _Start(policy, offload, known, self.process_estimate(most, known.allocated - more, 0))
+                yield _Start(least, known, self.process_estimate(most, known.allocated - more, 0))
 
-    def _fewest_streamed(self, start: _Start, budget: int) -> Option | None:
+    def _fewest_streamed(self, start: Policy, budget: int) -> Option | None:
         """`start` with as few streamed blocks as let it fit, by the estimate."""
 
         def other(streamed: int) -> Policy:
-            keep = start.policy.keep_blocks
-            return self.choices.blocks(start.policy, keep, streamed=streamed, offload=start.offload)
+            return self.choices.blocks(start, start.keep_blocks, streamed=streamed, offload=start.offload_blocks)
 
         scales, few = self.scales, self._option(other(self.choices.streams[0]))
         held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
@@ -382,30 +382,38 @@ class Search:
         at = bisect_left(self.choices.streams, True, key=fits)
         return self._option(other(self.choices.streams[at])) if at < len(self.choices.streams) else None
 
-    def _in_turn(self, options: Sequence[Option], budget: int, learned: Mapping[Hashable, float]) -> Iterator[Option]:
+    def _order(self, option: Option) -> tuple[float, float]:
+        """How well it seems to serve the objective: the less the better."""
+        copies = option.policy.streams or option.policy.offload_blocks
+        seconds = option.seconds * (WORTH_COPIES if copies else 1.0)
+        return {
+            "memory": (option.process, option.seconds),
+            "batch": (-option.policy.micro_batch_tokens, seconds),
+        }.get(self.config.policy.objective, (seconds, option.process))
+
+    def _in_turn(self, found: dict[Policy, Option], budget: int, learned: Mapping[Hashable, float]) -> Iterator[Option]:
         """Those that may fit, the best first, as many as are worth an exact weighing.
 
+        Where what was learned says that one does not fit, the same with more streamed blocks is added to `found`: it
+        may lack a single one, and all others be far slower.
+
         Args:
-            learned: how many times what was estimated one of a sort took that was weighed meanwhile.
+            learned: how many times what was estimated one of a sort took that was weighed meanwhile, and refused.
         """
-
-        def seconds(option: Option) -> float:
-            copies = option.policy.streams or option.policy.offload_blocks
-            return option.seconds * (WORTH_COPIES if copies else 1.0)
-
-        order: Callable[[Option], tuple[float, float]] = {
-            "speed": lambda it: (seconds(it), it.process),
-            "memory": lambda it: (it.process, it.seconds),
-            "batch": lambda it: (-it.policy.micro_batch_tokens, seconds(it)),
-            "context": lambda it: (seconds(it), it.process),
-        }[self.config.policy.objective]
+        queue = [(*self._order(option), at, option) for at, option in enumerate(found.values())]
+        heapify(queue)
         tries = 0
-        for option in sorted(options, key=order):
-            if option.process * learned.get(_sort(option.policy), 1 / NEAR) <= budget:
+        while queue and tries < TRIES:
+            option = heappop(queue)[-1]
+            sort = _sort(option.policy)
+            if option.process * learned.get(sort, 1 / NEAR) <= budget:
                 yield option
                 tries += 1
-            if tries == TRIES:
-                return
+            if sort in learned and option.process <= NEAR * budget:
+                closer = self._fewest_streamed(option.policy, int(budget / learned[sort]))
+                if closer is not None and closer.policy not in found:
+                    found[closer.policy] = closer
+                    heappush(queue, (*self._order(closer), len(found), closer))
 
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int, *, most: int | None = None) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
