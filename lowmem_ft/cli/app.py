@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,7 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder or hub id, or the YAML file of a run.")],
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory of the device, such as 8GiB.")] = None,
     host_budget: Annotated[str | None, typer.Option(help="RAM, when the device is a GPU.")] = None,
@@ -101,7 +102,11 @@ def plan(
             "--price-per-hour says what an epoch costs.", given=price_per_hour, fix="add --dataset-tokens, such as 50M"
         )
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
-    config = RunConfig.from_dict({"model": model}, [*given, *(overrides or [])])
+    changes = [*given, *(overrides or [])]
+    if Path(model).suffix in (".yaml", ".yml") and os.path.isfile(model):
+        config = RunConfig.load(model, changes)
+    else:
+        config = RunConfig.from_dict({"model": model}, changes)
     if html is not None:
         check_writable(html)
 

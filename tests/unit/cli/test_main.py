@@ -17,6 +17,7 @@ from typer.main import get_group
 
 from lowmem_ft.cli import demo, export, format_warning
 from lowmem_ft.cli.app import app, perplexity_of
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.export.gguf_file import TYPES
 from lowmem_ft.export.write import refuse_filled
 from lowmem_ft.planner import solver
@@ -155,3 +156,20 @@ def test_help_names_every_type_of_gguf(command: Command, monkeypatch: pytest.Mon
     """Without importing them, which would import PyTorch."""
     monkeypatch.setenv("COLUMNS", "200")
     assert f"{', '.join(TYPES[:-1])} or {TYPES[-1]}." in command("export", "--help")[1]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_the_config_that_will_be_trained_is_planned(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
+) -> None:
+    asked: list[RunConfig] = []
+
+    def make_plan(config: RunConfig) -> Any:
+        asked.append(config)
+        raise MemoryError
+
+    monkeypatch.setattr(solver, "make_plan", make_plan)
+    path = (tmp_path / "run").with_suffix(suffix)
+    path.write_text("model: some/model\nadapter: {rank: 4}\ndata: {seq_len: 512}\n", encoding="utf-8")
+    assert command("plan", path, "--seq-len", 256, "train.lr=1e-5")[0] == 3, "flags are above the file"
+    assert asked == [RunConfig.load(path, ["data.seq_len=256", "train.lr=1e-5"])]
