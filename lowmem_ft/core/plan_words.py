@@ -46,7 +46,9 @@ def host_words(plan: Plan) -> str:
 def speed_words(plan: Plan) -> str:
     """`2.31 s per step, 7,092 tokens per second.`"""
     predicted = plan.predicted
-    return f"{predicted.step_seconds:,.3g} s per step, {predicted.tokens_per_second:,.0f} tokens per second."
+    seconds = predicted.step_seconds
+    shown = f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.3g}"  # which of larger ones writes 1.65e+03
+    return f"{shown} s per step, {predicted.tokens_per_second:,.0f} tokens per second."
 
 
 def cost_words(plan: Plan, dataset_tokens: int | None, price_per_hour: float | None) -> str:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from lowmem_ft.core.plan import Change, Plan
+from lowmem_ft.core.plan_words import speed_words
 from lowmem_ft.report.plan_page import plan_page
 from lowmem_ft.report.tables import plan_table
 from tests.pages import Parsed, in_browser, needs_browser
@@ -68,6 +69,12 @@ def test_a_plan_that_fits_says_how_well_and_what_else_there_is() -> None:
     assert text.count(FITTING.policy.describe()) == 1 + 4, "the first few alternatives are enough"
     assert "saves slower policy 1.00 GiB 0% nf4" in text
     assert "2.00 GiB 20% nf4" in text
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.01234, "0.0123 s"), (12.34, "12.3 s"), (1650.4, "1,650 s")])
+def test_seconds_are_plain_numbers(seconds: float, words: str) -> None:
+    predicted = dataclasses.replace(FITTING.predicted, step_seconds=seconds)
+    assert speed_words(dataclasses.replace(FITTING, predicted=predicted)).startswith(f"{words} per step")
 
 
 def test_a_plan_that_does_not_fit_says_what_would() -> None:
