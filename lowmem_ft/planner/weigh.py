@@ -6,6 +6,7 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -356,10 +357,7 @@ class Scales:
     def _traced(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
         """The segments of such a step."""
         trace = self._step(policy, classes, taken)
-        tokens, in_loss = policy.micro_batch_tokens, _in_loss(policy)
-        found = [
-            self._with_whole_loss(it, tokens, in_loss) for it in segments(trace, self.stage.tracer.seconds, self._tier)
-        ]
+        found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
         if self._update is None:
             self.kernels = self.stage.products.kernel_bytes  # the same for all policies, whatever else is tried
             self._update = next(segment for segment in found if segment.part == "update")
@@ -369,17 +367,19 @@ class Scales:
         )
         return pieces
 
-    def _with_whole_loss(self, segment: Segment, tokens: int, in_loss: int) -> Segment:
-        """The loss of all `tokens` from that of fewer: the list of their positions is longer."""
+    def _with_whole_loss(self, segment: Segment, policy: Policy) -> Segment:
+        """The loss of all tokens from that of fewer: the list of their positions is longer, and there are more chunks,
+        of which each takes as long as a full one."""
         if segment.part not in HEADS:
             return segment
-        factor = tokens / in_loss
+        tokens, in_loss, chunk = policy.micro_batch_tokens, _in_loss(policy), policy.loss_chunk_tokens
+        factor, chunks = tokens / in_loss, math.ceil(tokens / chunk) / math.ceil(in_loss / chunk)
         listed = {event.key for event, _ in segment.events if event.op == _LISTING}
         steps = [
             (event._replace(nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
             for event, birth in segment.events
         ]
-        return segment_of(segment.part, None, steps, segment.seconds * factor, self._tier)
+        return segment_of(segment.part, None, steps, segment.seconds * chunks, self._tier)
 
     def _weighed(self, policy: Policy, places: Sequence[Place], *, gone: int = 0) -> Weighed:
         """`gone`: bytes of each offloaded input, if `places` have them still on the device."""

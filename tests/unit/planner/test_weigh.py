@@ -51,6 +51,18 @@ def test_weighing_few_blocks_is_simulating_all(name: str, keeps: tuple[int, ...]
         assert made.evaluation_peak(asked) == whole.eval_peak
 
 
+def test_every_chunk_of_the_loss_takes_as_long(tmp_path: Path) -> None:
+    """Of larger micro-batches one whole chunk is traced, and a part of the next, which works on as many rows."""
+    _, made = scales("llama", tmp_path)
+
+    def seconds(rows: int) -> float:
+        asked = policy(rows=rows, seq_len=SEQ_LEN, depth=DEPTH, loss_chunk_tokens=2 * SEQ_LEN)
+        (found,) = (it.segment.seconds for it in made.weigh(asked).places if it.segment.part == "loss")
+        return found
+
+    assert seconds(8) <= 4 * seconds(2)
+
+
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("streamed", [4, DEPTH])
 def test_streamed_blocks_are_weighed_as_simulated(name: str, streamed: int, tmp_path: Path) -> None:
