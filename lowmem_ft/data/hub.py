@@ -6,6 +6,7 @@ The last line of stdout is JSON, `{"files": [...]}` or `{"error": {...}}`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -27,6 +28,8 @@ def prepare(source: DataSource, use: Use) -> list[str]:
 
     try:
         builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
+        if builder.repo_id is None and not os.path.isdir(source.path):  # a reader, and all that lies in this folder
+            raise DataError("There is no such file.", given=source.path, allowed="a file, a saved dataset, or a hub id")
         kind = type(builder).__module__.split(".")[-1]
         if kind not in BUILDERS:
             raise DataError("The dataset holds no tables or text.", given=kind, allowed=", ".join(BUILDERS))

@@ -168,6 +168,18 @@ def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         find_source(DataSource(path="someone/nothing"), "train")
 
 
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_a_reader_of_datasets_is_no_source(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under such a name datasets would read all files of the working folder."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "private.txt").write_text("Not meant.")
+    (tmp_path / "private.json").write_text('{"text": "Not meant."}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        find_source(DataSource(path=name), "train")
+
+
 def test_hub_datasets_of_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
