@@ -160,14 +160,27 @@ class DataSource(Section):
     revision: str | None = None
 
 
+def _in_memory(value: Any) -> ConfigError:
+    """For what is no name of anything, and of which pydantic would take a table for the list of its columns."""
+    return ConfigError(
+        "Data is read from files.",
+        given=f"a {type(value).__name__}: {' '.join(str(value).split()):.60}",
+        allowed="a path or a hub id, a mapping with `path:`, or a list of these",
+        fix="write a file: records with json.dumps, one a line; a Dataset by to_json(path); a DataFrame by "
+        'to_json(path, orient="records", lines=True)',
+    )
+
+
 def _parse_sources(value: Any) -> Any:
     """Mappings as sources here, so that their errors name the source and not the members of a union."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         if not value:
             raise ConfigError("A list of sources is empty.", allowed="a path, or a mapping with `path:`")
         return [_parse_sources(item) for item in value]
-    if not isinstance(value, Mapping):
+    if value is None or isinstance(value, str | Path | int | float | DataSource):
         return _path_text(value)
+    if not isinstance(value, Mapping) or not value.keys() & DataSource.model_fields.keys():
+        raise _in_memory(value)
     try:
         return DataSource.model_validate(dict(value))
     except ValidationError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from lowmem_ft.core.config import DataSource, RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -108,6 +109,21 @@ def test_sources() -> None:
     assert isinstance(second, DataSource)
     assert (second.path, second.weight, second.columns, second.format) == ("b.csv", 2, {"prompt": "question"}, None)
     assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+RECORD = {"text": "A record."}
+TABLE = Dataset.from_list([RECORD])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [RECORD, [RECORD], TABLE, TABLE.to_pandas(), iter([RECORD])],
+    ids=["record", "list", "Dataset", "DataFrame", "iterator"],
+)
+def test_records_of_python_are_no_files(data: Any) -> None:
+    """Of a table the names of its columns would be taken for files."""
+    with pytest.raises(ConfigError, match=r"data\.train: Data is read from files[\s\S]*fix: .*write a file"):
+        RunConfig.from_dict({"model": "m", "data": {"train": data}})
 
 
 def test_ignored_options_are_said() -> None:
