@@ -18,11 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.config import Init
+from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.linear import get_base_weight
 from lowmem_ft.quant.products import mm, mm_low_rank
 
@@ -78,6 +80,16 @@ class LoraLinear(nn.Module):
                 norm_O = torch.linalg.vector_norm(get_base_weight(base_layer), dim=1, dtype=torch.float32)
             self.magnitude = nn.Parameter(norm_O.to(device))
         self.train(base_layer.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the forward reads the matrix below: an adapter of peft's (`all-linear` finds the place) would learn nothing
+        if name == "base_layer" and isinstance(value, BaseTunerLayer):
+            raise UnsupportedError(
+                "The model has an adapter already, and takes none of peft's inside of that.",
+                given=f"peft's {type(value).__name__} in the place of a base layer",
+                fix="load the model with adapter=False, and give that to peft, or with peft_config to TRL's trainer",
+            )
+        super().__setattr__(name, value)
 
     @property
     def weight(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -285,3 +286,12 @@ def test_an_int8_model_takes_adapters_too() -> None:
     shake(model)
     assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj.base_layer"), QuantLinear)
     assert error(logits(model), base) > 1e-2
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_adapter_takes_none_of_pefts_inside(quantized: bool) -> None:
+    """`all-linear` means the layers below ours, too, whose matrix we read: peft's adapter would train in vain."""
+    model = quantized_model("llama") if quantized else plain_model("llama")
+    inject_lora(model)
+    with pytest.raises(UnsupportedError, match=r"has an adapter already[\s\S]*adapter=False"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
