@@ -17,6 +17,7 @@ from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.mode import neutral_torch
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.planner.device import find_device
@@ -27,6 +28,7 @@ from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.trainer import loop
 
 
+@neutral_torch()
 def plan(
     model: str | Path,
     budget: str | int | None = None,
@@ -71,6 +73,7 @@ def plan(
     return make_plan(RunConfig.from_dict(data, overrides))
 
 
+@neutral_torch()
 def load(
     model: str | Path, plan: Plan, adapter: bool | str | Path = True
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
@@ -159,6 +162,7 @@ def _place(model: str | Path) -> str | Path:
     return folder.resolve() if os.path.isdir(folder) else str(model)
 
 
+@neutral_torch()
 def train(config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:
     """Fine-tune as a config (a RunConfig, nested keys, or a YAML file) says. See `lowmem_ft.trainer.loop.train`."""
     if isinstance(config, (str, Path)):

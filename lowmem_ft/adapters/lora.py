@@ -291,7 +291,7 @@ def initial_factor(
 
     Drawn on the host in float32, so that a seed gives the same adapter on every device.
     """
-    start = torch.empty(rows, columns, device="meta" if device.type == "meta" else "cpu")
+    start = torch.empty(rows, columns, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
     if init == "default":
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
     else:

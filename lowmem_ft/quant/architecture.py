@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.mode import ONE_FOR_ALL
 from lowmem_ft.quant.checkpoint import Checkpoint, first_line
 from lowmem_ft.quant.conversion import Plan, matcher, plan_conversion
 from lowmem_ft.quant.prequantized import open_source
@@ -184,7 +185,7 @@ def _build(
 
 def _construct(make: Callable[[], PreTrainedModel], dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
     try:
-        with torch.device("meta"):
+        with ONE_FOR_ALL, torch.device("meta"):
             model = make()
     except Exception as error:  # of any kind: each architecture's own code runs here, on whatever config.json says
         what = "transformers cannot build this model"

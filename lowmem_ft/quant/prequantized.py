@@ -276,7 +276,7 @@ class Mxfp4Source:
             return self._checkpoint.read_into(name, out, index)
         experts, cols, rows = self.tensors[name].shape
         groups = cols // 32
-        code = torch.tensor(E2M1)
+        code = torch.tensor(E2M1, dtype=torch.float32)
         step = max(1, CHUNK_BYTES // 4 // cols)
         out_ECR = out.view(-1, cols, rows)
         for position, expert in enumerate(range(experts) if index is None else range(index, index + 1)):

@@ -92,9 +92,11 @@ def _measure(causal: nn.Module, decoder: nn.Module, linear: nn.Linear) -> tuple[
     """(scale, soft cap) of the forward of `causal` between decoder, head and returned logits."""
     generator = torch.Generator("cpu").manual_seed(0)
     # eighths are exact in every dtype that a forward may cast to; the second token is larger, to show a norm
-    hidden = torch.randint(-16, 17, (1, 2, linear.in_features), generator=generator, device="cpu") / 8.0
+    hidden = (
+        torch.randint(-16, 17, (1, 2, linear.in_features), generator=generator, dtype=torch.float32, device="cpu") / 8
+    )
     hidden[:, 1] *= 4.0
-    noise = torch.randn(1, 2, linear.out_features, generator=generator, device="cpu")
+    noise = torch.randn(1, 2, linear.out_features, generator=generator, dtype=torch.float32, device="cpu")
     before, small = _probe(causal, decoder, linear, hidden, noise * 1e-4)  # a cap leaves these alone
     _, large = _probe(causal, decoder, linear, hidden, noise.sign() * 1e6)
     _, middle = _probe(causal, decoder, linear, hidden, noise * 20.0)

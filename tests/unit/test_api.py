@@ -4,6 +4,9 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,3 +246,66 @@ def test_transformers_trainer_takes_the_model(plan: lowmem_ft.Plan, tmp_path: Pa
     wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "saved").eval()
     # the base is not quantized there: measured 0.079, and 0.422 without the adapter
     assert error(logits(wrapped), expected) < 0.2 < error(base, expected)
+
+
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "default dtype": default_dtype,
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_notebook_has_set_concerns_its_own_tensors(mode: str, tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path))
+    keys: dict[str, Any] = {"budget": "4GiB", "device": "cpu", "seq_len": 16, "tokens_per_step": 32}
+
+    def found() -> tuple[lowmem_ft.Plan, Any]:
+        torch.manual_seed(0)
+        plan = lowmem_ft.plan(folder, **keys, policy={"activations": "recompute", "compute_dtype": "float32"})
+        return plan, lowmem_ft.load(folder, plan)[0]
+
+    expected, expected_model = found()
+    with MODES[mode]():
+        plan, model = found()
+    assert plan.policy == expected.policy
+    assert plan.predicted.allocated_peak_bytes == expected.predicted.allocated_peak_bytes
+    losses = []
+    for it in (expected_model, model):
+        output = it(input_ids=torch.arange(3, 11)[None], labels=torch.arange(3, 11)[None])
+        output.loss.backward()
+        losses.append((output.loss.item(), sum(float(p.grad.norm()) for p in it.parameters() if p.requires_grad)))
+    assert losses[0] == losses[1]
+
+
+def test_threads_plan_and_load_side_by_side(tmp_path: Path) -> None:
+    """transformers sets the default dtype of all threads while it builds a model."""
+    folder = str(save_tiny("llama", tmp_path))
+
+    def logits_of(_: int) -> Any:
+        plan = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=16, tokens_per_step=32)
+        model, _tokenizer = lowmem_ft.load(folder, plan, adapter=False)
+        with torch.no_grad():
+            return model(input_ids=torch.arange(3, 11)[None]).logits
+
+    alone = logits_of(0)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads change places often
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(logits_of, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert torch.get_default_dtype() == torch.float32
+    assert all(torch.equal(it, alone) for it in found)
