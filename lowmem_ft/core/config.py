@@ -293,7 +293,12 @@ class PolicyConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that a run is told. Frozen; build it with `load` or `from_dict`."""
+    """Everything that a run is told. Frozen; of a YAML file by `load`, of nested keys by `from_dict`, or of
+    keys by name, whose sections are mappings.
+
+    Raises:
+        ConfigError: as `from_dict`.
+    """
 
     model: PathText
     quant: QuantConfig = QuantConfig()
@@ -307,6 +312,12 @@ class RunConfig(Section):
     output: PathText = "runs/default"
     trust_remote_code: bool = False
     cache: PathText | None = None  # folder for quantized weights; None writes no cache
+
+    def __init__(self, **keys: Any) -> None:
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise explain(error, type(self)) from None
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -351,17 +362,14 @@ class RunConfig(Section):
         """
         if not isinstance(data, Mapping):
             raise ConfigError("A config is a mapping of keys.", given=repr(data), allowed="{'model': ...}, or a path")
-        merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        merged: dict[str, Any] = {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
         for override in overrides:
             _apply_override(merged, override)
         for name, field in cls.model_fields.items():
             section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
             if section and name in merged and merged[name] is None:
                 merged[name] = {}  # all of whose keys are commented out
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            raise explain(error, cls) from None
+        return cls(**merged)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -270,6 +270,25 @@ def test_a_model_is_required_and_configs_are_frozen() -> None:
         config.model = "other"
 
 
+def test_keys_by_name_are_those_of_a_mapping() -> None:
+    """Python users call the class itself: its errors are no other ones."""
+    keys: dict[str, Any] = {"model": Path("m"), "train": {"lr": 1e-3}}
+    assert RunConfig(**keys) == RunConfig.from_dict(keys)
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"model": "m", "trian": {}},
+        {"model": "m", "train": {"lr": -1}},
+        {"model": "m", "train": {"warmup": 2.5}},
+        {"model": "m", "data": {"train": [{"path": "b", "weigth": 2}]}},
+    ]
+    for keys in wrong:
+        with pytest.raises(ConfigError) as expected:
+            RunConfig.from_dict(keys)
+        with pytest.raises(ConfigError) as found:
+            RunConfig(**keys)
+        assert str(found.value) == str(expected.value)
+
+
 def test_a_run_in_place_of_its_config_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: m")
     with pytest.raises(ConfigError, match=r"folder of a run: give .*config\.yaml"):
