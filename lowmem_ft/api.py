@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, get_args
 
 import peft
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lowmem_ft.adapters.inject import is_injected, trainable_parameters
-from lowmem_ft.adapters.peft_format import save_adapter
+from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config, save_adapter
 from lowmem_ft.assemble import assemble
-from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.config import Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.mode import neutral_torch
 from lowmem_ft.core.plan import Plan
@@ -51,10 +51,11 @@ def plan(
         keys: sections of the config by name, such as `adapter={"rank": 8}` or `quant={"bits": 8}`.
 
     Raises:
-        ConfigError: an argument and a section say different things.
+        ConfigError: an argument and a section say different things, or `model` is no name of one.
         LowMemError: a wrong key or value, a model that cannot be read or served. A plan that does not fit is returned,
             with `fits` False.
     """
+    _check_name(model)
     memory = {"device": device, "memory": budget, "host": host_budget}
     data = {"model": str(model), "budget": {key: value for key, value in memory.items() if value is not None}, **keys}
     overrides = []
@@ -100,6 +101,7 @@ def load(
             given=f"plan={type(plan).__name__}",
             allowed="what lowmem_ft.plan(...) returns; of JSON, Plan.from_dict(...)",
         )
+    _check_name(model)
     config = require_fit(plan).run_config
     if _place(model) != _place(config.model):
         raise ConfigError("The plan was made for another model.", given=str(model), allowed=config.model)
@@ -107,6 +109,8 @@ def load(
         raise ConfigError(
             "That is no adapter.", given=f"adapter={adapter!r}", allowed="True (a fresh one), False (none), or a folder"
         )
+    if not isinstance(adapter, bool) and str(adapter) not in get_args(Init):
+        read_adapter_config(adapter_folder(adapter))  # before the weights are read, which can take minutes
     device = find_device(config.budget.device).torch_device
     with Reporter().task("Loading weights", unit="B") as update:
         ready = assemble(config, plan.policy, device, adapter=adapter, optimizer=False, progress=update)
@@ -123,7 +127,7 @@ def save(model: Any, folder: str | Path) -> None:
     `load`, the command line's `--adapter` and peft's `PeftModel.from_pretrained` take the folder.
 
     Args:
-        folder: made if missing; an adapter in it is replaced.
+        folder: made if missing; an adapter in it is replaced. `~` stands for the home folder.
 
     Raises:
         ConfigError: the model has no adapter.
@@ -134,7 +138,7 @@ def save(model: Any, folder: str | Path) -> None:
             "The model has no adapter, and its quantized base is not saved.",
             fix="load(model, plan) puts a fresh adapter into it; `lowmem-ft merge RUN` writes a whole model",
         )
-    save_adapter(model, folder, base_model=str(causal_model(model).config._name_or_path))
+    save_adapter(model, Path(folder).expanduser(), base_model=str(causal_model(model).config._name_or_path))
 
 
 def _save_pretrained(
@@ -151,9 +155,19 @@ def _save_pretrained(
         return
     save(model, save_directory)
     try:
-        write_file(Path(save_directory) / SAFE_WEIGHTS_NAME, dict(trainable_parameters(model)), PYTORCH)
+        write_file(Path(save_directory).expanduser() / SAFE_WEIGHTS_NAME, dict(trainable_parameters(model)), PYTORCH)
     except OSError as error:
         raise CheckpointError("The adapter cannot be written.", given=f"{save_directory} ({error})") from error
+
+
+def _check_name(model: object) -> None:
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "That is no name of a model.",
+            given=f"a {type(model).__name__}",
+            allowed="a local folder or a hub id: weights are read, and quantized, from files",
+            fix="give what the model was loaded from; one that exists in memory alone: model.save_pretrained(FOLDER)",
+        )
 
 
 def _place(model: str | Path) -> str | Path:

@@ -167,6 +167,21 @@ def test_load_needs_no_tokenizer_but_the_right_plan(plan: lowmem_ft.Plan, tmp_pa
         lowmem_ft.load(folder, tiny, adapter=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wrong", [None, 3, object()], ids=["None", "number", "model"])
+def test_a_model_is_named(wrong: Any, plan: lowmem_ft.Plan) -> None:
+    for call in (lambda: lowmem_ft.plan(wrong), lambda: lowmem_ft.load(wrong, plan)):
+        with pytest.raises(lowmem_ft.LowMemError, match=r"no name of a model[\s\S]*local folder"):
+            call()
+
+
+def test_an_adapter_that_is_not_there_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    tiny = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=64)
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(lowmem_ft.LowMemError, match="adapter's config cannot be read"):
+        lowmem_ft.load(folder, tiny, adapter=tmp_path / "nowhere")
+
+
 def test_a_folder_is_the_same_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "m")
     monkeypatch.chdir(tmp_path)
@@ -178,12 +193,13 @@ def test_a_folder_is_the_same_however_it_is_named(tmp_path: Path, monkeypatch: p
             lowmem_ft.load(name, made, adapter=False)
 
 
-def test_save_writes_what_peft_reads(tmp_path: Path) -> None:
+def test_save_writes_what_peft_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path / "base")
     made = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=64, adapter={"rank": 4})
     model, _ = lowmem_ft.load(folder, made)
     shake(model)
-    lowmem_ft.save(model, tmp_path / "run" / "adapter")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lowmem_ft.save(model, "~/run/adapter")
     copy.deepcopy(model).save_pretrained(str(tmp_path / "copy"))
     files = ("adapter_config.json", "adapter_model.safetensors")
     assert sorted(it.name for it in (tmp_path / "run" / "adapter").iterdir()) == sorted(files)
