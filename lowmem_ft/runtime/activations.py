@@ -42,7 +42,7 @@ class ActivationPolicy:
         self._before = [(block, vars(block).get("forward")) for block in blocks]
         self.unread = [Unread() for _ in blocks]
         for at, (block, unread) in enumerate(zip(blocks, self.unread, strict=True)):
-            place = (shelf, at) if shelf is not None and at < offload else None
+            place = _Place(shelf, at) if shelf is not None and at < offload else None
             attended = Attended() if keep_attention else None
             for module in block.modules() if attended is not None else ():
                 module.attended = attended  # type: ignore[assignment]
@@ -96,6 +96,15 @@ def apply_activation_policy(
 
 
 @dataclass(slots=True)
+class _Place:
+    """Where a block's input waits below the device: one at a time, so it is known of which call of the block."""
+
+    shelf: Shelf
+    at: int
+    ticket: object = None
+
+
+@dataclass(slots=True)
 class _Call:
     """One call of a block: everything but the tensors, which autograd holds."""
 
@@ -106,10 +115,11 @@ class _Call:
     spec: TreeSpec
     device: torch.device
     autocast: list[tuple[str, torch.dtype]]
-    place: tuple[Shelf, int] | None  # of the block's input, if it is offloaded
+    place: _Place | None  # of the block's input, if it is offloaded
     attended: Attended | None  # if attention is kept
     shared: dict[str, type[UserDict[str, Any]]]  # arguments in which blocks leave keys and values for others
     offloaded: tuple[torch.Size, torch.dtype, torch.device] | None = None  # what it is like
+    ticket: object = None  # of the place
     out_leaves: list[Any] = field(default_factory=list)
     out_positions: list[int] = field(default_factory=list)
     out_spec: TreeSpec | None = None
@@ -157,8 +167,8 @@ class _Call:
         """What autograd shall hold of the inputs: all, or those after the first, which is offloaded."""
         if self.place is None:
             return tensors
-        shelf, at = self.place
-        shelf.put(at, tensors[0])
+        self.place.shelf.put(self.place.at, tensors[0])
+        self.ticket = self.place.ticket = object()
         self.offloaded = tensors[0].shape, tensors[0].dtype, tensors[0].device
         return tensors[1:]
 
@@ -167,8 +177,14 @@ class _Call:
         if self.place is None:
             return held
         assert self.offloaded is not None
-        shelf, at = self.place
-        return [shelf.take(at, *self.offloaded), *held]
+        if self.place.ticket is not self.ticket:
+            raise UnsupportedError(
+                "An offloaded input is gone: another forward came before this backward, or another backward.",
+                allowed="forward, backward, forward, backward: inputs of one forward at a time lie below the device",
+                fix="put a forward without a backward under torch.no_grad(), or set policy.activations: recompute",
+            )
+        self.place.ticket = None
+        return [self.place.shelf.take(self.place.at, *self.offloaded), *held]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The block's own return value around `tensors`, and by argument what it has left there."""
@@ -227,7 +243,7 @@ def _recomputed(
     block: nn.Module,
     forward: Callable[..., Any],
     unread: Unread,
-    place: tuple[Shelf, int] | None,
+    place: _Place | None,
     attended: Attended | None,
     *args: Any,
     **kwargs: Any,

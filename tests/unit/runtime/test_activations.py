@@ -2,6 +2,7 @@
 
 import re
 from collections import UserDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,8 @@ from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.rerun import random_states, with_random
+from lowmem_ft.runtime.shelf import Shelf
+from lowmem_ft.runtime.tiers import DiskTier
 from tests.models import ARCHITECTURES, tiny_config, tiny_model, without_dropout
 from tests.unit.adapters.helpers import quantized_model, shake
 from tests.unit.runtime.memory import peak_bytes
@@ -367,3 +370,36 @@ def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> 
         assert state["now"].item() == 1
         state["now"] = torch.tensor([99])
     assert state["now"].item() == 2
+
+
+def test_an_offloaded_input_serves_the_forward_that_it_is_of(tmp_path: Path) -> None:
+    """There is one place for each block: a backward after another forward would differentiate that one's inputs."""
+    model = tiny_model("llama").requires_grad_(False)
+    inject_lora(model, dtype=torch.float32)
+    model.train()
+    shelf = Shelf(2, lambda sizes: DiskTier(tmp_path, sizes))
+    policy = apply_activation_policy(model, keep=0, offload=2, shelf=shelf)
+    one, other = (torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(it)) for it in (1, 2))
+
+    def loss(ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return found
+
+    first, _second = loss(one), loss(other)
+    with pytest.raises(UnsupportedError, match=r"another forward came[\s\S]*no_grad"):
+        first.backward()
+    again = loss(one)
+    again.backward(retain_graph=True)
+    with pytest.raises(UnsupportedError, match="another backward"):
+        again.backward()
+    model.zero_grad()
+    last = loss(one)
+    with torch.no_grad():
+        loss(other)
+    last.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    policy.remove()
+    model.zero_grad()
+    loss(one).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
