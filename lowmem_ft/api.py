@@ -177,8 +177,19 @@ def _place(model: str | Path) -> str | Path:
 
 
 @neutral_torch()
-def train(config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Run:
-    """Fine-tune as a config (a RunConfig, nested keys, or a YAML file) says. See `lowmem_ft.trainer.loop.train`."""
+def train(config: RunConfig | Mapping[str, Any] | str | Path | Plan, *, resume: bool = False) -> Run:
+    """Fine-tune as a config (a RunConfig, nested keys, or a YAML file) says, or as a plan does, whose config is what
+    `plan` was given: `data={"train": ...}`, `output=...`. See `lowmem_ft.trainer.loop.train`.
+    """
+    if not isinstance(resume, bool):
+        raise ConfigError(
+            "Whether to resume is a yes or no.",
+            given=f"resume={resume!r}",
+            allowed="True or False",
+            fix="name the folder of the run to go on with in the config: output",
+        )
+    if isinstance(config, Plan):
+        return loop.train(config.run_config, resume=resume, plan=None if resume else config)  # a run keeps its own
     if isinstance(config, (str, Path)):
         config = RunConfig.load(config)
     elif not isinstance(config, RunConfig):

@@ -23,7 +23,7 @@ class Run:
     """
 
     folder: Path
-    plan: Plan
+    plan: Plan = field(repr=False)
     status: Literal["finished", "interrupted", "out_of_time"]
     step: int
     eval_loss: float | None = None

@@ -325,3 +325,19 @@ def test_threads_plan_and_load_side_by_side(tmp_path: Path) -> None:
         sys.setswitchinterval(before)
     assert torch.get_default_dtype() == torch.float32
     assert all(torch.equal(it, alone) for it in found)
+
+
+def test_train_follows_a_plan(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{number} is a number. " * 8}) + "\n" for number in range(8)))
+    keys: dict[str, Any] = {"data": {"train": data}, "output": tmp_path / "run", "policy": {"activations": "recompute"}}
+    plan = lowmem_ft.plan(
+        MODEL, budget="4GiB", device="cpu", seq_len=32, train={"tokens_per_step": 64, "steps": 1}, **keys
+    )
+    with pytest.raises(lowmem_ft.LowMemError, match=r"resume='x'[\s\S]*True or False"):
+        lowmem_ft.train(plan, resume="x")  # type: ignore[arg-type]
+    run = lowmem_ft.train(plan)
+    assert (run.plan, run.step) == (plan, 1)
+    assert str(plan) not in repr(run)
+    assert repr(run).startswith("Run(folder=")
+    assert lowmem_ft.train(plan, resume=True) == run
