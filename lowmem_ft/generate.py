@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -36,6 +37,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        kinds = {"max_new_tokens": Integral, "temperature": Real, "top_p": Real, "seed": Integral}
+        for name, kind in kinds.items():
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, kind):
+                allowed = "a whole number" if kind is Integral else "a number"
+                raise ConfigError(f"{name} has no such value.", given=repr(given), allowed=allowed)
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             # beyond these the scores that are divided by it are no numbers any more, or all the same
@@ -114,12 +121,34 @@ def generate(
     """
     if tokenizer is None:
         raise UnsupportedError("The model folder holds no tokenizer, which generating text needs.")
+    if not (isinstance(model, nn.Module) and isinstance(tokenizer, PreTrainedTokenizerBase)):
+        raise ConfigError(
+            "That is no model and its tokenizer.",
+            given=f"a {type(model).__name__} and a {type(tokenizer).__name__}",
+            allowed="both that lowmem_ft.load(...) returns, in that order",
+        )
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with _sampled(model, seed):
         return [
             _answer(model, tokenizer, prompt, sampling, None if say is None else partial(say, index), raw=raw)
-            for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
+            for index, prompt in enumerate(_texts(prompts))
         ]
+
+
+def _texts(prompts: object) -> list[str]:
+    """Prompts one by one; a string is one. Raises DataError for what is no text."""
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping)
+    texts: list[Any] = list(prompts) if several else [prompts]  # type: ignore[call-overload]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(
+                "A prompt is no text.",
+                given=f"a {type(text).__name__}: {' '.join(str(text).split()):.60}",
+                allowed="a string, or a list of strings",
+                fix="of messages give what tokenizer.apply_chat_template(messages, tokenize=False, "
+                "add_generation_prompt=True) makes of them, with raw=True; of token ids what tokenizer.decode does",
+            )
+    return texts
 
 
 def complete(

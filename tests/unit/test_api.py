@@ -113,6 +113,12 @@ def test_samples_are_from_all_tokens() -> None:
         {"temperature": 1.0, "top_p": 2.0},
         {"temperature": 1.0, "top_p": -1.0},
         {"seed": 2**70},
+        {"seed": 1.5},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": True},
+        {"max_new_tokens": None},
+        {"temperature": "hot"},
+        {"temperature": 1.0, "top_p": None},
     ],
     ids=str,
 )
@@ -120,6 +126,20 @@ def test_what_no_sampling_can_be(wrong: dict[str, Any]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     with pytest.raises(lowmem_ft.LowMemError, match=rf"{list(wrong)[-1]} has no such value(?s:.*)allowed: "):
         lowmem_ft.generate(tiny_model("llama"), tokenizer, ["hi"], **wrong)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 3, b"hi", {"a": 1}, [[1, 2]], [[{"role": "user", "content": "hi"}]], torch.ones(1, 2), ["hi", None]],
+    ids=str,
+)
+def test_prompts_are_texts(prompts: Any) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=4096), transformers.AutoTokenizer.from_pretrained(MODEL)
+    with pytest.raises(lowmem_ft.LowMemError, match=r"A prompt is no text(?s:.*)apply_chat_template"):
+        lowmem_ft.generate(model, tokenizer, prompts)
+    for wrong in ((tokenizer, model), ((model, tokenizer), tokenizer), (MODEL, tokenizer)):
+        with pytest.raises(lowmem_ft.LowMemError, match=r"no model and its tokenizer(?s:.*)in that order"):
+            lowmem_ft.generate(*wrong, "hi")  # type: ignore[arg-type]
 
 
 def test_what_has_no_effect_without_chance_is_told() -> None:
