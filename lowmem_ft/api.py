@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any, get_args
 
 import peft
@@ -117,7 +117,7 @@ def load(
     if isinstance(ready.model, peft.PeftModel):  # which saves itself, and must know of what it is an adapter
         ready.model.peft_config[ready.model.active_adapter].base_model_name_or_path = config.model
     else:
-        ready.model.save_pretrained = MethodType(_save_pretrained, ready.model)
+        ready.model.save_pretrained = functools.partial(_save_pretrained, ready.model)  # a method could not be pickled
     return ready.model, ready.tokenizer
 
 

@@ -233,6 +233,9 @@ def test_save_writes_what_peft_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.equal(logits(again.eval()), logits(model.eval()))
     with pytest.raises(lowmem_ft.LowMemError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "no", push_to_hub=True)
+    torch.save(model, tmp_path / "whole.pt")
+    torch.load(tmp_path / "whole.pt", weights_only=False).save_pretrained(tmp_path / "pickled")
+    assert (tmp_path / "pickled" / files[1]).read_bytes() == (tmp_path / "copy" / files[1]).read_bytes()
     bare, _ = lowmem_ft.load(folder, made, adapter=False)
     for refuse in (bare.save_pretrained, lambda path: lowmem_ft.save(bare, path)):
         with pytest.raises(lowmem_ft.LowMemError, match="has no adapter"):
