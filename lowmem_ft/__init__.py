@@ -36,6 +36,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # whose import takes longer than this package's
+
+        return version("lowmem-ft")
     if name not in _HOMES:
         raise AttributeError(f"module 'lowmem_ft' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"lowmem_ft.{_HOMES[name]}"), name)

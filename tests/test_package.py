@@ -1,7 +1,10 @@
 """What users install."""
 
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+
+import lowmem_ft
 
 WHEEL_BYTES = 25 * 10**6  # the most that a wheel may have
 
@@ -14,3 +17,7 @@ def test_the_package_is_small_and_brings_what_the_demo_needs() -> None:
     names = {str(path.relative_to(package)) for path in held}
     assert {"assets/doclm-7m/model.safetensors", "assets/whatis-train.jsonl", "assets/whatis-eval.jsonl"} <= names
     assert {"docs/install.md", "docs/train.md"} <= names
+
+
+def test_the_package_says_its_version() -> None:
+    assert lowmem_ft.__version__ == version("lowmem-ft")
