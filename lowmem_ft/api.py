@@ -24,6 +24,7 @@ from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.shards import PYTORCH, write_file
 from lowmem_ft.report.progress import Reporter
+from lowmem_ft.runtime.below import call_one_at_a_time
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.trainer import loop
 
@@ -114,6 +115,8 @@ def load(
     device = find_device(config.budget.device).torch_device
     with Reporter().task("Loading weights", unit="B") as update:
         ready = assemble(config, plan.policy, device, adapter=adapter, optimizer=False, progress=update)
+    if plan.policy.streams:
+        call_one_at_a_time(ready.model)
     if isinstance(ready.model, peft.PeftModel):  # which saves itself, and must know of what it is an adapter
         ready.model.peft_config[ready.model.active_adapter].base_model_name_or_path = config.model
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Streaming, holders_of, spread, streamable
 from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
 from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
+
+_TURN = "_turn_of_its_calls"  # the attribute of a model that is called by one thread at a time
 
 
 class Below:
@@ -112,3 +116,21 @@ class Below:
             return StagedDiskTier(self._folder, sizes, self._device)
 
         return open_tier
+
+
+def call_one_at_a_time(model: Any) -> None:
+    """Let each call of `model` wait for the one before it, of whichever thread: two would bring their weights up into
+    the same slots, and compute with each other's. A backward pass is no call: one thread alone can train."""
+    model.__class__ = _in_turns(type(model))  # type: ignore[arg-type]
+    setattr(model, _TURN, threading.RLock())
+
+
+@functools.cache
+def _in_turns(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls`, whose objects hold their lock while they are called: hooks of the module would keep it after Ctrl-C."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with vars(self)[_TURN]:
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -364,3 +364,28 @@ def test_train_follows_a_plan(tmp_path: Path) -> None:
     assert str(plan) not in repr(run)
     assert repr(run).startswith("Run(folder=")
     assert lowmem_ft.train(plan, resume=True) == run
+
+
+def test_threads_ask_a_streamed_model_in_turns(tmp_path: Path) -> None:
+    """As those of a web server do. Each would read the weights that another one has brought up."""
+    folder = str(save_tiny("llama", tmp_path, num_hidden_layers=6))
+    policy = {"resident_blocks": 0, "stream_embeddings": "both"}
+    plan = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=16, tokens_per_step=32, policy=policy)
+    model, _ = lowmem_ft.load(folder, plan)
+    model.eval()
+    with pytest.raises(lowmem_ft.LowMemError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+    def answer(first: int) -> list[int]:
+        ids = torch.arange(first, first + 4)[None]
+        written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        return list(written[0].tolist())
+
+    alone = [answer(first) for first in range(3, 11)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(answer, range(3, 11))) == alone
+    finally:
+        sys.setswitchinterval(before)
