@@ -55,7 +55,6 @@ Class: TypeAlias = tuple[int, Treatment, int | None]
 # tensors take 137 of the heap, 78 where they take 35
 FP32_HEAP = 1.8
 LONGEST = 1 << 17  # positions of models whose config names none
-_NEXT_CHUNK = 128  # tokens of the second loss chunk that are traced: all further ones are like the first
 HEADS = ("loss", "reference")  # parts in which the output head works
 _RING = "ring"  # of slots and of what stays of streamed weights
 _LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
@@ -368,8 +367,8 @@ class Scales:
         return pieces
 
     def _with_whole_loss(self, segment: Segment, policy: Policy) -> Segment:
-        """The loss of all tokens from that of fewer: the list of their positions is longer, and there are more chunks,
-        of which each takes as long as a full one."""
+        """The loss of all tokens from that of fewer: the list of their positions is longer, and there are more chunks.
+        Of the last one, if it is not full, the products take as long as of the others."""
         if segment.part not in HEADS:
             return segment
         tokens, in_loss, chunk = policy.micro_batch_tokens, _in_loss(policy), policy.loss_chunk_tokens
@@ -426,8 +425,8 @@ class Scales:
 
 
 def _in_loss(policy: Policy) -> int:
-    """Tokens of a micro-batch for which the loss is traced."""
-    return min(policy.micro_batch_tokens, policy.loss_chunk_tokens + _NEXT_CHUNK)
+    """Tokens of a micro-batch for which the loss is traced: all further chunks are like the second."""
+    return min(policy.micro_batch_tokens, 2 * policy.loss_chunk_tokens)
 
 
 def _heads(pieces: Pieces) -> dict[Part, Segment]:
