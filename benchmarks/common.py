@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT))  # what is measured is the package beside this fol
 def on_cpu(threads: int) -> None:
     """Let this process and its children compute on so many threads of the CPU, as runs do; before torch is imported."""
     os.environ.update({"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.simplefilter("ignore")
 
-    from lowmem_ft.core.host import prefer_huge_pages
+    from lowmem_ft.core.host import prefer_huge_pages, prefer_short_waits
 
     prefer_huge_pages()
+    prefer_short_waits()
 
 
 def stamp(threads: int) -> dict[str, Any]:

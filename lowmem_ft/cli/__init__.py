@@ -12,7 +12,7 @@ from typing import TextIO
 
 from lowmem_ft.core.errors import BudgetError, ConfigError, LowMemError
 from lowmem_ft.core.files import is_full, is_refused
-from lowmem_ft.core.host import prefer_huge_pages
+from lowmem_ft.core.host import prefer_huge_pages, prefer_short_waits
 from lowmem_ft.core.interrupt import clean_up_when_ended
 from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
@@ -23,9 +23,7 @@ def main() -> None:
     """Run the command line; exits with 0 done, 2 bad input, 3 nothing fits, 130 interrupted."""
     _prepare_streams()
     clean_up_when_ended()
-    # Threads that wait for each other must not hold their cores: where something else runs on one of two cores, steps
-    # of the demo take 14 s with libgomp's spinning, 0.4 s without (0.26 s on idle cores). Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prefer_short_waits()
     prefer_huge_pages()
     prefer_expandable_segments()
     # it recommends, at import, a kernel from the network that this package does not use

@@ -18,6 +18,7 @@ from typer.main import get_group
 from lowmem_ft.cli import demo, export, format_warning
 from lowmem_ft.cli.app import app, perplexity_of
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.host import prefer_short_waits
 from lowmem_ft.export.gguf_file import TYPES
 from lowmem_ft.export.write import refuse_filled
 from lowmem_ft.planner import solver
@@ -173,3 +174,13 @@ def test_the_config_that_will_be_trained_is_planned(
     path.write_text("model: some/model\nadapter: {rank: 4}\ndata: {seq_len: 512}\n", encoding="utf-8")
     assert command("plan", path, "--seq-len", 256, "train.lr=1e-5")[0] == 3, "flags are above the file"
     assert asked == [RunConfig.load(path, ["data.seq_len=256", "train.lr=1e-5"])]
+
+
+@pytest.mark.parametrize(("given", "spins"), [(None, "1000"), ("active", None)])
+def test_threads_wait_shortly_unless_told_otherwise(
+    given: str | None, spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {} if given is None else {"OMP_WAIT_POLICY": given}
+    monkeypatch.setattr("lowmem_ft.core.host.os.environ", environment)
+    prefer_short_waits()
+    assert (environment["OMP_WAIT_POLICY"], environment.get("GOMP_SPINCOUNT")) == (given or "passive", spins)
