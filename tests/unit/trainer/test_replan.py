@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Plan, Policy
-from lowmem_ft.planner import solver
+from lowmem_ft.planner import search, solver
+from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.device import Device, find_device
+from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from lowmem_ft.trainer.replan import plan_again
@@ -40,8 +42,11 @@ def config(folder: Path, output: str, **sections: Any) -> RunConfig:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets a machine have so many bytes free beside what the process holds."""
+    """Lets a machine have so many bytes free beside what the process holds, and calls take next to no time there: where
+    they take much, micro-batches stay as large as they can anyway."""
     device = find_device("cpu")
+    rates = replace(Rates.of(load_profile("cpu-bf16")), call=1e-6)
+    monkeypatch.setattr(search, "cost_of", lambda _: CostModel(rates, kind="cpu").seconds)
 
     def let(room: int) -> None:
         def found(name: str) -> Device:
