@@ -74,9 +74,11 @@ def main() -> None:
     on_cpu = options.device == "cpu"
     if options.preferences and not on_cpu:
         parser.error("--preferences is for a CPU")
+    from lowmem_ft.core.host import prefer_short_waits
+
     os.environ.update({"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"})
     os.environ.update({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prefer_short_waits()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     warnings.simplefilter("ignore")
     if options.child:

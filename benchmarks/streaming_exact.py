@@ -22,8 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="streamed runs beside resident ones, bit by bit")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
+    from lowmem_ft.core.host import prefer_short_waits
+
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prefer_short_waits()
     warnings.simplefilter("ignore")
 
     import torch

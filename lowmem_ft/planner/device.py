@@ -42,7 +42,7 @@ HOST_PROCESS_BYTES = (1600 << 20) + LATER_HOST_BYTES
 # Of a row of an embedding on a disk, beside its bytes: 73 to 89 us were measured for 6 KB rows on the machine of
 # fit.json; it is the disk's latency, so a profile's bandwidth says nothing of it.
 LOOKUP_SECONDS = 75e-6
-MATMUL_SECONDS = 0.1
+MATMUL_SECONDS = 0.1  # that products are timed for, at least
 SIMILAR_TO_CUDA = "rtx-3090-24gb"  # whose ratios of bandwidth to arithmetic are taken for a card without a profile
 
 
