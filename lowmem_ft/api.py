@@ -16,10 +16,11 @@ from lowmem_ft.adapters.inject import is_injected, trainable_parameters
 from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config, save_adapter
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import Init, RunConfig
-from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.core.mode import neutral_torch
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
+from lowmem_ft.core.token_ids import known_ids
 from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.quant.shards import PYTORCH, write_file
@@ -121,6 +122,8 @@ def load(
         ready.model.peft_config[ready.model.active_adapter].base_model_name_or_path = config.model
     else:
         ready.model.save_pretrained = functools.partial(_save_pretrained, ready.model)  # a method could not be pickled
+    causal = causal_model(ready.model)
+    causal.resize_token_embeddings = functools.partial(_resize_token_embeddings, causal)
     return ready.model, ready.tokenizer
 
 
@@ -161,6 +164,23 @@ def _save_pretrained(
         write_file(Path(save_directory).expanduser() / SAFE_WEIGHTS_NAME, dict(trainable_parameters(model)), PYTORCH)
     except OSError as error:
         raise CheckpointError("The adapter cannot be written.", given=f"{save_directory} ({error})") from error
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> Any:
+    """Takes the place of transformers' own, whose new rows would be in no adapter: they would be lost with `save`."""
+    rows = known_ids(model.config)
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    wanted += -wanted % (pad_to_multiple_of or 1)
+    if wanted == rows:
+        return model.get_input_embeddings()
+    raise UnsupportedError(
+        "A model that is loaded keeps its rows of tokens: an adapter would be saved without the new ones.",
+        given=f"{wanted} tokens of a model that has {rows}",
+        fix="first, with transformers: resize_token_embeddings and save_pretrained, the tokenizer into the same "
+        'folder; plan and load that one, with adapter={"train_modules": ["embed_tokens", "lm_head"]} to train the rows',
+    )
 
 
 def _check_name(model: object) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.streaming import Streaming, holders_of, spread, streamable
-from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier
+from lowmem_ft.runtime.tiers import DiskTier, HostTier, StagedDiskTier, TakingTier, Tier, refuse_copy
 from lowmem_ft.runtime.vocabulary import Matrix, StreamedVocabulary, chosen, matrices_of, refuse_trained, table_of
 
 _TURN = "_turn_of_its_calls"  # the attribute of a model that is called by one thread at a time
@@ -133,4 +133,5 @@ def _in_turns(cls: type[nn.Module]) -> type[nn.Module]:
         with vars(self)[_TURN]:
             return cls.__call__(self, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    own = {"__call__": call, "__module__": cls.__module__, "__reduce_ex__": refuse_copy}
+    return type(cls.__name__, (cls,), own)

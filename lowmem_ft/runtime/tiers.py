@@ -95,12 +95,13 @@ def refuse_loading(state: Mapping[str, Any], names: Iterable[str]) -> None:
         )
 
 
-def refuse_copy(tier: object, memo: object) -> None:
-    """`__deepcopy__` of what holds bytes: a copied model would read and spoil what the original one reads."""
+def refuse_copy(held: object, _: object) -> None:
+    """`__deepcopy__` of what holds bytes, and `__reduce_ex__` of a model that has such: its copy would read and spoil
+    what the original one reads."""
     raise UnsupportedError(
-        "A model of which something lies below the device cannot be copied.",
-        given=f"copy.deepcopy of a {type(tier).__name__}",
-        fix="load it once more, or in a budget that keeps all on the device",
+        "A model of which something lies below the device cannot be copied or pickled.",
+        given=type(held).__name__,
+        fix="load it once more, or in a budget that keeps all on the device; `lowmem_ft.save` keeps what was trained",
     )
 
 

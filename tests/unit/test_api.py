@@ -24,6 +24,7 @@ from tests.models import save_tiny, tiny_model
 from tests.unit.adapters.helpers import error, logits, shake
 
 MODEL = str(files("lowmem_ft") / "assets" / "doclm-7m")
+IA3 = {"method": "peft", "peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}
 DATA = str(files("lowmem_ft") / "assets" / "whatis-eval.jsonl")
 
 
@@ -245,8 +246,7 @@ def test_save_writes_what_peft_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_adapter_of_peft_saves_itself(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "base")
-    other = {"method": "peft", "peft": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}}
-    made = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=64, adapter=other)
+    made = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=64, adapter=IA3)
     model, _ = lowmem_ft.load(folder, made)
     lowmem_ft.save(model, tmp_path / "saved")
     model.save_pretrained(tmp_path / "own")
@@ -254,6 +254,27 @@ def test_an_adapter_of_peft_saves_itself(tmp_path: Path) -> None:
         settings = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == str(folder)
         lowmem_ft.load(folder, made, adapter=tmp_path / name)
+
+
+@pytest.mark.parametrize("adapter", [{"rank": 2}, IA3])
+@pytest.mark.parametrize("stream", ["none", "both"])
+def test_rows_for_more_tokens_are_refused_while_they_would_be_lost(
+    stream: str, adapter: dict[str, Any], tmp_path: Path
+) -> None:
+    """`save` writes an adapter: what transformers adds to the embedding of a loaded model would be in no file."""
+    folder = save_tiny("llama", tmp_path)
+    keys = {"adapter": adapter, "policy": {"stream_embeddings": stream}}
+    plan = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=64, tokens_per_step=64, **keys)
+    model, _ = lowmem_ft.load(folder, plan)
+    embedding = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    for same in ({}, {"new_num_tokens": rows}, {"new_num_tokens": rows, "pad_to_multiple_of": rows}):
+        assert model.resize_token_embeddings(**same) is embedding, "as scripts call it, just in case"
+    for more in ({"new_num_tokens": rows + 1}, {"pad_to_multiple_of": 3 * rows}):
+        with pytest.raises(lowmem_ft.LowMemError, match="keeps its rows of tokens") as caught:
+            model.resize_token_embeddings(**more)
+        assert "save_pretrained" in str(caught.value)
+    assert model.get_input_embeddings() is embedding
 
 
 def test_transformers_trainer_takes_the_model(plan: lowmem_ft.Plan, tmp_path: Path) -> None:
@@ -373,8 +394,9 @@ def test_threads_ask_a_streamed_model_in_turns(tmp_path: Path) -> None:
     plan = lowmem_ft.plan(folder, budget="4GiB", device="cpu", seq_len=16, tokens_per_step=32, policy=policy)
     model, _ = lowmem_ft.load(folder, plan)
     model.eval()
-    with pytest.raises(lowmem_ft.LowMemError, match="cannot be copied"):
-        copy.deepcopy(model)
+    for write in (copy.deepcopy, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(lowmem_ft.LowMemError, match="cannot be copied"):
+            write(model)
 
     def answer(first: int) -> list[int]:
         ids = torch.arange(first, first + 4)[None]
