@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+SECONDS = 6  # of steps of each configuration at least: others may take the machine for a second or two
 WIDTHS = {256: (4, 704), 512: (6, 1408), 768: (8, 2048)}  # hidden size -> layers, inner size
 
 
@@ -87,7 +88,8 @@ def compare(drawn: dict[str, Any], folder: Path, profile: Path, steps: int) -> d
     plan = make_plan(config, device=find_device(str(profile)))
     ready = assemble(config, plan.policy, torch.device("cpu"))
     generator, times = torch.Generator().manual_seed(0), []
-    for _ in range(steps + 1):
+    end = time.perf_counter() + SECONDS
+    while len(times) <= steps or time.perf_counter() < end:
         ids = torch.randint(3, drawn["vocab"], (drawn["rows"], drawn["seq_len"]), generator=generator).tolist()
         half = drawn["seq_len"] // 2  # two documents in each row
         parts = [[Example(row[:half], row[:half]), Example(row[half:], row[half:])] for row in ids]
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24, help="configurations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--steps", type=int, default=5, help="timed steps of each, the fastest of which counts, after one that warms up"
+        "--steps", type=int, default=5, help="timed steps at least, of which the fastest counts, after a first one"
     )
     parser.add_argument("--every", type=int, default=4, help="configurations after which the machine is measured again")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

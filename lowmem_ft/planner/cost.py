@@ -2,14 +2,14 @@
 
 An operation takes the longer of its arithmetic at the device's rate and its bytes at the device's bandwidth. On a CPU
 what every call costs comes on top of it; a card works while the host calls on. Products, attention and dequantization
-have rates of their own, because what a device reaches in them is far from its datasheet. Copies between tiers are in
-`planner.pipeline`.
+have rates of their own, because what a device reaches in them is far from its datasheet; so has what is written to new
+memory, whose pages a CPU's system clears first. Copies between tiers are in `planner.pipeline`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales i
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
 CALL_SECONDS = 8e-6
-_BYTES_PER_CONVERTED = 6.0  # 16 bits read and 32 written, or the other way round
 _BYTES_PER_SUMMED = 8.0  # fp32 read and written where a product of low rank is added
 _CALLS_PER_TILE = 4  # two conversions there, one back, and the product
 # Elements per second that the host beside a card updates, by the bits of AdamW's moments. Measured on bf16 parameters
@@ -43,7 +42,9 @@ class Rates:
         products: floating-point operations of large matrix products, by dtype.
         loops: of 16-bit products outside of our operator on a CPU that has no units for them; None where there are.
         attention_forward, attention_backward: floating-point operations of the attention kernel.
-        elementwise: bytes read and written by element-wise operations.
+        elementwise: bytes that operations read, and write where memory is already.
+        fresh: bytes that they write to memory that they allocate.
+        exponentials: values of exp, which take arithmetic too; None where memory is slower.
         dequantize: values, by the bits they were stored in.
         updates: elements that the optimizer updates.
         update_call: seconds that the update of any tensor takes at least.
@@ -56,6 +57,8 @@ class Rates:
     attention_forward: float
     attention_backward: float
     elementwise: float
+    fresh: float
+    exponentials: float | None
     dequantize: Mapping[int, float]
     updates: float
     draws: float
@@ -76,6 +79,8 @@ class Rates:
                 attention_forward=ATTENTION_SHARE * fastest,
                 attention_backward=ATTENTION_SHARE * fastest,
                 elementwise=BANDWIDTH_SHARE * bandwidth,
+                fresh=BANDWIDTH_SHARE * bandwidth,
+                exponentials=None,
                 dequantize={bits: BANDWIDTH_SHARE * bandwidth / size for bits, size in BYTES_PER_DEQUANTIZED.items()},
                 updates=BANDWIDTH_SHARE * bandwidth / BYTES_PER_UPDATE,
                 draws=BANDWIDTH_SHARE * bandwidth / BYTES_PER_DRAW,
@@ -87,7 +92,9 @@ class Rates:
             loops=None if found.loops is None else found.loops.value,
             attention_forward=found.attention_forward.value,
             attention_backward=found.attention_backward.value,
-            elementwise=found.elementwise.value,
+            elementwise=bandwidth,
+            fresh=1 / max(3 / found.elementwise.value - 2 / bandwidth, 1 / bandwidth),  # two of three bytes are read
+            exponentials=None if found.exponentials is None else found.exponentials.value,
             dequantize={4: found.dequantize_4bit.value, 8: found.dequantize_8bit.value},
             updates=found.updates.value,
             draws=found.draws.value,
@@ -99,13 +106,29 @@ class Rates:
         """A second for each call, and nothing for work: what is summed is the number of calls."""
         return Rates(
             products=dict.fromkeys(self.products, math.inf), loops=None if self.loops is None else math.inf,
-            attention_forward=math.inf, attention_backward=math.inf, elementwise=math.inf,
-            dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf, draws=math.inf, call=1.0,
-            update_call=0.0,
+            attention_forward=math.inf, attention_backward=math.inf, elementwise=math.inf, fresh=math.inf,
+            exponentials=None, dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf, draws=math.inf,
+            call=1.0, update_call=0.0,
         )  # fmt: skip
 
 
 _NORM_PASSES, _NORM_BACKWARD_PASSES = 4.5, 6  # over its values: as measured on a CPU, and as a card reads and writes
+
+
+_aten = torch.ops.aten
+_OVERWRITING = (
+    _aten.copy_.default, _aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.masked_fill_.Scalar,
+)  # fmt: skip
+_PICKING = (_aten.gather.default, _aten.index_select.default, _aten.embedding.default, _aten.index.Tensor)
+_SCATTERING = (
+    _aten.scatter_.src, _aten.scatter_.value, _aten.scatter_add_.default, _aten.index_copy_.default,
+    _aten.index_add_.default, _aten.index_put_.default,
+)  # fmt: skip
+_EXPONENTIAL = (
+    _aten.exp.default, _aten.exp_.default, _aten.exp.out, _aten.silu.default, _aten.silu_backward.default,
+    _aten.sigmoid.default, _aten.tanh.default, _aten.gelu.default, _aten.gelu_backward.default,
+    _aten._softmax.default, _aten._log_softmax.default,
+)  # fmt: skip
 
 
 class CostModel:
@@ -131,6 +154,10 @@ class CostModel:
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: self._update,
             torch.ops.bitsandbytes.optimizer_update_32bit.default: self._update,
             torch.ops.aten.bernoulli_.float: self._draw,
+            **dict.fromkeys(_OVERWRITING, self._overwritten),
+            **dict.fromkeys(_PICKING, self._picked),
+            **dict.fromkeys(_SCATTERING, self._scattered),
+            **dict.fromkeys(_EXPONENTIAL, self._exponential),
             torch.ops.aten.mm.default: self._mm,
             torch.ops.aten.bmm.default: self._mm,
             torch.ops.aten.addmm.default: self._addmm,
@@ -154,13 +181,36 @@ class CostModel:
         return complex(work, calls) if self._ahead else calls + work
 
     def _elementwise(self, out: Any, *args: Any) -> float:
-        moved = 0
-        for value in (out, *args):
-            if isinstance(value, Tensor):
-                moved += value.numel() * value.element_size()
-            elif isinstance(value, (tuple, list)):
-                moved += sum(t.numel() * t.element_size() for t in value if isinstance(t, Tensor))
-        return moved / self._rates.elementwise
+        """All that is given is read once, and all that comes back is written."""
+        given = {id(tensor): tensor for tensor in _tensors(args)}
+        return self._moved(sum(map(_nbytes, given.values())), out, given)
+
+    def _moved(self, read: int, out: Any, given: Container[int]) -> float:
+        """Seconds for bytes that are read, and for `out`, which is written: to new memory but where it was given."""
+        fresh = 0
+        for tensor in _tensors((out,)):
+            if id(tensor) in given:
+                read += _nbytes(tensor)
+            else:
+                fresh += _nbytes(tensor)
+        return read / self._rates.elementwise + fresh / self._rates.fresh
+
+    def _overwritten(self, out: Tensor, target: Tensor, *args: Any) -> float:
+        return self._moved(sum(map(_nbytes, _tensors(args))), out, {id(target)})
+
+    def _picked(self, out: Tensor, *args: Any) -> float:
+        """As many elements as come out, wherever they lie, and their indices."""
+        indices = sum(_nbytes(it) for it in _tensors(args) if it.dtype == torch.int64)
+        return self._moved(_nbytes(out) + indices, out, ())
+
+    def _scattered(self, out: Tensor, target: Tensor, *args: Any) -> float:
+        """Into as many elements as are given, which are read and written."""
+        put = sum(_nbytes(it) * (1 if it.dtype == torch.int64 else 3) for it in _tensors(args))
+        return put / self._rates.elementwise
+
+    def _exponential(self, out: Tensor, *args: Any) -> float:
+        rate = self._rates.exponentials
+        return max(self._elementwise(out, *args), 0.0 if rate is None else out.numel() / rate)
 
     def _product(
         self, _: None, out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Tensor | None, by: Any, d: Any, *rest: Any
@@ -173,11 +223,12 @@ class CostModel:
             return work / self._rate(a.dtype)
         # as quant/products.py does it: tile by tile, whose parts are converted to fp32 and back
         top, left, along = (math.ceil(size / TILE) for size in (rows, columns, inner))
-        converted = rows * inner * left + inner * columns * top + rows * columns
+        into, back = rows * inner * left + inner * columns * top, rows * columns  # of 16 bits to 32, which are new
         again = 0 if c is None else rows * columns + (rows * inner if by is not None else 0)  # memory binds there
-        moved = _BYTES_PER_CONVERTED * converted + _BYTES_PER_SUMMED * again
+        moved = 2.0 * into + 6.0 * back + _BYTES_PER_SUMMED * again
         calls = _CALLS_PER_TILE * top * left * along + (0 if c is None else top * (left + along + 1))
-        return work / self._rate(torch.float32) + moved / self._rates.elementwise + calls * self._rates.call
+        memory = moved / self._rates.elementwise + 4.0 * into / self._rates.fresh
+        return work / self._rate(torch.float32) + memory + calls * self._rates.call
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]
@@ -237,10 +288,14 @@ class CostModel:
         return out.numel() / self._rates.dequantize[8]
 
     def _norm(self, out: Any, x: Tensor, *_: Any) -> float:
-        return _NORM_PASSES * x.nbytes / self._rates.elementwise
+        return self._passes(_NORM_PASSES, x)
 
     def _norm_backward(self, out: Any, dy: Tensor, x: Tensor, *_: Any) -> float:
-        return _NORM_BACKWARD_PASSES * x.nbytes / self._rates.elementwise
+        return self._passes(_NORM_BACKWARD_PASSES, x)
+
+    def _passes(self, count: float, x: Tensor) -> float:
+        """Over the values of `x`, the last of which writes to new memory."""
+        return _nbytes(x) * ((count - 1) / self._rates.elementwise + 1 / self._rates.fresh)
 
     def _update(self, out: Any, name: str, gradient: Tensor, *_: Any) -> float:
         beyond = 0.0 if self._ahead else self._rates.update_call - self._rates.call
@@ -260,6 +315,18 @@ def _documents_work(q_THE: Tensor, longest: int) -> float:
     """The same where documents lie one behind the other, all as long as the longest one."""
     tokens, heads, size = q_THE.shape
     return 2.0 * tokens * heads * longest * size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (it for it in value if isinstance(it, Tensor))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _takes_no_time(func: Any) -> bool:

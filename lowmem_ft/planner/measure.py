@@ -79,8 +79,10 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
         "draws": bench.draws,
         "small_steps": lambda: bench.small_steps(device),
     }
-    if device.kind == "cpu" and not multiplies(torch.bfloat16):
-        steps["loops"] = bench.loops
+    if device.kind == "cpu":
+        steps["exponentials"] = bench.exponentials
+        if not multiplies(torch.bfloat16):
+            steps["loops"] = bench.loops
     found: dict[str, float] = {}
     for at, (name, step) in enumerate([*steps.items()] * ROUNDS):
         done(at, len(steps) * ROUNDS)
@@ -199,8 +201,13 @@ class _Bench:
         return float(x.nbytes / self._best(x.sum))
 
     def elementwise(self) -> float:
-        a = self._random(self._shapes["stream"], dtype=self._dtype)
-        return float(3.0 * a.nbytes / self._best(lambda: a * a))
+        a, b = (self._random(self._shapes["stream"], dtype=self._dtype) for _ in range(2))
+        return float(3.0 * a.nbytes / self._best(lambda: a * b))
+
+    def exponentials(self) -> float:
+        x = self._random(1 << 21, dtype=torch.float32)  # so many at a time are in the loss of a CPU (runtime/loss.py)
+        out = torch.empty_like(x)
+        return x.numel() / self._best(lambda: torch.exp(x, out=out))
 
     def to_device(self) -> float:
         host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=self._device.type == "cuda")

@@ -60,7 +60,8 @@ class Measured(Section):
 
     Attributes:
         attention_forward, attention_backward: floating-point operations per second of the attention kernel.
-        elementwise: bytes per second, read and written.
+        elementwise: bytes per second of a product of two tensors, which reads both and writes a new one.
+        exponentials: values per second of exp; None where memory is slower.
         dequantize_4bit, dequantize_8bit: values per second.
         updates: elements per second that 8-bit AdamW updates.
         draws: random values per second, as dropout draws them.
@@ -80,6 +81,7 @@ class Measured(Section):
     calls: Rate
     update_calls: Rate | None = None
     loops: Rate | None = None
+    exponentials: Rate | None = None
 
 
 class Workspaces(Section):

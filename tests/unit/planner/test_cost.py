@@ -20,7 +20,8 @@ from tests.unit.planner.policies import policy
 ENDLESS = 1e30
 FREE: dict[str, Any] = {
     "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": None, "attention_forward": ENDLESS,
-    "attention_backward": ENDLESS, "elementwise": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
+    "attention_backward": ENDLESS, "elementwise": ENDLESS, "fresh": ENDLESS,
+    "exponentials": None, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
     "draws": ENDLESS, "call": 0.0, "update_call": 0.0,
 }  # fmt: skip
 
@@ -71,11 +72,15 @@ def test_arithmetic_of_known_operations() -> None:
 
 def test_bytes_calls_and_views() -> None:
     aten = torch.ops.aten
-    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
-    assert seconds(aten.add_.Tensor, meta(10), meta(10), elementwise=1.0) == 3 * 20
-    assert seconds(aten.add.Tensor, meta(10), meta(10), call=0.5, kind="cpu") == 0.5
-    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0, kind="cpu") == 3 * 20 + 7
-    assert seconds(aten.add.Tensor, meta(10), meta(10), elementwise=1.0, call=7.0) == 3 * 20 + 7j, "called meanwhile"
+    two = meta(10), meta(10)
+    assert seconds(aten.add.Tensor, *two, elementwise=1.0, fresh=0.5) == 2 * 20 + 2 * 20
+    assert seconds(aten.add_.Tensor, *two, elementwise=1.0, fresh=0.5) == 3 * 20, "there is memory already"
+    assert seconds(aten.mul.Tensor, two[0], two[0], elementwise=1.0) == 20, "read once"
+    assert seconds(aten.copy_.default, *two, elementwise=1.0) == 2 * 20, "what is written over is not read"
+    assert seconds(aten.zero_.default, two[0], elementwise=1.0) == 20
+    assert seconds(aten.add.Tensor, *two, call=0.5, kind="cpu") == 0.5
+    assert seconds(aten.add.Tensor, *two, elementwise=1.0, call=7.0, kind="cpu") == 2 * 20 + 7
+    assert seconds(aten.add.Tensor, *two, elementwise=1.0, call=7.0) == 2 * 20 + 7j, "called meanwhile"
     for func, args in (
         (aten.view.default, (meta(4, 4), [16])),
         (aten.transpose.int, (meta(4, 4), 0, 1)),
@@ -83,6 +88,37 @@ def test_bytes_calls_and_views() -> None:
         (aten.new_empty.default, (meta(4), [1 << 20])),
     ):
         assert seconds(func, *args, elementwise=1e-9, call=1.0) == 0, func
+
+
+def test_elements_that_are_picked_by_index() -> None:
+    """All others are neither read nor written, however large the matrix: a loss picks one logit of 128256 in a row."""
+    aten = torch.ops.aten
+    table, index, rows = meta(7, 1000), meta(7, 1, dtype=torch.int64), meta(3, dtype=torch.int64)
+    assert seconds(aten.gather.default, table, 1, index, elementwise=1.0) == 7 * (2 + 8)
+    assert seconds(aten.gather.default, table, 1, index, fresh=1.0) == 7 * 2
+    assert seconds(aten.index_select.default, table, 0, rows, elementwise=1.0) == 3 * (1000 * 2 + 8)
+    assert seconds(aten.embedding.default, table, rows, elementwise=1.0) == 3 * (1000 * 2 + 8)
+    assert seconds(aten.scatter_add_.default, table, 1, index, meta(7, 1), elementwise=1.0) == 7 * (3 * 2 + 8)
+    assert seconds(aten.index_copy_.default, table, 0, rows, meta(3, 1000), elementwise=1.0) == 3 * (3 * 1000 * 2 + 8)
+
+
+def test_exponentials_take_arithmetic_where_memory_is_fast() -> None:
+    exp, x = torch.ops.aten.exp_.default, meta(10)
+    assert seconds(exp, x, elementwise=1.0) == 2 * 20
+    assert seconds(exp, x, elementwise=1.0, exponentials=0.1) == 10 / 0.1
+    assert seconds(exp, x, elementwise=1.0, exponentials=10.0) == 2 * 20, "the longer of the two"
+
+
+def test_new_memory_of_a_measured_profile() -> None:
+    """What a product of two tensors takes beyond the reading of both is for writing; at most as fast as reading."""
+    profile = load_profile("cpu-bf16")
+    rates = Rates.of(profile)
+    assert profile.measured is not None
+    assert rates.fresh < rates.elementwise == profile.memory_bandwidth.value
+    assert 2 / rates.elementwise + 1 / rates.fresh == pytest.approx(3 / profile.measured.elementwise.value)
+    faster = profile.measured.elementwise.model_copy(update={"value": 1e12})
+    measured = profile.measured.model_copy(update={"elementwise": faster})
+    assert Rates.of(profile.model_copy(update={"measured": measured})).fresh == rates.elementwise
 
 
 def test_updates_of_small_tensors() -> None:
@@ -104,7 +140,8 @@ def test_products_that_a_processor_does_in_fp32_tiles() -> None:
 
     work = 2 * n * k * m + 2 * n * r * (k + m)
     assert of(products={torch.float32: 1.0}) == pytest.approx(work)
-    assert of(elementwise=1.0) == pytest.approx(6 * (3 * n * k + 2 * k * m + n * m) + 8 * (n * m + n * k))
+    assert of(elementwise=1.0) == pytest.approx(2 * (3 * n * k + 2 * k * m) + 6 * n * m + 8 * (n * m + n * k))
+    assert of(fresh=1.0) == pytest.approx(4 * (3 * n * k + 2 * k * m))
     assert of(call=1.0) == pytest.approx(1 + 4 * 6 + 2 * (3 + 1 + 1))
     mm = torch.ops.aten.mm.default
     slow = {"products": {torch.bfloat16: 4.0, torch.float32: 2.0}, "loops": 1.0, "kind": "cpu"}
