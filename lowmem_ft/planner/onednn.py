@@ -7,6 +7,7 @@ profiler that `torch.autograd.profiler_legacy` has, since each use of the newer 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
+
+from lowmem_ft.quant.products import few_numbers_of_rows
 
 _autograd: Any = torch.autograd  # whose stubs lack what `profiler_legacy` imports from it
 
@@ -31,18 +34,30 @@ ROWS = 256
 # Of products with one matrix, whatever their numbers of rows. Planning grew a process by 65 MB with 35 matrices (in 72
 # products), 40 MB with 20 (45 products) and 32 MB with 27 (36 products)
 KERNEL = 7 << 18
+# Of each other number of rows that products with it come to: 0.54 to 0.60 MB were measured for matrices of 16 x 512 to
+# 1408 x 512 with two threads (torch 2.13, AVX512 with bf16, 2026-11-27)
+KERNEL_OF_ROWS = 5 << 17
 
 
 class Products:
     """The products of one plan that go to oneDNN, which compiles kernels for each of them."""
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
+        self._rows: defaultdict[Hashable, set[int]] = defaultdict(set)  # that products with each matrix have
 
-    @property
-    def kernel_bytes(self) -> int:
-        """What these kernels take of the process, about: the same for every number of rows."""
-        return KERNEL * len(self._seen)
+    def kernel_bytes(self, tokens: int, most: int | None) -> int:
+        """What these kernels take of the process, about.
+
+        Args:
+            tokens: positions of the micro-batch that was traced.
+            most: of any micro-batch, where they differ; None: all have so many. What has other numbers of rows, such as
+                experts and losses, has fewer rows in turn, too.
+        """
+        taken = 0
+        for rows in self._rows.values():
+            others = rows - {tokens} if most is None else {most if it == tokens else it for it in rows}
+            taken += KERNEL + KERNEL_OF_ROWS * max(0, len(few_numbers_of_rows(max(others, default=0))) - 1)
+        return taken
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
         """The most bytes that `op` takes beside what it returns.
@@ -53,7 +68,10 @@ class Products:
         """
         threads = torch.get_num_threads()
         likes = tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args)
-        self._seen.add((op, _Like.of(b)) if a.stride(-1) == 1 else (op, a.shape[:-1], b.shape[-1]))
+        if a.stride(-1) == 1:
+            self._rows[op, _Like.of(b)].add(a.shape[-2])
+        else:
+            self._rows[op, a.shape[:-1], b.shape[-1]].add(a.shape[-1])
         held = sum(it.nbytes for it in args if isinstance(it, Tensor))
         # of profilers there is one at a time
         if a.numel() * b.shape[-1] > LARGE or held > HELD or _autograd._profiler_enabled():

@@ -358,7 +358,9 @@ class Scales:
         trace = self._step(policy, classes, taken)
         found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
         if self._update is None:
-            self.kernels = self.stage.products.kernel_bytes  # the same for all policies, whatever else is tried
+            most = None if self.stage.config.data.packing else step_tokens(self.stage.config)
+            # the same for all policies, whatever else is tried
+            self.kernels = self.stage.products.kernel_bytes(policy.micro_batch_tokens, most)
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(

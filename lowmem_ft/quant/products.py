@@ -116,12 +116,22 @@ def _product(
 ) -> None:
     if a.device.type != "cpu" or a.element_size() != 2:
         _multiply(out, a, b, bias, c, by, d, alpha)
-    elif not multiplies(a.dtype) or (_sums_rows(a) and a.shape[1] % ROWS):
+    elif not multiplies(a.dtype) or (_sums_rows(a) and not _is_one_of_few(a.shape[1])):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
-    elif _sums_rows(a) or a.shape[0] % ROWS == 0:
+    elif _sums_rows(a) or _is_one_of_few(a.shape[0]):
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
         _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)
+
+
+def few_numbers_of_rows(most: int) -> list[int]:
+    """Those for which oneDNN multiplies 16-bit floats, up to `most`: powers of two, and three times as many."""
+    return [rows for rows in range(ROWS, most + 1, ROWS) if _is_one_of_few(rows)]
+
+
+def _is_one_of_few(rows: int) -> bool:
+    odd = rows // (rows & -rows) if rows else 0
+    return rows % ROWS == 0 and odd in (1, 3)
 
 
 def _sums_rows(a: Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.onednn import KERNEL, MOST, Products
+from lowmem_ft.planner.onednn import KERNEL, KERNEL_OF_ROWS, MOST, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, simulate
@@ -176,7 +176,10 @@ def test_what_onednn_takes(columns: str) -> None:
         planned = sum(scratch(*asked))
         assert taken <= planned if large else taken == planned > 0
         assert scratch(*asked) == [planned]
-        assert products.kernel_bytes == KERNEL, "one shape, asked twice"
+        assert products.kernel_bytes(rows, None) == KERNEL, "one shape, asked twice"
+        assert products.kernel_bytes(rows, 256) == KERNEL + 3 * KERNEL_OF_ROWS, "64, 128, 192 and 256 rows"
+        if not large:
+            assert products.kernel_bytes(2 * rows, None) == KERNEL + 3 * KERNEL_OF_ROWS, "as of an expert"
 
 
 @pytest.mark.parametrize("dims", [[0], [-1], [1, 2], None])

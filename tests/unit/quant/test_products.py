@@ -82,7 +82,7 @@ def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(products, "_multiply", seen)
     close: dict[str, Any] = {"rtol": 4 * torch.finfo(torch.bfloat16).eps, "atol": 64 * torch.finfo(torch.bfloat16).eps}
-    for rows in (1, 63, 64, 65, 200, 320, 511):
+    for rows in (1, 63, 64, 65, 192, 200, 320, 511):
         a, b, out = operands((rows, 24, 40), torch.bfloat16, "rows")
         exact = a.double() @ b.double()
         torch.testing.assert_close(mm(a, b, out=out.clone()).double(), exact, **close)
@@ -91,7 +91,8 @@ def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(c.double(), a.double() @ by.double(), **close)
         torch.testing.assert_close(found.double(), exact + c.double() @ d.double(), rtol=0.05, atol=1.0)
         torch.testing.assert_close(mm(out.t(), a).double(), out.double().t() @ a.double(), rtol=0.02, atol=1.0)
-    assert shapes == {(64, 24), (128, 24), (256, 24), (320, 24), (40, 64), (40, 320)}
+    assert shapes == {(64, 24), (128, 24), (192, 24), (256, 24), (40, 64), (40, 192)}
+    assert products.few_numbers_of_rows(1024) == [64, 128, 192, 256, 384, 512, 768, 1024]
 
 
 @pytest.mark.parametrize("native", [True, False])
