@@ -7,7 +7,6 @@ profiler that `torch.autograd.profiler_legacy` has, since each use of the newer 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -43,21 +42,24 @@ class Products:
     """The products of one plan that go to oneDNN, which compiles kernels for each of them."""
 
     def __init__(self) -> None:
-        self._rows: defaultdict[Hashable, set[int]] = defaultdict(set)  # that products with each matrix have
+        self._seen: set[Hashable] = set()
+        self._tokens = 0
+        self._fewer: dict[Hashable, int] = {}  # rows of products with a matrix in the last step that are not its tokens
 
-    def kernel_bytes(self, tokens: int, most: int | None) -> int:
+    def begin(self, tokens: int) -> None:
+        """A step with so many tokens follows."""
+        self._tokens = tokens
+        self._fewer.clear()
+
+    def kernel_bytes(self, *, most: int | None, routed: bool) -> int:
         """What these kernels take of the process, about.
 
         Args:
-            tokens: positions of the micro-batch that was traced.
-            most: of any micro-batch, where they differ; None: all have so many. What has other numbers of rows, such as
-                experts and losses, has fewer rows in turn, too.
+            most: tokens of any micro-batch, where they differ; None where they do not.
+            routed: there are experts, to which any number of rows comes, up to that of the last step.
         """
-        taken = 0
-        for rows in self._rows.values():
-            others = rows - {tokens} if most is None else {most if it == tokens else it for it in rows}
-            taken += KERNEL + KERNEL_OF_ROWS * max(0, len(few_numbers_of_rows(max(others, default=0))) - 1)
-        return taken
+        further = [0 if most is None else most] * len(self._seen) + [*self._fewer.values()] * routed
+        return KERNEL * len(self._seen) + sum(KERNEL_OF_ROWS * len(few_numbers_of_rows(it)[1:]) for it in further)
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
         """The most bytes that `op` takes beside what it returns.
@@ -68,10 +70,11 @@ class Products:
         """
         threads = torch.get_num_threads()
         likes = tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args)
-        if a.stride(-1) == 1:
-            self._rows[op, _Like.of(b)].add(a.shape[-2])
-        else:
-            self._rows[op, a.shape[:-1], b.shape[-1]].add(a.shape[-1])
+        plain = a.stride(-1) == 1
+        key, rows = ((op, _Like.of(b)), a.shape[-2]) if plain else ((op, a.shape[:-1], b.shape[-1]), a.shape[-1])
+        self._seen.add(key)
+        if rows != self._tokens:
+            self._fewer[key] = max(rows, self._fewer.get(key, 0))
         held = sum(it.nbytes for it in args if isinstance(it, Tensor))
         # of profilers there is one at a time
         if a.numel() * b.shape[-1] > LARGE or held > HELD or _autograd._profiler_enabled():

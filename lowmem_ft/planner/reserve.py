@@ -82,7 +82,7 @@ def with_margins(stage: Stage, peaks: Peaks) -> Peaks:
     22 MiB more than their replay, but two of 2.7 and 3.9 GB, which reserved 102 and 58. Six others reserved one or two
     segments of 20 MiB more, nobody knows why: they are counted from 1.25 GiB on, of which one is a 64th.
     """
-    mixed = any(name.endswith(".experts") for name, _ in stage.ready.model.named_modules())
+    mixed = stage.routed
     segment = 20 << 20 if mixed or stage.config.adapter.prompt_learning else 0
     holes = min(100 << 20, peaks.reserved // 32) if mixed else 0
     unknown = min(40 << 20, peaks.reserved // 64) if peaks.reserved > 5 << 28 else 0

@@ -188,6 +188,11 @@ class Stage:
         works = [(_LOADING, scratch)] if scratch else []
         return [*works, *weights.items(), *((key, -nbytes) for key, nbytes in works), *after]
 
+    @functools.cached_property
+    def routed(self) -> bool:
+        """Whether there are experts, each of which gets some of the tokens."""
+        return any(name.endswith(".experts") for name, _ in self.ready.model.named_modules())
+
     def attending(self) -> AbstractContextManager[None]:
         """Within it the blocks that the model has then attend as on the planned device."""
         return planned_attention(find_blocks(self.ready.model)[1], self.kind, self._card.capability)
@@ -252,6 +257,7 @@ class Stage:
                 ready: Any = self._with_loss(policy)
                 ready.optimizer = _Update(self, run=update)
                 batch = _batch(self.config, policy, self.kind, loss_tokens)
+                self.products.begin(batch.tokens)
                 train_step(ready, [batch], lr=1e-4, mismatched=mismatched_of(self.config, [batch]))
                 del batch
             self._unread.update((block, unread.layers) for block, unread in recomputing)

@@ -360,7 +360,7 @@ class Scales:
         if self._update is None:
             most = None if self.stage.config.data.packing else step_tokens(self.stage.config)
             # the same for all policies, whatever else is tried
-            self.kernels = self.stage.products.kernel_bytes(policy.micro_batch_tokens, most)
+            self.kernels = self.stage.products.kernel_bytes(most=most, routed=self.stage.routed)
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(

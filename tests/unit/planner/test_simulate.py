@@ -176,10 +176,14 @@ def test_what_onednn_takes(columns: str) -> None:
         planned = sum(scratch(*asked))
         assert taken <= planned if large else taken == planned > 0
         assert scratch(*asked) == [planned]
-        assert products.kernel_bytes(rows, None) == KERNEL, "one shape, asked twice"
-        assert products.kernel_bytes(rows, 256) == KERNEL + 3 * KERNEL_OF_ROWS, "64, 128, 192 and 256 rows"
+        same = partial(products.kernel_bytes, most=None)
+        assert same(routed=False) == KERNEL, "one shape, asked twice"
+        assert products.kernel_bytes(most=256, routed=False) == KERNEL + 3 * KERNEL_OF_ROWS, "64, 128, 192, 256 rows"
         if not large:
-            assert products.kernel_bytes(2 * rows, None) == KERNEL + 3 * KERNEL_OF_ROWS, "as of an expert"
+            assert same(routed=True) == KERNEL + 3 * KERNEL_OF_ROWS, "of an expert"
+            products.begin(rows)
+            scratch(*asked)
+            assert same(routed=True) == KERNEL, "of all tokens"
 
 
 @pytest.mark.parametrize("dims", [[0], [-1], [1, 2], None])
