@@ -126,12 +126,12 @@ def _product(
 
 def few_numbers_of_rows(most: int) -> list[int]:
     """Those for which oneDNN multiplies 16-bit floats, up to `most`: powers of two, and three times as many."""
-    return [rows for rows in range(ROWS, most + 1, ROWS) if _is_one_of_few(rows)]
+    doubled = (times * ROWS << power for power in range(most.bit_length()) for times in (1, 3))
+    return sorted(rows for rows in doubled if rows <= most)
 
 
 def _is_one_of_few(rows: int) -> bool:
-    odd = rows // (rows & -rows) if rows else 0
-    return rows % ROWS == 0 and odd in (1, 3)
+    return rows in few_numbers_of_rows(rows)
 
 
 def _sums_rows(a: Tensor) -> bool:
