@@ -181,9 +181,9 @@ class CostModel:
         return complex(work, calls) if self._ahead else calls + work
 
     def _elementwise(self, out: Any, *args: Any) -> float:
-        """All that is given is read once, and all that comes back is written."""
-        given = {id(tensor): tensor for tensor in _tensors(args)}
-        return self._moved(sum(map(_nbytes, given.values())), out, given)
+        """All that is given is read, and all that comes back is written."""
+        given = list(_tensors(args))
+        return self._moved(sum(map(_nbytes, given)), out, set(map(id, given)))
 
     def _moved(self, read: int, out: Any, given: Container[int]) -> float:
         """Seconds for bytes that are read, and for `out`, which is written: to new memory but where it was given."""
