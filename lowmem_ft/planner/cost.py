@@ -183,29 +183,29 @@ class CostModel:
     def _elementwise(self, out: Any, *args: Any) -> float:
         """All that is given is read, and all that comes back is written."""
         given = list(_tensors(args))
-        return self._moved(sum(map(_nbytes, given)), out, set(map(id, given)))
+        return self._moved(sum(it.nbytes for it in given), out, set(map(id, given)))
 
     def _moved(self, read: int, out: Any, given: Container[int]) -> float:
         """Seconds for bytes that are read, and for `out`, which is written: to new memory but where it was given."""
         fresh = 0
         for tensor in _tensors((out,)):
             if id(tensor) in given:
-                read += _nbytes(tensor)
+                read += tensor.nbytes
             else:
-                fresh += _nbytes(tensor)
+                fresh += tensor.nbytes
         return read / self._rates.elementwise + fresh / self._rates.fresh
 
     def _overwritten(self, out: Tensor, target: Tensor, *args: Any) -> float:
-        return self._moved(sum(map(_nbytes, _tensors(args))), out, {id(target)})
+        return self._moved(sum(it.nbytes for it in _tensors(args)), out, {id(target)})
 
     def _picked(self, out: Tensor, *args: Any) -> float:
         """As many elements as come out, wherever they lie, and their indices."""
-        indices = sum(_nbytes(it) for it in _tensors(args) if it.dtype == torch.int64)
-        return self._moved(_nbytes(out) + indices, out, ())
+        indices = sum(it.nbytes for it in _tensors(args) if it.dtype == torch.int64)
+        return self._moved(out.nbytes + indices, out, ())
 
     def _scattered(self, out: Tensor, target: Tensor, *args: Any) -> float:
         """Into as many elements as are given, which are read and written."""
-        put = sum(_nbytes(it) * (1 if it.dtype == torch.int64 else 3) for it in _tensors(args))
+        put = sum(it.nbytes * (1 if it.dtype == torch.int64 else 3) for it in _tensors(args))
         return put / self._rates.elementwise
 
     def _exponential(self, out: Tensor, *args: Any) -> float:
@@ -295,7 +295,7 @@ class CostModel:
 
     def _passes(self, count: float, x: Tensor) -> float:
         """Over the values of `x`, the last of which writes to new memory."""
-        return _nbytes(x) * ((count - 1) / self._rates.elementwise + 1 / self._rates.fresh)
+        return x.nbytes * ((count - 1) / self._rates.elementwise + 1 / self._rates.fresh)
 
     def _update(self, out: Any, name: str, gradient: Tensor, *_: Any) -> float:
         beyond = 0.0 if self._ahead else self._rates.update_call - self._rates.call
@@ -323,10 +323,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from (it for it in value if isinstance(it, Tensor))
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _takes_no_time(func: Any) -> bool:

@@ -30,7 +30,7 @@ MOST = 7 << 18  # bytes a thread
 # It works on so many rows at a time, or on some number below that divides them. With that it takes the most: for
 # matrices of 96 x 48 to 2048 x 768 never more at 1 to 1024 rows, and less at 320, 384 and 640 (36 numbers tried)
 ROWS = 256
-# Of products with one matrix, whatever their numbers of rows. Planning grew a process by 65 MB with 35 matrices (in 72
+# Of products with one matrix and a few numbers of rows. Planning grew a process by 65 MB with 35 matrices (in 72
 # products), 40 MB with 20 (45 products) and 32 MB with 27 (36 products)
 KERNEL = 7 << 18
 # Of each other number of rows that products with it come to: 0.54 to 0.60 MB were measured for matrices of 16 x 512 to
@@ -58,7 +58,7 @@ class Products:
             most: tokens of any micro-batch, where they differ; None where they do not.
             routed: there are experts, to which any number of rows comes, up to that of the last step.
         """
-        further = [0 if most is None else most] * len(self._seen) + [*self._fewer.values()] * routed
+        further = [most or 0] * len(self._seen) + [*self._fewer.values()] * routed
         return KERNEL * len(self._seen) + sum(KERNEL_OF_ROWS * len(few_numbers_of_rows(it)[1:]) for it in further)
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
