@@ -79,7 +79,12 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """Peaks over all phases of the run in bytes, and the speed of a training step."""
+    """Peaks over all phases of the run in bytes, and the speed of a training step.
+
+    Attributes:
+        pool_bytes: of what PyTorch's allocator reserves, so much is taken before the first step as one block, from
+            which pieces of any size are cut; 0 where its segments grow (the default but on Windows), and on a CPU.
+    """
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
@@ -89,6 +94,7 @@ class Predicted:
     disk_bytes: int
     step_seconds: float
     tokens_per_second: float
+    pool_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

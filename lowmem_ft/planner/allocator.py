@@ -38,12 +38,12 @@ from operator import itemgetter
 from typing import Literal, TypeAlias
 
 _MIB = 1 << 20
-_UNIT = 512  # all block sizes are multiples
+UNIT = 512  # all block sizes are multiples
 SMALL_MAX = _MIB  # the largest request of the small pool
 SLACK = _MIB  # in the large pool a rest of at most so much stays with its request
 _OWN_SEGMENT_MIN = 10 * _MIB  # from here on a request gets a segment of its own size
 _SEGMENT_UNIT = 2 * _MIB
-_SMALL_PAGE = 2 * _MIB  # a segment of the small pool, or a page of its expandable segment
+SMALL_PAGE = 2 * _MIB  # a segment of the small pool, or a page of its expandable segment
 _LARGE_PAGE = 20 * _MIB
 _ENDLESS = 1 << 60
 # What a block is; unmapped: addresses of an expandable segment that no memory lies behind
@@ -281,7 +281,7 @@ class CachingAllocator:
 
     def _new_pool(self, stream: int, small: bool) -> _Pool:
         slack = 0 if small or self.expandable_segments else SLACK
-        pool = self._pools[small][stream] = _Pool(stream, small, _SMALL_PAGE if small else _LARGE_PAGE, slack)
+        pool = self._pools[small][stream] = _Pool(stream, small, SMALL_PAGE if small else _LARGE_PAGE, slack)
         return pool
 
     def _nearest(self, pool: _Pool, fitting: list[_Entry]) -> _Block:
@@ -423,7 +423,7 @@ def _reach(block: _Block) -> int:
 
 def rounded(nbytes: int) -> int:
     """The bytes that a request takes."""
-    return (nbytes + _UNIT - 1) // _UNIT * _UNIT
+    return (nbytes + UNIT - 1) // UNIT * UNIT
 
 
 def _round_up(nbytes: int, unit: int) -> int:
@@ -433,5 +433,5 @@ def _round_up(nbytes: int, unit: int) -> int:
 def _segment_size(size: int) -> int:
     """Bytes that the driver is asked for, for a block of `size` bytes."""
     if size <= SMALL_MAX:
-        return _SMALL_PAGE
+        return SMALL_PAGE
     return _LARGE_PAGE if size < _OWN_SEGMENT_MIN else _round_up(size, _SEGMENT_UNIT)

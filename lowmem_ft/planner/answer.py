@@ -42,6 +42,7 @@ class Answer:
     Attributes:
         budget, process: bytes of the device: allowed to the process, and its peak over all phases of the run.
         allocated, reserved: what PyTorch counts as in use, and what its allocator holds, at most during training.
+        pool: of that what it holds before the first step, see `Predicted`.
         phases: peak bytes by phase and tier, as in a plan.
         options: all policies that were estimated.
         tokens: of a step.
@@ -55,6 +56,7 @@ class Answer:
     process: int
     allocated: int
     reserved: int
+    pool: int
     phases: dict[str, dict[str, int]]
     options: tuple[Option, ...]
     tokens: int
@@ -124,6 +126,7 @@ def write_plan(answer: Answer) -> Plan:
             disk_bytes=sum(sizes["disk_bytes"] for sizes in run),  # nothing on the disk goes with its phase
             step_seconds=weighed.seconds,
             tokens_per_second=answer.tokens / weighed.seconds,
+            pool_bytes=answer.pool,
         ),
         phases=answer.phases,
         breakdown=_breakdown(answer, stored),

@@ -175,15 +175,20 @@ def replay(
     step: Sequence[Played],
     *,
     enough: int | None = None,
+    pool: int = 0,
 ) -> Peaks:
     """The peaks of scripts one after the other.
 
     Args:
         new: makes an allocator.
         held: key and bytes of what came before, negative where it was given back. What was free at its end is, too.
+        pool: bytes that are held before the step, see `runtime.budget.fill_pool`.
         enough: if more bytes are reserved, it matters no more how many: then the peaks are those until then.
     """
     small, large = _Pool(new(), held, small=True), _Pool(new(), held, small=False)
+    missing = pool - small.allocator.reserved - large.allocator.reserved
+    if missing > 0:
+        large.allocator.free(large.allocator.allocate(missing))
     beside = small.allocator.allocated
     level = large.peak = beside + large.allocator.allocated
     for script, _ in step:

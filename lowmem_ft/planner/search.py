@@ -424,7 +424,7 @@ class Search:
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,
             process=max(phases[name]["device_bytes"] for name in OF_A_RUN), allocated=peak.allocated,
-            reserved=peak.reserved, phases=phases, options=tuple(options), tokens=self.tokens,
+            reserved=peak.reserved, pool=peak.pool, phases=phases, options=tuple(options), tokens=self.tokens,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.simulate import evaluate, mismatched_of
 from lowmem_ft.quant.products import kept_bytes
+from lowmem_ft.runtime.budget import fill_pool
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_peak_bytes, reset_process_peak
 from lowmem_ft.step import train_step
 
@@ -44,6 +45,7 @@ def verified(plan: Plan) -> Plan:
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         ready = assemble(config, plan.policy, where)
+        fill_pool(where, plan.predicted.pool_bytes)
         train_step(ready, batches, lr=1e-4, mismatched=mismatched)
         measured: dict[str, float] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(where),

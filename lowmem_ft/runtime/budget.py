@@ -55,6 +55,21 @@ def allowed_share(total: int, budget: int, *, beside: int, free: int) -> float:
     return max(0.0, min(1.0, min(budget - beside, free) / total))
 
 
+def fill_pool(device: torch.device, nbytes: int) -> None:
+    """Have PyTorch's pool on a CUDA `device` hold `nbytes`: what it lacks is taken as one block and given back.
+
+    Pieces of all sizes are then cut from it. Where segments do not grow (Windows, or without PYTORCH_ALLOC_CONF) each
+    would else be as large as the piece that it was taken for, and micro-batches that differ in length leave holes: in
+    the model of the allocator up to 3 times as much is held in the end.
+
+    Raises:
+        torch.OutOfMemoryError: there is less.
+    """
+    missing = nbytes - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    if missing > 0:
+        torch.empty(missing, dtype=torch.uint8, device=device)
+
+
 class Watch:
     """Raises OverBudgetError within a step if the process has taken more than `budget` bytes since the last reset.
 

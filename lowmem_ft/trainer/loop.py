@@ -233,6 +233,7 @@ class _Loop:
             may_recompute=not self.config.adapter.prompt_learning,
             watch=self.watch,
             host_budget=self.plan.budget["host_bytes"],
+            pool=self.plan.predicted.pool_bytes,
             say=self.reporter.say,
         )
 

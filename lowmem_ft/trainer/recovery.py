@@ -26,7 +26,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.loader import MicroBatches
 from lowmem_ft.data.packing import Batch
 from lowmem_ft.runtime import state
-from lowmem_ft.runtime.budget import Watch
+from lowmem_ft.runtime.budget import Watch, fill_pool
 from lowmem_ft.runtime.memory import process_bytes
 from lowmem_ft.runtime.streaming import Moved
 from lowmem_ft.runtime.vocabulary import Matrix, Which
@@ -68,6 +68,7 @@ class Recovery:
         may_recompute: whether blocks that keep their activations can do without.
         watch: of the budget, where crossing it is seen afterwards.
         host_budget: bytes that the process may take of the host beside a card; 0 where that is unknown.
+        pool: see `Predicted.pool_bytes`. Once memory has run out there is no use in it.
         say: told what was done about a failure.
 
     Attributes:
@@ -85,11 +86,13 @@ class Recovery:
         may_recompute: bool = True,
         watch: Watch | None = None,
         host_budget: int = 0,
+        pool: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready, self.policy, self._planned = ready, policy, policy
         self._alternatives, self._passed = list(alternatives), 0
         self._may_recompute, self._watch, self._host_budget, self._say = may_recompute, watch, host_budget, say
+        self._pool = pool
         self.repeated = 0
 
     def step(self, batches: MicroBatches, *, lr: float) -> StepResult:
@@ -102,6 +105,7 @@ class Recovery:
 
         def gradients() -> StepResult:
             state.restore_random(random, self.ready.device)
+            fill_pool(self.ready.device, self._pool)
             now = batches.within(self.policy.micro_batch_tokens)
             return sum_gradients(self.ready, now, now.mismatched)
 
@@ -224,6 +228,7 @@ class Recovery:
 
     def _let_go(self) -> None:
         """Give back what a failed attempt has held."""
+        self._pool = 0
         for parameter in self.ready.trainable.values():
             parameter.grad = None
         self.ready.activations.let_go()

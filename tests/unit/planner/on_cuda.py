@@ -14,6 +14,7 @@ from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.packing import Batch
+from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.calibrate import Recording, Taken, compare, record
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
@@ -47,7 +48,7 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     taken = [event for event in step(settled=False) if event.phase != "load"]
     keys = [-event.key if event.key in before else event.key for event in taken]
     turn = Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])
-    peaks = replayed(device, stage.made, [turn])
+    peaks = replayed(device, stage.made, [turn], expandable=expandable_segments())
     allocated, reserved = with_margins(stage, peaks)
     return Predicted(
         allocated=allocated,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -231,12 +232,8 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, int]
 
 @pytest.mark.parametrize("expandable", [False, True])
 @pytest.mark.parametrize("scale", [1, 40, 900])
-def test_a_composed_step(
-    step: tuple[list[tuple[int, int]], list[Turn]], scale: int, expandable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_composed_step(step: tuple[list[tuple[int, int]], list[Turn]], scale: int, expandable: bool) -> None:
     """Of sizes that lie in the small pool, in both, and mostly in the large one."""
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"expandable_segments:{expandable}")
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     card, larger = find_device("rtx-3060-12gb"), {}
 
     def scaled(events: Sequence[Step]) -> Sequence[Step]:
@@ -248,10 +245,11 @@ def test_a_composed_step(
     turns = [turn._replace(events=scaled(turn.events)) for turn in step[1]]
     peaks = every_event(card, before, turns, expandable)
     scripts: dict[Hashable, Script] = {}
-    assert replayed(card, before, turns, scripts=scripts) == peaks
+    play = partial(replayed, card, before, turns, scripts=scripts, expandable=expandable)
+    assert play() == peaks
     assert len(scripts) < len({id(turn.events) for turn in turns}), "some take the same"
-    assert replayed(card, before, turns, scripts=scripts, enough=peaks.reserved) == peaks
-    assert peaks.reserved - 1 < replayed(card, before, turns, scripts=scripts, enough=peaks.reserved - 1).reserved
+    assert play(enough=peaks.reserved) == peaks
+    assert peaks.reserved - 1 < play(enough=peaks.reserved - 1).reserved
 
 
 def every_event(card: Any, before: list[tuple[int, int]], turns: list[Turn], expandable: bool) -> Peaks:

@@ -91,15 +91,14 @@ def test_a_cpu_has_none(tmp_path: Path) -> None:
         load_profile(tmp_path / "wrong.yaml")
 
 
-def test_the_replay_has_them_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+def test_the_replay_has_them_from_the_start() -> None:
     card = find_device("h100-80gb")
     events = [Event(2, sign * 30 * MIB, "device", "", "forward", None) for sign in (1, -1)]
     step = [Turn([(event, None) for event in events], [(0, 2)] * 2, [0])]
     # of a Hopper with PyTorch 2.13; and 256 numbers of bitsandbytes, and 1 KiB
     bias = [nbytes for nbytes in (card.bias_workspace,) * 2 if nbytes]
-    assert replayed(card, [(1, 40 * MIB)], step).allocated == (32 + 32 + 40 + 30) * MIB + sum(bias) + 2 * 1024
+    taken = replayed(card, [(1, 40 * MIB)], step, expandable=False)
+    assert taken.allocated == (32 + 32 + 40 + 30) * MIB + sum(bias) + 2 * 1024
 
 
 def test_the_command_line_prefers_segments_that_grow() -> None:
@@ -126,12 +125,11 @@ def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyP
         assert expandable_segments({new: several}, "linux")
     with pytest.warns(UserWarning, match="backend:cudaMallocAsync"):
         expandable_segments({new: "backend:cudaMallocAsync"}, "linux")
+
+
+def test_segments_that_grow_and_those_that_do_not() -> None:
     card = find_device("rtx-3060-12gb")
     made = [(key, 7 * MIB) for key in range(1, 9)]
-    monkeypatch.setenv(new, "expandable_segments:True")
-    monkeypatch.delenv(old, raising=False)
-    growing = replayed(card, made, []).reserved
-    monkeypatch.setenv(new, "expandable_segments:False")
     # two pieces and no third go into a segment of 20 MiB; one that grows has room left at its end alone. What is small
     # has 2 MiB of its own
-    assert (growing, replayed(card, made, []).reserved) == (82 * MIB, 102 * MIB)
+    assert [replayed(card, made, [], expandable=it).reserved for it in (True, False)] == [82 * MIB, 102 * MIB]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem_ft.runtime import budget
-from lowmem_ft.runtime.budget import OverBudgetError, Watch, allowed_share, capped_allocator
+from lowmem_ft.runtime.budget import OverBudgetError, Watch, allowed_share, capped_allocator, fill_pool
 from lowmem_ft.runtime.memory import process_bytes, process_peak_bytes, reset_process_peak
 from tests.models import tiny_model
 
@@ -23,6 +23,16 @@ def test_the_pool_gets_what_the_budget_leaves_and_what_is_free() -> None:
 def test_on_a_cpu_nothing_is_capped() -> None:
     with capped_allocator(torch.device("cpu"), 1, beside=0):
         assert torch.empty(MIB, dtype=torch.uint8).numel() == MIB
+
+
+def test_the_pool_is_filled_up_by_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 60 * MIB)
+    monkeypatch.setattr(torch, "empty", lambda nbytes, **_: taken.append(nbytes))
+    for size in (0, 60 * MIB, 100 * MIB):
+        fill_pool(torch.device("cuda"), size)
+    fill_pool(torch.device("cpu"), 100 * MIB)
+    assert taken == [40 * MIB]
 
 
 def test_a_peak_counts_from_its_reset() -> None:

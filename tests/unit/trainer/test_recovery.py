@@ -158,6 +158,24 @@ def test_failing_again_and_again_ends_in_safer_policies_and_the_same_step(model:
     ]  # fmt: skip
 
 
+def test_a_pool_that_is_not_to_be_had_is_asked_for_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fill(device: torch.device, nbytes: int) -> None:
+        asked.append(nbytes)
+        if nbytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recovery, "fill_pool", fill)
+    trained = Trained(model, planned())
+    expected, _ = trained.step()
+    trained.again()
+    trained.recovery = Recovery(trained.ready, planned(), pool=1 << 30)
+    assert trained.step()[0] == expected
+    assert trained.recovery.policy == planned()
+    assert asked == [0, 1 << 30, 0]
+
+
 def test_the_safer_policies_of_a_plan_come_first(model: Path) -> None:
     safer = planned(keep_blocks=0, recompute_blocks=DEPTH)
     unreachable = planned(streamed_blocks=1, resident_blocks=1)
