@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +38,17 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: training lines carry `loss`, evaluation lines `eval_loss`."""
+        return list(self.read_metrics())
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The same, a line at a time: those of a long run take more memory together than a step does."""
         return _lines(self.folder / "metrics.jsonl")
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluation lines, of a run that went on with other held-out data those on the newest."""
         found: list[dict[str, Any]] = []
-        for line in self.metrics:
+        for line in self.read_metrics():
             if line.get("held_out_changed"):
                 found = []
             if line.get("eval_loss") is not None:  # None is what was not finite
@@ -53,11 +58,18 @@ class Run:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of samples.jsonl (step, prompt, answer, reference), which `eval.samples` asks for."""
+        return list(self.read_samples())
+
+    def read_samples(self) -> Iterator[dict[str, Any]]:
+        """The same, a line at a time."""
         return _lines(self.folder / "samples.jsonl")
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
-        return []
-    # only at line feeds: text may hold other characters that end a line for `splitlines`
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return
+    # bytes end lines only at line feeds: text may hold other characters that end one for `splitlines`
+    with file.open("rb") as opened:
+        for line in opened:
+            if line.strip():
+                yield json.loads(line)

@@ -31,13 +31,12 @@ def model_card(run: Run) -> str:
     settings = config.model_dump(mode="json", include=SHOWN)
     if config.adapter.init not in get_args(Init):  # its rank and such are in the adapter's own config
         settings["adapter"] = {name: it for name, it in settings["adapter"].items() if name in BESIDE_INIT}
-    train = [line for line in run.metrics if "loss" in line]
     tool = [PACKAGE, *filter(None, [installed_version(PACKAGE)])]
     lines = [
         f"# {run.folder.name}",
         f"An adapter for `{model}`, trained with {' '.join(tool)} in {run.step} steps.",
         "## Results",
-        _table(("", ""), _results(run, train)),
+        _table(("", ""), _results(run)),
         "## Data",
         _table(("", ""), _data(config.data.model_dump(mode="json", exclude_none=True))),
         "## Plan",
@@ -49,11 +48,15 @@ def model_card(run: Run) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
-def _results(run: Run, train: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    rows = [("tokens trained on", f"{sum(line['tokens'] for line in train):,}")] if train else []
-    losses = [line["loss"] for line in train if line["loss"] is not None]  # None is what was not finite
-    if losses:
-        rows.append(("training loss, first and last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
+def _results(run: Run) -> list[tuple[str, str]]:
+    tokens, first, last = 0, None, None
+    for line in run.read_metrics():
+        tokens += line.get("tokens", 0)
+        if line.get("loss") is not None:  # None is what was not finite
+            first, last = line["loss"] if first is None else first, line["loss"]
+    rows = [("tokens trained on", f"{tokens:,}")] if tokens else []
+    if last is not None:
+        rows.append(("training loss, first and last step", f"{first:.4f}, {last:.4f}"))
     held_out = run.evaluations
     if held_out:
         when = f"at step {held_out[0]['step']}" if held_out[0]["step"] else "before"

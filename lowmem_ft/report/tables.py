@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-
+import numpy as np
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -72,8 +71,9 @@ def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
         planned = int(getattr(run.plan.predicted, name))
         label = name.removesuffix("_bytes").replace("_", " ")
         rows.append((label, format_size(planned), format_size(measured), f"{measured / max(planned, 1):.0%}"))
-    if rates := [line["tokens_per_second"] for line in run.metrics if "tokens_per_second" in line]:
-        planned_rate, rate = run.plan.predicted.tokens_per_second, median(rates)  # steps now and then take long
+    told = (line["tokens_per_second"] for line in run.read_metrics() if "tokens_per_second" in line)
+    if len(rates := np.fromiter(told, dtype=float)):
+        planned_rate, rate = run.plan.predicted.tokens_per_second, np.median(rates)  # steps now and then take long
         rows.append(("tokens per second", f"{planned_rate:,.0f}", f"{rate:,.0f}", f"{rate / planned_rate:.0%}"))
     return rows
 

@@ -1,7 +1,10 @@
 """Progress, tables and the run page."""
 
+import dataclasses
 import io
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from rich.console import Console
 
 from lowmem_ft.core.run import Run
 from lowmem_ft.report import progress
+from lowmem_ft.report.card import model_card
 from lowmem_ft.report.page import run_page
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.report.tables import measured_table, plan_table
@@ -141,3 +145,31 @@ def test_the_page_is_self_contained_and_escapes(run: Run) -> None:
     assert "finished" in page
     (run.folder / "metrics.jsonl").write_text("")
     assert "No step was recorded" in run_page(run)
+
+
+@pytest.mark.parametrize("tell", [run_page, model_card, lambda run: measured_table(run).row_count])
+def test_what_tells_of_a_run_takes_no_memory_for_each_step(run: Run, tell: Callable[[Run], object]) -> None:
+    """It is made while the model is in memory, and a plan knows of no number of steps."""
+    tell(run)  # what it loads and looks up once
+    line = {"loss": 4.0, "tokens": 256, "lr": 2e-4, "tokens_per_second": 100.0, "device_peak_bytes": 2**30}
+    with (run.folder / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({"step": step, **line}) + "\n" for step in range(1, 5001))
+    size = (run.folder / "metrics.jsonl").stat().st_size
+    tracemalloc.start()
+    try:
+        tell(dataclasses.replace(run, step=5000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size
+
+
+def test_the_plot_of_a_long_run_keeps_its_highest_and_lowest_points(run: Run) -> None:
+    losses = [2.0] * 5000
+    losses[1234], losses[4321] = 9.5, 0.25
+    with (run.folder / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({"step": at + 1, "loss": loss}) + "\n" for at, loss in enumerate(losses))
+    page = run_page(dataclasses.replace(run, step=5000))
+    assert "9.500" in page
+    assert "0.250" in page
+    assert len(page) < 30_000
