@@ -154,10 +154,15 @@ class RunFolder:
             raise CheckpointError("A file could not be written.", given=f"{file} ({error})", fix=fix) from error
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged after `step`: the steps that a resumed run does again."""
-        self.write("metrics.jsonl", _until(self.metrics, step))
-        if self.samples.exists():
-            self.write("samples.jsonl", _until(self.samples, step))
+        """Cut off what was logged after `step`: the steps that a resumed run does again."""
+        for file in (self.metrics, self.samples):
+            try:
+                if file.exists():
+                    os.truncate(file, _length_until(file, step))
+                elif file == self.metrics:  # whose presence says that there is a run
+                    file.touch()
+            except OSError as error:
+                raise _unwritable(file, error) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
@@ -213,14 +218,15 @@ def _is_there(file: Path) -> bool:
         return False
 
 
-def _until(file: Path, step: int) -> str:
-    """The lines of a file of a run up to those of `step`."""
-    kept = []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    for line in text.split("\n"):  # and not at all that ends a line in some text
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break  # the end, or the line that a killed run was writing
-    return "".join(kept)
+def _length_until(file: Path, step: int) -> int:
+    """Bytes of the lines of a file of a run up to those of `step`."""
+    length = 0
+    with file.open("rb") as opened:
+        for line in opened:  # and not all at once: those of a long run take more than a step does
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
+                break
+            length += len(line)
+    return length

@@ -1,10 +1,12 @@
 """That stopping and resuming change nothing, and what a run does not go on with."""
 
 import io
+import json
 import os
 import shutil
 import signal
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,20 @@ def test_a_letter_that_a_killed_run_had_half_written_is_forgotten(tmp_path: Path
     folder.samples.write_bytes(whole + whole[: whole.index(b'"}') - 1])
     folder.forget_after(2)
     assert folder.samples.read_bytes() == whole
+
+
+def test_to_forget_steps_takes_no_memory_for_each_that_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step, "loss": 4.0, "answer": "word " * 20}) + "\n" for step in range(2000)]
+    folder.metrics.write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        folder.forget_after(1500)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert folder.metrics.read_text() == "".join(lines[:1501])
+    assert peak < folder.metrics.stat().st_size / 2
 
 
 def test_resume_without_a_checkpoint_starts_over_and_a_finished_run_stays(data: Path) -> None:
