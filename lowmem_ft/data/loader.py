@@ -172,6 +172,8 @@ class BatchLoader(Iterator[MicroBatches]):
         mean = lanes * (seq_len if packing else int(first.tokens(self.lengths).sum()) / len(first))
         self.rows_per_step = max(1, int(tokens_per_step // mean) if packing else round(tokens_per_step / mean))
         self._dealt = 0, first
+        told = np.concatenate([first.documents, first.starts, [self.rows_per_step]])
+        self._dealing = hashlib.sha256(told.astype(np.int64).tobytes()).hexdigest()[:16]
         self.steps_per_epoch = self._steps_for(first)
         self._starts = [0, self.steps_per_epoch]  # first step of each epoch, as far as they are known
         self.width = None if not packing else seq_len if self._varies else _packed_width(first, self.lengths, seq_len)
@@ -230,15 +232,20 @@ class BatchLoader(Iterator[MicroBatches]):
         """Go on after the steps of `state`.
 
         Raises:
-            DataError: the state was saved with other data, or other settings of what a step holds.
+            DataError: the state was saved with other data, other settings of what a step holds, or by a version that
+                deals them in another order.
         """
         now = self._identity()
-        if state["data"] != now:
-            changed = sorted(key for key in {*now, *state["data"]} if state["data"].get(key) != now.get(key))
+        was = {"dealt": self._dealing, **state["data"]}  # which older checkpoints do not tell
+        changed = sorted(key for key in {*now, *was} if was.get(key) != now.get(key))
+        if changed == ["dealt"]:
+            raise dealt_otherwise(f"order {self._dealing} where it has {was['dealt']}")
+        if changed:
+            changed = [key for key in changed if key != "dealt"]  # which follows from the others
             raise DataError(
                 "The checkpoint was saved with other data, so the run cannot go on where it stopped.",
                 given=", ".join(f"{key} {now.get(key)}" for key in changed),
-                allowed=", ".join(f"{key} {state['data'].get(key)}" for key in changed),
+                allowed=", ".join(f"{key} {was.get(key)}" for key in changed),
                 fix="put the data and settings back, or start over in another output folder",
             )
         self.steps = state["steps"]
@@ -254,6 +261,7 @@ class BatchLoader(Iterator[MicroBatches]):
             "packing": self.packing,
             "tokens_per_step": self.tokens_per_step,
             "seed": self.seed,
+            "dealt": self._dealing,
         }
         # said only where they are not the default, so that checkpoints from before they existed go on
         if self.order != "shuffled":
@@ -263,6 +271,15 @@ class BatchLoader(Iterator[MicroBatches]):
         if self._varies:
             identity["drawn"] = "in turn"  # checkpoints of before drew by chance
         return identity | (self.preferences.identity() if self.preferences is not None else {})
+
+
+def dealt_otherwise(given: str) -> DataError:
+    """Of a checkpoint after whose steps other examples would come than when it was saved: some twice, some never."""
+    return DataError(
+        "The checkpoint is of another version, which deals the examples in another order, so the run cannot go on.",
+        given=given,
+        fix="go on with the version of lowmem-ft (and torch) that wrote it, or start over in another output folder",
+    )
 
 
 def eval_batches(

@@ -24,7 +24,7 @@ from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
-from lowmem_ft.data.loader import BatchLoader, eval_batches
+from lowmem_ft.data.loader import BatchLoader, dealt_otherwise, eval_batches
 from lowmem_ft.data.mixture import Mixture, content_of, count_shared
 from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, check_sources, read_preferences, read_sources
@@ -400,6 +400,8 @@ class _Loop:
             fix = "delete it: the one before is used then"
             raise CheckpointError("A checkpoint tells nothing of its run.", given=str(checkpoint), fix=fix)
         check_identity(meta.get("identity"), self.identity)
+        if "identity" not in meta and self.config.data.packing:  # of about when packing became another
+            raise dealt_otherwise("a checkpoint that does not tell of which run it is, with data.packing: true")
         state.restore_weights(self.ready.trainable, tensors)
         # learning rate, weight decay and such are those of the config
         self.ready.optimizer.load_state(state.below(tensors, "optimizer"), meta["optimizer"], settings=False)

@@ -122,6 +122,21 @@ def test_resuming_with_other_data_is_refused_but_not_with_other_micro_batches(ex
         BatchLoader(changed, **SETTINGS).load_state_dict(state)
 
 
+def test_a_state_of_another_order_is_refused_and_one_that_tells_none_goes_on(
+    examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a version that packs rows otherwise: some examples would come twice, and some never."""
+    state = BatchLoader(examples, **SETTINGS).state_dict()
+    monkeypatch.setattr("lowmem_ft.data.loader.permutation", lambda count, seed: np.arange(count))
+    other = BatchLoader(examples, **SETTINGS)
+    with pytest.raises(DataError, match="another version, which deals the examples in another order"):
+        other.load_state_dict(state)
+    with pytest.raises(DataError, match="seed 4"):
+        BatchLoader(examples, **{**SETTINGS, "seed": 4}).load_state_dict(state)
+    del state["data"]["dealt"]
+    other.load_state_dict(state)
+
+
 def test_little_data_takes_short_rows() -> None:
     few = [Example([1, 2, 3], [1, 2, 3])] * 5
     loader = BatchLoader(few, **{**SETTINGS, "seq_len": 2048})

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.core.files import writing_prefix
 from lowmem_ft.core.run import Run
 from lowmem_ft.data.store import writes_date
@@ -387,3 +387,18 @@ def test_a_checkpoint_that_is_another_file_is_told(data: Path) -> None:
     shutil.copy(folder.best, newest)
     with pytest.raises(CheckpointError, match="tells nothing of its run"):
         loop.train(config(data), resume=True, reporter=QUIET)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_checkpoint_of_before_rows_were_packed_as_they_are_is_refused(data: Path, packing: bool) -> None:
+    one = config(data, data={"packing": packing}, train={"steps": 2, "max_time": 0.001})
+    loop.train(one, reporter=QUIET)
+    (path,) = state.checkpoints(data / "run" / "checkpoints")
+    tensors, meta = state.read_checkpoint(path)
+    del meta["identity"], meta["data"]["data"]["dealt"]
+    state.write_tensors(path, dict(tensors), {"state": json.dumps(meta)})
+    if packing:
+        with pytest.raises(DataError, match="another version, which deals the examples in another order"):
+            loop.train(one, resume=True, reporter=QUIET)
+    else:
+        assert loop.train(one, resume=True, reporter=QUIET).status == "finished"
