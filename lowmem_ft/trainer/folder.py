@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
-from lowmem_ft.core.files import nearest_existing, remove_half_written, replace_text
+from lowmem_ft.core.files import is_full, nearest_existing, remove_half_written, replace_text
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 
@@ -150,7 +150,8 @@ class RunFolder:
             with file.open("a", encoding="utf-8") as opened:
                 opened.write("".join(json.dumps(_finite(line), ensure_ascii=False) + "\n" for line in lines))
         except OSError as error:
-            fix = "free disk space, and go on from the newest checkpoint with --resume"
+            first = "free disk space" if is_full(error) else f"see that {file.parent} is there and can be written"
+            fix = f"{first}, and go on from the newest checkpoint with --resume"
             raise CheckpointError("A file could not be written.", given=f"{file} ({error})", fix=fix) from error
 
     def forget_after(self, step: int) -> None:

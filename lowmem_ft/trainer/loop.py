@@ -413,7 +413,7 @@ class _Loop:
                 "Warning: the training data is not what it was: as many tokens in each example, but other ones, or "
                 "others of them in the loss. A chat template that writes the day's date does that, too."
             )
-        self.recovery.load_state_dict(meta["recovery"])
+        self.recovery.load_state_dict(meta.get("recovery"))
         state.restore_random(tensors, self.ready.device)
         self.step = meta["step"]
         if same_held_out(meta.get("held_out", self.held_out), self.held_out):

@@ -241,6 +241,20 @@ def test_an_output_folder_that_cannot_be_is_told(data: Path, output: str) -> Non
     assert (data / "file").read_text() == "mine"
 
 
+def test_a_folder_that_is_gone_is_not_told_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a share of the network that is lost in the middle of a run."""
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"see that .*run is there and can be written, and go on"):
+        folder.log({"step": 1})
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match="free disk space, and go on"):
+        folder.log({"step": 1})
+
+
 def test_a_loss_that_is_not_finite_in_fp16_leaves_no_checkpoint_and_no_adapter(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
