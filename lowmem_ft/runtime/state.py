@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
-from lowmem_ft.core.files import SAVING, writing_prefix
+from lowmem_ft.core.files import SAVING, remove, writing_prefix
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
@@ -88,7 +88,7 @@ def save_checkpoint(
     path = folder / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"state": json.dumps({"step": step, **meta})})
     for old in checkpoints(folder)[:-RETAINED]:
-        old.unlink()
+        remove(old)  # or the next time: a file that somebody has open on Windows is no reason to end a run
     return path
 
 

@@ -72,6 +72,22 @@ def test_old_checkpoints_go_and_order_is_by_step(tmp_path: Path) -> None:
     ]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file that something else has open on Windows. It goes with the next one that is saved."""
+
+    def in_use(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", in_use)
+        save(tmp_path, 3)
+    assert len(state.checkpoints(tmp_path)) == 3
+    save(tmp_path, 4)
+    assert [path.name[-13:-12] for path in state.checkpoints(tmp_path)] == ["3", "4"]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = save(tmp_path, 1)
     before = good.read_bytes()
