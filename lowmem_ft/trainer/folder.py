@@ -19,6 +19,7 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.files import is_full, nearest_existing, remove_half_written, replace_text
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
+from lowmem_ft.runtime.state import checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ class RunFolder:
         return self.path / "result.json"
 
     def refuse_another(self) -> None:
-        """Raises ConfigError if the folder holds a run already."""
-        if _is_there(self.metrics):
+        """Raises ConfigError if the folder holds a run already, or its checkpoints: new ones would go as older ones."""
+        if _is_there(self.metrics) or (os.path.isdir(self.checkpoints) and checkpoints(self.checkpoints)):
             raise ConfigError(
                 "The output folder holds a run already.",
                 given=str(self.path),

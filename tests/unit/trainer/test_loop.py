@@ -241,6 +241,16 @@ def test_an_output_folder_that_cannot_be_is_told(data: Path, output: str) -> Non
     assert (data / "file").read_text() == "mine"
 
 
+def test_checkpoints_alone_are_a_run_too(tmp_path: Path) -> None:
+    """Those of a run that began anew beside them would be removed as older ones."""
+    folder = RunFolder(tmp_path)
+    folder.refuse_another()
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "step-00005000.safetensors").touch()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        folder.refuse_another()
+
+
 def test_a_folder_that_is_gone_is_not_told_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a share of the network that is lost in the middle of a run."""
     folder = RunFolder(tmp_path / "run")
