@@ -90,8 +90,10 @@ class Below:
         """For the inputs of so many blocks, which a step puts there and takes back."""
 
         def open_tier(sizes: list[int]) -> TakingTier:
-            on_disk = self._device.type == "cpu"
-            return DiskTier(self._folder, sizes) if on_disk else HostTier(sizes, self._device)
+            if self._device.type != "cpu":
+                return HostTier(sizes, self._device)
+            words = {"holds": "inputs of blocks", "instead": "set policy.activations: recompute"}
+            return DiskTier(self._folder, sizes, **words)
 
         return Shelf(count, open_tier)
 

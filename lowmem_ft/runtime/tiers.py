@@ -133,6 +133,7 @@ class DiskTier:
     Args:
         folder: where the file lies.
         sizes: bytes of each block, multiples of `PAGE`.
+        holds, instead: what lies in it, and what a user can do to have less of it, for errors.
 
     Raises:
         LowMemError: the folder cannot be written, or has no room.
@@ -140,9 +141,16 @@ class DiskTier:
 
     __deepcopy__ = refuse_copy
 
-    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sequence[int],
+        *,
+        holds: str = "streamed weights",
+        instead: str = "raise the budget so that fewer blocks are streamed",
+    ) -> None:
         assert all(size % PAGE == 0 for size in sizes), sizes
-        self._folder, self._sizes = folder, list(sizes)
+        self._folder, self._sizes, self._holds, self._instead = folder, list(sizes), holds, instead
         self._starts = [0, *accumulate(sizes)][: len(sizes)]
         with self._clear_errors():
             self._file, self._direct, name = _unnamed_file(folder)
@@ -235,11 +243,12 @@ class DiskTier:
                 raise
             full = is_full(error)
             raise LowMemError(
-                "No space left for streamed weights." if full else "Streamed weights cannot be written or read.",
+                f"No space left for {self._holds}."
+                if full
+                else f"{self._holds[0].upper()}{self._holds[1:]} cannot be written or read.",
                 given=f"{self._folder}: {error.strerror}",
                 allowed=f"{sum(self._sizes)} bytes on a local disk",
-                fix="free some space, let `cache` or `output` name a folder on another disk, or raise the budget so "
-                "that fewer blocks are streamed",
+                fix=f"free some space, let `cache` or `output` name a folder on another disk, or {self._instead}",
             ) from error
 
 

@@ -1,5 +1,6 @@
 """Recomputed blocks give the gradients of kept ones, bit by bit, and hold less memory."""
 
+import errno
 import re
 from collections import UserDict
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from lowmem_ft.adapters.inject import inject_lora
-from lowmem_ft.core.errors import ConfigError, UnsupportedError
+from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.attend import use_attention
+from lowmem_ft.runtime.below import Below
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.rerun import random_states, with_random
@@ -370,6 +372,18 @@ def test_device_generators_are_restored_too(monkeypatch: pytest.MonkeyPatch) -> 
         assert state["now"].item() == 1
         state["now"] = torch.tensor([99])
     assert state["now"].item() == 2
+
+
+def test_a_disk_that_is_full_of_inputs_is_not_told_as_full_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    below: Any = SimpleNamespace(_device=torch.device("cpu"), _folder=tmp_path)
+    with pytest.raises(LowMemError, match=r"No space left for inputs of blocks[\s\S]*policy.activations: recompute"):
+        Below.shelf(below, 2).put(0, torch.ones(4))
 
 
 def test_an_offloaded_input_serves_the_forward_that_it_is_of(tmp_path: Path) -> None:
