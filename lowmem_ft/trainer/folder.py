@@ -203,7 +203,7 @@ def _unwritable(path: Path, error: OSError) -> CheckpointError:
         "A file could not be written.",
         given=f"{path} ({error})",
         allowed="an output folder that can be written",
-        fix="set output to another folder",
+        fix=f"{'free disk space, or ' if is_full(error) else ''}set output to another folder",
     )
 
 

@@ -263,6 +263,9 @@ def test_a_folder_that_is_gone_is_not_told_as_a_full_disk(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(CheckpointError, match="free disk space, and go on"):
         folder.log({"step": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="free disk space, or set output"):  # where it would start over
+        folder.write("plan.json", "")
 
 
 def test_a_loss_that_is_not_finite_in_fp16_leaves_no_checkpoint_and_no_adapter(
