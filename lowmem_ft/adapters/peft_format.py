@@ -37,6 +37,7 @@ from lowmem_ft.adapters.peft_methods import check_base_unchanged, check_conv1d, 
 from lowmem_ft.adapters.targets import adaptable, is_linear
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans, writing_prefix
+from lowmem_ft.core.json_text import read_json_file
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
@@ -145,8 +146,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / CONFIG_NAME
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        settings = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "the adapter's config cannot be read",
             given=f"{path} ({error})",

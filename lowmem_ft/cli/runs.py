@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.json_text import read_json_file
 
 if TYPE_CHECKING:
     from lowmem_ft.assemble import Assembled
@@ -137,7 +137,7 @@ def _read_plan(file: Path) -> Plan:
     from lowmem_ft.core.plan import Plan
 
     try:
-        return Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Plan.from_dict(read_json_file(file))
     except (OSError, ValueError) as error:
         fix = "delete it: what the run's config gives is planned anew then"
         why = str(error).partition("\n")[0]

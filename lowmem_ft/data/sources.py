@@ -15,6 +15,7 @@ from typing import Literal
 
 from lowmem_ft.core.config import DataConfig, DataSource, Sources
 from lowmem_ft.core.errors import DataError, nearest
+from lowmem_ft.core.json_text import read_json_file
 from lowmem_ft.data.records import SUFFIXES, TABLES, Progress, Row, kind_of, read_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -151,14 +152,14 @@ def _saved(folder: Path, source: DataSource, use: Use) -> list[Path]:
     """The Arrow files of a folder that `save_to_disk` wrote."""
     try:
         if os.path.exists(folder / SPLITS):
-            splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))["splits"]
+            splits = read_json_file(folder / SPLITS)["splits"]
             split = pick_split(splits, source.split, use)
             if split is None:
                 raise unknown_split(source.path, splits, source.split)
             folder = folder / split
         else:
             _refuse_unread(source, ("split",), "concerns folders of several splits")
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json_file(folder / STATE)
         return [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.core.files import ABANDONED_SECONDS, is_full
+from lowmem_ft.core.json_text import read_json
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.data.records import Progress, kind_of
 from lowmem_ft.data.sources import FileSet
@@ -75,7 +76,7 @@ class StoredExamples(Sequence[Example]):
             raise ValueError("its end is missing")
         described = int.from_bytes(tail[:8], "little")
         raw_head = os.pread(descriptor, described, max(size - TAIL - described, 0))
-        head = json.loads(raw_head)
+        head = read_json(raw_head)
         count, tokens = int(head["examples"]), int(head["tokens"])
         if size != 4 * tokens + INDEX_BYTES * count + described + TAIL:
             raise ValueError("its size is not that of its content")

@@ -15,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
+from lowmem_ft.core.json_text import read_json
 from lowmem_ft.quant.ops import BLOCK, NESTED_BLOCK, Layout, QuantSpec, layout
 
 STATE_BYTES = 256  # the JSON's room: its length depends on the offset's digits, and JSON may end in spaces
@@ -77,7 +78,7 @@ def unpack(path: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> dict[st
 
 def read_state(packed: Tensor) -> dict[str, Any]:
     """The JSON in a `quant_state` tensor."""
-    state: dict[str, Any] = json.loads(bytes(packed.cpu().numpy()))
+    state: dict[str, Any] = read_json(bytes(packed.cpu().numpy()))
     return state
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import is_full, remove, remove_orphans, writing_prefix
+from lowmem_ft.core.json_text import read_json_file
 from lowmem_ft.quant.bnb_format import pack, packed_layout, unpack
 from lowmem_ft.quant.checkpoint import (
     DTYPE_NAMES,
@@ -320,7 +320,7 @@ def skipped_by_transformers(model: PreTrainedModel, unswapped: PreTrainedModel) 
 
 
 def _marker(folder: Path) -> dict[str, Any]:
-    marker: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    marker: dict[str, Any] = read_json_file(folder / MARKER)
     return marker
 
 

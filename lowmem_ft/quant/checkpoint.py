@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.core.files import replace_text
+from lowmem_ft.core.json_text import read_json, read_json_file
 from lowmem_ft.quant.ops import Layout, QuantSpec
 
 INDEX = "model.safetensors.index.json"
@@ -133,7 +134,7 @@ class Checkpoint:
         if (folder / OWN_INDEX).exists():
             raise UnsupportedError("this is an entry of the cache of quantized weights, not a model of its own",
                                    given=folder, fix="give the checkpoint; the cache is found by itself")  # fmt: skip
-        if not weights and not all(file.is_file() for file in _named_files(folder, INDEX)[0]):
+        if not weights and not all(os.path.isfile(file) for file in _named_files(folder, INDEX)[0]):
             return cls(folder, str(path_or_hub_id), config, {}, (), {}, trust_remote_code)
         files, tensors, metadata = scan(folder)
         return cls(folder, str(path_or_hub_id), config, tensors, files, metadata, trust_remote_code)
@@ -295,13 +296,9 @@ def _header(stream: BinaryIO, file: Path, *, size: int) -> tuple[dict[str, Tenso
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise broken("it ends within its header, or is no safetensors file")
     try:
-        header: dict[str, Any] = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        whole = operator.index
-        entries = [
-            (name, e["dtype"], tuple(map(whole, e["shape"])), *map(whole, e["data_offsets"]))
-            for name, e in header.items()
-        ]
+        header: dict[str, Any] = read_json(stream.read(length))
+        metadata = {**header.pop("__metadata__", {})}
+        entries = [_entry(name, described) for name, described in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise broken("its header cannot be read") from error
     tensors: dict[str, TensorInfo] = {}
@@ -325,6 +322,12 @@ def _header(stream: BinaryIO, file: Path, *, size: int) -> tuple[dict[str, Tenso
     return tensors, metadata
 
 
+def _entry(name: str, described: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    """Name, type, shape, first byte and end of a tensor, as a header describes it."""
+    begin, end = map(operator.index, described["data_offsets"])
+    return name, str(described["dtype"]), tuple(map(operator.index, described["shape"])), begin, end
+
+
 def _fill(file: Any, target: Tensor, path: Path) -> None:
     view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
     while view:
@@ -336,7 +339,7 @@ def _fill(file: Any, target: Tensor, path: Path) -> None:
 
 def _read_memo(memo: Path | None) -> dict[str, str]:
     try:
-        known = json.loads(memo.read_text(encoding="utf-8")) if memo is not None else {}
+        known = read_json_file(memo) if memo is not None else {}
     except (OSError, ValueError):  # absent or damaged: it only saves time
         return {}
     return known if isinstance(known, dict) else {}
@@ -411,7 +414,7 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             fix = "the hub's cache has only a part of this model, and HF_HUB_OFFLINE is set: download all of it"
         raise CheckpointError("the model folder has no config.json", given=folder, fix=fix)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_file(path)
         if not isinstance(raw, dict):
             raise TypeError("not a JSON object")
     except (OSError, ValueError, TypeError) as error:
@@ -442,7 +445,7 @@ def _named_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[
 def _find_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:
     """`_named_files`, all of which are there."""
     files, weight_map = _named_files(folder, index_name)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # unlike pathlib's it answers for any name
     if not missing and files:
         return files, weight_map
     if weight_map:
@@ -465,7 +468,7 @@ def _pickles(folder: Path) -> Iterator[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_file(index)["weight_map"]
         if not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
             raise ValueError("a file name that is none, or leads out of the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, remove, writing_prefix
+from lowmem_ft.core.json_text import read_json
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
@@ -143,7 +144,7 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         content = content_checksum(header, file.meta.get("state", ""))
         if file.meta.get(CHECKSUM, content) != content:  # older files have none
             raise ValueError("its content is not what was written")
-        meta = json.loads(file.meta.get("state", "{}"))
+        meta = read_json(file.meta.get("state", "{}"))
     except (OSError, SafetensorError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             "A checkpoint cannot be read.", given=f"{path} ({error})", fix="delete it: the one before is used then"

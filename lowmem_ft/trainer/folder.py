@@ -17,6 +17,7 @@ from typing import Any
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError
 from lowmem_ft.core.files import is_full, nearest_existing, remove_half_written, replace_text
+from lowmem_ft.core.json_text import read_json, read_json_file
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.runtime.state import checkpoints
@@ -129,7 +130,7 @@ class RunFolder:
     def plan(self) -> Plan | None:
         """What plan.json says; None where there is nothing, or what this version cannot read."""
         try:
-            plan = Plan.from_dict(json.loads((self.path / "plan.json").read_text(encoding="utf-8")))
+            plan = Plan.from_dict(read_json_file(self.path / "plan.json"))
             return plan if plan.run_config else None
         except (OSError, ValueError):
             return None
@@ -177,7 +178,7 @@ class RunFolder:
             CheckpointError: the file cannot be read.
         """
         try:
-            result = json.loads(self.finished.read_text(encoding="utf-8"))
+            result = read_json_file(self.finished)
             result.pop("base", None)
             return Run(folder=self.path, plan=Plan.from_dict(result.pop("plan")), **result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -188,7 +189,7 @@ class RunFolder:
     def warn_of_other_base(self, sample: str) -> None:
         """Warn if `sample` (of `Checkpoint.sample`) is not of the weights that the finished run was trained on."""
         try:
-            base = json.loads(self.finished.read_text(encoding="utf-8"))["base"]
+            base = read_json_file(self.finished)["base"]
         except (OSError, ValueError, KeyError, TypeError):  # a run that is not finished, or of before it was told
             return
         if base != sample:
@@ -226,7 +227,7 @@ def _length_until(file: Path, step: int) -> int:
     with file.open("rb") as opened:
         for line in opened:  # and not all at once: those of a long run take more than a step does
             try:
-                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                if read_json(line)["step"] > step or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                 break

@@ -210,6 +210,7 @@ PUT_R = "fix: +put r and rank_pattern in adapter_config.json back"
 BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), CheckpointError, "config cannot be read"),
     "no json": (lambda f: (f / CONFIG).write_bytes(b"\xff{"), CheckpointError, "config cannot be read"),
+    "nested": (lambda f: (f / CONFIG).write_text("[" * 100_000), CheckpointError, "config cannot be read"),
     "not a mapping": (lambda f: (f / CONFIG).write_text("[1]"), CheckpointError, "names no peft method"),
     "no method": (edit_config(peft_type="LORRA"), CheckpointError, "names no peft method"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), CheckpointError, "weights are missing"),

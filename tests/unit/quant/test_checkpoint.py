@@ -20,6 +20,8 @@ from lowmem_ft.quant.checkpoint import CHUNK_BYTES, DTYPES, INDEX, SINGLE, Check
 from lowmem_ft.quant.loader import meta_model
 from tests.models import save_tiny
 
+DEEP = "[" * 100_000  # for which `json` has a RecursionError
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +76,22 @@ def half_a_row(folder: Path) -> None:
     change_header(folder, lambda entries: entries[0].update(shape=[0.5]))
 
 
+def three_offsets(folder: Path) -> None:
+    change_header(folder, lambda entries: entries[0]["data_offsets"].append(0))
+
+
+def write_header(folder: Path, text: str) -> None:
+    shard(folder).write_bytes(len(text).to_bytes(8, "little") + text.encode())
+
+
+def nest_header(folder: Path) -> None:
+    write_header(folder, DEEP)
+
+
+def metadata_is_a_list(folder: Path) -> None:
+    write_header(folder, '{"__metadata__": ["format"]}')
+
+
 def more_bytes(folder: Path) -> None:
     with shard(folder).open("ab") as file:
         file.write(b"more")
@@ -105,6 +123,14 @@ def spoil_index(folder: Path) -> None:
     (folder / INDEX).write_text("{")
 
 
+def nest_index(folder: Path) -> None:
+    (folder / INDEX).write_text(DEEP)
+
+
+def name_too_long(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": "x" * 300}}))
+
+
 def lead_out(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(index["weight_map"], "../other.safetensors")}))
@@ -129,6 +155,10 @@ def spoil_config(folder: Path) -> None:
     (folder / "config.json").write_text("[1, 2")
 
 
+def nest_config(folder: Path) -> None:
+    (folder / "config.json").write_text(DEEP)
+
+
 def config_is_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[1, 2]")
 
@@ -141,17 +171,23 @@ BROKEN: dict[Callable[[Path], None], str] = {
     share_bytes: "does not begin where",
     begin_before_the_file: "does not begin where",
     half_a_row: "header cannot be read",
+    three_offsets: "header cannot be read",
+    nest_header: "header cannot be read",
+    metadata_is_a_list: "header cannot be read",
     more_bytes: "no tensor lies at its end",
     not_safetensors: "within its header, or is no safetensors file",
     remove_shard: "files that the index names are missing",
     name_missing_tensor: "names a tensor that its file does not hold",
     name_wrong_shard: "names a tensor that its file does not hold",
     spoil_index: "index of the weight files cannot be read",
+    nest_index: "index of the weight files cannot be read",
+    name_too_long: "files that the index names are missing",
     lead_out: "leads out of the folder",
     only_pickle: "only pickle files",
     no_weights: "no weights",
     no_config: "no config.json",
     spoil_config: "config.json cannot be read",
+    nest_config: "config.json cannot be read",
     config_is_a_list: "config.json cannot be read",
 }
 
@@ -164,6 +200,14 @@ def test_broken_folders_are_refused(spoil: Callable[[Path], None], tmp_path: Pat
     with pytest.raises(CheckpointError, match=BROKEN[spoil]) as caught:
         Checkpoint.open(folder)
     assert caught.value.given is not None
+
+
+@pytest.mark.parametrize("dtype", ["Q9", 32, ["F32"]])
+def test_a_type_that_nobody_knows_is_refused(dtype: Any, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path, max_shard_size="20KB")
+    change_header(folder, lambda entries: entries[0].update(dtype=dtype))
+    with pytest.raises(UnsupportedError, match="a data type that is not supported"):
+        Checkpoint.open(folder)
 
 
 def test_a_folder_that_does_not_exist_and_a_file_are_refused(llama: Path) -> None:

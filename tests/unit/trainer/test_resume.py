@@ -161,7 +161,10 @@ def test_a_run_goes_on_from_another_folder(data: Path, monkeypatch: pytest.Monke
     assert not any((data / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff"])
+DEEP = pytest.param("[" * 100_000, id="nested")  # for which `json` has a RecursionError
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": []}', '{"schema": 1, "policy": {}}', "3", "\\xff", DEEP])
 def test_damaged_files_of_a_run_are_told(data: Path, text: str) -> None:
     """Also those of other programs, with the same names."""
     folder = RunFolder(data / "run")
