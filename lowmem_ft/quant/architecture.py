@@ -24,6 +24,10 @@ from lowmem_ft.quant.checkpoint import Checkpoint, first_line
 from lowmem_ft.quant.conversion import Plan, matcher, plan_conversion
 from lowmem_ft.quant.prequantized import open_source
 
+# Beyond what any model has: a config.json that was damaged, or made to do so, would be built and planned for hours
+MOST_LAYERS = 1000
+MOST_VALUES = 1 << 24  # along a dimension of a weight: a vocabulary has 262144 tokens, stacked experts some hundred
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
@@ -101,7 +105,7 @@ def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
         UnsupportedError: there is none that predicts the next token.
     """
     whole = checkpoint.config
-    given = f"{whole.model_type} ({', '.join(whole.architectures or ['?'])})"
+    given = f"{whole.model_type} ({', '.join(map(str, _architectures(whole))) or '?'})"
     allowed = "decoder-only language models that transformers' AutoModelForCausalLM can build"
     if whole.is_encoder_decoder:
         raise UnsupportedError(
@@ -109,6 +113,10 @@ def text_config(checkpoint: Checkpoint) -> PretrainedConfig:
             "toolkit's loss, packing and memory plan are those of a next-token model",
             given=given, allowed=allowed,
         )  # fmt: skip
+    for part in (whole, *(getattr(whole, name, None) for name in whole.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise _too_large(checkpoint, f"{layers} layers", MOST_LAYERS)
     config: PretrainedConfig = copy.deepcopy(whole).get_text_config(decoder=True)
     remote = checkpoint.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
@@ -138,7 +146,7 @@ def template_of(checkpoint: Checkpoint, config: PretrainedConfig, *, dtype: torc
     text = _build(checkpoint, copy.deepcopy(config), dtype, "eager")
     if whole.model_type == config.model_type:
         return Template(text, text, lambda name: name)
-    model_class: Any = getattr(transformers, (whole.architectures or [""])[0], None)
+    model_class: Any = getattr(transformers, str((_architectures(whole) or [""])[0]), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(whole), None)
     if model_class is None:
@@ -167,10 +175,24 @@ def _language_part(full: PreTrainedModel, text_model: PreTrainedModel) -> Callab
     )
 
 
+def _architectures(config: PretrainedConfig) -> list[Any]:
+    """Which config.json may give in any form: transformers looks at the first, if it is a list."""
+    return config.architectures if isinstance(config.architectures, list) else []
+
+
+def _too_large(checkpoint: Checkpoint, given: str, allowed: int) -> CheckpointError:
+    return CheckpointError(
+        "config.json asks for more than any model has",
+        given=f"{given} in {checkpoint.folder / 'config.json'}",
+        allowed=f"{allowed} at most",
+        fix="download or copy config.json again",
+    )
+
+
 def _build(
     checkpoint: Checkpoint, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    return _construct(
+    model = _construct(
         lambda: AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
@@ -181,6 +203,10 @@ def _build(
         dtype,
         attention=attn_implementation or "eager",
     )
+    for name, weight in model.named_parameters():
+        if max(weight.shape, default=0) > MOST_VALUES:
+            raise _too_large(checkpoint, f"{name} of {list(weight.shape)}", MOST_VALUES)
+    return model
 
 
 def _construct(make: Callable[[], PreTrainedModel], dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:

@@ -3,6 +3,8 @@ computes."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ def test_a_broken_generation_config_is_refused(text: str, tmp_path: Path) -> Non
     (save_tiny("llama", tmp_path) / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         meta_model(Checkpoint.open(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**9}, {"intermediate_size": 10**9}], ids=str
+)
+def test_sizes_that_no_model_has_are_refused_at_once(change: dict[str, int], tmp_path: Path) -> None:
+    config = json.loads((save_tiny("llama", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"more than any model has[\s\S]*10{9}[\s\S]*allowed"):
+        meta_model(Checkpoint.open(tmp_path))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("names", [5, [5], "LlamaForCausalLM", {}])
+def test_names_of_architectures_in_any_form_do_no_harm(names: Any, tmp_path: Path) -> None:
+    config = json.loads((save_tiny("llama", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": names}))
+    assert type(meta_model(Checkpoint.open(tmp_path))).__name__ == "LlamaForCausalLM"
 
 
 def test_rules_that_ask_for_the_type_of_a_parameter(tmp_path: Path) -> None:
