@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from lowmem_ft.adapters.peft_methods import check_served, inject_peft
 from lowmem_ft.core.config import AdapterConfig, Init, RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, UnsupportedError
 from lowmem_ft.core.host import map_large_tensors, release_freed_memory
+from lowmem_ft.core.json_text import read_json_file
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.data.isolation import check_isolation
 from lowmem_ft.quant.checkpoint import Checkpoint, first_line
@@ -171,7 +171,7 @@ def assemble(
 
     ready = Assembled(
         model=equipped,
-        tokenizer=None if simulated else load_tokenizer(checkpoint.folder),
+        tokenizer=None if simulated else load_tokenizer(checkpoint.folder, trust_remote_code=config.trust_remote_code),
         device=device,
         compute_dtype=dtype,
         attn_implementation=attention,
@@ -222,35 +222,50 @@ def quant_spec(policy: Policy) -> QuantSpec:
     return QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model folder, or None where the folder holds none. Raises CheckpointError if it is broken.
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model folder, or None where the folder holds none.
 
     Of a multimodal model it has the processor's chat template, which older ones keep in a file of its own.
+
+    Args:
+        trust_remote_code: run Python code that comes with the tokenizer. Said to transformers in so many words: left
+            to itself it asks on the terminal, and takes the next line of a pipe for the answer.
+
+    Raises:
+        CheckpointError: it is broken.
+        UnsupportedError: it is remote code that is not trusted.
     """
     if not any(
         os.path.isfile(folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         older = folder / "chat_template.json"
         if not tokenizer.chat_template and older.is_file():
-            tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+            tokenizer.chat_template = read_json_file(older)["chat_template"]
+        tokenizer("a", verbose=False)  # what its settings make impossible shows here
         return tokenizer
     except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UnsupportedError(
+                "The tokenizer is remote code: Python files that come with the model, which are not run.",
+                given=folder,
+                fix="trust_remote_code: true runs them; do so only if you have read them",
+            ) from error
         fix = "download or copy its files again; a newer version of transformers and tokenizers may know its format"
         given = f"{folder} ({first_line(error)})"
         raise CheckpointError("The tokenizer cannot be loaded.", given=given, fix=fix) from error
 
 
-def require_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
+def require_tokenizer(folder: Path, model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder of `model`, as the user calls it.
 
     Raises:
         CheckpointError: as `load_tokenizer`.
-        UnsupportedError: there is none.
+        UnsupportedError: there is none, or as `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise UnsupportedError(
             "The model folder holds no tokenizer, without which text means nothing.",

@@ -90,7 +90,7 @@ def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     folder = Path(model)
     if not os.path.isdir(folder):
         folder = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder
-    return require_tokenizer(folder, model)
+    return require_tokenizer(folder, model, trust_remote_code=trust_remote_code)
 
 
 def _show(found: Preview, console: Console) -> None:

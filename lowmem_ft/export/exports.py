@@ -37,6 +37,7 @@ from lowmem_ft.export.parity import (
 )
 from lowmem_ft.export.weights import Base, MergedWeights
 from lowmem_ft.export.write import new_folder, refuse_filled
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 
 SAID = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -111,7 +112,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         file = folder / f"model-{kind}.gguf"
         with reporter.task("Writing GGUF", unit="values") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
-        tokenizer = load_tokenizer(weights.checkpoint.folder)
+        tokenizer = load_tokenizer(weights.checkpoint.folder, trust_remote_code=run.config.trust_remote_code)
         assert tokenizer is not None, "it is in the file"
         write_text(
             folder / "Modelfile",
@@ -169,20 +170,22 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
         shutil.rmtree(unpacked)
         local = Path(run.config.model)
         source = str(local.resolve()) if local.is_dir() else run.config.model  # else it would be sought beside the file
-        write_text(folder / "Modelfile", _adapter_modelfile(base, source=source, adapter=f"./{file.name}"))
+        write_text(
+            folder / "Modelfile", _adapter_modelfile(weights.checkpoint, source=source, adapter=f"./{file.name}")
+        )
     note = "FROM in the Modelfile names the base model: put its GGUF file, or Ollama's name of it, there."
     note += " (A folder is converted by Ollama, which may cut text into other tokens.)"
     return _of_adapter(run, out, check, original, read, note=note)
 
 
-def _adapter_modelfile(base: Path, *, source: str, adapter: str) -> str:
+def _adapter_modelfile(base: Checkpoint, *, source: str, adapter: str) -> str:
     """With the base's template: where FROM is a folder, Ollama finds no chat template in it and takes another."""
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=base.trust_remote_code)
     try:
         first = tokenizer is not None and adds_bos(tokenizer)
     except UnsupportedError:  # of what it adds around a text
         tokenizer, first = None, False
-    return modelfile(tokenizer, base, source=source, adapter=adapter, adds_bos=first)
+    return modelfile(tokenizer, base.folder, source=source, adapter=adapter, adds_bos=first)
 
 
 def _adapter_checks(

@@ -170,7 +170,8 @@ def gguf_header(weights: MergedWeights, kind: str, *, name: str) -> tuple[Any, T
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
     factors = _add_rope(writer, config)
-    add_tokenizer(writer, weights.checkpoint.folder, vocab_size=config.vocab_size)
+    base = weights.checkpoint
+    add_tokenizer(writer, base.folder, vocab_size=config.vocab_size, trust_remote_code=base.trust_remote_code)
     return writer, factors
 
 

@@ -34,7 +34,7 @@ _WHOLE = frozenset({"llama-bpe"})
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
-def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int) -> None:
+def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int, trust_remote_code: bool = False) -> None:
     """Write tokens, merges, special tokens and the chat template of a model folder into `writer`.
 
     Args:
@@ -47,7 +47,7 @@ def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int) -> None:
     """
     import gguf
 
-    loaded = load_tokenizer(folder)
+    loaded = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     tokenizer = _rules(loaded, folder)
     assert loaded is not None, "it has rules"
     spm = _is_sentencepiece(tokenizer, folder)

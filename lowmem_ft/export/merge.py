@@ -344,7 +344,7 @@ def write_configs(
     source = weights.checkpoint.folder
     generation = copy.deepcopy(weights.model.generation_config)
     assert generation is not None
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=weights.checkpoint.trust_remote_code)
     known = known_ends(generation)
     learned = [it for it in (answer_ends(tokenizer) if tokenizer is not None else []) if it not in known]
     if learned:  # else what was trained to end there would go on for ever in transformers

@@ -147,7 +147,7 @@ def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldO
     Raises:
         DataError: the file cannot be read or is empty.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     if tokenizer is None:
         vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 100)
         generator = torch.Generator().manual_seed(0)

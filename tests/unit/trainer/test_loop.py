@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
+from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError, UnsupportedError
 from lowmem_ft.planner.solver import make_plan
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
@@ -85,6 +86,39 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "new"}}')
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path / "model")
+
+
+def test_a_tokenizer_that_no_text_goes_through(tmp_path: Path) -> None:
+    folder = model_with(tmp_path, model_max_length="many")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        load_tokenizer(folder)
+
+
+def test_code_of_a_tokenizer_runs_only_where_the_config_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal, and take the first line of a pipe for the answer."""
+    folder = model_with(tmp_path, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    code = f"from transformers import PreTrainedTokenizerFast as Own\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    (folder / "own.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    train = str(data / "train.jsonl")
+    with pytest.raises(UnsupportedError, match="tokenizer is remote code"):
+        loop.read_split(RunConfig(model=str(folder)), train, QUIET)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert loop.read_split(RunConfig(model=str(folder), trust_remote_code=True), train, QUIET)
+    assert (tmp_path / "ran").exists()
+
+
+def model_with(parent: Path, **settings: Any) -> Path:
+    """The embedded model with these settings in tokenizer_config.json."""
+    folder = parent / "model"
+    shutil.copytree(ASSETS / "doclm-7m", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
 
 
 @pytest.fixture(scope="module")
