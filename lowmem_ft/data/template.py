@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 
 TEXT_PARTS = 'parts of {"type": "text", "text": ...}'
 THINKING = ("enable_thinking", "thinking")  # variables of templates: whether the model shall think
@@ -158,7 +158,9 @@ class Template:
                 **options,
                 **self.variables,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # of any kind: a template is a program of the model's folder
+            if is_out_of_memory(error):
+                raise
             raise DataError("the chat template refuses the conversation.", given=f"{error}") from error
         return texts[0], spans[0] if spans else []
 

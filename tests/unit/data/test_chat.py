@@ -135,8 +135,26 @@ def test_ambiguous_template_is_refused(chatml: PreTrainedTokenizerBase) -> None:
     reasoning = UNMARKED.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
     with pytest.raises(DataError, match="does not begin with the generation prompt"):
         encode(chatml, reasoning, CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no system role') }}",
+        "{{ messages | length / 0 }}",
+        "{% for _ in range(10**12) %}{% endfor %}",  # the sandbox has an OverflowError for it
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% break %}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ ''.__class__.__mro__ }}",
+    ],
+    ids=["raises", "divides", "counts", "recurses", "breaks", "nested", "escapes"],
+)
+def test_a_template_that_fails_in_any_way_refuses_the_conversation(
+    chatml: PreTrainedTokenizerBase, template: str
+) -> None:
     with pytest.raises(DataError, match="the chat template refuses the conversation"):
-        encode(chatml, "{{ raise_exception('no system role') }}", CONVERSATION)
+        encode(chatml, template, CONVERSATION)
 
 
 def test_bos_is_not_added_to_what_the_template_renders(tokenizer: PreTrainedTokenizerBase) -> None:
