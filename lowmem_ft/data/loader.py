@@ -248,7 +248,7 @@ class BatchLoader(Iterator[MicroBatches]):
                 allowed=", ".join(f"{key} {was.get(key)}" for key in changed),
                 fix="put the data and settings back, or start over in another output folder",
             )
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
 
     def _identity(self) -> dict[str, Any]:
         """What decides which examples make up a step. Lengths stand for the examples: a chat template may write the

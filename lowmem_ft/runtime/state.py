@@ -8,6 +8,7 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.errors import CheckpointError, LowMemError
 from lowmem_ft.core.files import SAVING, remove, writing_prefix
 from lowmem_ft.core.json_text import read_json
 from lowmem_ft.core.out_of_memory import is_out_of_memory
@@ -30,6 +31,7 @@ from lowmem_ft.quant.shards import write_file
 from lowmem_ft.runtime.rerun import random_states
 
 RETAINED = 2  # checkpoints of a run
+WITHOUT = "delete it: the run then goes on from what else it has saved"
 MAPPED = 8 << 20  # bytes of a file that are read before it is mapped anew
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -62,7 +64,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("*")
+        if (match := _NAME.fullmatch(path.name)) and os.path.isfile(path)
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -145,11 +151,26 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         if file.meta.get(CHECKSUM, content) != content:  # older files have none
             raise ValueError("its content is not what was written")
         meta = read_json(file.meta.get("state", "{}"))
+        if not isinstance(meta, dict):
+            raise ValueError("what it tells of its run is no JSON object")
     except (OSError, SafetensorError, ValueError, CheckpointError) as error:
-        raise CheckpointError(
-            "A checkpoint cannot be read.", given=f"{path} ({error})", fix="delete it: the one before is used then"
-        ) from error
+        raise CheckpointError("A checkpoint cannot be read.", given=f"{path} ({error})", fix=WITHOUT) from error
     return _Read(file.read, {name: name for name in file.names}), meta
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Within it what the file of a checkpoint lacks, or has in another form than a run needs, is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            "A checkpoint does not hold what a run goes on from.",
+            given=f"{path} ({type(error).__name__}: {error})",
+            fix=WITHOUT,
+        ) from error
 
 
 def restore_weights(weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

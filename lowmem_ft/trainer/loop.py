@@ -253,7 +253,8 @@ class _Loop:
         )
         total = settings.steps or max(1, math.ceil(loader.steps_per_epoch * settings.epochs))
         if newest:
-            self._restore(newest, loader)
+            with state.restoring(newest):
+                self._restore(newest, loader)
             self.folder.start(self.config, self.plan)  # now that it is known to be the same run
         else:
             self.folder.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
@@ -397,8 +398,7 @@ class _Loop:
         assert self.ready.optimizer is not None, "training assembles an optimizer"
         tensors, meta = state.read_checkpoint(checkpoint)
         if "step" not in meta:  # as in the file of the best weights
-            fix = "delete it: the one before is used then"
-            raise CheckpointError("A checkpoint tells nothing of its run.", given=str(checkpoint), fix=fix)
+            raise CheckpointError("A checkpoint tells nothing of its run.", given=str(checkpoint), fix=state.WITHOUT)
         check_identity(meta.get("identity"), self.identity)
         if "identity" not in meta and self.config.data.packing:  # of about when packing became another
             raise dealt_otherwise("a checkpoint that does not tell of which run it is, with data.packing: true")
@@ -415,7 +415,7 @@ class _Loop:
             )
         self.recovery.load_state_dict(meta.get("recovery"))
         state.restore_random(tensors, self.ready.device)
-        self.step = meta["step"]
+        self.step = int(meta["step"])
         if same_held_out(meta.get("held_out", self.held_out), self.held_out):
             self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]

@@ -113,6 +113,16 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="cannot be read"):
         state.read_checkpoint(path)
+    state.write_tensors(path, {}, {"state": "[1]"})
+    with pytest.raises(CheckpointError, match="no JSON object"):
+        state.read_checkpoint(path)
+
+
+def test_what_is_no_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (tmp_path / "step-00000002.safetensors").mkdir()
+    (tmp_path / "step-00000003.safetensors").symlink_to("step-00000003.safetensors")
+    assert state.checkpoints(tmp_path) == [path]
 
 
 def test_a_checkpoint_that_is_read_takes_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

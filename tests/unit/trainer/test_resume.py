@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +408,34 @@ def test_a_checkpoint_of_before_rows_were_packed_as_they_are_is_refused(data: Pa
             loop.train(one, resume=True, reporter=QUIET)
     else:
         assert loop.train(one, resume=True, reporter=QUIET).status == "finished"
+
+
+def lose_random_numbers(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    del tensors["random/cpu"]
+
+
+def shorten_random_numbers(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    tensors["random/cpu"] = tensors["random/cpu"][:100].clone()  # those of another PyTorch may be as long as they like
+
+
+def lose_optimizer(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    del told["optimizer"]
+
+
+def list_steps(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    told["data"]["steps"] = [1]
+
+
+@pytest.mark.parametrize("change", [lose_random_numbers, shorten_random_numbers, lose_optimizer, list_steps])
+def test_a_checkpoint_that_lacks_something_is_told(
+    data: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+) -> None:
+    """One of another version, say, whose checksum is right."""
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    (newest,) = state.checkpoints(data / "run" / "checkpoints")
+    found, told = state.read_checkpoint(newest)
+    tensors = {name: found[name].clone() for name in found}
+    change(tensors, told)
+    state.write_tensors(newest, tensors, {"state": json.dumps(told)})
+    with pytest.raises(CheckpointError, match=rf"does not hold what[\s\S]*{newest}[\s\S]*delete it"):
+        loop.train(config(data), resume=True, reporter=QUIET)
