@@ -9,7 +9,9 @@ import dataclasses
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -18,6 +20,7 @@ from lowmem_ft.core.plan_words import model_words, speed_words
 from lowmem_ft.core.sizes import format_size
 
 SCHEMA = 1
+Count = Annotated[int, Field(ge=0)]
 BREAKDOWN = ("base_weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "overhead")
 
 
@@ -29,20 +32,20 @@ class Policy:
     quant: Literal["nf4", "fp4", "int8", "none"]
     double_quant: bool
     compute_dtype: Literal["bfloat16", "float16", "float32"]
-    micro_batch_tokens: int
-    accumulation: int
-    resident_blocks: int
-    streamed_blocks: int
+    micro_batch_tokens: Count
+    accumulation: Count
+    resident_blocks: Count
+    streamed_blocks: Count
     stream_from: Literal["host", "disk"]
-    keep_blocks: int
-    recompute_blocks: int
-    offload_blocks: int
+    keep_blocks: Count
+    recompute_blocks: Count
+    offload_blocks: Count
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
-    loss_chunk_tokens: int
+    loss_chunk_tokens: Count
     optimizer_on: Literal["device", "host"] = "device"
     stream_embeddings: Literal["none", "input", "both"] = "none"
     keep_attention: bool = False
-    mlp_tile_tokens: int = 0  # of a micro-batch, that an MLP works on at once; 0: all
+    mlp_tile_tokens: Count = 0  # of a micro-batch, that an MLP works on at once; 0: all
 
     @property
     def streams(self) -> bool:
@@ -203,7 +206,7 @@ class Plan:
         """The plan that `to_dict` wrote.
 
         Raises:
-            ConfigError: another schema, or keys missing.
+            ConfigError: another schema, keys missing, or values of another kind.
         """
         if not isinstance(data, dict):
             raise ConfigError("A plan is a mapping of keys.", given=type(data).__name__, fix="plan again")
@@ -221,9 +224,16 @@ class Plan:
                 fields[name] = tuple(_candidate(item) for item in fields[name])
             fields["changes"] = tuple(Change(**item) for item in fields["changes"])
             fields["timeline"] = tuple(Sample(*item) for item in fields["timeline"])
+            plan = cls(**fields)
+            TypeAdapter(cls).validate_json(json.dumps(data), strict=True)  # whose strictness takes lists for tuples
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            given = f"{first['input']!r:.80} ({first['msg']})"
+            raise ConfigError(f"The plan has a value that {key} cannot have.", given=given, fix="plan again") from None
         except (KeyError, TypeError) as error:
             raise ConfigError("The plan is incomplete.", given=f"{error}", fix="plan again") from None
-        return cls(**fields)
+        return plan
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) pairs for every form in which a plan is shown."""

@@ -70,6 +70,24 @@ def test_a_plan_of_another_schema_or_half_a_plan_is_refused() -> None:
         Plan.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("policy", "compute_dtype", "load"),  # it would be looked up in torch
+        ("policy", "keep_blocks", "8"),
+        ("policy", "streamed_blocks", None),
+        ("policy", "mlp_tile_tokens", -3),
+        ("predicted", "process_peak_bytes", [1]),
+        ("budget", "host_bytes", "much"),
+    ],
+)
+def test_a_plan_with_values_of_another_kind_is_refused(section: str, key: str, value: object) -> None:
+    data = PLAN.to_dict()
+    data[section][key] = value
+    with pytest.raises(ConfigError, match=rf"(?s){section}\.{key} cannot have.*given: .*plan again"):
+        Plan.from_dict(data)
+
+
 def test_text_and_notebook_forms_say_the_same() -> None:
     for form in (str(PLAN), repr(PLAN), PLAN._repr_html_()):
         for words in ("LlamaForCausalLM", "6 keep + 2 recompute", "512 tokens x 4", "nf4 double-quantized", "Because."):
