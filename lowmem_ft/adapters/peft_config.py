@@ -25,7 +25,7 @@ from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.quant.swap import has_conv1d
 
 _Rank: TypeAlias = Annotated[int, Field(gt=0)]
-_Alpha: TypeAlias = Annotated[float, Field(gt=0)]
+_Alpha: TypeAlias = Annotated[float, Field(gt=0, lt=1e9)]  # far beyond any that is used: infinity makes NaN of zeros
 _Names: Any = str | list[str] | None
 _READ: Mapping[
     str, Any

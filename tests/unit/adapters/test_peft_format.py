@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,9 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "flag": (edit_config(use_dora="yes"), CheckpointError, r'use_dora: "yes"[\s\S]*true \| false'),
     "rank zero": (edit_config(r=0), CheckpointError, "config is not valid"),
     "no alpha": (edit_config(lora_alpha=None), CheckpointError, "lora_alpha: null in"),
+    "endless alpha": (edit_config(lora_alpha=math.inf), CheckpointError, r"lora_alpha: Infinity in[\s\S]*> 0 < 1"),
+    "no such token": (edit_config(trainable_token_indices=[10**9]), CheckpointError, "peft cannot load the adapter"),
+    "another package": (edit_config(megatron_config={"a": 1}), CheckpointError, "peft cannot load the adapter"),
     "broken pattern": (edit_config(rank_pattern={"(": 3}), CheckpointError, "config is not valid"),
     "no such layers": (edit_config(target_modules=["c_attn"]), CheckpointError, "made for another model"),
     "more layers": (edit_config(target_modules=["q_proj", "v_proj"]), CheckpointError, "lacks 4 tensors"),
@@ -309,6 +313,12 @@ def test_another_base_is_warned_of_by_name(
     warn_of_other_base(settings, tmp_path / "adapter", base.replace("/models/latest", str(tmp_path / "latest")))
     assert len(recwarn) == (0 if same else 1)
     assert same or "trained on hub/Llama-3" in str(recwarn[0].message)
+
+
+def test_a_base_that_has_no_name_is_not_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for named in ("a\0b", "\x1b[2Jb", 5, None, ""):
+        warn_of_other_base({"base_model_name_or_path": named}, tmp_path, "meta-llama/Llama-3")
+    assert not len(recwarn)
 
 
 def test_two_values_for_one_tied_tensor_are_refused(tmp_path: Path) -> None:
