@@ -22,6 +22,8 @@ from lowmem_ft.core.yaml_text import QUOTE, read_value, read_yaml
 
 def _path_text(value: Any) -> Any:
     """A path as text; `~` stands for the home folder also where no shell has replaced it."""
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError("A path cannot have a NUL in it.", given=repr(value), fix="write the path without it")
     home = isinstance(value, str) and value.startswith("~")
     try:
         return str(Path(value).expanduser()) if home or isinstance(value, Path) else value

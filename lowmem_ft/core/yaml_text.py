@@ -9,6 +9,7 @@ import yaml
 from lowmem_ft.core.errors import ConfigError
 
 QUOTE = "text that YAML reads as something else is written in quotes: \"'...'\" on a command line"
+MOST_VALUES = 100_000
 _NO_VALUES = "#@`%&*"  # what begins with one of them is no value in YAML, or a note beside none
 
 
@@ -30,6 +31,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _written_out(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Values in and below `node`, with what they stand for in the place of aliases: a few lines may hold billions."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # of what holds itself
+        below = [it for pair in node.value for it in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_written_out(it, known) for it in below)
+    return known[id(node)]
+
+
 # dates are text: no key wants one
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -41,12 +53,22 @@ def read_yaml(text: str, name: str, *, what: str = "The config file is not YAML.
     """What `text` says. `name` says where it is from.
 
     Raises:
-        ConfigError: `what`, or a key is given twice.
+        ConfigError: `what`, a key is given twice, or aliases repeat without end.
     """
     try:
         loader = _Loader(text)
         loader.name = name
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if _written_out(node, {}) > MOST_VALUES:
+            raise ConfigError(
+                "Aliases repeat more than a config can hold, or lead back to where they stand.",
+                given=name,
+                allowed=f"{MOST_VALUES} values, written out",
+                fix="write them out, without & and *",
+            )
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError(what, given=f"{name}: it is nested too deeply", fix=fix) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 0b_ passes for a number
         if isinstance(error, ConfigError):
             raise

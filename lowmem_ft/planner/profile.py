@@ -222,7 +222,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The profile cannot be read.", given=f"{file} ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
         raise ConfigError("The profile is not YAML.", given=f"{file}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError("The profile holds no keys.", given=str(file), allowed=f"keys {', '.join(_keys(Profile))}")

@@ -58,6 +58,8 @@ REFUSED = [
     ("train.lr=@x", ["'train.lr'", "'@x'", "a number"]),
     ("output=~nosuchuser/x", ["output", "home folder", "~nosuchuser/x"]),
     ("data.train=[~nosuchuser/x]", ["data.train", "home folder"]),
+    ('output="a\\0b"', ["output", "NUL", r"'a\x00b'"]),
+    ('data.train={path: "a\\0b"}', ["data.train", "NUL"]),
 ]
 
 
@@ -67,6 +69,31 @@ def test_bad_input_is_named(override: str, words: list[str]) -> None:
         RunConfig.from_dict({"model": "m"}, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+REPEATS = "\n".join(f"x{i}: &{i} [{', '.join([f'*{i - 1}' if i else 'x'] * 10)}]" for i in range(9))
+ENDLESS = {
+    "repeated": f"model: m\n{REPEATS}\ndata: {{train: *8}}\n",
+    "within itself": "model: m\ndata: &d {train: *d}\n",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_aliases_that_stand_for_billions_are_refused_at_once(case: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(ENDLESS[case])
+    with pytest.raises(ConfigError, match=r"(?s)Aliases repeat.*run\.yaml.*allowed: 100000 values"):
+        RunConfig.load(tmp_path / "run.yaml")
+
+
+def test_yaml_that_is_nested_too_deeply_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"not YAML[\s\S]*nested too deeply"):
+        RunConfig.from_dict({"model": "m"}, ["data.train=" + "[" * 3000])
+
+
+def test_aliases_that_save_writing_are_read(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: &files [a.jsonl, b.jsonl], eval: *files}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert RunConfig.load(tmp_path / "run.yaml").data.eval == ["a.jsonl", "b.jsonl"]
 
 
 @pytest.mark.parametrize("text", ["@x", "#x", "%x", "*.jsonl", "2026-11-26", "2026-13-45", "runs/my #3", "two\nlines"])

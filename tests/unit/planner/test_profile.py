@@ -163,6 +163,12 @@ BROKEN: list[tuple[str, Any, list[str]]] = [
 ]
 
 
+def test_a_profile_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("[" * 3000)
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_profile(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize(("path", "value", "words"), BROKEN, ids=[f"{row[0]}={row[1]}" for row in BROKEN])
 def test_a_broken_profile_is_named(path: str, value: Any, words: list[str], tmp_path: Path) -> None:
     data = facts()
