@@ -7,6 +7,7 @@ are read, in pieces, so that what exists at any time is the bf16 tensor that was
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
-from lowmem_ft.quant.bnb_format import RENAMED, read_state, unpack
+from lowmem_ft.quant.bnb_format import RENAMED, packed_layout, read_state, unpack
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, TensorInfo, TensorSource, check_finite
-from lowmem_ft.quant.ops import BLOCK, NESTED_BLOCK, QuantSpec, dequantize
+from lowmem_ft.quant.ops import BLOCK, NESTED_BLOCK, QuantSpec, dequantize, layout_bytes
 
 # The values of a 4-bit float of the OCP Microscaling formats (MX specification v1.0, section 5.3.3: E2M1), by code
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -120,13 +121,20 @@ class BitsAndBytesSource:
     def _add_4bit(self, state_name: str) -> None:
         name, _, kind = state_name.partition(".quant_state.bitsandbytes__")
         path = name.removesuffix(".weight")
-        state = read_state(self._checkpoint.read(state_name))
+        try:
+            state = read_state(self._checkpoint.read(state_name))
+            rows, cols = map(operator.index, state["shape"])
+            float(state.get("nested_offset", 0))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise CheckpointError("what is said of a quantized weight cannot be read", given=f"{state_name} ({error})",
+                                  fix="get the checkpoint again") from error  # fmt: skip
         double = "nested_offset" in state
         formats = {"blocksize": (state.get("blocksize"), BLOCK), "quant_type": (state.get("quant_type"), kind)}
         if double:
             formats["nested_blocksize"] = (state.get("nested_blocksize"), NESTED_BLOCK)
             formats["nested_dtype"] = (state.get("nested_dtype"), "float32")
-        code = self._checkpoint.read(f"{name}.quant_map") if kind in ("nf4", "fp4") else None
+        known = kind in ("nf4", "fp4") and f"{name}.quant_map" in self._checkpoint.tensors
+        code = self._checkpoint.read(f"{name}.quant_map") if known else None
         if code is None or not torch.equal(code, bnb.functional.get_4bit_type(kind, device="cpu")):
             formats["quant_map"] = ("another code than bitsandbytes' own", "its own")
         wrong = [f"{key} {given}" for key, (given, wanted) in formats.items() if given != wanted]
@@ -138,7 +146,6 @@ class BitsAndBytesSource:
                 fix="use the full-precision checkpoint of the same model",
             )
         spec = QuantSpec(bits=4, type=state["quant_type"], double_quant=double)
-        rows, cols = state["shape"]
         self._stored[name] = (spec, (rows, cols))
         wanted = [RENAMED[part] for part in (RENAMED if double else ("qweight", "absmax"))]
         self._parts[name] = {f"{path}.{part}": f"{path}.{part}" for part in wanted} | {state_name: state_name}
@@ -160,6 +167,14 @@ class BitsAndBytesSource:
         if missing:
             raise CheckpointError("a quantized weight is incomplete", given=f"{name} lacks {', '.join(missing)}",
                                   fix="get the checkpoint again")  # fmt: skip
+        spec, shape = self._stored[name]
+        wanted = packed_layout(name.removesuffix(".weight"), shape, spec)
+        for part in self._parts[name].values():  # kernels read as many bytes as the shape asks for, and look no further
+            size, due = self._checkpoint.tensors[part].nbytes, layout_bytes({part: wanted[part]})
+            if size != due and "quant_state" not in part:
+                raise CheckpointError("a part of a quantized weight has another size than its shape asks for",
+                                      given=f"{part} of {size} bytes", allowed=f"{due} bytes for {list(shape)}",
+                                      fix="get the checkpoint again")  # fmt: skip
 
 
 class Fp8Source:

@@ -123,6 +123,25 @@ def test_an_incomplete_quantized_weight_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("", torch.zeros(3, 1, dtype=torch.uint8), "another size"),  # kernels would read beyond its end
+        (".absmax", torch.zeros(3, dtype=torch.uint8), "another size"),
+        (".nested_absmax", torch.zeros(0), "another size"),
+        (".quant_map", None, "variant that cannot be read"),
+        (".quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "cannot be read"),
+        (".quant_state.bitsandbytes__nf4", torch.tensor([*b"[1]"], dtype=torch.uint8), "cannot be read"),
+        (".quant_state.bitsandbytes__nf4", torch.tensor([*b'{"shape": 3}'], dtype=torch.uint8), "cannot be read"),
+    ],
+)
+def test_a_damaged_quantized_weight_is_refused(part: str, value: Tensor | None, said: str, tmp_path: Path) -> None:
+    folder = save_bitsandbytes("llama", tmp_path, FORMATS["nf4-double"][1], **ROUND["llama"])
+    change_tensors(folder / WEIGHTS, {f"model.layers.0.mlp.up_proj.weight{part}": value})
+    with pytest.raises((CheckpointError, UnsupportedError), match=said):
+        load(folder)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq"])
 def test_other_methods_are_refused(method: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
