@@ -97,7 +97,7 @@ class Predicted:
     disk_bytes: int
     step_seconds: float
     tokens_per_second: float
-    pool_bytes: int = 0
+    pool_bytes: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
