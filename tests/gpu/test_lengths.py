@@ -31,8 +31,8 @@ def test_micro_batches_of_all_lengths_stay_inside_the_plan(expandable: bool) -> 
 
 def planned_and_stepped(folder: Path) -> Plan:
     """A plan for a micro-batch of `TOKENS`, after steps of fewer."""
-    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2816, "max_position_embeddings": LENGTH}
-    model = save_tiny("llama", folder, vocab_size=2000, **sizes)
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+    model = save_tiny("llama", folder, vocab_size=2000, max_position_embeddings=LENGTH, **sizes)
     sections = {"data": {"seq_len": LENGTH, "packing": False}, "train": {"tokens_per_step": TOKENS}}
     pins = {"micro_batch_tokens": TOKENS, "loss_chunk_tokens": 256, "keep_blocks": 4}
     config = RunConfig.from_dict({"model": str(model), "policy": pins, **sections})
