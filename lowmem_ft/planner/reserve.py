@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -76,67 +76,72 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
         return Peak(weighed.allocated, weighed.allocated, process)
     if enough is not None and weighed.allocated > enough:  # what is in use is held, too
         return Peak(weighed.allocated, weighed.allocated, device.process_bytes + weighed.allocated)
+    data, shorter = scales.stage.config.data, 0
+    rows = weighed.policy.micro_batch_tokens // data.seq_len
+    if rows > 1 or not data.packing:
+        shorter = Shorter(weighed.turns).bytes(rows=rows if data.packing else None)
+    enough = None if enough is None else enough - shorter
     play = partial(replayed, device, scales.made(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
     peaks, pool = play(expandable=True), 0
     if not expandable_segments():
         pool = peaks.reserved
         peaks = play(expandable=False, pool=pool)
     allocated, reserved = with_margins(scales.stage, peaks)
-    data = scales.stage.config.data
-    rows = weighed.policy.micro_batch_tokens // data.seq_len if data.packing else None
-    reserved += shorter_bytes(weighed.turns, rows=rows)
+    reserved += shorter
     return Peak(allocated, reserved, device.process_bytes + reserved, pool)
 
 
-def shorter_bytes(turns: Sequence[Turn], *, rows: int | None) -> int:
-    """What the small pool takes more, at most, in a micro-batch of fewer tokens than that of this step.
+class Shorter:
+    """What the small pool takes more, at most, in micro-batches of fewer tokens than that of a step.
 
     Pieces that were of more than 1 MiB come from it there, while the large pool keeps what it has. In the model of the
     allocator micro-batches of 32 sizes took 32 to 50 MiB more than the largest alone where this says 34 to 55 (8 blocks
     that keep, hidden 1024 to 4096), 16 to 18 where it says 20 (that recompute), and 226 of 1042 MiB where it says 236
     (of 16 experts).
-
-    Args:
-        rows: of that of this step, of which there may be fewer; None: there may be any number of tokens.
     """
-    if rows == 1:
-        return 0
-    step = turns[:-1]  # without the update, where nothing has to do with tokens
-    pieces = {id(turn.events): np.array(_OnDevice.of(turn).pieces, int).reshape(-1, 3) for turn in _different(step)}
-    of = [pieces[id(turn.events)] for turn in step]
-    keys = [np.array(turn.firsts)[them[:, 1]] + them[:, 2] for turn, them in zip(step, of, strict=True)]
-    freed = np.unique(np.concatenate([key[them[:, 0] < 0] for key, them in zip(keys, of, strict=True)]))
-    small: dict[int, NDArray[np.int64]] = {}
-    large: dict[int, NDArray[np.int64]] = {}
-    for turn, them, key in zip(step, of, keys, strict=True):
-        if id(turn.events) not in small:
-            size = np.sign(them[:, 0]) * (-(-np.abs(them[:, 0]) // UNIT) * UNIT)
-            is_small = np.abs(size) <= SMALL_MAX
-            passing = (key > 0) & np.isin(key, freed)  # else it is a gradient, or was there before
-            small[id(turn.events)], large[id(turn.events)] = size * is_small, size * (~is_small & passing)
 
-    def most(share: float) -> int:
-        """Bytes of the small pool in so much of the micro-batch, more than before."""
-        curves = {}
-        for name, sizes in large.items():
-            shrunk = np.round(share * sizes)
-            curves[name] = np.cumsum(small[name] + shrunk * (np.abs(shrunk) <= SMALL_MAX))
-        level = high = 0
-        for turn in step:
-            curve = curves[id(turn.events)]
-            if curve.size:
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        step = turns[:-1]  # without the update, where nothing has to do with tokens
+        different = {id(turn.events): turn for turn in step}
+        pieces = {name: np.array(_OnDevice.of(it).pieces, int).reshape(-1, 3) for name, it in different.items()}
+        self._step = [id(turn.events) for turn in step]
+        of = [pieces[name] for name in self._step]
+        keys = [np.array(turn.firsts)[them[:, 1]] + them[:, 2] for turn, them in zip(step, of, strict=True)]
+        freed = np.unique(np.concatenate([key[them[:, 0] < 0] for key, them in zip(keys, of, strict=True)]))
+        self._small: dict[int, NDArray[np.int64]] = {}
+        self._large: dict[int, NDArray[np.int64]] = {}
+        for name, them, key in zip(self._step, of, keys, strict=True):
+            if name not in self._small:
+                size = np.sign(them[:, 0]) * (-(-np.abs(them[:, 0]) // UNIT) * UNIT)
+                is_small = np.abs(size) <= SMALL_MAX
+                passing = (key > 0) & np.isin(key, freed)  # else it is a gradient, or was there before
+                self._small[name], self._large[name] = size * is_small, size * (~is_small & passing)
+        larger = np.concatenate([sizes[sizes > 0] for sizes in self._large.values()])
+        self._shares: NDArray[np.float64] = SMALL_MAX / np.unique(larger)  # with so many tokens one more is small
+        self._known: dict[float, int] = {}
+
+    def bytes(self, *, rows: int | None, share: float = 1.0) -> int:
+        """Where the largest micro-batch has this `share` of the tokens of the step.
+
+        Args:
+            rows: of that of the step, of which there may be fewer; None: there may be any number of tokens.
+        """
+        shares = self._shares if rows is None else np.unique(np.floor(self._shares * rows) / rows)
+        growth = max(self._most(it) for it in (share, *shares[shares < share])) - self._most(share)
+        return SMALL_PAGE * math.ceil(growth / SMALL_PAGE)
+
+    def _most(self, share: float) -> int:
+        """Bytes of the small pool with so much of the tokens, more than before the step."""
+        if share not in self._known:
+            curves = {}
+            for name, sizes in self._large.items():
+                shrunk = np.round(share * sizes)
+                curves[name] = np.cumsum(self._small[name] + shrunk * (np.abs(shrunk) <= SMALL_MAX))
+            level = high = 0
+            for curve in (curves[name] for name in self._step if curves[name].size):
                 high, level = max(high, level + int(curve.max())), level + int(curve[-1])
-        return high
-
-    shares = SMALL_MAX / np.abs(np.concatenate([sizes[sizes > 0] for sizes in large.values()]))
-    shares = np.unique(shares if rows is None else np.floor(shares * rows) / rows)
-    growth = max(most(share) for share in [1.0, *shares]) - most(1.0)
-    return SMALL_PAGE * math.ceil(growth / SMALL_PAGE)
-
-
-def _different(turns: Sequence[Turn]) -> Iterable[Turn]:
-    """One of those that have the same events."""
-    return {id(turn.events): turn for turn in turns}.values()
+            self._known[share] = high
+        return self._known[share]
 
 
 def with_margins(stage: Stage, peaks: Peaks) -> Peaks:

@@ -29,7 +29,7 @@ from lowmem_ft.planner.choices import (
 )
 from lowmem_ft.planner.device import Device, cost_of, links_of
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
-from lowmem_ft.planner.reserve import process_estimate, process_peak
+from lowmem_ft.planner.reserve import Shorter, process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.quant.prequantized import stored_spec
@@ -108,6 +108,7 @@ class Search:
         self.tokens = step_tokens(config)
         groups = self.tokens // (together * seq_len)
         self._estimated: dict[Policy, Option] = {}
+        self._shorters: dict[int, list[Shorter]] = {}  # by tiles; of steps in which the fewest and the most blocks keep
         most = max(1, MOST_TOKENS // (together * seq_len))
         taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
@@ -248,8 +249,23 @@ class Search:
         if key not in self._beside:
             self._beside[key] = self._aside_of().most(policy)
         kernels = self.scales.kernels
+        allocated += self._shorter(policy) if allocated else 0
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy), kernels)
         return max(process_estimate(self.device, allocated, heap, kernels), beside)
+
+    def _shorter(self, policy: Policy) -> int:
+        """What micro-batches of fewer tokens add to PyTorch's pool on a card, about."""
+        rows, packed = self._rows[-1], self.config.data.packing
+        if self.device.kind == "cpu" or (packed and policy.micro_batch_tokens == self.config.data.seq_len):
+            return 0
+        keeps, longest = (self.choices.keep[0], self.choices.keep[-1]), rows * self.config.data.seq_len
+        if policy.mlp_tile_tokens not in self._shorters:
+            both = [Shorter(self.scales.turns_of(policy, longest, keep)) for keep in dict.fromkeys(keeps)]
+            self._shorters[policy.mlp_tile_tokens] = both
+        share = policy.micro_batch_tokens / longest
+        sizes = [it.bytes(rows=rows if packed else None, share=share) for it in self._shorters[policy.mlp_tile_tokens]]
+        kept = (policy.keep_blocks - keeps[0]) / max(keeps[1] - keeps[0], 1)
+        return round(sizes[0] + (sizes[-1] - sizes[0]) * kept)
 
     def few(self, place: Place, *, timed: bool) -> Iterator[Weighed]:
         """Policies of which one is the smallest, with the optimizer in `place`. Where the loss takes little, the last

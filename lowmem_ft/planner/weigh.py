@@ -171,6 +171,12 @@ class Scales:
         places = self._between[key].step(classes_of(self._kinds, policy.keep_blocks))
         return self._weighed(policy, places, gone=self.input_bytes(policy))
 
+    def turns_of(self, policy: Policy, tokens: int, keep: int) -> list[Turn]:
+        """A step in micro-batches of `tokens`, one of the two sizes that `estimate` was asked for; `keep` blocks keep,
+        and all others compute again."""
+        pieces = self._typical(policy, tokens, min(policy.loss_chunk_tokens, tokens))
+        return turns(pieces.step(classes_of(self._kinds, keep)), self.depth)
+
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
         """The price of `policy`: the peak of its first micro-batch, which is the highest, and the time of the later.
 
