@@ -121,10 +121,10 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[cell.strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in html.split("<tr>")[2:]]
     answers = {(row[0], row[1][:8]): row[2] for row in rows}
     assert answers == {
-        ("Qwen3-0.6B", "1.5 GB o"): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
-        ("Mistral-7B", "1.5 GB o"): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
+        ("Qwen3-0.6B", "1.35 GB "): "fits", ("Qwen3-0.6B", "RTX 3060"): "fits", ("Qwen3-0.6B", "RTX 4090"): "fits",
+        ("Mistral-7B", "1.35 GB "): "does not fit", ("Mistral-7B", "RTX 3060"): "fits",
         ("Mistral-7B", "RTX 4090"): "fits",
-        ("Llama-3.1-8B", "1.5 GB o"): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
+        ("Llama-3.1-8B", "1.35 GB "): "does not fit", ("Llama-3.1-8B", "RTX 3060"): "fits",
         ("Llama-3.1-8B", "RTX 4090"): "fits",
     }  # fmt: skip
     assert [row[-1] for row in rows if row[1].startswith("RTX 4090")] == ["28 of 28", "32 of 32", "32 of 32"]

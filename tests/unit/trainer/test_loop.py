@@ -99,7 +99,9 @@ def test_code_of_a_tokenizer_runs_only_where_the_config_says_so(
 ) -> None:
     """transformers would ask on the terminal, and take the first line of a pipe for the answer."""
     folder = model_with(tmp_path, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
-    code = f"from transformers import PreTrainedTokenizerFast as Own\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    ran = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    # a class of its own: transformers marks it, and would mark its own class for all tests that follow
+    code = f"from transformers import PreTrainedTokenizerFast\n{ran}class Own(PreTrainedTokenizerFast): ...\n"
     (folder / "own.py").write_text(code)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     train = str(data / "train.jsonl")
