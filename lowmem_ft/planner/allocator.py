@@ -38,7 +38,7 @@ from operator import itemgetter
 from typing import Literal, TypeAlias
 
 _MIB = 1 << 20
-UNIT = 512  # all block sizes are multiples
+_UNIT = 512  # all block sizes are multiples
 SMALL_MAX = _MIB  # the largest request of the small pool
 SLACK = _MIB  # in the large pool a rest of at most so much stays with its request
 _OWN_SEGMENT_MIN = 10 * _MIB  # from here on a request gets a segment of its own size
@@ -423,7 +423,7 @@ def _reach(block: _Block) -> int:
 
 def rounded(nbytes: int) -> int:
     """The bytes that a request takes."""
-    return (nbytes + UNIT - 1) // UNIT * UNIT
+    return (nbytes + _UNIT - 1) // _UNIT * _UNIT
 
 
 def _round_up(nbytes: int, unit: int) -> int:

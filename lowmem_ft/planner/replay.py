@@ -182,8 +182,8 @@ def replay(
     Args:
         new: makes an allocator.
         held: key and bytes of what came before, negative where it was given back. What was free at its end is, too.
-        pool: bytes that are held before the step, see `runtime.budget.fill_pool`.
         enough: if more bytes are reserved, it matters no more how many: then the peaks are those until then.
+        pool: bytes that are held before the step, see `runtime.budget.fill_pool`.
     """
     small, large = _Pool(new(), held, small=True), _Pool(new(), held, small=False)
     missing = pool - small.allocator.reserved - large.allocator.reserved

@@ -6,14 +6,14 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lowmem_ft.planner.alloc_conf import expandable_segments
-from lowmem_ft.planner.allocator import SMALL_MAX, SMALL_PAGE, UNIT, CachingAllocator
+from lowmem_ft.planner.allocator import SMALL_MAX, SMALL_PAGE, CachingAllocator, rounded
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.replay import Peaks, Script, replay
@@ -103,7 +103,9 @@ class Shorter:
     def __init__(self, turns: Sequence[Turn]) -> None:
         step = turns[:-1]  # without the update, where nothing has to do with tokens
         different = {id(turn.events): turn for turn in step}
-        pieces = {name: np.array(_OnDevice.of(it).pieces, int).reshape(-1, 3) for name, it in different.items()}
+        pieces: dict[int, Any] = {
+            name: np.array(_OnDevice.of(turn).pieces, int).reshape(-1, 3) for name, turn in different.items()
+        }
         self._step = [id(turn.events) for turn in step]
         of = [pieces[name] for name in self._step]
         keys = [np.array(turn.firsts)[them[:, 1]] + them[:, 2] for turn, them in zip(step, of, strict=True)]
@@ -112,7 +114,7 @@ class Shorter:
         self._large: dict[int, NDArray[np.int64]] = {}
         for name, them, key in zip(self._step, of, keys, strict=True):
             if name not in self._small:
-                size = np.sign(them[:, 0]) * (-(-np.abs(them[:, 0]) // UNIT) * UNIT)
+                size = np.sign(them[:, 0]) * rounded(np.abs(them[:, 0]))
                 is_small = np.abs(size) <= SMALL_MAX
                 passing = (key > 0) & np.isin(key, freed)  # else it is a gradient, or was there before
                 self._small[name], self._large[name] = size * is_small, size * (~is_small & passing)

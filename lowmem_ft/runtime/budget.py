@@ -65,7 +65,9 @@ def fill_pool(device: torch.device, nbytes: int) -> None:
     Raises:
         torch.OutOfMemoryError: there is less.
     """
-    missing = nbytes - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    if not nbytes or device.type != "cuda":
+        return
+    missing = nbytes - torch.cuda.memory_reserved(device)
     if missing > 0:
         torch.empty(missing, dtype=torch.uint8, device=device)
 
