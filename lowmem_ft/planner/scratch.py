@@ -14,7 +14,7 @@ from lowmem_ft.planner.onednn import ROWS, Products
 from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
-from lowmem_ft.quant.products import TILE, multiplies
+from lowmem_ft.quant.products import TILE, multiplies, sums_rows
 from lowmem_ft.runtime import attention_cpu
 
 
@@ -76,9 +76,11 @@ def _product(
     if _goes_to_onednn(a):
         op = torch.ops.lowmem_ft.product.default
         taken = products.scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
-        if a.shape[0] % ROWS and a.shape[0] > ROWS:  # a run may have fewer rows: of an expert, or in the loss
+        if a.shape[0] % ROWS and a.shape[0] > ROWS and not sums_rows(a):  # a run may have fewer, of an expert say
             few = None if c is None else c[:ROWS]
-            taken += products.scratch(op, (out[:ROWS], a[:ROWS], b, bias, few, by, d, *alpha), a[:ROWS], b)
+            more = products.scratch(op, (out[:ROWS], a[:ROWS], b, bias, few, by, d, *alpha), a[:ROWS], b)
+            apart = out.untyped_storage().nbytes() == out.nbytes  # then it has fewer rows itself
+            taken.append(max(more) - (out[ROWS:].nbytes if apart else 0))
         return [max(taken)]
     if c is None:
         return []

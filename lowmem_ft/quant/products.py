@@ -116,9 +116,9 @@ def _product(
 ) -> None:
     if a.device.type != "cpu" or a.element_size() != 2:
         _multiply(out, a, b, bias, c, by, d, alpha)
-    elif not multiplies(a.dtype) or (_sums_rows(a) and not _is_one_of_few(a.shape[1])):
+    elif not multiplies(a.dtype) or (sums_rows(a) and not _is_one_of_few(a.shape[1])):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
-    elif _sums_rows(a) or _is_one_of_few(a.shape[0]):
+    elif sums_rows(a) or _is_one_of_few(a.shape[0]):
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
         _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)
@@ -134,7 +134,7 @@ def _is_one_of_few(rows: int) -> bool:
     return rows in few_numbers_of_rows(rows)
 
 
-def _sums_rows(a: Tensor) -> bool:
+def sums_rows(a: Tensor) -> bool:
     """Whether the product is a gradient, which sums over rows: then its first operand is turned."""
     return a.stride(0) == 1 and a.stride(1) != 1
 

@@ -11,6 +11,7 @@ import warnings
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,34 @@ def test_what_onednn_takes(columns: str) -> None:
             products.begin(rows)
             scratch(*asked)
             assert same(routed=True) == KERNEL, "of all tokens"
+
+
+@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
+def test_what_onednn_takes_for_fewer_rows() -> None:
+    """That can be more, which counts beside what the result then takes less. A sum over the rows takes no more."""
+    product = torch.ops.lowmem_ft.product.default
+
+    def asked(rows: int) -> tuple[Any, ...]:
+        a, b = torch.ones(rows, 16, dtype=torch.bfloat16), torch.ones(16, 96, dtype=torch.bfloat16)
+        return torch.empty(rows, 96, dtype=torch.bfloat16), a, b, None, None, None, None, 0.0
+
+    def taken(*args: Any) -> int:
+        return max(accumulate(allocator_events(partial(product, *args))), default=0)
+
+    out, *others = asked(384)
+    (planned,) = scratch_of("cpu", Card(), Products())[product](out, *others)
+    levels = {rows: taken(*asked(rows)) for rows in (64, 128, 192, 256, 384)}
+    most = max(level + 2 * 96 * rows for rows, level in levels.items())
+    assert most <= planned + out.nbytes <= most + 1024
+
+    part = torch.empty(2, *out.shape, dtype=out.dtype)[0]
+    (planned,) = scratch_of("cpu", Card(), Products())[product](part, *others)
+    assert planned == max(levels.values()), "what it is a part of stays as it is"
+
+    turned = torch.ones(96, 384, dtype=torch.bfloat16).t(), torch.ones(96, 48, dtype=torch.bfloat16)
+    summed = torch.empty(384, 48, dtype=torch.bfloat16), *turned, None, None, None, None, 0.0
+    (planned,) = scratch_of("cpu", Card(), Products())[product](*summed)
+    assert planned == taken(*summed)
 
 
 @pytest.mark.parametrize("dims", [[0], [-1], [1, 2], None])
