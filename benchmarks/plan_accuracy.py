@@ -51,6 +51,7 @@ SHARES = {"tiny": 40, "small": 35, "medium": 19, "large": 5, "half a billion": 1
 CUDA_SHAPES: dict[str, tuple[int, int, int, int]] = {
     "small": (512, 1376, 8, 32000), "medium": (1024, 2816, 16, 32000), "large": (2048, 5632, 22, 32000),
 }  # fmt: skip
+STEPS = 60  # of a process with rows of any lengths, of which oneDNN keeps kernels
 CUDA_SHARES, CUDA_LENGTHS = {"small": 45, "medium": 45, "large": 10}, (512, 1000, 2048)
 
 
@@ -321,8 +322,8 @@ def in_process(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def train_here(data: dict[str, Any]) -> dict[str, Any]:
-    """Plan and train for two steps, as `lowmem-ft train` does."""
-    from lowmem_ft.core.host import prefer_huge_pages
+    """Plan and train, as `lowmem-ft train` does: two full steps, and then with rows of all lengths, of other tokens."""
+    from lowmem_ft.core.host import prefer_huge_pages, release_freed_memory
 
     prefer_huge_pages()
     import torch
@@ -334,6 +335,7 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     from lowmem_ft.planner.verify import FullBatches
     from lowmem_ft.runtime.memory import process_peak_bytes
     from lowmem_ft.step import train_step
+    from tests.unit.planner.sampler import as_they_come
 
     config = RunConfig.from_dict(data)
     plan = make_plan(config)
@@ -341,6 +343,9 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     batches = FullBatches(config, plan.policy, vocabulary=100)
     for _ in range(2):
         train_step(ready, batches, lr=1e-4, mismatched=mismatched_of(config, batches))
+    for later in as_they_come(config, plan.policy, steps=STEPS):
+        train_step(ready, later, lr=1e-4, mismatched=mismatched_of(config, later))
+        release_freed_memory()  # as a run does
     planned, measured = plan.predicted.process_peak_bytes, process_peak_bytes()
     base = plan.device["process_bytes"]
     return {

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 
-from lowmem_ft.quant.products import few_numbers_of_rows
+from lowmem_ft.quant.products import few_numbers_of_rows, is_one_of_few, pieces
 
 _autograd: Any = torch.autograd  # whose stubs lack what `profiler_legacy` imports from it
 
@@ -30,36 +30,53 @@ MOST = 7 << 18  # bytes a thread
 # It works on so many rows at a time, or on some number below that divides them. With that it takes the most: for
 # matrices of 96 x 48 to 2048 x 768 never more at 1 to 1024 rows, and less at 320, 384 and 640 (36 numbers tried)
 ROWS = 256
-# Of products with one matrix and a few numbers of rows. Planning grew a process by 65 MB with 35 matrices (in 72
-# products), 40 MB with 20 (45 products) and 32 MB with 27 (36 products)
-KERNEL = 7 << 18
-# Of each other number of rows that products with it come to: 0.54 to 0.60 MB were measured for matrices of 16 x 512 to
-# 1408 x 512 with two threads (torch 2.13, AVX512 with bf16, 2026-11-27)
-KERNEL_OF_ROWS = 5 << 17
+# Of a product for one number of rows it keeps the kernel that it compiles: 0.53 to 0.69 MB were measured with matrices
+# of 16 x 96 to 2048 x 768 and 64 to 1024 rows, multiplied, added to others or summed over, with one thread and with two
+# (torch 2.13, AVX512 with bf16, 2026-11-27)
+KERNEL = 5 << 17
+CACHED = 1024  # of its latest kernels it keeps no more (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`)
 
 
 class Products:
     """The products of one plan that go to oneDNN, which compiles kernels for each of them."""
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
         self._tokens = 0
-        self._fewer: dict[Hashable, int] = {}  # rows of products with a matrix in the last step that are not its tokens
+        self._rows: dict[_Kind, int] = {}  # the most of each in the last step
 
     def begin(self, tokens: int) -> None:
         """A step with so many tokens follows."""
         self._tokens = tokens
-        self._fewer.clear()
+        self._rows.clear()
 
-    def kernel_bytes(self, *, most: int | None, routed: bool) -> int:
+    def meet(self, a: Tensor, b: Tensor, *, adds: bool = False, as_is: bool = False) -> None:
+        """A product of these comes in the step, which `adds` to what is there; `as_is`, where no `quant.products` sees
+        to it that numbers of rows are few."""
+        kind, rows = _Kind(_Like.of(b), adds, sums=False, as_is=as_is), a.shape[-2]
+        if a.stride(-1) != 1:
+            kind, rows = _Kind((a.shape[:-1], b.shape[-1]), adds, sums=True, as_is=as_is), a.shape[-1]
+        self._rows[kind] = max(rows, self._rows.get(kind, 0))
+
+    def kernel_bytes(self, *, most: int | None, lengths: int, routed: bool) -> int:
         """What these kernels take of the process, about.
 
         Args:
             most: tokens of any micro-batch, where they differ; None where they do not.
+            lengths: that its rows can have.
             routed: there are experts, to which any number of rows comes, up to that of the last step.
         """
-        further = [most or 0] * len(self._seen) + [*self._fewer.values()] * routed
-        return KERNEL * len(self._seen) + sum(KERNEL_OF_ROWS * len(few_numbers_of_rows(it)[1:]) for it in further)
+        kernels = 0
+        for kind, rows in self._rows.items():
+            part = rows != self._tokens  # a tile, a chunk of the loss, or of an expert
+            if kind.as_is:
+                kernels += 1 if most is None else lengths
+            elif most is not None or (routed and part):
+                kernels += max(1, len(few_numbers_of_rows(rows if part or most is None else most)))
+            elif not kind.sums:
+                kernels += len(set(pieces(rows)))
+            elif is_one_of_few(rows):
+                kernels += 1
+        return KERNEL * min(kernels, CACHED)
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
         """The most bytes that `op` takes beside what it returns.
@@ -70,16 +87,20 @@ class Products:
         """
         threads = torch.get_num_threads()
         likes = tuple(_Like.of(it) if isinstance(it, Tensor) else it for it in args)
-        plain = a.stride(-1) == 1
-        key, rows = ((op, _Like.of(b)), a.shape[-2]) if plain else ((op, a.shape[:-1], b.shape[-1]), a.shape[-1])
-        self._seen.add(key)
-        if rows != self._tokens:
-            self._fewer[key] = max(rows, self._fewer.get(key, 0))
         held = sum(it.nbytes for it in args if isinstance(it, Tensor))
         # of profilers there is one at a time
         if a.numel() * b.shape[-1] > LARGE or held > HELD or _autograd._profiler_enabled():
             return [MOST * threads]
         return [_taken(op, likes, threads)]
+
+
+class _Kind(NamedTuple):
+    """What kernels are compiled for, one for each number of rows."""
+
+    factors: Hashable
+    adds: bool
+    sums: bool
+    as_is: bool
 
 
 class _Like(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):

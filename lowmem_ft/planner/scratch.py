@@ -74,6 +74,11 @@ def _product(
     """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats; in fp32 BLAS has a
     copy made of a factor without neighbouring elements, as those of one expert among all are."""
     if _goes_to_onednn(a):
+        products.meet(a, b)
+        if by is not None:
+            products.meet(a, by)
+        if c is not None and d is not None:
+            products.meet(c, d, adds=True)
         op = torch.ops.lowmem_ft.product.default
         taken = products.scratch(op, (out, a, b, bias, c, by, d, *alpha), a, b)
         if a.shape[0] % ROWS and a.shape[0] > ROWS and not sums_rows(a):  # a run may have fewer, of an expert say
@@ -97,7 +102,10 @@ def _goes_to_onednn(a: Tensor) -> bool:
 def _product_of(products: Products, op: Any, first: int, *args: Any, **_: Any) -> list[int]:
     """Of an operator whose factors are its arguments from `first` on."""
     a, b = args[first : first + 2]
-    return products.scratch(op, args, a, b) if _goes_to_onednn(a) else []
+    if not _goes_to_onednn(a):
+        return []
+    products.meet(a, b, adds=first > 0, as_is=True)
+    return products.scratch(op, args, a, b)
 
 
 def _mean(

@@ -104,10 +104,10 @@ class FullBatches(Sequence[Batch]):
         rows = [[Example(part, part) for part in row] for row in parts]
         if preferences is None:
             return collate(rows, pad_id=0, length=length)
-        return preferences.collate(_judged(rows, preferences.lanes), pad_id=0, length=length)
+        return preferences.collate(judged(rows, preferences.lanes), pad_id=0, length=length)
 
 
-def _judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[PreferenceExample]]:
+def judged(rows: Sequence[Sequence[Example]], together: int) -> list[list[PreferenceExample]]:
     """Pairs of the documents of each two rows, or the documents with a verdict, half of them good."""
     if together == 2:
         both = zip(rows[::2], rows[1::2], strict=True)

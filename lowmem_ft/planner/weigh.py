@@ -20,6 +20,7 @@ from lowmem_ft.core.host import LARGE
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.preference import step_tokens
+from lowmem_ft.data.packing import ROW_MULTIPLE
 from lowmem_ft.planner.compose import (
     Part,
     Pieces,
@@ -364,9 +365,13 @@ class Scales:
         trace = self._step(policy, classes, taken)
         found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
         if self._update is None:
-            most = None if self.stage.config.data.packing else step_tokens(self.stage.config)
+            config = self.stage.config
+            step = step_tokens(config)
+            most = None if config.data.packing else min(step, config.policy.micro_batch_tokens or step)
             # the same for all policies, whatever else is tried
-            self.kernels = self.stage.products.kernel_bytes(most=most, routed=self.stage.routed)
+            self.kernels = self.stage.products.kernel_bytes(
+                most=most, lengths=config.data.seq_len // ROW_MULTIPLE, routed=self.stage.routed
+            )
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(

@@ -116,9 +116,9 @@ def _product(
 ) -> None:
     if a.device.type != "cpu" or a.element_size() != 2:
         _multiply(out, a, b, bias, c, by, d, alpha)
-    elif not multiplies(a.dtype) or (sums_rows(a) and not _is_one_of_few(a.shape[1])):
+    elif not multiplies(a.dtype) or (sums_rows(a) and not is_one_of_few(a.shape[1])):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
-    elif sums_rows(a) or _is_one_of_few(a.shape[0]):
+    elif sums_rows(a) or is_one_of_few(a.shape[0]):
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
         _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)
@@ -130,8 +130,18 @@ def few_numbers_of_rows(most: int) -> list[int]:
     return sorted(rows for rows in doubled if rows <= most)
 
 
-def _is_one_of_few(rows: int) -> bool:
+def is_one_of_few(rows: int) -> bool:
+    """Whether so many rows are multiplied at once."""
     return rows in few_numbers_of_rows(rows)
+
+
+def pieces(rows: int) -> list[int]:
+    """How many rows each of the products multiplies that make up one of `rows`; the last one is filled up."""
+    if is_one_of_few(rows):
+        return [rows]
+    whole, rest = divmod(rows, ROWS)
+    powers = (ROWS << power for power in reversed(range(whole.bit_length())) if whole >> power & 1)
+    return [*powers, *([ROWS] if rest else [])]
 
 
 def sums_rows(a: Tensor) -> bool:
@@ -171,20 +181,18 @@ def _multiply_in_few_shapes(
         multiply: from some rows of `a`, and of `c`, to the same rows of `out`.
     """
     start, rows = 0, a.shape[0]
-    while rows - start >= ROWS:
-        end = start + (1 << (rows - start).bit_length() - 1)
-        part = slice(start, end)
-        multiply(out[part], a[part], None if c is None else c[part])
-        start = end
-    if start == rows:
-        return
-    last = slice(start, rows)
-    out_room, a_room = _rooms.padded("out", out[last]), _rooms.padded("a", a[last])
-    c_room = None if c is None else _rooms.padded("c", c[last])
-    multiply(out_room, a_room, c_room)
-    out[last] = out_room[: rows - start]
-    if c is not None and c_room is not None:
-        c[last] = c_room[: rows - start]
+    for height in pieces(rows):
+        part = slice(start, start + height)
+        start += height
+        if start <= rows:
+            multiply(out[part], a[part], None if c is None else c[part])
+            continue
+        out_room, a_room = _rooms.padded("out", out[part]), _rooms.padded("a", a[part])
+        c_room = None if c is None else _rooms.padded("c", c[part])
+        multiply(out_room, a_room, c_room)
+        out[part] = out_room[: len(out[part])]
+        if c is not None and c_room is not None:
+            c[part] = c_room[: len(c[part])]
 
 
 @torch.library.register_fake("lowmem_ft::product")  # type: ignore[untyped-decorator]

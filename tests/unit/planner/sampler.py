@@ -10,13 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
+from lowmem_ft.core.preference import lanes
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.data.pairs import preferences_of
 from lowmem_ft.planner.simulate import simulate
-from lowmem_ft.planner.verify import FullBatches, measured_eval_peak, measured_train_peak
+from lowmem_ft.planner.verify import FullBatches, judged, measured_eval_peak, measured_train_peak
 from tests.models import MOE_ARCHITECTURES, save_tiny
 
 PROJECTED = [  # whose attention has q_proj and v_proj
@@ -156,6 +161,27 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
         "eval_bytes": evaluation,
         "eval_error": simulated.eval_peak / evaluation - 1,
     }
+
+
+def as_they_come(config: RunConfig, policy: Policy, *, steps: int) -> Iterator[list[Batch]]:
+    """Steps of random tokens, like those of a run: without packing rows are of any length, padded to the longest."""
+    together, length, preferences = lanes(config), config.data.seq_len, preferences_of(config)
+    rows, generator = max(together, policy.micro_batch_tokens // length), random.Random(0)
+
+    def document() -> list[Example]:
+        tokens = length if config.data.packing else generator.randint(2, length)
+        ids = generator.choices(range(3, 100), k=tokens)
+        return [Example(ids, ids)]
+
+    for _ in range(steps):
+        batches = []
+        for _ in range(policy.accumulation):
+            row = [document() for _ in range(rows)]
+            if preferences is None:
+                batches.append(collate(row, pad_id=0))
+            else:
+                batches.append(preferences.collate(judged(row, preferences.lanes), pad_id=0, length=None))
+        yield batches
 
 
 def sizes_of(name: str, shape: tuple[int, int, int, int], positions: int = 512) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.onednn import KERNEL, KERNEL_OF_ROWS, MOST, Products
+from lowmem_ft.planner.onednn import CACHED, KERNEL, MOST, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, simulate
@@ -177,14 +177,36 @@ def test_what_onednn_takes(columns: str) -> None:
         planned = sum(scratch(*asked))
         assert taken <= planned if large else taken == planned > 0
         assert scratch(*asked) == [planned]
-        same = partial(products.kernel_bytes, most=None)
-        assert same(routed=False) == KERNEL, "one shape, asked twice"
-        assert products.kernel_bytes(most=256, routed=False) == KERNEL + 3 * KERNEL_OF_ROWS, "64, 128, 192, 256 rows"
-        if not large:
-            assert same(routed=True) == KERNEL + 3 * KERNEL_OF_ROWS, "of an expert"
-            products.begin(rows)
-            scratch(*asked)
-            assert same(routed=True) == KERNEL, "of all tokens"
+
+
+@pytest.mark.parametrize("tokens", [256, 800])
+def test_kernels_that_onednn_keeps(tokens: int) -> None:
+    """One for each product and number of rows that it is asked for."""
+    wide, thin = torch.empty(96, 512, dtype=torch.bfloat16), torch.empty(512, 16, dtype=torch.bfloat16)
+    products, expected = Products(), {256: 1, 800: 3}[tokens]  # 800 rows go as 512, 256, and 32 that are filled up
+    of = partial(products.kernel_bytes, most=None, lengths=32, routed=False)
+    products.begin(tokens)
+    for _ in range(2):
+        products.meet(torch.empty(tokens, 96), wide)
+        assert of() == expected * KERNEL
+    products.meet(torch.empty(tokens, 96), wide, adds=True)
+    products.meet(torch.empty(tokens, 512), thin)
+    assert of() == 3 * expected * KERNEL
+    products.meet(torch.empty(tokens, 96).t(), torch.empty(tokens, 512))
+    few = {256: [64, 128, 192, 256], 800: [64, 128, 192, 256, 384, 512, 768]}[tokens]
+    sums = tokens in few  # else one over rows is made in fp32
+    assert of() == (3 * expected + sums) * KERNEL
+    assert of(most=tokens) == 4 * len(few) * KERNEL
+    assert of(most=128) == 4 * 2 * KERNEL, "a smaller micro-batch, once there are several"
+    products.meet(torch.empty(192, 48), torch.empty(48, 96))
+    assert of() == (3 * expected + sums + 1) * KERNEL
+    assert of(routed=True) == (3 * expected + sums + 3) * KERNEL, "of an expert"
+    before = of(most=tokens)
+    assert before == (4 * len(few) + 3) * KERNEL
+    products.meet(torch.empty(tokens, 96), wide, as_is=True)
+    assert of() == (3 * expected + sums + 2) * KERNEL
+    assert of(most=tokens) == before + 32 * KERNEL, "of PyTorch's own products one for each length of the rows"
+    assert of(most=tokens, lengths=5000) == CACHED * KERNEL
 
 
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")

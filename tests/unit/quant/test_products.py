@@ -92,6 +92,7 @@ def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(found.double(), exact + c.double() @ d.double(), rtol=0.05, atol=1.0)
         torch.testing.assert_close(mm(out.t(), a).double(), out.double().t() @ a.double(), rtol=0.02, atol=1.0)
     assert shapes == {(64, 24), (128, 24), (192, 24), (256, 24), (40, 64), (40, 192)}
+    assert [products.pieces(rows) for rows in (1, 65, 192, 511)] == [[64], [64, 64], [192], [256, 128, 64, 64]]
     assert products.few_numbers_of_rows(1024) == [64, 128, 192, 256, 384, 512, 768, 1024]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime import attend, attention_cpu, attention_cuda
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.attend import Asked, attend_on_card, use_attention
+from lowmem_ft.runtime.attend import Asked, attend_by_operator, attend_on_card, use_attention
 from lowmem_ft.runtime.attention import attention
 from tests.models import ARCHITECTURES, tiny_config
 
@@ -326,10 +327,12 @@ def test_generation_with_a_cache_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", ["stablelm", "falcon"])
-def test_models_that_call_pytorchs_attention_compute_the_same_on_a_card(
-    name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", [attend_by_operator, attend_on_card])
+def test_models_that_call_pytorchs_attention_compute_the_same(
+    kernel: Callable[[Asked], Tensor | None], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the kernel that is chosen there, which of our operator's is a CPU's here; also where backward runs again."""
+    """With the kernel that is chosen, on a card too, where our operator's is a CPU's here; also where backward runs
+    again."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).train()
     model.config.use_cache = False
@@ -338,11 +341,11 @@ def test_models_that_call_pytorchs_attention_compute_the_same_on_a_card(
     served: list[Tensor | None] = []
 
     def counted(asked: Asked) -> Tensor | None:
-        served.append(attend_on_card(asked))
+        served.append(kernel(asked))
         return served[-1]
 
-    monkeypatch.setattr(attend, "attend_on_card", counted)
-    use_attention(model, on_card=True)
+    monkeypatch.setattr(attend, kernel.__name__, counted)
+    use_attention(model, on_card=kernel is attend_on_card)
     apply_activation_policy(model, keep=1)
     found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, embedding)[0]
     assert len(served) == 3, "of two blocks, one of which runs twice"
