@@ -16,7 +16,7 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = "system, user, assistant, tool"
 LIKE_ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # roles that are meant so
 MEDIA = ("image", "image_url", "audio", "input_audio", "video")  # types of parts that no text model is shown
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys by which messages have it, for all templates alike
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys by which messages have it, for all templates alike
 OPENED, CLOSED = "<think>", "</think>"
 
 
@@ -265,7 +265,7 @@ def _of_turns(spans: Spans, turns: Sequence[int], learnt: Sequence[int]) -> Span
 
 def _reasoning(messages: Sequence[dict[str, Any]]) -> list[str]:
     """What is given as reasoning, without the spaces around it, which templates trim."""
-    given = (next((it[key] for key in REASONING if it.get(key)), None) for it in messages)
+    given = (it.get(REASONING[0]) for it in messages)
     return [text.strip() for text in given if isinstance(text, str) and text.strip()]
 
 
@@ -278,7 +278,10 @@ def _weight(message: dict[str, Any], number: int) -> bool:
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:
-    """`messages` with absent values (null) left out, as transformers hands them to a template."""
+    """`messages` with absent values (null) left out, as transformers hands them to a template.
+
+    Reasoning under any name gets the names that templates read, which transformers does only from 5.21 on.
+    """
     if not isinstance(messages, list) or not messages:
         given = "an empty list" if messages == [] else type(messages).__name__
         raise DataError("'messages' is not a list of messages.", given=given, allowed=f"role ({ROLES}) and content")
@@ -289,6 +292,8 @@ def _checked(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message.get("role"), str):
             raise DataError(f"message {number} has no 'role'.", given=", ".join(message) or "no keys", allowed=ROLES)
         message = {key: value for key, value in message.items() if value is not None}
+        if reasoning := next((message[key] for key in REASONING if message.get(key)), None):
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         content = message.get("content", "" if "tool_calls" in message else None)
         if not isinstance(content, str | list):
             given = type(content).__name__

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataConfig, DataSource
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.data.examples import RecordEncoder, read_examples
 from lowmem_ft.data.preview import preview
 from tests.unit.data.test_chat import answers
@@ -123,3 +124,14 @@ def test_reasoning_that_a_template_leaves_out_is_told(
         assert [told in note for note in report.notes()] == [True] * (unshown > 0)
         known = preview(DataSource(path=str(path)), DataConfig(), tokenizer, rows=None, samples=0)
         assert known.to_dict()["unshown"] == unshown
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_the_names_that_templates_read(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Also with a transformers that names nothing; of two the standard name's is taken, if it is not empty."""
+    said = {"role": "assistant", "content": ONE}
+    encode(tokenizer, "chatml", SINGLE)
+    (wanted,) = ChatRenderer(tokenizer).as_wanted([{**said, "reasoning_content": "", key: "Hm."}])
+    assert wanted["reasoning_content"] == "Hm."
+    assert wanted["thinking"] == "Hm."
+    assert ChatRenderer(tokenizer).as_wanted([{**said, key: None}]) == [said]
