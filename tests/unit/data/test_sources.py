@@ -124,7 +124,7 @@ def prepared(path: Path) -> dict[str, Any]:
 
 
 def test_what_reads_tables_is_there_when_a_plan_measures_the_process(tmp_path: Path) -> None:
-    """And where there are none it is not."""
+    """And where there are none it is not, unless transformers imported it (by scikit-learn, and pandas before 3.1)."""
     (tmp_path / "a.parquet").touch()
     code = """
 import os, sys
@@ -134,6 +134,7 @@ from lowmem_ft.planner import solver
 def measured(name):
     os._exit("pyarrow" in sys.modules)
 
+print(int("pyarrow" in sys.modules), flush=True)
 solver.find_device = measured
 for train in sys.argv[1:]:
     if not os.fork():
@@ -143,7 +144,8 @@ for train in sys.argv[1:]:
     given = ("a.jsonl", "a.parquet", ".", "an/id", f"{tmp_path}/*")
     command = [sys.executable, "-c", code, *given]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.split() == ["0", "1", "1", "1", "1"]
+    before, *found = done.stdout.split()
+    assert found == [before, "1", "1", "1", "1"]
 
 
 def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
