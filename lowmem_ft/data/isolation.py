@@ -27,7 +27,8 @@ from lowmem_ft.data.packing import Batch, as_bounds
 
 ATTENTION = "lowmem_ft"  # the name under which transformers knows runtime.attention
 _DROPOUTS = ("attention_dropout", "attn_pdrop")  # of attention, as configurations call it
-_LAYER_TYPES = "full_attention", "indexed_attention", "sliding_attention", "chunked_attention"  # those that attend
+_INDEXED = "indexed_attention", "deepseek_sparse_attention"  # the second is its name in transformers 5.17
+_LAYER_TYPES = "full_attention", *_INDEXED, "sliding_attention", "chunked_attention"  # those that attend
 PROBE_TOKENS = 8
 # Relative difference of the hidden states of two copies of a document in one row, which differ only by where they
 # stand. Measured on the architectures of tests/models.py (CPU, bf16 and fp32): at most 0.0005 with restarted
@@ -92,8 +93,8 @@ def _windows(config: Any, length: int) -> dict[str, dict[str, int]]:
     layer_types = getattr(config, "layer_types", None)
     if not layer_types:
         return {"all": cut if sliding is None else window}
-    limits = dict(zip(_LAYER_TYPES, ({}, {}, window, cut), strict=True))
-    return {kind: limits[kind] for kind in _LAYER_TYPES if kind in layer_types}
+    limits = {"sliding_attention": window, "chunked_attention": cut}
+    return {kind: limits.get(kind, {}) for kind in _LAYER_TYPES if kind in layer_types}
 
 
 def documents(batch: Batch, *, window: int | None = None, chunk: int | None = None) -> Tensor:
