@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,13 +145,13 @@ for words in ("--version", "--help", "plan --help", "profiles list", "profiles s
 
 
 def test_help_is_set_as_wide_as_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Typer keeps where a docstring's lines end, and puts brackets around what may be left out."""
+    """Typer keeps where a docstring's lines end, and puts brackets around what may be left out, but in old versions."""
     for name, one in get_group(app).commands.items():
         assert all("\n" not in paragraph for paragraph in (one.help or "").split("\n\n")), name
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("plan", "train", "eval", "data"):
-        assert " [KEY=VALUE]...  " in command(name, "--help")[1], name
-    assert " [OUT.yaml]  " in command("init", "--help")[1]
+        assert re.search(r" \[?KEY=VALUE\]?(\.\.\.)?  ", command(name, "--help")[1]), name
+    assert re.search(r" \[?OUT\.yaml\]?  ", command("init", "--help")[1])
 
 
 def test_help_names_every_type_of_gguf(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
