@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowmem_ft.adapters.peft_format import save_adapter
-from lowmem_ft.assemble import assemble
+from lowmem_ft.assemble import assemble, attention_of
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from tests.models import save_tiny
@@ -64,5 +64,6 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
 
 
 def plain(folder: Path, **options: Any) -> PreTrainedModel:
-    """A model as transformers alone loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    """A model as transformers alone loads it; with the caps of Gemma 2's scores, which its SDPA leaves out."""
+    attention = attention_of(AutoConfig.from_pretrained(folder))
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options).eval()
