@@ -110,8 +110,7 @@ def test_mlflow_has_what_metrics_have(tracked: Run) -> None:
 
 
 def test_wandb_leaves_a_run_to_be_synchronised(tracked: Run) -> None:
-    (run,) = (tracked.folder / "wandb").glob("offline-run-*")
-    (log,) = run.glob("*.wandb")
+    *_, log = sorted((tracked.folder / "wandb").glob("offline-run-*/*.wandb"))  # accelerate 1.10 begins twice
     assert b"train/grad_norm" in log.read_bytes()
 
 
