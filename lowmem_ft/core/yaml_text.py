@@ -1,4 +1,4 @@
-"""YAML as configs are written in it: no key twice, no dates; and values on the command line."""
+"""YAML as configs and profiles are written in it: no key twice, dates as text; and values on the command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _written_out(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-# dates are text: no key wants one
+# dates are text: keys that want one, as those of profiles do, read it themselves
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -61,7 +61,7 @@ def read_yaml(text: str, name: str, *, what: str = "The config file is not YAML.
         node = loader.get_single_node()
         if _written_out(node, {}) > MOST_VALUES:
             raise ConfigError(
-                "Aliases repeat more than a config can hold, or lead back to where they stand.",
+                "Aliases repeat more than a file can hold, or lead back to where they stand.",
                 given=name,
                 allowed=f"{MOST_VALUES} values, written out",
                 fix="write them out, without & and *",

@@ -23,6 +23,7 @@ from lowmem_ft.core.config_words import first_problem
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.files import write_text
 from lowmem_ft.core.sizes import parse_size
+from lowmem_ft.core.yaml_text import read_yaml
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -219,11 +220,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
             fix=f"did you mean '{close}'?" if close else "see `lowmem-ft profiles list`",
         )
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The profile cannot be read.", given=f"{file} ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
-        raise ConfigError("The profile is not YAML.", given=f"{file}: {error}") from None
+    data = read_yaml(text, str(file), what="The profile is not YAML.")
     if not isinstance(data, dict):
         raise ConfigError("The profile holds no keys.", given=str(file), allowed=f"keys {', '.join(_keys(Profile))}")
     try:

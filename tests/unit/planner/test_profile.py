@@ -3,6 +3,7 @@
 import datetime
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_a_profile_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("[" * 3000)
     with pytest.raises(ConfigError, match="not YAML"):
         load_profile(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "'name' is given twice"),
+        (
+            "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{', '.join(10 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefg")),
+            "Aliases",
+        ),
+    ],
+)
+def test_a_profile_is_read_as_strictly_as_a_config(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_profile(tmp_path / "mine.yaml")
+
+
+def test_a_source_may_be_a_date(tmp_path: Path) -> None:
+    data = facts()
+    data["disk_read"]["source"] = data["disk_read"]["date"]
+    assert load(data, tmp_path).disk_read.source == str(data["disk_read"]["date"])
 
 
 @pytest.mark.parametrize(("path", "value", "words"), BROKEN, ids=[f"{row[0]}={row[1]}" for row in BROKEN])
