@@ -49,8 +49,9 @@ def measured_types(run: Any, folder: Path, *, defaults: bool = False) -> dict[st
     from lowmem_ft.export.gguf_file import TYPES
     from lowmem_ft.export.parity import compare, held_out
     from lowmem_ft.export.weights import MergedWeights
+    from lowmem_ft.quant.checkpoint import Checkpoint
 
-    text = held_out(run.config, Path(run.config.model))
+    text = held_out(run.config, Checkpoint.open(run.config.model))
     trained = run.logits(text)
 
     def merged(adapter: Path, base: Any) -> Any:

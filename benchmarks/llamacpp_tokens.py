@@ -206,12 +206,13 @@ def real_tokenizers(vocabs: Path, folder: Path) -> dict[str, Path]:
 def vocabulary(folder: Path, *, size: int) -> Path:
     """A GGUF file with the tokenizer of `folder` alone."""
     import gguf
+    from transformers import AutoTokenizer
 
     from lowmem_ft.export.gguf_vocab import add_tokenizer
 
     file = folder / "vocabulary.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    add_tokenizer(writer, folder, vocab_size=size)
+    add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), folder, vocab_size=size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -148,6 +148,7 @@ def measured(name: str, folder: Path, methods: Sequence[str], **common: Any) -> 
     from lowmem_ft.export.exports import export_vllm
     from lowmem_ft.export.models import TrainedRun
     from lowmem_ft.export.parity import compare, held_out
+    from lowmem_ft.quant.checkpoint import Checkpoint
     from lowmem_ft.report.progress import Reporter
     from tests.unit.export.runs import CPU, trained
 
@@ -163,7 +164,7 @@ def measured(name: str, folder: Path, methods: Sequence[str], **common: Any) -> 
             config=made.config, policy=made.policy, adapter=made.adapter, device=CPU, scratch=folder / method
         )
         export_vllm(run, folder / method / "out", text=None, reporter=Reporter(quiet=True))
-        text = held_out(run.config, base)
+        text = held_out(run.config, Checkpoint.open(base))
         text = replace(text, sequences=[list(ids)[:24] for ids in text.sequences[:2]])
         ours[method] = (text.sequences, run.unquantized_logits(text, nbytes=0))
     with loaded(base) as engine:
@@ -216,6 +217,7 @@ def embedded(folder: Path, steps: int) -> dict[str, Any]:
     from lowmem_ft.export.parity import compare, held_out, logits_of
     from lowmem_ft.export.weights import MergedWeights
     from lowmem_ft.generate import complete
+    from lowmem_ft.quant.checkpoint import Checkpoint
     from tests.unit.export.runs import CPU
 
     run = trained_embedded(folder, steps)
@@ -223,7 +225,7 @@ def embedded(folder: Path, steps: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "lowmem_ft", "export", str(folder / "run"), "--vllm", "--out", str(out)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     base = Path(run.config.model)
-    text = held_out(run.config, base)
+    text = held_out(run.config, Checkpoint.open(base))
     text = replace(text, sequences=[list(ids)[:32] for ids in text.sequences[:4]])
     # the base that it was trained on, as a folder
     weights = MergedWeights(run.config, run.policy, base_alone(run.adapter, folder / "alone"), dtype=torch.float32)

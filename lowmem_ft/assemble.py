@@ -171,7 +171,7 @@ def assemble(
 
     ready = Assembled(
         model=equipped,
-        tokenizer=None if simulated else load_tokenizer(checkpoint.folder, trust_remote_code=config.trust_remote_code),
+        tokenizer=None if simulated else load_tokenizer(checkpoint),
         device=device,
         compute_dtype=dtype,
         attn_implementation=attention,
@@ -222,32 +222,30 @@ def quant_spec(policy: Policy) -> QuantSpec:
     return QuantSpec(bits=policy.bits, type="fp4" if policy.quant == "fp4" else "nf4", double_quant=policy.double_quant)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a model folder, or None where the folder holds none.
 
     Of a multimodal model it has the processor's chat template, which older ones keep in a file of its own.
-
-    Args:
-        trust_remote_code: run Python code that comes with the tokenizer. Said to transformers in so many words: left
-            to itself it asks on the terminal, and takes the next line of a pipe for the answer.
 
     Raises:
         CheckpointError: it is broken.
         UnsupportedError: it is remote code that is not trusted.
     """
+    folder, trusted = checkpoint.folder, checkpoint.trust_remote_code
     if not any(
         os.path.isfile(folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # in so many words: left to itself transformers asks on the terminal, and takes a line of a pipe for the answer
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         older = folder / "chat_template.json"
         if not tokenizer.chat_template and older.is_file():
             tokenizer.chat_template = read_json_file(older)["chat_template"]
         tokenizer("a", verbose=False)  # what its settings make impossible shows here
         return tokenizer
     except Exception as error:  # the tokenizers library has no class of its own for a file that it cannot read
-        if not trust_remote_code and "trust_remote_code" in str(error):
+        if not trusted and "trust_remote_code" in str(error):
             raise UnsupportedError(
                 "The tokenizer is remote code: Python files that come with the model, which are not run.",
                 given=folder,
@@ -258,18 +256,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise CheckpointError("The tokenizer cannot be loaded.", given=given, fix=fix) from error
 
 
-def require_tokenizer(folder: Path, model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of `model`, as the user calls it.
+def require_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder.
 
     Raises:
         CheckpointError: as `load_tokenizer`.
         UnsupportedError: there is none, or as `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UnsupportedError(
             "The model folder holds no tokenizer, without which text means nothing.",
-            given=model,
+            given=checkpoint.name,
             allowed="a folder with tokenizer.json, tokenizer_config.json or tokenizer.model",
             fix="copy the files of the tokenizer there, which lie beside the original weights",
         )

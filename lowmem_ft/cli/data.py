@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,11 +85,8 @@ def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
 
     if model == EMBEDDED:
         with as_file(files("lowmem_ft") / "assets" / "doclm-7m") as folder:
-            return require_tokenizer(folder, model)
-    folder = Path(model)
-    if not os.path.isdir(folder):
-        folder = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False).folder
-    return require_tokenizer(folder, model, trust_remote_code=trust_remote_code)
+            return require_tokenizer(Checkpoint.open(folder))
+    return require_tokenizer(Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False))
 
 
 def _show(found: Preview, console: Console) -> None:

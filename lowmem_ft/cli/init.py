@@ -92,7 +92,7 @@ def init(
     model = ask(model, "Model (a folder or a hub id)", None, _text)
     checkpoint = Checkpoint.open(model, trust_remote_code=trust_remote_code, weights=False)
     positions = positions_of(checkpoint.config)
-    tokenizer = require_tokenizer(checkpoint.folder, model, trust_remote_code=trust_remote_code)
+    tokenizer = require_tokenizer(checkpoint)
     data = ask(data, "Data to train on", None, _text)
     if held_out is None and ask.asks:
         held_out = ask(None, "Data to evaluate on (empty: none)", "", str.strip) or None

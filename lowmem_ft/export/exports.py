@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from lowmem_ft.assemble import load_tokenizer
+from lowmem_ft.assemble import load_tokenizer, require_tokenizer
 from lowmem_ft.core.errors import ParityError, UnsupportedError
 from lowmem_ft.core.files import write_text
 from lowmem_ft.export.adapters import unpack_gguf_adapter, write_gguf_adapter, write_vllm
@@ -96,7 +96,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
     )
     sizes = gguf_tensors(weights, kind)
     gguf_header(weights, kind, name="")  # a tokenizer that cannot be written is told before anything is computed
-    read = held_out(run.config, weights.checkpoint.folder, text)
+    read = held_out(run.config, weights.checkpoint, text)
     slots = [place.slot for places in sizes.values() for place in places]
     nbytes, numel = sum(slot.bytes_of(slot.numel) for slot in slots), sum(slot.numel for slot in slots)
     apart = 0 if _read_whole(run, weights, numel) else 2 * numel  # what is unpacked to be checked
@@ -112,8 +112,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
         file = folder / f"model-{kind}.gguf"
         with reporter.task("Writing GGUF", unit="values") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
-        tokenizer = load_tokenizer(weights.checkpoint.folder, trust_remote_code=run.config.trust_remote_code)
-        assert tokenizer is not None, "it is in the file"
+        tokenizer = require_tokenizer(weights.checkpoint)
         write_text(
             folder / "Modelfile",
             modelfile(tokenizer, weights.checkpoint.folder, source=f"./{file.name}", adds_bos=adds_bos(tokenizer)),
@@ -139,7 +138,7 @@ def export_vllm(run: TrainedRun, out: Path, *, text: Path | None, reporter: Repo
     """
     refuse_filled(out)
     weights = MergedWeights(run.config, run.policy, run.adapter)
-    read = held_out(run.config, weights.checkpoint.folder, text)
+    read = held_out(run.config, weights.checkpoint, text)
     with new_folder(out, nbytes=_size(run.adapter)) as folder:
         rank = write_vllm(weights.trained, weights.model.config, run.adapter, folder)
         check, original = _adapter_checks(run, weights, folder, read, reporter, what="The adapter for vLLM")
@@ -158,7 +157,7 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
     require_gguf()
     refuse_filled(out)
     weights = MergedWeights(run.config, run.policy, run.adapter)
-    config, base = weights.model.config, weights.checkpoint.folder
+    config, base = weights.model.config, weights.checkpoint
     read = held_out(run.config, base, text)
     with new_folder(out, nbytes=4 * _size(run.adapter)) as folder:
         file = folder / "adapter.gguf"
@@ -180,7 +179,7 @@ def export_gguf_adapter(run: TrainedRun, out: Path, *, text: Path | None, report
 
 def _adapter_modelfile(base: Checkpoint, *, source: str, adapter: str) -> str:
     """With the base's template: where FROM is a folder, Ollama finds no chat template in it and takes another."""
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=base.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     try:
         first = tokenizer is not None and adds_bos(tokenizer)
     except UnsupportedError:  # of what it adds around a text

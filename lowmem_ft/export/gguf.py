@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lowmem_ft.assemble import require_tokenizer
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.export.gguf_file import GgufFile, Slot, type_of
 from lowmem_ft.export.gguf_vocab import add_tokenizer
@@ -171,7 +172,7 @@ def gguf_header(weights: MergedWeights, kind: str, *, name: str) -> tuple[Any, T
     _add_sizes(writer, config)
     factors = _add_rope(writer, config)
     base = weights.checkpoint
-    add_tokenizer(writer, base.folder, vocab_size=config.vocab_size, trust_remote_code=base.trust_remote_code)
+    add_tokenizer(writer, require_tokenizer(base), base.folder, vocab_size=config.vocab_size)
     return writer, factors
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.generate import added_around, answer_ends
@@ -34,22 +33,21 @@ _WHOLE = frozenset({"llama-bpe"})
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
-def add_tokenizer(writer: Any, folder: Path, *, vocab_size: int, trust_remote_code: bool = False) -> None:
-    """Write tokens, merges, special tokens and the chat template of a model folder into `writer`.
+def add_tokenizer(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, *, vocab_size: int) -> None:
+    """Write a tokenizer's tokens, merges, special tokens and chat template into `writer`.
 
     Args:
         writer: a `gguf.GGUFWriter`.
+        folder: of the model, whose other files say more of special tokens.
         vocab_size: rows of the embedding; those that no token has are filled up with unused ones.
 
     Raises:
-        CheckpointError: there is no readable fast tokenizer.
+        CheckpointError: it is no fast tokenizer.
         UnsupportedError: a kind of tokenizer, or a rule of splitting, that cannot be said in GGUF.
     """
     import gguf
 
-    loaded = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     tokenizer = _rules(loaded, folder)
-    assert loaded is not None, "it has rules"
     spm = _is_sentencepiece(tokenizer, folder)
     model, added = tokenizer["model"], tokenizer["added_tokens"]
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [gguf.TokenType.UNUSED] * vocab_size
@@ -131,13 +129,13 @@ def differences(loaded: PreTrainedTokenizerBase) -> list[str]:
     return [f"llama.cpp has other tokens for texts with {it}." for it in found]
 
 
-def _rules(loaded: PreTrainedTokenizerBase | None, folder: Path) -> dict[str, Any]:
+def _rules(loaded: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """What `tokenizer.json` would say of a tokenizer as transformers loads it."""
     backend: Any = getattr(loaded, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise CheckpointError(
             "The tokenizer cannot be read.",
-            given=f"{folder} ({'none' if loaded is None else type(loaded).__name__})",
+            given=f"{folder} ({type(loaded).__name__})",
             allowed="a fast tokenizer (tokenizer.json)",
         )
     rules: dict[str, Any] = json.loads(backend.to_str())

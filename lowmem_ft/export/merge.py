@@ -137,7 +137,7 @@ def merge(
     from_a_grid = weights.spec.bits == 4 and (weights.prequantized or base == "dequantized")
     if from_a_grid and quantize_to is not None and quantize_to.bits == 4:
         warnings.warn(ON_A_GRID, stacklevel=2)
-    read = held_out(run.config, weights.checkpoint.folder, text)
+    read = held_out(run.config, weights.checkpoint, text)
     with new_folder(out, nbytes=folder_bytes(weights, tensors)) as folder:
         reporter.say("Computing the trained model's logits ...")
         trained = run.logits(read)
@@ -344,7 +344,7 @@ def write_configs(
     source = weights.checkpoint.folder
     generation = copy.deepcopy(weights.model.generation_config)
     assert generation is not None
-    tokenizer = load_tokenizer(source, trust_remote_code=weights.checkpoint.trust_remote_code)
+    tokenizer = load_tokenizer(weights.checkpoint)
     known = known_ends(generation)
     learned = [it for it in (answer_ends(tokenizer) if tokenizer is not None else []) if it not in known]
     if learned:  # else what was trained to end there would go on for ever in transformers

@@ -25,6 +25,7 @@ from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.data.reading import read_preferences, read_sources
 from lowmem_ft.data.records import SUFFIXES
+from lowmem_ft.quant.checkpoint import Checkpoint
 
 TOKENS = 1024  # that are compared, if the vocabulary is not larger than
 LOGITS_BYTES = 128 << 20  # lets it be, in 16 bits: three such pieces exist when two bases are compared
@@ -138,18 +139,18 @@ def four_bits(between: Parity | None) -> Bound:
     return Bound(kl=max(FOUR_BITS.kl, 3 * between.kl), top1=min(FOUR_BITS.top1, between.clear_top1 - 0.1))
 
 
-def held_out(config: RunConfig, folder: Path, text: Path | None = None) -> HeldOut:
+def held_out(config: RunConfig, base: Checkpoint, text: Path | None = None) -> HeldOut:
     """What to compare on: `text` (records, where the kind of file has them, else plain text), else `data.eval`, else
     text of the package.
 
-    Without a tokenizer in `folder`, the base model's: random tokens, always the same.
+    Without a tokenizer of the `base` model: random tokens, always the same.
 
     Raises:
         DataError: the file cannot be read or is empty.
     """
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     if tokenizer is None:
-        vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 100)
+        vocabulary = base.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (2, 64), generator=generator).tolist()
         return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")

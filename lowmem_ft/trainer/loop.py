@@ -158,7 +158,7 @@ def read_split(config: RunConfig, sources: Sources, reporter: Reporter, *, use: 
         DataError: records that cannot be used, or tokens that the model does not know.
     """
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = require_tokenizer(checkpoint.folder, config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = require_tokenizer(checkpoint)
     preferences = preferences_of(config)
     examples: Mixture[Any]
     common: dict[str, Any] = {"use": use, "task": lambda name: reporter.task(name, unit="B")}

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.serve_ollama import TALKS, as_written, rendered, serving
 from lowmem_ft.assemble import load_tokenizer
+from lowmem_ft.quant.checkpoint import Checkpoint
 from tests.unit.export.test_gguf import exported, run_of
 
 PROGRAM = shutil.which("ollama")
@@ -20,7 +21,7 @@ def test_ollama_reads_what_was_written(tmp_path: Path) -> None:
     _, run = run_of(tmp_path, "llama")
     modelfile = exported(run, "f16").folder / "Modelfile"
     written = modelfile.read_text()
-    tokenizer = load_tokenizer(tmp_path / "base")
+    tokenizer = load_tokenizer(Checkpoint.open(tmp_path / "base"))
     with serving(Path(PROGRAM).resolve(), tmp_path / "home") as server:
         read = server.create("tiny", modelfile)
         assert as_written(read, written), read

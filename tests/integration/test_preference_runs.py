@@ -15,6 +15,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.core.run import Run
 from lowmem_ft.export.parity import held_out
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
 from tests.assets import ASSETS, write_pairs, write_share
@@ -92,7 +93,7 @@ def test_every_objective_trains(folder: Path, objective: str) -> None:
         [line["rewards/margins"] for line in steps]
     )
     assert f"{objective}, mean of a step" in (run.folder / "report.html").read_text()
-    text = held_out(config(folder, objective), ASSETS / "doclm-7m")
+    text = held_out(config(folder, objective), Checkpoint.open(ASSETS / "doclm-7m"))
     assert text.origin == "data.eval"
     assert len(text.sequences) >= 8
 

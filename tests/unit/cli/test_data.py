@@ -1,6 +1,7 @@
 """`lowmem-ft data`: the figures of a file, and what it prints."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -183,6 +184,7 @@ def test_options(run: Run, write: Callable[..., Path]) -> None:
     assert (found["records"], found["complete"]) == (20, True)
     assert found["loss_tokens"] == found["tokens"] - 20
     assert run(path, *columns, "--model", ASSETS / "doclm-7m")[0] == 0
+    shutil.copy(ASSETS / "doclm-7m" / "config.json", path.parent)
     code, _, err = run(path, "--model", path.parent)
     assert (code, "holds no tokenizer" in err) == (2, True)
     code, _, err = run(path, "data.fromat=text")

@@ -105,7 +105,7 @@ def test_types(kind: str, tmp_path: Path) -> None:
     made, run = run_of(tmp_path)
     weights = MergedWeights(made.config, made.policy, made.adapter, dtype=torch.float32, stored=False)
     write_gguf(weights, kind, tmp_path / "m.gguf", name="tiny")
-    text = held_out(made.config, tmp_path / "base")
+    text = held_out(made.config, weights.checkpoint)
     found = run.transformers_logits(tmp_path, text, gguf_file="m.gguf", dtype=torch.float32)
     assert compare(run.logits(text), found).kl < LOSSY[kind]
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(tmp_path / "m.gguf").tensors}

@@ -55,7 +55,7 @@ def written(folder: Path, *, size: int = 1000) -> GGUFReader:
     import gguf
 
     writer = gguf.GGUFWriter(folder / "v.gguf", "llama")
-    add_tokenizer(writer, folder, vocab_size=size)
+    add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), folder, vocab_size=size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

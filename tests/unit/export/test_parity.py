@@ -35,6 +35,7 @@ from lowmem_ft.export.parity import (
 from lowmem_ft.export.trained import Trained as Adapter
 from lowmem_ft.export.weights import MergedWeights
 from lowmem_ft.export.write import new_folder
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.report.progress import Reporter
 from tests.models import save_tiny
@@ -160,7 +161,7 @@ def test_quantized_again(name: str, kind: QuantSpec, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["load_in_4bit"], config["load_in_8bit"]) == (kind.bits == 4, kind.bits == 8)
-    text = held_out(made.config, tmp_path / "base")
+    text = held_out(made.config, weights.checkpoint)
     run = run_of(made, tmp_path)
     ours, theirs = run.folder_logits(out, text), run.transformers_logits(out, text, dtype="auto")
     # measured: 0.4% to 2%; on CPUs bitsandbytes rounds the scales of 4 bits to bf16, and the inputs of 8 bits to fp16
@@ -238,8 +239,8 @@ def test_what_is_there_is_refused_before_anything_is_computed(tmp_path: Path, mo
 
 
 def test_text_to_check_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
-    config = RunConfig.from_dict({"model": str(model)})
+    model = Checkpoint.open(str(files("lowmem_ft") / "assets" / "doclm-7m"))
+    config = RunConfig.from_dict({"model": model.name})
     default = held_out(config, model)
     assert sum(map(len, default.sequences)) == 1024
     assert "package" in default.origin
@@ -255,9 +256,9 @@ def test_text_to_check_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_text_of_ones_own_has_a_format_of_its_own(tmp_path: Path) -> None:
-    model = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
+    model = Checkpoint.open(str(files("lowmem_ft") / "assets" / "doclm-7m"))
     data = {"format": "chosen", "columns": {"chosen": "answer"}, "eval": str(tmp_path / "moved.jsonl")}
-    config = RunConfig.from_dict({"model": str(model), "data": data})
+    config = RunConfig.from_dict({"model": model.name, "data": data})
     with pytest.raises(DataError, match=r"moved\.jsonl[\s\S]*--text FILE"):
         held_out(config, model)
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "one two three four five"}) + "\n")

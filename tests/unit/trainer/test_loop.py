@@ -25,6 +25,7 @@ from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError, UnsupportedError
 from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
@@ -85,13 +86,13 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     shutil.copytree(ASSETS / "doclm-7m", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "new"}}')
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path / "model")
+        load_tokenizer(Checkpoint.open(tmp_path / "model"))
 
 
 def test_a_tokenizer_that_no_text_goes_through(tmp_path: Path) -> None:
     folder = model_with(tmp_path, model_max_length="many")
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
-        load_tokenizer(folder)
+        load_tokenizer(Checkpoint.open(folder))
 
 
 def test_code_of_a_tokenizer_runs_only_where_the_config_says_so(

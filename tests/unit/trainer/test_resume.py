@@ -23,6 +23,7 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError, DataError, LowMe
 from lowmem_ft.core.files import writing_prefix
 from lowmem_ft.core.run import Run
 from lowmem_ft.data.store import writes_date
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop
@@ -337,7 +338,7 @@ def test_what_is_the_same_held_out_data(data: Path) -> None:
 
 @pytest.mark.parametrize(("template", "dated"), [("{{ strftime_now('%d') }}", True), ("{{ messages }}", False)])
 def test_templates_that_write_the_date(template: str, dated: bool) -> None:
-    tokenizer = load_tokenizer(ASSETS / "doclm-7m")
+    tokenizer = load_tokenizer(Checkpoint.open(ASSETS / "doclm-7m"))
     assert tokenizer is not None
     tokenizer.chat_template = template
     assert writes_date(tokenizer) is dated

@@ -18,6 +18,7 @@ from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.run import Run
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.generate import generate
+from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop, samples
 from lowmem_ft.trainer.samples import prompts_of
@@ -118,7 +119,7 @@ def test_prompts_stand_before_the_first_answer() -> None:
 
 
 def test_prompts_of_chats_are_what_a_chat_template_asks_with() -> None:
-    tokenizer = load_tokenizer(ASSETS / "doclm-7m")
+    tokenizer = load_tokenizer(Checkpoint.open(ASSETS / "doclm-7m"))
     assert tokenizer is not None
     examples, _ = read_examples(ASSETS / "whatis-eval.jsonl", tokenizer, seq_len=64)
     (asked,) = prompts_of(examples, 1, length=60)
