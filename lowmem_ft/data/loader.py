@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -167,6 +168,8 @@ class BatchLoader(Iterator[MicroBatches]):
         _check(self.lengths, seq_len)
         self.steps = 0
         self._varies = isinstance(examples, Mixture) and examples.varies
+        self._draws = examples.epochs(seed) if isinstance(examples, Mixture) else iter(())
+        self._drawn = 0  # epochs that were taken from it
         first = self._deal(0)
         lanes = 1 if preferences is None else preferences.lanes
         mean = lanes * (seq_len if packing else int(first.tokens(self.lengths).sum()) / len(first))
@@ -215,11 +218,19 @@ class BatchLoader(Iterator[MicroBatches]):
 
     def _deal(self, epoch: int) -> Rows:
         seed = self.seed + epoch
-        used = self.examples.of_epoch(self.seed, epoch) if isinstance(self.examples, Mixture) else None
-        rows = _deal(self.lengths, used, self.seq_len, seed, self.packing)
+        rows = _deal(self.lengths, self._used(epoch), self.seq_len, seed, self.packing)
         if self.order == "longest_first":
             rows = rows.reordered(np.argsort(-rows.tokens(self.lengths), kind="stable"))
         return rows
+
+    def _used(self, epoch: int) -> NDArray[np.int64] | None:
+        """What an epoch draws, which follows from what all before it have drawn; None: every example once."""
+        if not isinstance(self.examples, Mixture):
+            return None
+        if epoch < self._drawn:
+            self._drawn, self._draws = 0, self.examples.epochs(self.seed)
+        at, self._drawn = epoch - self._drawn, epoch + 1
+        return next(islice(self._draws, at, None))
 
     def _steps_for(self, rows: Rows) -> int:
         return -(-len(rows) // self.rows_per_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -57,29 +57,31 @@ class Mixture(Sequence[T]):
         sources = enumerate(zip(self.sources, self.weights, strict=True))
         return [number for number, (source, weight) in sources if not int(weight) + _drawn(source, weight)]
 
-    def of_epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Indices of the examples of an epoch, those of the first source first; `seed` decides what is drawn."""
-        found, start = [], 0
-        for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
-            indices = np.arange(start, start + len(source))
-            # sources of the same length must not draw the same
-            drawn = _in_turn(len(source), _drawn(source, weight), seed + (number << 32), epoch)
-            found += [*[indices] * int(weight), start + np.sort(drawn)]
-            start += len(source)
-        return np.concatenate(found)
+    def epochs(self, seed: int) -> Iterator[NDArray[np.int64]]:
+        """Of each epoch the indices of its examples, those of the first source first; `seed` decides what is drawn."""
+        parts = list(zip(self.sources, self.weights, strict=True))
+        # sources of the same length must not draw the same
+        draws = [_in_turn(len(it), _drawn(it, weight), seed + (at << 32)) for at, (it, weight) in enumerate(parts)]
+        while True:
+            found, start = [], 0
+            for (source, weight), draw in zip(parts, draws, strict=True):
+                indices = np.arange(start, start + len(source))
+                found += [*[indices] * int(weight), start + np.sort(next(draw))]
+                start += len(source)
+            yield np.concatenate(found)
 
 
-def _in_turn(count: int, drawn: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which `drawn` of `count` an epoch uses: those that have waited longest, in an order by `seed`."""
+def _in_turn(count: int, drawn: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Which `drawn` of `count` each epoch uses: those that have waited longest, in an order by `seed`."""
     waiting: NDArray[np.int64] = np.arange(0)
     rounds = 0
-    for _ in range(epoch + 1):
+    while True:
         if len(waiting) < drawn:
             order = permutation(count, seed + rounds)
             late = np.isin(order, waiting)  # their next turn comes behind the others', so that no epoch has one twice
             waiting, rounds = np.concatenate([waiting, order[~late], order[late]]), rounds + 1
-        used, waiting = waiting[:drawn], waiting[drawn:]
-    return used
+        yield waiting[:drawn]
+        waiting = waiting[drawn:]
 
 
 def _drawn(source: Sequence[T], weight: float) -> int:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.loader import BatchLoader, MicroBatches, eval_batches
 from lowmem_ft.data.mixture import Mixture
+from lowmem_ft.data.packing import permutation
 
 SEQ_LEN = 64
 SETTINGS: dict[str, Any] = {
@@ -249,16 +251,33 @@ def test_weighted_runs_resume_exactly_where_epochs_differ_in_steps(examples: lis
 def test_all_examples_have_their_turn(examples: list[Example], count: int, weight: float) -> None:
     """Whatever an epoch draws, no example is drawn twice in it, or again before all others were drawn."""
     mixture, drawn, times = Mixture((examples[:count],), (weight,)), round(weight % 1 * count), Counter[int]()
-    for epoch in range(60):
-        found = Counter(mixture.of_epoch(3, epoch).tolist())
+    for used in itertools.islice(mixture.epochs(3), 60):
+        found = Counter(used.tolist())
         more = {index for index, uses in found.items() if uses > int(weight)}
         assert len(more) == drawn
         assert set(found.values()) <= {int(weight), int(weight) + 1}
         times += Counter(more)
         uses = [times[index] for index in range(count)]
         assert max(uses) - min(uses) <= 1
-    orders = [[mixture.of_epoch(seed, epoch).tolist() for epoch in range(20)] for seed in (3, 4)]
+    orders = [[it.tolist() for it in itertools.islice(mixture.epochs(seed), 20)] for seed in (3, 4)]
     assert (orders[0] == orders[1]) == (drawn == count)
+
+
+def test_a_resumed_run_orders_each_source_once_for_each_round(
+    examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not anew for each epoch that was, which takes as long as their number squared."""
+    orders: list[int] = []
+
+    def counted(count: int, seed: int) -> NDArray[np.int64]:
+        orders.append(seed)
+        return permutation(count, seed)
+
+    loader = BatchLoader(Mixture((examples,), (0.5,)), **SETTINGS)
+    loader.load_state_dict({**loader.state_dict(), "steps": 40 * loader.steps_per_epoch})
+    monkeypatch.setattr("lowmem_ft.data.mixture.permutation", counted)
+    assert loader.epoch > 30
+    assert len(orders) <= 30
 
 
 def test_equal_weights_are_no_weights(examples: list[Example]) -> None:
