@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.generate import added_around, answer_ends
+from lowmem_ft.quant.checkpoint import read_settings
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,7 +43,7 @@ def add_tokenizer(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, *,
         vocab_size: rows of the embedding; those that no token has are filled up with unused ones.
 
     Raises:
-        CheckpointError: it is no fast tokenizer.
+        CheckpointError: it is no fast tokenizer, or a file that says more of it cannot be read.
         UnsupportedError: a kind of tokenizer, or a rule of splitting, that cannot be said in GGUF.
     """
     import gguf
@@ -57,7 +58,7 @@ def add_tokenizer(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, *,
         if spm and types[index] == gguf.TokenType.NORMAL and _BYTE.fullmatch(token):
             types[index] = gguf.TokenType.BYTE
     # transformers' classes add tokens that they want to exist, and that no text of the training can have had
-    named = {entry["content"] for entry in _json(folder / "tokenizer.json").get("added_tokens") or []}
+    named = {entry["content"] for entry in read_settings(folder / "tokenizer.json").get("added_tokens") or []}
     for entry in added:
         if entry["id"] >= vocab_size and named and entry["content"] not in named:
             continue
@@ -144,7 +145,7 @@ def _rules(loaded: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
 
 def _add_special(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> None:
     """Write which tokens are special, and which end an answer: `generation_config.json` may name more than one."""
-    config, generation = _json(folder / "config.json"), _json(folder / "generation_config.json")
+    config, generation = read_settings(folder / "config.json"), read_settings(folder / "generation_config.json")
     for kind in _SPECIAL:
         index = getattr(loaded, f"{kind}_token_id", None)
         index = config.get(f"{kind}_token_id") if index is None else index
@@ -156,11 +157,6 @@ def _add_special(writer: Any, loaded: PreTrainedTokenizerBase, folder: Path, voc
     others = [it for it in dict.fromkeys(known) if it != loaded.eos_token_id]
     for index, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(index)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
 
 
 def _in_range(index: int, vocab_size: int, path: Path) -> int:

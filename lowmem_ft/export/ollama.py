@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.data.chat import ChatRenderer
+from lowmem_ft.quant.checkpoint import read_settings
 
 Messages = list[dict[str, str]]
 # contents that no template changes or contains; the conversations that the result is held against
@@ -34,6 +34,9 @@ def modelfile(
         source: what FROM names, a file beside it or a model.
         adapter: a GGUF adapter beside it.
         adds_bos: whether llama.cpp itself puts the first token in front.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read.
     """
     lines = [f"FROM {source}"] + ([f"ADAPTER {adapter}"] if adapter else [])
     ends: list[str] = []
@@ -67,9 +70,7 @@ def _is_kept(text: str) -> bool:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    return read_settings(folder / "generation_config.json")
 
 
 def stop_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:

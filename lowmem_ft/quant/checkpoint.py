@@ -413,12 +413,7 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         elif os.environ.get("HF_HUB_OFFLINE") and folder.parent.name == "snapshots":
             fix = "the hub's cache has only a part of this model, and HF_HUB_OFFLINE is set: download all of it"
         raise CheckpointError("the model folder has no config.json", given=folder, fix=fix)
-    try:
-        raw = read_json_file(path)
-        if not isinstance(raw, dict):
-            raise TypeError("not a JSON object")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError("config.json cannot be read", given=f"{path}: {error}") from error
+    raw = read_settings(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; each means that this config builds no model
@@ -440,6 +435,21 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             fix="take the key out of config.json; trust_remote_code=True runs such code",
         )
     return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file of a model folder; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    try:
+        found = read_json_file(path) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read", given=f"{path}: {error}") from error
+    return found
 
 
 def _named_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:

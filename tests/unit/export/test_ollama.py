@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.export.ollama import go_template, modelfile
 
 ASSETS = Path(str(files("lowmem_ft") / "assets" / "doclm-7m"))
@@ -79,6 +80,13 @@ def test_a_modelfile(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
     assert 'PARAMETER stop "<|user|>"' in modelfile(tokenizer(), tmp_path, source="base")
     assert modelfile(None, tmp_path, source="base") == "FROM base\nPARAMETER repeat_penalty 1\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 3000, "[1]"])
+def test_settings_that_cannot_be_read_are_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
+        modelfile(None, tmp_path, source="base")
 
 
 def read(text: str) -> list[tuple[str, str]]:
