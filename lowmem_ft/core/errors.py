@@ -47,6 +47,10 @@ class ParityError(LowMemError):
     """What was exported does not compute what was trained."""
 
 
+class SpillError(LowMemError):
+    """What lies on a disk below the device cannot be written or read, as where there is no room for it."""
+
+
 class BudgetError(LowMemError):
     """Nothing fits the budget."""
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_ft.core.errors import LowMemError, UnsupportedError
+from lowmem_ft.core.errors import SpillError, UnsupportedError
 from lowmem_ft.core.files import is_full, nearest_existing
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 
@@ -136,7 +136,7 @@ class DiskTier:
         holds, instead: what lies in it, and what a user can do to have less of it, for errors.
 
     Raises:
-        LowMemError: the folder cannot be written, or has no room.
+        SpillError: the folder cannot be written, or has no room; from then on, too, whatever is written or read.
     """
 
     __deepcopy__ = refuse_copy
@@ -242,7 +242,7 @@ class DiskTier:
             if is_out_of_memory(error):  # as of the system, for a read past its cache: then the step is done again
                 raise
             full = is_full(error)
-            raise LowMemError(
+            raise SpillError(
                 f"No space left for {self._holds}."
                 if full
                 else f"{self._holds[0].upper()}{self._holds[1:]} cannot be written or read.",

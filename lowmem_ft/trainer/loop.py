@@ -17,7 +17,7 @@ import torch
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble, require_tokenizer
 from lowmem_ft.core.config import RunConfig, Sources
-from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.core.errors import CheckpointError, ConfigError, SpillError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
@@ -263,16 +263,18 @@ class _Loop:
             if self.held_out_changed or (self.step % settings.eval_every == 0 and self.evaluated != self.step):
                 self._evaluate()
             return self._steps(loader, total)
-        except NoSaferPolicyError as error:
+        except (NoSaferPolicyError, SpillError) as error:
             loader.steps = self.step  # what a step was handed that is not done
             where = f"from the checkpoint of step {self.step}"
             try:
                 self._save(loader)
-            except NoSaferPolicyError:
+            except (NoSaferPolicyError, CheckpointError):
                 where = "from the last checkpoint"
-            # what else would help makes another run, with which a checkpoint does not go on
-            fix = f"raise budget.memory, and go on {where} with --resume; or {_LESS}"
-            raise NoSaferPolicyError(error.what, given=error.given, fix=fix) from error
+            again = f"and go on {where} with --resume"
+            # what else would help where memory ran out makes another run, with which a checkpoint does not go on
+            out_of_memory = f"raise budget.memory, {again}; or {_LESS}"
+            fix = f"{error.fix}, {again}" if isinstance(error, SpillError) else out_of_memory
+            raise type(error)(error.what, given=error.given, allowed=error.allowed, fix=fix) from error
 
     def _steps(self, loader: BatchLoader, total: int) -> Run:
         settings = self.config.train

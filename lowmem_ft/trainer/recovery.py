@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from lowmem_ft.assemble import Assembled
-from lowmem_ft.core.errors import BudgetError, LowMemError
+from lowmem_ft.core.errors import BudgetError, LowMemError, SpillError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.core.plan import Policy
@@ -100,6 +100,7 @@ class Recovery:
 
         Raises:
             NoSaferPolicyError: nothing helps.
+            SpillError: a disk has no room for what the step puts there. Of both nothing of the step has been done.
         """
         random = state.random_state(self.ready.device)
 
@@ -111,7 +112,8 @@ class Recovery:
 
         try:
             result = self._insist(gradients, lambda: self._safer(batches.widest))
-        except NoSaferPolicyError:
+        except (NoSaferPolicyError, SpillError):
+            self._let_go()
             state.restore_random(random, self.ready.device)  # as if the step had not begun
             raise
         if not result.skipped:

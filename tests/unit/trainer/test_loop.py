@@ -372,6 +372,33 @@ def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_that_a_full_disk_stops_leaves_a_checkpoint_and_loses_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of a step with longer rows than any before want more room than there is."""
+    texts = ["short"] * 7 + ["long " * 40]
+    (data / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings: dict[str, Any] = {
+        "policy": {"micro_batch_tokens": 64, "activations": "offload"},
+        "train": {"steps": 8, "tokens_per_step": 8, "save_every": 8},
+        "data": {"eval": None, "packing": False},
+    }
+    whole = loop.train(config(data, "whole", **settings), reporter=QUIET)
+    longer = next(line["step"] for line in whole.metrics if line["tokens"] > 10)
+    assert longer > 1, "else this test shows nothing"
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: patch.setattr("os.posix_fallocate", full))
+        with pytest.raises(LowMemError, match="No space left for inputs of blocks") as raised:
+            loop.train(config(data, "stopped", **settings), reporter=QUIET)
+    assert f"recompute, and go on from the checkpoint of step {longer - 1} with --resume" in str(raised.value)
+    resumed = loop.train(config(data, "stopped", **settings), resume=True, reporter=QUIET)
+    assert exact(resumed) == exact(whole)
+
+
 def test_an_evaluation_that_memory_stopped_is_done_when_the_run_goes_on(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
