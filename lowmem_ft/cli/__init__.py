@@ -14,6 +14,7 @@ from lowmem_ft.core.errors import BudgetError, ConfigError, LowMemError
 from lowmem_ft.core.files import is_full, is_refused
 from lowmem_ft.core.host import prefer_huge_pages, prefer_short_waits
 from lowmem_ft.core.interrupt import clean_up_when_ended
+from lowmem_ft.core.printable import printable
 from lowmem_ft.planner.alloc_conf import prefer_expandable_segments
 
 _FORMAT_WARNING = warnings.formatwarning
@@ -77,7 +78,7 @@ def format_warning(
 ) -> str:
     """What this package says, which pydantic may pass on, without the place in its code."""
     if category is UserWarning and {"lowmem_ft", "pydantic"} & set(Path(filename).parts):
-        return f"Warning: {message}\n"
+        return f"Warning: {printable(str(message))}\n"
     return _FORMAT_WARNING(message, category, filename, lineno, line)
 
 

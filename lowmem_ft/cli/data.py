@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lowmem_ft.core.config import DataSource, RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError
-from lowmem_ft.report.progress import Reporter, show
+from lowmem_ft.report.progress import Printable, Reporter, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +103,8 @@ def _show(found: Preview, console: Console) -> None:
         show(console, f"... and {found.unusable - len(found.wrong)} more records that cannot be used")
     for name, runs in found.samples:
         how = "dimmed" if console.is_terminal else "in [brackets]"
-        console.print(Text(f"\n{name} (what is not in the loss: {how})", style="bold"), soft_wrap=True)
-        console.print(_marked(runs, plain=not console.is_terminal), soft_wrap=True)
+        console.print(Printable(Text(f"\n{name} (what is not in the loss: {how})", style="bold")), soft_wrap=True)
+        console.print(Printable(_marked(runs, plain=not console.is_terminal)), soft_wrap=True)
 
 
 def _table(*header: str, title: str) -> Table:

@@ -18,7 +18,9 @@ from lowmem_ft.core.checks import Check, check_versions
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.positions import positions_of
+from lowmem_ft.core.printable import printable
 from lowmem_ft.report.columns import columns
+from lowmem_ft.report.progress import Printable
 
 if TYPE_CHECKING:
     from lowmem_ft.planner.health import Limit
@@ -110,9 +112,9 @@ def _show(checks: list[Check], limit: Limit | None, console: Console) -> None:
         for check in checks:
             status = Text(check.status, style=STYLES[check.status])
             table.add_row(status, Text(check.name), Text(check.found), Text(check.fix))
-        console.print(table)
+        console.print(Printable(table))
     else:
         for check in checks:
-            print("\t".join(filter(None, (check.status, check.name, check.found, check.fix))))
+            print(printable("\t".join(filter(None, (check.status, check.name, check.found, check.fix)))))
     if limit is not None:
         console.print(Text(f"What would limit you: {limit.sentence}"), soft_wrap=not console.is_terminal)

@@ -11,6 +11,7 @@ import typer
 
 from lowmem_ft.cli.runs import DeviceOption, on_device, open_run
 from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.printable import printable
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def export(
 
 
 def _show(found: dict[str, object], lines: list[str], as_json: bool) -> None:
-    print(json.dumps(found) if as_json else "\n".join(lines))
+    print(json.dumps(found) if as_json else printable("\n".join(lines)))
 
 
 def _trained_run(

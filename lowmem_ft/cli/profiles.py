@@ -14,10 +14,11 @@ from rich.table import Table
 
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import check_writable
+from lowmem_ft.core.printable import printable
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.planner.profile import SUFFIXES, Bytes, Profile, Rate, load_profile, profile_names, write_profile
 from lowmem_ft.report.columns import columns
-from lowmem_ft.report.progress import Reporter
+from lowmem_ft.report.progress import Printable, Reporter
 
 profiles_app = typer.Typer(
     no_args_is_help=True,
@@ -130,9 +131,9 @@ def _print(rows: Sequence[tuple[str, ...]], header: tuple[str, ...], title: str 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal or console.width < NARROW:
         for row in rows:
-            print("\t".join(row))
+            print(printable("\t".join(row)))
         return
     table = Table(*columns(*header), title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    console.print(Printable(table))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lowmem_ft.core.printable import printable
+
 
 class LowMemError(Exception):
     """Bad input. The command line prints the message without a traceback and exits with `exit_code`.
@@ -24,7 +26,7 @@ class LowMemError(Exception):
         lines += [f"  given:   {given}"] if given is not None else []
         lines += [f"  allowed: {allowed}"] if allowed is not None else []
         lines += [f"  fix:     {fix}"] if fix is not None else []
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
 
 
 class ConfigError(LowMemError, ValueError):

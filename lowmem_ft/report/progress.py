@@ -6,12 +6,14 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lowmem_ft.core.printable import printable
 from lowmem_ft.core.sizes import format_size
 
 LINE_SECONDS = 10.0  # between two lines of one task when there is no terminal
@@ -19,18 +21,30 @@ RATE_SECONDS = 1800.0  # over which a terminal's rate is taken: rich's own 30 s 
 WIDE = 10_000  # characters of a line of no terminal, more than any row has
 
 
-def show(console: Console, text: object) -> None:
+@dataclass(frozen=True, slots=True)
+class Printable:
+    """What is to be shown, without control characters but rich's own: it may hold text of others."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.shown, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def show(console: Console, text: RenderableType) -> None:
     """Print a message or rich renderable. Without a terminal a row of a table is one line, however long.
 
     Neither markup nor emoji: what is told may quote a user's data and paths, where [/INST] is no tag of rich.
     """
+    shown = Printable(Text(printable(text)) if isinstance(text, str) else text)
     if console.is_terminal:
-        console.print(text, highlight=False, markup=False, emoji=False)
+        console.print(shown, highlight=False)
         return
     file = io.TextIOWrapper(io.BytesIO(), encoding=console.encoding)  # which decides what tables are drawn with
     wide = Console(file=file, width=WIDE, color_system=None, force_jupyter=False)
     with wide.capture() as captured:
-        wide.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        wide.print(shown, highlight=False, soft_wrap=True)
     lines = "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n"))
     console.print(lines, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -48,7 +62,7 @@ class Reporter:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
 
-    def say(self, text: object) -> None:
+    def say(self, text: RenderableType) -> None:
         """One message or rich renderable."""
         if not self.quiet:
             show(self.console, text)
@@ -69,7 +83,7 @@ class Reporter:
                 console=self.console,
                 speed_estimate_period=RATE_SECONDS,
             ) as progress:
-                task = progress.add_task(name, total=None, completed=done, note="")
+                task = progress.add_task(printable(name), total=None, completed=done, note="")
                 yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
         else:
             yield _Lines(self.console, name, unit, done)

@@ -19,6 +19,7 @@ from typer.main import get_group
 from lowmem_ft.cli import demo, export, format_warning
 from lowmem_ft.cli.app import app, perplexity_of
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.host import prefer_short_waits
 from lowmem_ft.export.gguf_file import TYPES
 from lowmem_ft.export.write import refuse_filled
@@ -117,6 +118,15 @@ def test_warnings_say_no_place_in_the_code() -> None:
     """But for those that are not this package's."""
     assert format_warning("ignored", UserWarning, "/venv/lowmem_ft/cli/app.py", 94) == "Warning: ignored\n"
     assert "linear.py:7: UserWarning" in format_warning("slow", UserWarning, "/venv/torch/nn/linear.py", 7)
+
+
+def test_what_names_in_messages_tell_a_terminal_to_do_is_written_out(command: Command, tmp_path: Path) -> None:
+    assert format_warning("\x1b[2J", UserWarning, "/venv/lowmem_ft/a.py", 1) == "Warning: \\x1b[2J\n"
+    assert str(LowMemError("no", given="\x1b[2Ja\r", fix="b\n")) == "no\n  given:   \\x1b[2Ja\\x0d\n  fix:     b\n"
+    code, _, err = command("train", tmp_path / "\x1b[2J.yaml")
+    assert code == 2
+    assert "\\x1b[2J.yaml" in err
+    assert "\x1b" not in err
 
 
 def test_versions(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

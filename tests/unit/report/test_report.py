@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lowmem_ft.core.run import Run
 from lowmem_ft.report import progress
@@ -136,6 +139,20 @@ def test_what_is_told_is_shown_as_it_is(terminal: bool) -> None:
     reporter = Reporter(console=console(terminal=terminal))
     reporter.say("written to runs/[bold]/:cat:")
     assert text(reporter) == "written to runs/[bold]/:cat:\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_names_tell_a_terminal_to_do_is_written_out(terminal: bool) -> None:
+    reporter = Reporter(console=console(terminal=terminal))
+    table = Table("column")
+    table.add_row(Text("a\x1b]0;title\x07"))
+    reporter.say("file \x1b[31m\x9b5n\tb")
+    reporter.say(table)
+    with reporter.task("Reading \x1b[2J.jsonl", unit="B") as update:
+        update(1, 2)
+    assert "file \\x1b[31m\\x9b5n" in text(reporter)
+    assert "a\\x1b]0;title" in text(reporter)
+    assert not re.search(r"\x1b(\]|\[31m|\[2J)", text(reporter))  # the bar's own are others
 
 
 def test_the_page_is_self_contained_and_escapes(run: Run) -> None:
