@@ -86,7 +86,7 @@ def check_sources(sources: Sources, data: DataConfig, *, use: Use) -> None:
     """
     for source in list_sources(sources, data):
         for path in () if is_on_hub(source) else find_source(source, use).files:
-            if os.path.exists(path) and not os.path.isfile(path):
+            if os.path.exists(path) and path.is_fifo():
                 continue
             tally = Tally(source.path, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
             reader = RecordReader(format=source.format or data.format, columns=source.columns or {})

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +74,10 @@ def read_rows(path: Path, progress: Progress | None = None) -> Iterator[Row]:
     """
     kind = kind_of(path)
     try:
-        file = path.open("rb")
-        size = path.stat().st_size
+        found = path.stat()
+        if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):  # which may never end, or never begin
+            raise DataError("The data file is neither a file nor a pipe.", given=f"{path} (a device)")
+        file, size = path.open("rb"), found.st_size
     except OSError as error:
         # a config may lie elsewhere, and is no place that its paths would begin at
         fix = None if path.is_absolute() else f"check the path, which begins at {Path.cwd()}, where this runs"

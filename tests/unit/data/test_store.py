@@ -20,7 +20,8 @@ from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.mixture import Mixture
-from lowmem_ft.data.reading import read_sources
+from lowmem_ft.data.reading import check_sources, read_sources
+from lowmem_ft.data.records import read_rows
 from lowmem_ft.data.store import StoredExamples, cache_folder, open_stored
 
 from .conftest import ASSETS
@@ -209,6 +210,15 @@ def test_pipes_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="a device that never ends")
+def test_devices_are_refused_at_once() -> None:
+    data = DataConfig(train="/dev/zero")
+    with pytest.raises(DataError, match="neither a file nor a pipe"):
+        check_sources("/dev/zero", data, use="train")
+    with pytest.raises(DataError, match="neither a file nor a pipe"):
+        next(read_rows(Path("/dev/zero")))
+
+
 def test_a_file_that_grows_while_it_is_read_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, jsonl: Write
 ) -> None:
@@ -306,7 +316,8 @@ from contextlib import contextmanager
 import psutil
 from transformers import AutoTokenizer
 from lowmem_ft.core.config import DataConfig
-from lowmem_ft.data.reading import read_sources
+from lowmem_ft.data.reading import check_sources, read_sources
+from lowmem_ft.data.records import read_rows
 from lowmem_ft.data.loader import BatchLoader
 from lowmem_ft.data.records import read_rows
 
