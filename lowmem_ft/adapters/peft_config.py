@@ -20,17 +20,17 @@ from lowmem_ft.adapters.inject import Bias, adapter_at, injection_of
 from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.adapters.peft_methods import peft_remaps
 from lowmem_ft.adapters.targets import ends_with, match_pattern
+from lowmem_ft.core.config import Rank
 from lowmem_ft.core.config_words import allowed_words
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.quant.swap import has_conv1d
 
-_Rank: TypeAlias = Annotated[int, Field(gt=0)]
 _Alpha: TypeAlias = Annotated[float, Field(gt=0, lt=1e9)]  # far beyond any that is used: infinity makes NaN of zeros
 _Names: Any = str | list[str] | None
 _READ: Mapping[
     str, Any
 ] = {  # what a saved LoraConfig may set for us to load it; of what is null peft takes its default
-    **{"r": _Rank, "lora_alpha": _Alpha, "rank_pattern": dict[str, _Rank] | None},
+    **{"r": Rank, "lora_alpha": _Alpha, "rank_pattern": dict[str, Rank] | None},
     **{"alpha_pattern": dict[str, _Alpha] | None, "bias": Bias | None},
     **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), bool | None),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _Names),

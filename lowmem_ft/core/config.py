@@ -35,6 +35,7 @@ PathText = Annotated[str, BeforeValidator(_path_text)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Positive = Annotated[int, Field(gt=0)]
+Rank = Annotated[int, Field(gt=0, le=1 << 16)]  # wider than the layers of any model, which none needs
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits, and epochs and sources count on from it
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Init = Literal["default", "gaussian"]  # of adapters; another one is the folder of a saved adapter
@@ -89,7 +90,7 @@ class AdapterConfig(Section):
     """The trainable weights. `method: peft` passes `peft` through to the peft library."""
 
     method: Literal["lora", "peft"] = "lora"
-    rank: Positive = 16
+    rank: Rank = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
@@ -97,7 +98,7 @@ class AdapterConfig(Section):
     dora: bool = False
     init: PathText = "default"
     bias: Literal["none", "all", "lora_only"] = "none"
-    rank_pattern: dict[str, Positive] = {}
+    rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     train_modules: list[str] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lowmem_ft.core.errors import CheckpointError
+from lowmem_ft.core.json_text import read_json
 from lowmem_ft.core.plan import Plan
 
 
@@ -68,8 +69,12 @@ class Run:
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
-    # bytes end lines only at line feeds: text may hold other characters that end one for `splitlines`
-    with file.open("rb") as opened:
-        for line in opened:
-            if line.strip():
-                yield json.loads(line)
+    try:
+        # bytes end lines only at line feeds: text may hold other characters that end one for `splitlines`
+        with file.open("rb") as opened:
+            for line in opened:
+                if line.strip():
+                    yield read_json(line)
+    except (OSError, ValueError) as error:
+        fix = "move it away: nothing else of the run depends on it"
+        raise CheckpointError("What a run has logged cannot be read.", given=f"{file} ({error})", fix=fix) from error

@@ -19,9 +19,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
+from lowmem_ft.core.json_text import read_settings
 from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.generate import added_around, answer_ends
-from lowmem_ft.quant.checkpoint import read_settings
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

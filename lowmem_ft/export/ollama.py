@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.core.json_text import read_settings
 from lowmem_ft.data.chat import ChatRenderer
-from lowmem_ft.quant.checkpoint import read_settings
 
 Messages = list[dict[str, str]]
 # contents that no template changes or contains; the conversations that the result is held against

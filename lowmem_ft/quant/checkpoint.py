@@ -24,7 +24,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.core.files import replace_text
-from lowmem_ft.core.json_text import read_json, read_json_file
+from lowmem_ft.core.json_text import read_json, read_json_file, read_settings
 from lowmem_ft.quant.ops import Layout, QuantSpec
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +43,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's folder: configs, tokenizer, templates
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+_MOST_LABELS = 1 << 20
 _A_MODEL = "a folder with config.json and safetensors files, or a hub id such as Qwen/Qwen3-0.6B"
 
 
@@ -414,6 +415,10 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             fix = "the hub's cache has only a part of this model, and HF_HUB_OFFLINE is set: download all of it"
         raise CheckpointError("the model folder has no config.json", given=folder, fix=fix)
     raw = read_settings(path)
+    labels = [it.get("num_labels") for it in (raw, *raw.values()) if isinstance(it, dict)]
+    if any(isinstance(it, int) and it > _MOST_LABELS for it in labels):  # transformers makes a text for each
+        raise CheckpointError("config.json has more labels than any model", given=path, allowed=_MOST_LABELS,
+                              fix="take num_labels out: a language model has none")  # fmt: skip
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; each means that this config builds no model
@@ -435,21 +440,6 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             fix="take the key out of config.json; trust_remote_code=True runs such code",
         )
     return config
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file of a model folder; an empty one where there is no such file.
-
-    Raises:
-        CheckpointError: it is no JSON object.
-    """
-    try:
-        found = read_json_file(path) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", given=f"{path}: {error}") from error
-    return found
 
 
 def _named_files(folder: Path, index_name: str) -> tuple[tuple[Path, ...], dict[str, str]]:

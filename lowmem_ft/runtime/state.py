@@ -64,12 +64,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("*")
-        if (match := _NAME.fullmatch(path.name)) and os.path.isfile(path)
-    ]
-    return [path for _, path in sorted(found)]
+    found = (path for path in folder.glob("*") if _NAME.fullmatch(path.name) and os.path.isfile(path))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of, by its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, "it is one of `checkpoints`"
+    return int(match[1])
 
 
 def save_checkpoint(

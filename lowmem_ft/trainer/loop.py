@@ -401,6 +401,9 @@ class _Loop:
         tensors, meta = state.read_checkpoint(checkpoint)
         if "step" not in meta:  # as in the file of the best weights
             raise CheckpointError("A checkpoint tells nothing of its run.", given=str(checkpoint), fix=state.WITHOUT)
+        steps = {meta["step"], meta["data"]["steps"], state.step_of(checkpoint)}
+        if len(steps) > 1:
+            raise ValueError(f"it is of several steps: {', '.join(map(str, steps))}")
         check_identity(meta.get("identity"), self.identity)
         if "identity" not in meta and self.config.data.packing:  # of about when packing became another
             raise dealt_otherwise("a checkpoint that does not tell of which run it is, with data.packing: true")

@@ -229,7 +229,12 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "inf": (edit_tensors(lambda t: t[A_KEY][0].fill_(torch.inf)), CheckpointError, "NaN or Inf"),
     "rank": (edit_config(r=5), CheckpointError, rf"q_proj another rank than[\s\S]*\(4, 48\)[\s\S]*{PUT_R}"),
     "rank of some": (edit_config(rank_pattern={"q_proj": 2}), CheckpointError, "q_proj another rank than its tensors"),
-    "half a rank": (edit_config(r=4.5), CheckpointError, r"r: 4\.5 in[\s\S]*allowed: a whole number > 0\n.*put adapt"),
+    "half a rank": (
+        edit_config(r=4.5),
+        CheckpointError,
+        r"r: 4\.5 in[\s\S]*allowed: a whole number > 0 <= 65536\n.*put adapt",
+    ),
+    "absurd rank": (edit_config(r=10**9), CheckpointError, r"not valid\n.*r: 1000000000 in"),
     "rank as text": (edit_config(r="4"), CheckpointError, r'not valid\n.*r: "4" in'),
     "ranks": (edit_config(rank_pattern={"q_proj": "a"}), CheckpointError, r'rank_pattern: \{"q_proj": "a"\} in'),
     "targets": (edit_config(target_modules=5), CheckpointError, r"target_modules: 5[\s\S]*text \| a list of text"),

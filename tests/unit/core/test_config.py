@@ -18,6 +18,7 @@ REFUSED = [
     ("budget.memry=1GiB", ["did you mean 'budget.memory'"]),
     ("quant.bits=5", ["'quant.bits'", "4 | 8 | 16 | auto", "5"]),
     ("adapter.rank=0", ["'adapter.rank'", "> 0"]),
+    ("adapter.rank=1000000000", ["'adapter.rank'", "<= 65536"]),
     ("adapter.rank=true", ["takes no boolean"]),
     ("adapter.rank_pattern={q_proj: yes}", ["'rank_pattern' takes no boolean", "q_proj"]),
     ("adapter.layers=[0, true]", ["'layers' takes no boolean"]),

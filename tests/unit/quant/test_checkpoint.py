@@ -163,6 +163,11 @@ def config_is_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[1, 2]")
 
 
+def many_labels(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_labels": 10**9}))
+
+
 BROKEN: dict[Callable[[Path], None], str] = {
     truncate: "truncated",
     cut_header: "within its header",
@@ -188,6 +193,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     no_config: "no config.json",
     spoil_config: "config.json cannot be read",
     nest_config: "config.json cannot be read",
+    many_labels: "config.json has more labels",
     config_is_a_list: "config.json cannot be read",
 }
 

@@ -342,6 +342,18 @@ def test_fields_of_a_run_survive_its_result_file(data: Path) -> None:
     assert dataclasses.asdict(again) == dataclasses.asdict(run)
 
 
+@pytest.mark.parametrize("content", [None, "{\n", "[" * 9999])
+def test_metrics_that_cannot_be_read_are_told(data: Path, content: str | None) -> None:
+    run = loop.train(config(data, train={"steps": 1}), reporter=QUIET)
+    (run.folder / "metrics.jsonl").unlink()
+    if content is None:
+        (run.folder / "metrics.jsonl").mkdir()
+    else:
+        (run.folder / "metrics.jsonl").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*metrics\.jsonl"):
+        list(run.metrics)
+
+
 def test_a_run_that_memory_stops_leaves_a_checkpoint_and_loses_nothing(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

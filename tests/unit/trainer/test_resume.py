@@ -427,7 +427,23 @@ def list_steps(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
     told["data"]["steps"] = [1]
 
 
-@pytest.mark.parametrize("change", [lose_random_numbers, shorten_random_numbers, lose_optimizer, list_steps])
+def say_a_negative_step(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    told["step"] = told["data"]["steps"] = -5
+
+
+def say_another_step(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    told["step"] = told["data"]["steps"] = 10**12
+
+
+def go_on_with_other_data(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
+    told["data"]["steps"] += 1
+
+
+SPOILT = [lose_random_numbers, shorten_random_numbers, lose_optimizer, list_steps]
+SPOILT += [say_a_negative_step, say_another_step, go_on_with_other_data]
+
+
+@pytest.mark.parametrize("change", SPOILT)
 def test_a_checkpoint_that_lacks_something_is_told(
     data: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 ) -> None:
