@@ -58,8 +58,7 @@ def allowed_words(annotation: Any) -> str:
     """An annotation in a user's words: `4 | 8 | 16 | auto`."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        bounds = [f"{sign} {limit}" for part in parts[1:] for sign, limit in _bounds(part)]  # of Field(gt=...)
-        return " ".join([allowed_words(parts[0]), *bounds])
+        return _bounded(allowed_words(parts[0]), parts[1:])  # of Field(gt=...)
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin in (typing.Union, types.UnionType):
@@ -73,6 +72,11 @@ def allowed_words(annotation: Any) -> str:
     return {"int": "a whole number", "float": "a number", "str": "text", "bool": "true | false"}.get(
         getattr(annotation, "__name__", ""), str(annotation).replace("typing.", "")
     )
+
+
+def _bounded(words: str, constraints: Iterable[Any]) -> str:
+    limits = " and ".join(f"{sign} {limit}" for it in constraints for sign, limit in _bounds(it))
+    return f"{words} {limits}" if limits else words
 
 
 def _bounds(constraint: Any) -> Iterable[tuple[str, Any]]:
@@ -121,16 +125,17 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
     field = section.model_fields[path[0]]
     for part in path[1:]:
         field = typing.cast(type[BaseModel], field.annotation).model_fields[part]
-    limits = " and ".join(f"{sign} {limit}" for meta in field.metadata for sign, limit in _bounds(meta))
-    fix = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+    allowed, fix = _bounded(allowed_words(field.annotation), field.metadata), None
+    if first["type"] == "finite_number":
+        allowed = f"{allowed}, and finite"
+    elif first["type"] == "string_type" and isinstance(first["input"], int | float):
         fix = QUOTE
     elif first["type"] == "model_type":  # whose message names a class
         fix = f"write keys below `{key}:`"
     return ConfigError(
         f"'{key}' has a value that is not allowed.",
         given=repr(first["input"]),
-        allowed=" ".join(filter(None, [allowed_words(field.annotation), limits])),
+        allowed=allowed,
         fix=fix,
     )
 

@@ -110,7 +110,7 @@ def export_gguf(run: TrainedRun, out: Path, *, kind: str, base: Base, text: Path
             reference = original if base == "original" else trained
             del original
         file = folder / f"model-{kind}.gguf"
-        with reporter.task("Writing GGUF", unit="values") as update:
+        with reporter.task("Writing GGUF", unit="B") as update:
             write_gguf(weights, kind, file, name=Path(run.config.model).name, progress=update)
         tokenizer = require_tokenizer(weights.checkpoint)
         write_text(

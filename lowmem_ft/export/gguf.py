@@ -200,19 +200,16 @@ def write_gguf(weights: MergedWeights, kind: str, path: Path, *, name: str, prog
         file.write(ROPE_FACTORS, factors)
     permuted = {it: heads_of(it, config) for it in tensors if architecture.permutes and heads_of(it, config)}
     stacks = [name for name, places in tensors.items() if places[0].rows is not None]
-    total, done = sum(slot.numel for slot in slots.values()), 0
     for given, start, part in weights.parts(whole=[*permuted, *stacks]):
         places = tensors[given]
         if places[0].rows is not None:
             _write_experts(file, places, part, start)
         else:
             file.write(places[0].name, permute(part, permuted[given]) if given in permuted else part, start=start)
-        done += part.numel()
         del part  # before the next one exists
         if progress is not None:
-            progress(done, total)
-    done += 0 if factors is None else factors.numel()
-    assert done == total, "every value is written once"
+            progress(file.written, file.nbytes)
+    assert file.written == file.nbytes, "every value is written once"
 
 
 def _write_experts(file: GgufFile, places: list[Place], part: Tensor, start: int) -> None:

@@ -49,6 +49,10 @@ class GgufFile:
         path: does not exist.
         writer: a `gguf.GGUFWriter` with all metadata and no tensors.
         tensors: GGUF name -> slot, in the order in which they shall lie.
+
+    Attributes:
+        nbytes: of all tensors.
+        written: bytes of them so far.
     """
 
     def __init__(self, path: Path, writer: Any, tensors: Mapping[str, Slot]) -> None:
@@ -56,6 +60,7 @@ class GgufFile:
         import numpy as np
 
         self._path, self._tensors, self._offsets = path, tensors, dict[str, int]()
+        self.nbytes, self.written = sum(slot.bytes_of(slot.numel) for slot in tensors.values()), 0
         for name, slot in tensors.items():
             kind = gguf.GGMLQuantizationType[slot.type.upper()]
             writer.add_tensor_info(name, slot.shape, np.dtype(np.float32), slot.bytes_of(slot.numel), raw_dtype=kind)
@@ -89,6 +94,7 @@ class GgufFile:
                         f"a weight is beyond the range of {slot.type}", given=name, fix="export as bf16 or f32"
                     )
                 data = memoryview(encode(part, slot.type))
+                self.written += len(data)
                 while data:
                     data = data[stream.write(data) :]
 

@@ -232,7 +232,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "half a rank": (
         edit_config(r=4.5),
         CheckpointError,
-        r"r: 4\.5 in[\s\S]*allowed: a whole number > 0 <= 65536\n.*put adapt",
+        r"r: 4\.5 in[\s\S]*allowed: a whole number > 0 and <= 65536\n.*put adapt",
     ),
     "absurd rank": (edit_config(r=10**9), CheckpointError, r"not valid\n.*r: 1000000000 in"),
     "rank as text": (edit_config(r="4"), CheckpointError, r'not valid\n.*r: "4" in'),
@@ -243,7 +243,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], type[LowMemError], str]] = 
     "flag": (edit_config(use_dora="yes"), CheckpointError, r'use_dora: "yes"[\s\S]*true \| false'),
     "rank zero": (edit_config(r=0), CheckpointError, "config is not valid"),
     "no alpha": (edit_config(lora_alpha=None), CheckpointError, "lora_alpha: null in"),
-    "endless alpha": (edit_config(lora_alpha=math.inf), CheckpointError, r"lora_alpha: Infinity in[\s\S]*> 0 < 1"),
+    "endless alpha": (edit_config(lora_alpha=math.inf), CheckpointError, r"lora_alpha: Infinity in[\s\S]*> 0 and < 1"),
     "no such token": (edit_config(trainable_token_indices=[10**9]), CheckpointError, "peft cannot load the adapter"),
     "another package": (edit_config(megatron_config={"a": 1}), CheckpointError, "peft cannot load the adapter"),
     "broken pattern": (edit_config(rank_pattern={"(": 3}), CheckpointError, "config is not valid"),

@@ -72,6 +72,19 @@ def test_bad_input_is_named(override: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+def test_what_is_allowed_is_said_in_this_projects_words() -> None:
+    """pydantic's own sentence, which would say it once more, tells nobody what to do."""
+    for override, allowed in (
+        ("adapter.rank=x", "a whole number > 0 and <= 65536"),
+        ("adapter.rank_pattern={q: 0}", "a mapping of text to a whole number > 0 and <= 65536"),
+        ("data.packing=maybe", "true | false"),
+        ("train.lr=inf", "a number > 0, and finite"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            RunConfig.from_dict({"model": "m"}, [override])
+        assert (caught.value.allowed, caught.value.fix) == (allowed, None)
+
+
 REPEATS = "\n".join(f"x{i}: &{i} [{', '.join([f'*{i - 1}' if i else 'x'] * 10)}]" for i in range(9))
 ENDLESS = {
     "repeated": f"model: m\n{REPEATS}\ndata: {{train: *8}}\n",

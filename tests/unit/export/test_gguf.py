@@ -104,7 +104,10 @@ def test_embeddings_that_are_no_longer_tied(whole: bool, tmp_path: Path, monkeyp
 def test_types(kind: str, tmp_path: Path) -> None:
     made, run = run_of(tmp_path)
     weights = MergedWeights(made.config, made.policy, made.adapter, dtype=torch.float32, stored=False)
-    write_gguf(weights, kind, tmp_path / "m.gguf", name="tiny")
+    told: list[tuple[int, int]] = []
+    write_gguf(weights, kind, tmp_path / "m.gguf", name="tiny", progress=lambda *it: told.append(it))
+    nbytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "m.gguf").tensors)
+    assert told[-1] == (nbytes, nbytes)
     text = held_out(made.config, weights.checkpoint)
     found = run.transformers_logits(tmp_path, text, gguf_file="m.gguf", dtype=torch.float32)
     assert compare(run.logits(text), found).kl < LOSSY[kind]
