@@ -121,6 +121,7 @@ class Shorter:
         larger = np.concatenate([sizes[sizes > 0] for sizes in self._large.values()])
         self._shares: NDArray[np.float64] = SMALL_MAX / np.unique(larger)  # with so many tokens one more is small
         self._known: dict[float, int] = {}
+        self._told: dict[tuple[int | None, float], int] = {}
 
     def bytes(self, *, rows: int | None, share: float = 1.0) -> int:
         """Where the largest micro-batch has this `share` of the tokens of the step.
@@ -128,9 +129,11 @@ class Shorter:
         Args:
             rows: of that of the step, of which there may be fewer; None: there may be any number of tokens.
         """
-        shares = self._shares if rows is None else np.unique(np.floor(self._shares * rows) / rows)
-        growth = max(self._most(it) for it in (share, *shares[shares < share])) - self._most(share)
-        return SMALL_PAGE * math.ceil(growth / SMALL_PAGE)
+        if (rows, share) not in self._told:  # a search asks for each number of blocks that keep
+            shares = self._shares if rows is None else np.unique(np.floor(self._shares * rows) / rows)
+            growth = max(self._most(it) for it in (share, *shares[shares < share])) - self._most(share)
+            self._told[rows, share] = SMALL_PAGE * math.ceil(growth / SMALL_PAGE)
+        return self._told[rows, share]
 
     def _most(self, share: float) -> int:
         """Bytes of the small pool with so much of the tokens, more than before the step."""
