@@ -8,6 +8,7 @@ streamed blocks and embeddings x tiles of MLPs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes
 from lowmem_ft.data.examples import Example
-from lowmem_ft.data.packing import Batch, collate
+from lowmem_ft.data.packing import ROW_MULTIPLE, Batch, collate
 from lowmem_ft.data.pairs import preferences_of
 from lowmem_ft.planner.simulate import simulate
 from lowmem_ft.planner.verify import FullBatches, judged, measured_eval_peak, measured_train_peak
@@ -163,25 +164,27 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def as_they_come(config: RunConfig, policy: Policy, *, steps: int) -> Iterator[list[Batch]]:
-    """Steps of random tokens, like those of a run: without packing rows are of any length, padded to the longest."""
-    together, length, preferences = lanes(config), config.data.seq_len, preferences_of(config)
-    rows, generator = max(together, policy.micro_batch_tokens // length), random.Random(0)
+def of_every_length(config: RunConfig, policy: Policy, *, steps: int) -> Iterator[list[Batch]]:
+    """Steps of random tokens: without packing the rows of a micro-batch have the next of all lengths, in any order, as
+    those of a long run have in the end."""
+    together, longest, preferences = lanes(config), config.data.seq_len, preferences_of(config)
+    rows, generator = max(together, policy.micro_batch_tokens // longest), random.Random(0)
+    lengths = list(range(ROW_MULTIPLE, longest + 1, ROW_MULTIPLE))
+    generator.shuffle(lengths)
+    in_turn = itertools.repeat(longest) if config.data.packing else itertools.cycle(lengths)
 
-    def document() -> list[Example]:
-        tokens = length if config.data.packing else generator.randint(2, length)
-        ids = generator.choices(range(3, 100), k=tokens)
+    def document(length: int) -> list[Example]:
+        ids = generator.choices(range(3, 100), k=length)
         return [Example(ids, ids)]
 
+    def batch(length: int) -> Batch:
+        documents = [document(length) for _ in range(rows)]
+        if preferences is None:
+            return collate(documents, pad_id=0)
+        return preferences.collate(judged(documents, preferences.lanes), pad_id=0, length=None)
+
     for _ in range(steps):
-        batches = []
-        for _ in range(policy.accumulation):
-            row = [document() for _ in range(rows)]
-            if preferences is None:
-                batches.append(collate(row, pad_id=0))
-            else:
-                batches.append(preferences.collate(judged(row, preferences.lanes), pad_id=0, length=None))
-        yield batches
+        yield [batch(length) for length in itertools.islice(in_turn, policy.accumulation)]
 
 
 def sizes_of(name: str, shape: tuple[int, int, int, int], positions: int = 512) -> dict[str, Any]:
