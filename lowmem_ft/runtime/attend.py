@@ -107,15 +107,12 @@ def attend_on_card(asked: Asked, *, capability: tuple[int, int] | None = None) -
         capability: of the card; by default that which holds the tensors.
 
     Returns:
-        None where PyTorch chooses: for single queries of answers that are generated, and masks that learn or are no
-        masks of (B or 1, H or 1, T, S).
+        None where PyTorch chooses, see `_unserved`.
     """
-    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = asked
-    if query.ndim != 4 or query.shape[2] == 1 or (attn_mask is not None and _unserved(attn_mask)):
-        return None
     ours = attend_by_operator(asked)
-    if ours is not None:
+    if ours is not None or _unserved(asked):
         return ours
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = asked
     size, wide, alike = query.shape[3], value.shape[3], key.shape[2] == query.shape[2]
     scale = size**-0.5 if scale is None else scale
     q, k, v = padded(query), padded(key), padded(value)
@@ -132,17 +129,20 @@ def attend_on_card(asked: Asked, *, capability: tuple[int, int] | None = None) -
 def attend_by_operator(asked: Asked) -> Tensor | None:
     """The same by `attention`; None where what is asked for is something else."""
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = asked
-    if query.ndim != 4 or query.shape[2] == 1 or (attn_mask is not None and _unserved(attn_mask)):
-        return None
     seen = is_causal if attn_mask is None else attn_mask.dtype == torch.bool
-    if not seen or dropout_p > 0.0 or not query.shape[2:] == key.shape[2:] == value.shape[2:]:
+    alike = query.shape[2:] == key.shape[2:] == value.shape[2:]
+    if _unserved(asked) or not seen or not alike or dropout_p > 0.0:
         return None
     scale = query.shape[3] ** -0.5 if scale is None else scale
     return attention(query, key, value, attn_mask, scale).transpose(1, 2)
 
 
-def _unserved(mask: Tensor) -> bool:
-    return mask.requires_grad or mask.ndim != 4
+def _unserved(asked: Asked) -> bool:
+    """Single queries, of answers that are generated, and masks that learn or are no masks of (B or 1, H or 1, T, S)."""
+    query, mask = asked.query, asked.attn_mask
+    if query.ndim != 4 or query.shape[2] == 1:
+        return True
+    return mask is not None and (mask.requires_grad or mask.ndim != 4)
 
 
 def _transformers_attention(
