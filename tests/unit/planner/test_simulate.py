@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.onednn import CACHED, KERNEL, MOST, Products
+from lowmem_ft.planner.onednn import CACHED, GIVEN_UP, KERNEL, MOST, Products
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, simulate
@@ -206,7 +206,9 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     products.meet(torch.empty(tokens, 96), wide, as_is=True)
     assert of() == (3 * expected + sums + 2) * KERNEL
     assert of(most=tokens) == before + 32 * KERNEL, "of PyTorch's own products one for each length of the rows"
-    assert of(most=tokens, lengths=5000) == CACHED * KERNEL
+    given_up = of(most=tokens, lengths=CACHED) - CACHED * KERNEL
+    assert given_up == (4 * len(few) + 3) * GIVEN_UP, "those that it keeps no more"
+    assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
 
 
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
