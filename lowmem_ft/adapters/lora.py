@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.linear import get_base_weight
-from lowmem_ft.quant.products import mm, mm_low_rank
+from lowmem_ft.quant.products import as_rows, mm, mm_low_rank
 
 WeightSource = Callable[[torch.dtype], Tensor]
 
@@ -174,7 +174,7 @@ class _LoraFunction(torch.autograd.Function):
         if unread and magnitude is None and p == 0.0:
             ctx.save_for_backward(x, lora_A, lora_B, None, None)
             return y
-        x_NI = x.reshape(-1, x.shape[-1])
+        x_NI = as_rows(x)
         W_OI: Tensor = weight(x.dtype)
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         kept_NI = _dropout_mask(x_NI, p, ctx.seed).mul_(x_NI) if p > 0.0 else x_NI
@@ -202,7 +202,7 @@ class _LoraFunction(torch.autograd.Function):
         x, lora_A, lora_B, magnitude, norm_O = ctx.saved_tensors
         need_x, need_A, need_B, need_bias, need_magnitude = ctx.needs_input_grad[:5]
         scaling, p = ctx.scaling, ctx.p
-        x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        x_NI, dy_NO = as_rows(x), as_rows(dy)
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         mask_NI = _dropout_mask(x_NI, p, ctx.seed) if p > 0.0 else None
         kept_NI = x_NI if mask_NI is None else mask_NI * x_NI

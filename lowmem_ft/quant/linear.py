@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.ops import Kind, Layout, QuantSpec, dequantize, layout, quantize
-from lowmem_ft.quant.products import mm
+from lowmem_ft.quant.products import as_rows, mm
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -45,7 +45,7 @@ class FrozenLinear(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if columns:
             return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
-        x_NI, W_OI = x.reshape(-1, x.shape[-1]).to(dtype), weight(dtype)
+        x_NI, W_OI = as_rows(x).to(dtype), weight(dtype)
         # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
         y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0])
         mm(x_NI, W_OI.t(), bias=None if bias is None else bias.to(dtype), out=y.view(-1, y.shape[-1]))
@@ -54,7 +54,7 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        dy_NO, dx = dy.reshape(-1, dy.shape[-1]), None
+        dy_NO, dx = as_rows(dy), None
         if ctx.needs_input_grad[0]:
             dx = mm(dy_NO, ctx.weight(dy.dtype)).view(*dy.shape[:-1], -1)
         dbias = dy_NO.sum(0) if ctx.needs_input_grad[2] else None

@@ -149,6 +149,16 @@ def sums_rows(a: Tensor) -> bool:
     return a.stride(0) == 1 and a.stride(1) != 1
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D), laid out row by row.
+
+    Next to a convolution a single sequence is laid out column by column (several are copied here anyway), which looks
+    like the turned operand of a gradient: oneDNN compiled several products for each length, and kept them.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.contiguous() if sums_rows(rows) else rows
+
+
 def _multiply(
     out: Tensor,
     a: Tensor,
