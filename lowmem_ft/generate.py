@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -20,6 +20,7 @@ from lowmem_ft.core.mode import evaluating
 from lowmem_ft.core.positions import has_position_table, positions_of
 from lowmem_ft.core.token_ids import check_ids
 from lowmem_ft.data.chat import ChatRenderer
+from lowmem_ft.runtime.attend import SingleQueries
 from lowmem_ft.runtime.blocks import causal_model
 
 
@@ -391,7 +392,10 @@ def _ended(
 def _sampled(model: Any, seed: int) -> Iterator[None]:
     """Within it the model answers, with random numbers of its own; its mode is put back."""
     cards = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=cards), torch.no_grad():  # what a later step may use, too
+    eager = model.device.type == "cpu" and causal_model(model).config._attn_implementation == "eager"
+    attending = SingleQueries() if eager else nullcontext()  # type: ignore[no-untyped-call]
+    no_grad = torch.no_grad()  # what a later step may use, too
+    with evaluating(model), torch.random.fork_rng(devices=cards), no_grad, attending:
         torch.manual_seed(seed)
         yield
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
@@ -106,3 +107,29 @@ def test_they_count_where_they_are_asked_for(tmp_path: Path) -> None:
         peaks.append(scales.evaluation_peak(policy))
     cache = 2 * 8 * 1024 * 48 * 2  # keys and values of 8 blocks, 48 wide, in bf16
     assert 0.8 * cache < peaks[1] - peaks[0] < 1.2 * cache
+
+
+class Multiplied(TorchDispatchMode):
+    """Within it `dtypes` gathers those of single queries whose products go to PyTorch's own function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = {torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1}.get(func)
+        if first is not None and args[first].shape[1] == 1:
+            self.dtypes.add(args[first].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_oss"])
+def test_answers_compile_nothing_for_each_of_their_tokens(name: str, tmp_path: Path) -> None:
+    """oneDNN would keep two products of 16-bit floats for each number of keys, of which a plan knows nothing."""
+    config = settings(save_tiny(name, tmp_path))
+    ready = assemble(config, first_policy(config, DEVICE, 4), torch.device("cpu"))
+    ready.model.generation_config.eos_token_id = None
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda ids, **_: f"{len(ids)} tokens")
+    with Multiplied() as multiplied:
+        assert complete(ready.model, tokenizer, [[5] * 20], max_new_tokens=8) == ["8 tokens"]
+    assert multiplied.dtypes == {torch.float32}
