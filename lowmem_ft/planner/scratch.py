@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.onednn import ROWS, Products
+from lowmem_ft.planner.onednn import ROWS, Products, attention_blocks
 from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles, scratch_on, whole_on
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
@@ -32,21 +32,16 @@ def whole_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Whole]:
     return _WHOLE_CPU if kind == "cpu" else whole_on(card)
 
 
-def _flash_blocks(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Threads, queries and keys at a time in PyTorch's aten/native/cpu/FlashAttentionKernel.cpp."""
-    length = q.shape[2]
-    queries = 256 if length >= 768 else 64 if length >= 192 else 32
-    return torch.get_num_threads(), min(queries, length), min(512, k.shape[2])
-
-
 def _flash_forward(q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
-    threads, queries, keys = _flash_blocks(q, k)
+    threads, (queries, keys) = torch.get_num_threads(), attention_blocks(q.shape[2], k.shape[2])
     rounded = 0 if q.dtype == torch.float32 else threads * queries * keys * q.element_size()
     return [4 * threads * queries * (keys + 2 + q.shape[3]), rounded]
 
 
-def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
-    threads, queries, keys = _flash_blocks(q, k)
+def _flash_backward(products: Products, dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
+    threads, (queries, keys) = torch.get_num_threads(), attention_blocks(q.shape[2], k.shape[2])
+    if _goes_to_onednn(q):
+        products.attend(q, k)
     rounded = 0 if q.dtype == torch.float32 else 2 * threads * queries * keys * q.element_size()
     # what oneDNN takes for every thread in every thread: a little above 360 measured values, with one thread and two
     inside = 2 * keys * queries + 4 * keys * min(q.shape[3], 64) + 12288 if _goes_to_onednn(q) else 0
@@ -56,6 +51,7 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> l
 def _multiplying(products: Products) -> Mapping[Any, Scratch]:
     return {
         torch.ops.lowmem_ft.product.default: partial(_product, products),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: partial(_flash_backward, products),
         **{op: partial(_product_of, products, op, first) for op, first in _PRODUCTS.items()},
     }
 
@@ -239,7 +235,6 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.aten.mean.default: _mean,
     torch.ops.aten.linalg_vector_norm.default: _vector_norm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
 }
 
 

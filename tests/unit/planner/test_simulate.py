@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.planner.onednn import CACHED, GIVEN_UP, KERNEL, MOST, Products
+from lowmem_ft.planner.onednn import CACHED, GIVEN_UP, KERNEL, MOST, Products, attention_tiles
 from lowmem_ft.planner.scratch import scratch_of
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import Stage, simulate
@@ -209,6 +209,20 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     given_up = of(most=tokens, lengths=CACHED) - CACHED * KERNEL
     assert given_up == (4 * len(few) + 3) * GIVEN_UP, "those that it keeps no more"
     assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
+
+
+def test_kernels_of_attention_that_pytorch_computes() -> None:
+    """Three in backward for each size that its tiles have, with as many more keys as a learnt prefix has."""
+    q, k = torch.empty(1, 4, 64, 32, dtype=torch.bfloat16), torch.empty(1, 4, 74, 32, dtype=torch.bfloat16)
+    products = Products()
+    of = partial(products.kernel_bytes, lengths=8, routed=False)
+    products.attend(q, k)
+    assert of(most=None) == 3 * KERNEL, "two tiles of 32 queries and 74 keys"
+    # 8, 16, 24 and 32 queries at once; 40, 48 and 56 as 32 and the rest; 64 as two times 32
+    assert of(most=64) == 3 * (4 + 2 * 3 + 1) * KERNEL
+    products.begin(64)
+    assert of(most=64) == 0
+    assert attention_tiles(1000, 1010) == {(256, 512), (256, 498), (232, 512), (232, 498)}
 
 
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
