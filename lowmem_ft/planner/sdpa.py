@@ -24,14 +24,16 @@ def planned_attention(
     blocks: Iterable[nn.Module], kind: Literal["cpu", "cuda"], capability: tuple[int, int]
 ) -> Iterator[None]:
     """Within it `blocks` attend as on a device of `kind`, a card of this compute capability."""
-    taken = list(blocks)
+    before = {block: block.__dict__.get("forward") for block in blocks}  # as `use_attention` may have put there
     on_card = functools.partial(attend_on_card, capability=capability)
-    attend_within(taken, lambda: Attending(_on_cpu) if kind == "cpu" else _OnCard(on_card))
+    attend_within(before, lambda: Attending(_on_cpu) if kind == "cpu" else _OnCard(on_card))
     try:
         yield
     finally:
-        for block in taken:
+        for block, forward in before.items():
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 class _OnCard(Attending):

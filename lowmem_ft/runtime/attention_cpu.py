@@ -35,6 +35,7 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
     for piece in _tiles(q, k, mask, dtype):
         attend(*piece)  # a call, so that nothing of a tile is held while the next one is made
+        del piece
     return out, lse
 
 
@@ -60,6 +61,7 @@ def attention_backward_cpu(
 
     for piece in _tiles(q, k, mask, torch.float32):
         differentiate(*piece)
+        del piece
     return dq, dk, dv
 
 

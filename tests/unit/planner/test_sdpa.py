@@ -17,7 +17,7 @@ from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.sdpa import planned_attention
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event, Tracer
-from lowmem_ft.runtime.attend import Asked, attend_on_card
+from lowmem_ft.runtime.attend import Asked, Attending, attend_by_operator, attend_on_card, attend_within
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_scratch_cuda import AMPERE, TURING, heads, meta
@@ -47,6 +47,17 @@ def traced(card: Card, function: Callable[..., Tensor], *inputs: Tensor) -> list
 
 def kernels(events: Sequence[Event]) -> set[str]:
     return {kind for kind in (FLASH, EFFICIENT) if any(kind in event.op for event in events)}
+
+
+def test_the_forward_that_a_block_had_is_put_back() -> None:
+    """As `use_attention` gives one; without it an evaluation was planned by another kernel than the step before."""
+    plain, attending = Does(F.relu), Does(F.relu)
+    attend_within([attending], lambda: Attending(attend_by_operator))
+    before = attending.forward
+    with planned_attention([plain, attending], "cpu", (0, 0)):
+        assert attending.forward is not before
+    assert attending.forward is before
+    assert "forward" not in vars(plain)
 
 
 @pytest.mark.parametrize(

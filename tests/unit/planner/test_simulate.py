@@ -179,6 +179,22 @@ def test_what_onednn_takes(columns: str) -> None:
         assert scratch(*asked) == [planned]
 
 
+@pytest.mark.parametrize("name", ["falcon", "stablelm"])
+def test_an_evaluation_of_models_that_call_pytorchs_attention(name: str, tmp_path: Path) -> None:
+    """The operator that serves them widens fp16, which this CPU does not multiply, and the plan took another kernel."""
+    blocks = {"keep_blocks": 0, "resident_blocks": 3}
+    sections = {
+        "data": {"seq_len": 200, "packing": False},
+        "train": {"tokens_per_step": 400},
+        "policy": {"compute_dtype": "float16", "micro_batch_tokens": 400, "loss_chunk_tokens": 64, **blocks},
+    }
+    found = compare(
+        {"architecture": name, "shape": (96, 160, 3, 199), "positions": 512, "sections": sections}, tmp_path
+    )
+    assert 0.0 <= found["train_error"] < 0.02
+    assert 0.0 <= found["eval_error"] < 0.02
+
+
 @pytest.mark.parametrize("tokens", [256, 800])
 def test_kernels_that_onednn_keeps(tokens: int) -> None:
     """One for each product and number of rows that it is asked for."""
