@@ -118,7 +118,7 @@ def _product(
         _multiply(out, a, b, bias, c, by, d, alpha)
     elif not multiplies(a.dtype) or (sums_rows(a) and not is_one_of_few(a.shape[1])):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
-    elif sums_rows(a) or is_one_of_few(a.shape[0]):
+    elif sums_rows(a):
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
         _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)

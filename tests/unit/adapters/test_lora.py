@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.adapters.lora import LoraLinear, lora_linear, lora_scaling
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.quant import products
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.quant.ops import QuantSpec, quantize
 from tests.unit.adapters.helpers import error
+from tests.unit.quant.multiplied import multiplied_shapes
 
 B, T, I, O, R = 3, 7, 37, 53, 5  # noqa: E741
 N = B * T
@@ -292,14 +292,7 @@ def test_a_disabled_adapter_leaves_the_base_layer_alone() -> None:
 @pytest.mark.parametrize("adapts", [True, False], ids=["adapted", "frozen"])
 def test_what_lies_column_by_column_is_multiplied_in_few_shapes(monkeypatch: pytest.MonkeyPatch, adapts: bool) -> None:
     """As next to a convolution, where a product must not be taken for one that sums over rows."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
-    shapes, multiply = set(), products._multiply
-
-    def seen(out: Tensor, a: Tensor, *rest: Any) -> None:
-        shapes.add(tuple(a.shape))
-        multiply(out, a, *rest)
-
-    monkeypatch.setattr(products, "_multiply", seen)
+    shapes = multiplied_shapes(monkeypatch)
     plain = QuantLinear(64, 128, bias=False, spec=QuantSpec(bits=8))
     plain.load_storage(quantize(torch.randn(128, 64), QuantSpec(bits=8)))
     layer = LoraLinear(plain, rank=64, alpha=9, dtype=torch.bfloat16) if adapts else plain

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_ft.quant import products
 from lowmem_ft.quant.products import mm, mm_low_rank, multiplies
+from tests.unit.quant.multiplied import multiplied_shapes
 from tests.unit.runtime.memory import peak_bytes
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (0, 4, 3), (17, 64, 33), (40, 7, 90)]
@@ -73,14 +74,7 @@ def test_one_rounding_in_float32_tiles(way: str) -> None:
 
 def test_a_processor_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever number of rows comes, as oneDNN compiles and keeps each shape; gradients are summed over the rows."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
-    shapes, multiply = set(), products._multiply
-
-    def seen(out: Tensor, a: Tensor, *rest: Any) -> None:
-        shapes.add(tuple(a.shape))
-        multiply(out, a, *rest)
-
-    monkeypatch.setattr(products, "_multiply", seen)
+    shapes = multiplied_shapes(monkeypatch)
     close: dict[str, Any] = {"rtol": 4 * torch.finfo(torch.bfloat16).eps, "atol": 64 * torch.finfo(torch.bfloat16).eps}
     for rows in (1, 63, 64, 65, 192, 200, 320, 511):
         a, b, out = operands((rows, 24, 40), torch.bfloat16, "rows")
