@@ -229,7 +229,8 @@ class Choices:
             policy, resident_blocks=depth - streamed, streamed_blocks=streamed, keep_blocks=keep,
             recompute_blocks=depth - keep - offload, offload_blocks=offload,
         )  # fmt: skip
-        return replace(chosen, stream_from=self._tier(chosen))
+        tier = self._tier(chosen)
+        return chosen if chosen.stream_from == tier else replace(chosen, stream_from=tier)
 
     def _tier(self, policy: Policy) -> Literal["host", "disk"]:
         """Where streamed weights lie: on the host, unless that is the device, or has no room for them."""

@@ -169,9 +169,10 @@ class CostModel:
     ) -> complex:
         """What the Tracer adds up, see `trace.Cost`, where the operation stands for so many `tiles` with the same rows
         in all: each of them is a call, and dequantizes its own weights."""
-        if func not in self._rules:
-            self._rules[func] = None if _takes_no_time(func) else self._elementwise
-        rule = self._rules[func]
+        try:
+            rule = self._rules[func]
+        except KeyError:
+            rule = self._rules[func] = None if _takes_no_time(func) else self._elementwise
         if rule is None:
             return 0.0
         work = rule(out, *args)

@@ -109,14 +109,16 @@ class Shorter:
         self._step = [id(turn.events) for turn in step]
         of = [pieces[name] for name in self._step]
         keys = [np.array(turn.firsts)[them[:, 1]] + them[:, 2] for turn, them in zip(step, of, strict=True)]
-        freed = np.unique(np.concatenate([key[them[:, 0] < 0] for key, them in zip(keys, of, strict=True)]))
+        freed = np.zeros(1 + max((int(key.max()) for key in keys if key.size), default=0), bool)
+        for key, them in zip(keys, of, strict=True):
+            freed[key[(key > 0) & (them[:, 0] < 0)]] = True  # else it was there before
         self._small: dict[int, NDArray[np.int64]] = {}
         self._large: dict[int, NDArray[np.int64]] = {}
         for name, them, key in zip(self._step, of, keys, strict=True):
             if name not in self._small:
                 size = np.sign(them[:, 0]) * rounded(np.abs(them[:, 0]))
                 is_small = np.abs(size) <= SMALL_MAX
-                passing = (key > 0) & np.isin(key, freed)  # else it is a gradient, or was there before
+                passing = freed[np.maximum(key, 0)]  # else it is a gradient, or was there before
                 self._small[name], self._large[name] = size * is_small, size * (~is_small & passing)
         larger = np.concatenate([sizes[sizes > 0] for sizes in self._large.values()])
         self._shares: NDArray[np.float64] = SMALL_MAX / np.unique(larger)  # with so many tokens one more is small

@@ -37,10 +37,14 @@ class Results:
 
 
 _UNTOLD: Any = []  # has no hash
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
 def _told(value: Any) -> Hashable:
     """What of an argument decides about results."""
+    kind = type(value)
+    if kind in _PLAIN:  # most of them
+        return kind, value
     if isinstance(value, Tensor):
         # a number in a tensor on the host may stand for a Python number, which promotes otherwise
         return (value.shape, value.stride(), value.dtype) if value.is_meta else _UNTOLD
@@ -48,7 +52,7 @@ def _told(value: Any) -> Hashable:
         return tuple([_told(item) for item in value])
     if isinstance(value, dict):
         return tuple([(name, _told(item)) for name, item in value.items()])
-    return type(value), value
+    return kind, value
 
 
 def _repeated(out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Again | None:

@@ -45,10 +45,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     decoder = find_decoder(model)
     count: int = causal_model(model).config.get_text_config().num_hidden_layers
-    lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
-    # gemma3n also lists projections, which may be as many
-    found = [path for path, blocks in lists.items() if len(blocks) == count and not all(map(_is_leaf, blocks))]
-    outermost = [path for path in found if path.count(".") == min(it.count(".") for it in found)]
+    lists: dict[str, nn.ModuleList] = {}
+    outermost: list[str] = []
+    level: dict[nn.Module, str] = {decoder: ""}
+    while level and not outermost:  # of lists with the right length those count that lie the least deep
+        below = {child: path + name for module, path in level.items() for name, child in module.named_children()}
+        listed = {path: child for child, path in below.items() if isinstance(child, nn.ModuleList)}
+        lists |= listed
+        # gemma3n also lists projections, which may be as many
+        outermost = [path for path, it in listed.items() if len(it) == count and not all(map(_is_leaf, it))]
+        level = {child: f"{path}." for child, path in below.items()}
     if len(outermost) != 1:
         known = outermost or [path for path in lists if not any(path.startswith(f"{it}.") for it in lists)]
         sizes = ", ".join(f"{path} of {len(lists[path])}" for path in known) or "none"
