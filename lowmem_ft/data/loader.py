@@ -92,8 +92,10 @@ class MicroBatches(Sequence[Batch]):
             return ()
         mixed = Mismatched(self.examples, self.rows.documents, self.preferences.seq_len)
         lengths = mixed.lengths
-        capacity = max(self.width or 0, int(lengths.max()))
-        rows = pack(lengths, capacity=capacity, seed=0) if self.packed else Rows.single(np.arange(len(mixed)))
+        width = None
+        if self.width is not None:  # rows of one length, as those of the step: each other one takes kernels of its own
+            width = max(self.width, min(round_up(int(lengths.max())), mixed.seq_len))
+        rows = Rows.single(np.arange(len(mixed))) if width is None else pack(lengths, capacity=width, seed=0)
         return MicroBatches(
             mixed,
             rows,
@@ -101,7 +103,7 @@ class MicroBatches(Sequence[Batch]):
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.pad_id,
             packed=self.packed,
-            width=None,
+            width=width,
             most=mixed.seq_len,
             preferences=self.preferences,
         )

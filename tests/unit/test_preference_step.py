@@ -342,6 +342,13 @@ def test_mismatched_answers_do_not_depend_on_micro_batches() -> None:
     assert step_of(config_of("dpo"), 1).mismatched == ()
 
 
+def test_packed_mismatched_answers_have_rows_of_one_length() -> None:
+    """oneDNN compiles each product for each number of rows, and a plan counts those of rows as long as a step's."""
+    batches = step_of(config_of("kto"), LENGTH)
+    assert len(batches.mismatched) > 1
+    assert {batch.input_ids.shape[1] for batch in batches.mismatched} == {LENGTH} == {batches.width}
+
+
 def test_a_step_goes_on_where_it_was_saved() -> None:
     """With other micro-batches, but not with other objectives: an epoch of pairs is another than one of verdicts."""
     config = config_of("dpo")
