@@ -7,7 +7,7 @@ profiler that `torch.autograd.profiler_legacy` has, since each use of the newer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 
 from lowmem_ft.data.packing import ROW_MULTIPLE
+from lowmem_ft.quant.products import ROWS as ROW_TILE
 from lowmem_ft.quant.products import few_numbers_of_rows, is_one_of_few, pieces
 
 _autograd: Any = torch.autograd  # whose stubs lack what `profiler_legacy` imports from it
@@ -68,28 +69,43 @@ class Products:
         """PyTorch's own attention to (B, H, S, E) keys has a backward in the step."""
         self._attended[q.shape[3], q.dtype] = q.shape[2], k.shape[2]
 
-    def kernel_bytes(self, *, most: int | None, lengths: int, routed: bool) -> int:
+    def copy(self) -> Products:
+        """The same, to which nothing more is added."""
+        found = Products()
+        found._tokens, found._rows, found._attended = self._tokens, dict(self._rows), dict(self._attended)
+        return found
+
+    def kernel_bytes(
+        self, *, most: int | None, lengths: int, routed: bool, sizes: Collection[int] = (), probed: bool = False
+    ) -> int:
         """What these kernels take of the process, about.
 
         Args:
             most: tokens of any micro-batch, where they differ; None where they do not.
             lengths: that its rows can have.
             routed: there are experts, to which any number of rows comes, up to that of the last step.
+            sizes: tokens of micro-batches that are planned or run; by default `most`, or those of the last step.
+            probed: also what a plan tries for fewer rows, see `ROWS`, and what the check of isolation asks for.
         """
-        kernels = 0
+        kernels, sizes = 0, set(sizes or (most or self._tokens,))
+        heights = {height for size in sizes for height in pieces(size)}
+        if probed:
+            heights |= {ROW_TILE} | {ROWS for size in sizes if size > ROWS and size % ROWS}
+        sums = {size for size in sizes if is_one_of_few(size)}
         for queries, keys in self._attended.values():  # keys of a learnt prefix stay as many
             asked = range(ROW_MULTIPLE, queries + 1, ROW_MULTIPLE) if most is not None else [queries]
             kernels += 3 * len({tile for length in asked for tile in attention_tiles(length, length + keys - queries)})
         for kind, rows in self._rows.items():
             part = rows != self._tokens  # a tile, a chunk of the loss, or of an expert
             if kind.as_is:
-                kernels += 1 if most is None else lengths
-            elif most is not None or (routed and part):
-                kernels += max(1, len(few_numbers_of_rows(rows if part or most is None else most)))
-            elif not kind.sums:
-                kernels += len(set(pieces(rows)))
-            elif is_one_of_few(rows):
-                kernels += 1
+                kernels += len(sizes) if most is None else lengths
+            elif part and (most is not None or routed):
+                kernels += max(1, len(few_numbers_of_rows(rows)))
+            elif part:
+                kernels += is_one_of_few(rows) if kind.sums else len(set(pieces(rows)))
+            else:
+                few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
+                kernels += len(few | (sums if kind.sums else heights))
         return KERNEL * min(kernels, CACHED) + GIVEN_UP * min(max(kernels - CACHED, 0), CACHED)
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:

@@ -205,7 +205,7 @@ class Aside:
         updating = HOST_WORK_BYTES if state else 0
         working = {"load": state, "train": state + max(updating, rows), "eval": state + rows}  # saved as it lies
         heap = self.scales.heap_held(policy)
-        kernels = self.scales.kernels
+        kernels = self.scales.kernels(policy)
         sizes = {name: process_estimate(device, tiers.device, heap, kernels) for name, tiers in own.items()}
         sizes |= {"train": train, "eval": evaluation}
         found: dict[str, dict[str, int]] = {}

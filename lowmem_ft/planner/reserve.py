@@ -72,7 +72,7 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
     """
     enough = None if most is None else most - device.process_bytes
     if device.kind == "cpu":
-        process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels)
+        process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels(weighed.policy))
         return Peak(weighed.allocated, weighed.allocated, process)
     if enough is not None and weighed.allocated > enough:  # what is in use is held, too
         return Peak(weighed.allocated, weighed.allocated, device.process_bytes + weighed.allocated)

@@ -112,6 +112,7 @@ class Search:
         most = max(1, MOST_TOKENS // (together * seq_len))
         taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
+        self.scales.tried = (self._rows[0] * seq_len, self._rows[-1] * seq_len)
         self._attentions = self.choices.attentions()
 
     def best(self, budget: int) -> Answer:
@@ -248,7 +249,7 @@ class Search:
         key = policy.streamed_blocks, policy.stream_embeddings, policy.optimizer_on
         if key not in self._beside:
             self._beside[key] = self._aside_of().most(policy)
-        kernels = self.scales.kernels
+        kernels = self.scales.kernels(policy)
         allocated += self._shorter(policy) if allocated else 0
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy), kernels)
         return max(process_estimate(self.device, allocated, heap, kernels), beside)
@@ -435,7 +436,7 @@ class Search:
         """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
         peak = process_peak(self.device, self.scales, weighed, most=most)
         evaluated = self.scales.evaluation_peak(weighed.policy)
-        evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels)
+        evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels(weighed.policy))
         phases = self._aside_of().phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,

@@ -37,6 +37,7 @@ from lowmem_ft.planner.compose import (
 )
 from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.cut import lowest_trained
+from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
@@ -116,8 +117,8 @@ class Scales:
         held: bytes of the device before a step, with every block resident.
         longest: positions that the model knows.
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
+        tried: tokens of the micro-batches that `estimate` will be asked to put others together from.
         scripts: of steps that were replayed, see `reserve.replayed`.
-        kernels: bytes of what a CPU compiles for a step, about; 0 before one was traced.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = self.stage.whole
         self.keep: Sequence[int] = range(self.depth + 1)
+        self.tried: Collection[int] = ()
         self.scripts: dict[Hashable, Script] = {}
         self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
         self._heads: dict[
@@ -156,7 +158,8 @@ class Scales:
         self._samples: dict[Hashable, int] = {}  # by length and tiles: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
-        self.kernels = 0
+        self._products: Products | None = None  # of the first step
+        self._kernels: dict[tuple[int, int], int] = {}  # by length and tokens of the micro-batch: bytes
         # by kind and what `_way` says: of a first backward's time how much a later one takes
         self._shares: dict[tuple[int, Hashable], float] = {}
 
@@ -230,6 +233,25 @@ class Scales:
         streams = self.stage.streams_head(policy)
         sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.mlp_tile_tokens
         return self.stage.config.data.seq_len, *sizes, streams
+
+    def kernels(self, policy: Policy) -> int:
+        """Bytes of what a CPU compiles to plan and run a step of `policy`, about; 0 before one was traced.
+
+        A process that plans its own run has multiplied for the micro-batches that it tried, too.
+        """
+        if self._products is None:
+            return 0
+        config, tokens = self.stage.config, policy.micro_batch_tokens
+        key = config.data.seq_len, tokens
+        if key not in self._kernels:
+            self._kernels[key] = self._products.kernel_bytes(
+                most=None if config.data.packing else tokens,
+                lengths=config.data.seq_len // ROW_MULTIPLE,
+                routed=self.stage.routed,
+                sizes={*self.tried, tokens, step_tokens(config) % tokens} - {0},
+                probed=True,
+            )
+        return self._kernels[key]
 
     def moved(self, policy: Policy) -> Moved:
         """What changes where `policy` has weights below the device."""
@@ -365,13 +387,7 @@ class Scales:
         trace = self._step(policy, classes, taken)
         found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
         if self._update is None:
-            config = self.stage.config
-            step = step_tokens(config)
-            most = None if config.data.packing else min(step, config.policy.micro_batch_tokens or step)
-            # the same for all policies, whatever else is tried
-            self.kernels = self.stage.products.kernel_bytes(
-                most=most, lengths=config.data.seq_len // ROW_MULTIPLE, routed=self.stage.routed
-            )
+            self._products = self.stage.products.copy()
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(

@@ -214,6 +214,8 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     assert of() == (3 * expected + sums) * KERNEL
     assert of(most=tokens) == 4 * len(few) * KERNEL
     assert of(most=128) == 4 * 2 * KERNEL, "a smaller micro-batch, once there are several"
+    other, heights = {256: (448, 3), 800: (128, 4)}[tokens]  # 256, 128 and 64 rows; 512, 256, 128 and 64
+    assert of(sizes=(tokens, other)) == (3 * heights + 1) * KERNEL
     products.meet(torch.empty(192, 48), torch.empty(48, 96))
     assert of() == (3 * expected + sums + 1) * KERNEL
     assert of(routed=True) == (3 * expected + sums + 3) * KERNEL, "of an expert"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import Turn
@@ -18,6 +19,7 @@ from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.quant.products import multiplies
 from lowmem_ft.runtime import optim, vocabulary
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.tiers import PAGE
@@ -51,6 +53,22 @@ def test_weighing_few_blocks_is_simulating_all(name: str, keeps: tuple[int, ...]
         whole = simulate(config, asked, kind="cpu")
         assert made.weigh(asked, timed=False).allocated == whole.train_peak
         assert made.evaluation_peak(asked) == whole.eval_peak
+
+
+@pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
+@pytest.mark.parametrize("packing", [True, False])
+def test_kernels_are_those_of_the_policy(packing: bool, tmp_path: Path) -> None:
+    """They were those of the smallest micro-batch, of packed rows, and else of the largest that a step could have."""
+    data = {"seq_len": SEQ_LEN, "packing": packing}
+    _, made = scales("llama", tmp_path, data=data, train={"tokens_per_step": 64 * SEQ_LEN})
+    one, seven, all_of_them = (policy(rows=rows, seq_len=SEQ_LEN, depth=DEPTH) for rows in (1, 7, 64))
+    assert made.kernels(one) == 0, "no step was traced"
+    made.weigh(one)
+    assert made.kernels(one) < made.kernels(seven), "7 rows go as 4, 2 and 1"
+    assert (made.kernels(seven) < made.kernels(all_of_them)) != packing, "64 go at once"
+    before = made.kernels(one), made.kernels(all_of_them)
+    made.weigh(seven)
+    assert (made.kernels(one), made.kernels(all_of_them)) == before, "whatever else is tried"
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 1024])
