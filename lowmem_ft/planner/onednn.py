@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,22 +47,26 @@ class Products:
     """The products of one plan that go to oneDNN, which compiles kernels for each of them."""
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self._tokens = self._length = 0
         self._rows: dict[_Kind, int] = {}  # the most of each in the last step
         self._attended: dict[Hashable, tuple[int, int]] = {}  # queries and keys, by the size of a head
 
-    def begin(self, tokens: int) -> None:
-        """A step with so many tokens follows."""
-        self._tokens = tokens
+    def begin(self, tokens: int, length: int) -> None:
+        """A step with so many tokens follows, in rows of this length."""
+        self._tokens, self._length = tokens, length
         self._rows.clear()
         self._attended.clear()
 
     def meet(self, a: Tensor, b: Tensor, *, adds: bool = False, as_is: bool = False) -> None:
         """A product of these comes in the step, which `adds` to what is there; `as_is`, where no `quant.products` sees
         to it that numbers of rows are few."""
-        kind, rows = _Kind(_Like.of(b), adds, sums=False, as_is=as_is), a.shape[-2]
+        several: _Several = None
+        if a.ndim > 2:
+            several = "of the length" if self._length in (*a.shape[-2:], b.shape[-1]) else "of the rows"
+        kind, rows = _Kind(_Like.of(b), adds, sums=False, as_is=as_is, several=several), a.shape[-2]
         if a.stride(-1) != 1:
-            kind, rows = _Kind((a.shape[:-1], b.shape[-1]), adds, sums=True, as_is=as_is), a.shape[-1]
+            factors = a.shape[:-1], b.shape[-1]
+            kind, rows = _Kind(factors, adds, sums=True, as_is=as_is, several=several), a.shape[-1]
         self._rows[kind] = max(rows, self._rows.get(kind, 0))
 
     def attend(self, q: Tensor, k: Tensor) -> None:
@@ -72,7 +76,8 @@ class Products:
     def copy(self) -> Products:
         """The same, to which nothing more is added."""
         found = Products()
-        found._tokens, found._rows, found._attended = self._tokens, dict(self._rows), dict(self._attended)
+        found._tokens, found._length = self._tokens, self._length
+        found._rows, found._attended = dict(self._rows), dict(self._attended)
         return found
 
     def kernel_bytes(
@@ -97,8 +102,14 @@ class Products:
             kernels += 3 * len({tile for length in asked for tile in attention_tiles(length, length + keys - queries)})
         for kind, rows in self._rows.items():
             part = rows != self._tokens  # a tile, a chunk of the loss, or of an expert
-            if kind.as_is:
-                kernels += len(sizes) if most is None else lengths
+            if kind.as_is and most is None:
+                kernels += len(sizes)
+            elif most is not None and kind.several == "of the rows":  # shorter ones are more than full ones
+                kernels += 1 + max(1, most // self._length)
+            elif most is not None and kind.as_is:
+                kernels += lengths
+                if kind.several:  # a full micro-batch has as many rows as their length allows, the last of a step fewer
+                    kernels += min(lengths, most // (2 * ROW_MULTIPLE))
             elif part and (most is not None or routed):
                 kernels += max(1, len(few_numbers_of_rows(rows)))
             elif part:
@@ -136,6 +147,10 @@ def attention_tiles(queries: int, keys: int) -> set[tuple[int, int]]:
     return {(row, column) for row in (high, queries % high) for column in (wide, keys % wide) if row and column}
 
 
+# Matrices that are multiplied at once, those of each row and head: whether they are larger where rows are longer
+_Several: TypeAlias = Literal["of the length", "of the rows"] | None
+
+
 class _Kind(NamedTuple):
     """What kernels are compiled for, one for each number of rows."""
 
@@ -143,6 +158,7 @@ class _Kind(NamedTuple):
     adds: bool
     sums: bool
     as_is: bool
+    several: _Several
 
 
 class _Like(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):

@@ -257,7 +257,7 @@ class Stage:
                 ready: Any = self._with_loss(policy)
                 ready.optimizer = _Update(self, run=update)
                 batch = _batch(self.config, policy, self.kind, loss_tokens)
-                self.products.begin(batch.tokens)
+                self.products.begin(batch.tokens, batch.input_ids.shape[1])
                 train_step(ready, [batch], lr=1e-4, mismatched=mismatched_of(self.config, [batch]))
                 del batch
             self._unread.update((block, unread.layers) for block, unread in recomputing)

@@ -201,7 +201,7 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     wide, thin = torch.empty(96, 512, dtype=torch.bfloat16), torch.empty(512, 16, dtype=torch.bfloat16)
     products, expected = Products(), {256: 1, 800: 3}[tokens]  # 800 rows go as 512, 256, and 32 that are filled up
     of = partial(products.kernel_bytes, most=None, lengths=32, routed=False)
-    products.begin(tokens)
+    products.begin(tokens, tokens)
     for _ in range(2):
         products.meet(torch.empty(tokens, 96), wide)
         assert of() == expected * KERNEL
@@ -229,6 +229,22 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
 
 
+def test_kernels_of_attention_that_models_compute() -> None:
+    """Products of a length are others with more rows. MPT took 852 MiB after 400 steps where 805 were planned: 61
+    lengths of one row and 27 of two were multiplied, of 64."""
+    q, k = (torch.empty(4, *shape, dtype=torch.bfloat16) for shape in ((512, 32), (32, 512)))
+    products = Products()
+    products.begin(512, 512)
+    products.meet(q, k, as_is=True)
+    of = partial(products.kernel_bytes, lengths=64, routed=False)
+    assert of(most=None) == KERNEL
+    assert of(most=512) == (64 + 32) * KERNEL
+    assert of(most=4096) == (64 + 64) * KERNEL
+    before = of(most=1024)
+    products.meet(torch.empty(1, 256, 16), torch.empty(1, 16, 1), as_is=True)  # for each token of Jamba's
+    assert of(most=1024) == before + 3 * KERNEL, "one, two or three rows"
+
+
 def test_kernels_of_attention_that_pytorch_computes() -> None:
     """Three in backward for each size that its tiles have, with as many more keys as a learnt prefix has."""
     q, k = torch.empty(1, 4, 64, 32, dtype=torch.bfloat16), torch.empty(1, 4, 74, 32, dtype=torch.bfloat16)
@@ -238,7 +254,7 @@ def test_kernels_of_attention_that_pytorch_computes() -> None:
     assert of(most=None) == 3 * KERNEL, "two tiles of 32 queries and 74 keys"
     # 8, 16, 24 and 32 queries at once; 40, 48 and 56 as 32 and the rest; 64 as two times 32
     assert of(most=64) == 3 * (4 + 2 * 3 + 1) * KERNEL
-    products.begin(64)
+    products.begin(64, 64)
     assert of(most=64) == 0
     assert attention_tiles(1000, 1010) == {(256, 512), (256, 498), (232, 512), (232, 498)}
 
