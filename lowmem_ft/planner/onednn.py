@@ -94,8 +94,9 @@ class Products:
         """
         kernels, sizes = 0, set(sizes or (most or self._tokens,))
         heights = {height for size in sizes for height in pieces(size)}
+        probes = {ROW_TILE} if probed else set()
         if probed:
-            heights |= {ROW_TILE} | {ROWS for size in sizes if size > ROWS and size % ROWS}
+            heights |= probes | {ROWS for size in sizes if size > ROWS and size % ROWS}
         sums = {size for size in sizes if is_one_of_few(size)}
         for queries, keys in self._attended.values():  # keys of a learnt prefix stay as many
             asked = range(ROW_MULTIPLE, queries + 1, ROW_MULTIPLE) if most is not None else [queries]
@@ -113,7 +114,7 @@ class Products:
             elif part and (most is not None or routed):
                 kernels += max(1, len(few_numbers_of_rows(rows)))
             elif part:
-                kernels += is_one_of_few(rows) if kind.sums else len(set(pieces(rows)))
+                kernels += is_one_of_few(rows) if kind.sums else len({*probes, *pieces(rows)})
             else:
                 few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
                 kernels += len(few | (sums if kind.sums else heights))

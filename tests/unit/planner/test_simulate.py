@@ -229,6 +229,17 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
 
 
+def test_kernels_are_as_many_for_tiles_of_a_micro_batch() -> None:
+    """Else a plan that met an MLP in tiles first would promise less than the next one takes."""
+    found = []
+    for rows in (2048, 1024):
+        products = Products()
+        products.begin(2048, 2048)
+        products.meet(torch.empty(rows, 96), torch.empty(96, 512, dtype=torch.bfloat16))
+        found.append(products.kernel_bytes(most=None, lengths=256, routed=False, sizes=(2048,), probed=True))
+    assert found[0] == found[1] == 2 * KERNEL
+
+
 def test_kernels_of_attention_that_models_compute() -> None:
     """Products of a length are others with more rows. MPT took 852 MiB after 400 steps where 805 were planned: 61
     lengths of one row and 27 of two were multiplied, of 64."""
