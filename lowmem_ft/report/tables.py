@@ -15,6 +15,7 @@ from lowmem_ft.core.plan_words import (
     fit_words,
     host_words,
     listings,
+    measured_words,
     model_words,
     speed_words,
 )
@@ -69,7 +70,7 @@ def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
     rows = []
     for name, measured in run.measured.items():
         planned = int(getattr(run.plan.predicted, name))
-        label = name.removesuffix("_bytes").replace("_", " ")
+        label = measured_words(run.plan, name)
         rows.append((label, format_size(planned), format_size(measured), f"{measured / max(planned, 1):.0%}"))
     told = (line["tokens_per_second"] for line in run.read_metrics() if "tokens_per_second" in line)
     if len(rates := np.fromiter(told, dtype=float)):
