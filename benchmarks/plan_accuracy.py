@@ -51,7 +51,6 @@ SHARES = {"tiny": 40, "small": 35, "medium": 19, "large": 5, "half a billion": 1
 CUDA_SHAPES: dict[str, tuple[int, int, int, int]] = {
     "small": (512, 1376, 8, 32000), "medium": (1024, 2816, 16, 32000), "large": (2048, 5632, 22, 32000),
 }  # fmt: skip
-STEPS = 40  # of a process, after which rows have had every length: of each oneDNN keeps kernels
 CUDA_SHARES, CUDA_LENGTHS = {"small": 45, "medium": 45, "large": 10}, (512, 1000, 2048)
 
 
@@ -343,7 +342,7 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     batches = FullBatches(config, plan.policy, vocabulary=100)
     for _ in range(2):
         train_step(ready, batches, lr=1e-4, mismatched=mismatched_of(config, batches))
-    for later in of_every_length(config, plan.policy, steps=STEPS):
+    for later in of_every_length(config, plan.policy):
         train_step(ready, later, lr=1e-4, mismatched=mismatched_of(config, later))
         release_freed_memory()  # as a run does
     planned, measured = plan.predicted.process_peak_bytes, process_peak_bytes()

@@ -73,52 +73,41 @@ class Products:
         """PyTorch's own attention to (B, H, S, E) keys has a backward in the step."""
         self._attended[q.shape[3], q.dtype] = q.shape[2], k.shape[2]
 
-    def copy(self) -> Products:
-        """The same, to which nothing more is added."""
-        found = Products()
-        found._tokens, found._length = self._tokens, self._length
-        found._rows, found._attended = dict(self._rows), dict(self._attended)
-        return found
-
-    def kernel_bytes(
-        self, *, most: int | None, lengths: int, routed: bool, sizes: Collection[int] = (), probed: bool = False
-    ) -> int:
-        """What these kernels take of the process, about.
+    def kernel_bytes(self, *, sizes: Collection[int], most: int | None, lengths: int, routed: bool) -> int:
+        """What the kernels take of a process that plans and runs steps like the last one, about.
 
         Args:
+            sizes: tokens of the micro-batches that are planned or run.
             most: tokens of any micro-batch, where they differ; None where they do not.
             lengths: that its rows can have.
             routed: there are experts, to which any number of rows comes, up to that of the last step.
-            sizes: tokens of micro-batches that are planned or run; by default `most`, or those of the last step.
-            probed: also what a plan tries for fewer rows, see `ROWS`, and what the check of isolation asks for.
         """
-        kernels, sizes = 0, set(sizes or (most or self._tokens,))
-        heights = {height for size in sizes for height in pieces(size)}
-        probes = {ROW_TILE} if probed else set()
-        if probed:
-            heights |= probes | {ROWS for size in sizes if size > ROWS and size % ROWS}
-        sums = {size for size in sizes if is_one_of_few(size)}
+        # also what a plan tries for fewer rows, see `ROWS`, and what the check of isolation asks for
+        tried = [ROW_TILE, *(ROWS for size in sizes if size > ROWS and size % ROWS)]
+        heights = {*tried, *(height for size in sizes for height in pieces(size))}
+        few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
+        kernels = 0
         for queries, keys in self._attended.values():  # keys of a learnt prefix stay as many
             asked = range(ROW_MULTIPLE, queries + 1, ROW_MULTIPLE) if most is not None else [queries]
             kernels += 3 * len({tile for length in asked for tile in attention_tiles(length, length + keys - queries)})
         for kind, rows in self._rows.items():
             part = rows != self._tokens  # a tile, a chunk of the loss, or of an expert
-            if kind.as_is and most is None:
-                kernels += len(sizes)
-            elif most is not None and kind.several == "of the rows":  # shorter ones are more than full ones
-                kernels += 1 + max(1, most // self._length)
-            elif most is not None and kind.as_is:
-                kernels += lengths
-                if kind.several:  # a full micro-batch has as many rows as their length allows, the last of a step fewer
-                    kernels += min(lengths, most // (2 * ROW_MULTIPLE))
+            if kind.as_is:
+                kernels += len(sizes) if most is None else self._as_they_come(kind, most, lengths)
             elif part and (most is not None or routed):
                 kernels += max(1, len(few_numbers_of_rows(rows)))
             elif part:
-                kernels += is_one_of_few(rows) if kind.sums else len({*probes, *pieces(rows)})
+                kernels += is_one_of_few(rows) if kind.sums else len({ROW_TILE, *pieces(rows)})
             else:
-                few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
-                kernels += len(few | (sums if kind.sums else heights))
+                kernels += len(few | ({size for size in sizes if is_one_of_few(size)} if kind.sums else heights))
         return KERNEL * min(kernels, CACHED) + GIVEN_UP * min(max(kernels - CACHED, 0), CACHED)
+
+    def _as_they_come(self, kind: _Kind, most: int, lengths: int) -> int:
+        """Kernels of a product for each length, or number of rows, that micro-batches of up to `most` tokens have."""
+        if kind.several == "of the rows":  # shorter ones are more than full ones
+            return 1 + max(1, most // self._length)
+        # a full micro-batch has as many rows as their length allows, the last one of a step fewer
+        return lengths + (min(lengths, most // (2 * ROW_MULTIPLE)) if kind.several else 0)
 
     def scratch(self, op: Callable[..., Any], args: Sequence[Any], a: Tensor, b: Tensor) -> list[int]:
         """The most bytes that `op` takes beside what it returns.

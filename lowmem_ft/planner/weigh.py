@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -245,11 +246,10 @@ class Scales:
         key = config.data.seq_len, tokens
         if key not in self._kernels:
             self._kernels[key] = self._products.kernel_bytes(
+                sizes={*self.tried, tokens, step_tokens(config) % tokens} - {0},
                 most=None if config.data.packing else tokens,
                 lengths=config.data.seq_len // ROW_MULTIPLE,
                 routed=self.stage.routed,
-                sizes={*self.tried, tokens, step_tokens(config) % tokens} - {0},
-                probed=True,
             )
         return self._kernels[key]
 
@@ -387,7 +387,7 @@ class Scales:
         trace = self._step(policy, classes, taken)
         found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
         if self._update is None:
-            self._products = self.stage.products.copy()
+            self._products = deepcopy(self.stage.products)
             self._update = next(segment for segment in found if segment.part == "update")
         pieces = Pieces()
         pieces.add(

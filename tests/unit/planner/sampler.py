@@ -8,7 +8,6 @@ streamed blocks and embeddings x tiles of MLPs.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ PROJECTED = [  # whose attention has q_proj and v_proj
 DENSE = [*PROJECTED, "phi3", "phi", "gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "falcon", "glm4", "bloom", "mpt"]
 MIXTURES = sorted(MOE_ARCHITECTURES)
 ATTENTION = ["q_proj", "v_proj"]
+PACKED_STEPS = 10  # where rows are as long and as many in each
 PEFT: list[dict[str, Any]] = [
     {"peft_type": "IA3", "target_modules": ATTENTION, "feedforward_modules": []},
     {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]},
@@ -164,27 +164,29 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def of_every_length(config: RunConfig, policy: Policy, *, steps: int) -> Iterator[list[Batch]]:
-    """Steps of random tokens: without packing the rows of a micro-batch have the next of all lengths, in any order, as
-    those of a long run have in the end."""
+def of_every_length(config: RunConfig, policy: Policy) -> Iterator[list[Batch]]:
+    """Steps of random tokens: without packing micro-batches have rows of all lengths, in any order, as many as fit, and
+    as few as there may be in the last one of a step; those of a long run have all that in the end."""
     together, longest, preferences = lanes(config), config.data.seq_len, preferences_of(config)
-    rows, generator = max(together, policy.micro_batch_tokens // longest), random.Random(0)
+    generator, most = random.Random(0), policy.micro_batch_tokens
     lengths = list(range(ROW_MULTIPLE, longest + 1, ROW_MULTIPLE))
     generator.shuffle(lengths)
-    in_turn = itertools.repeat(longest) if config.data.packing else itertools.cycle(lengths)
+    lengths = PACKED_STEPS * policy.accumulation * [longest] if config.data.packing else lengths
+    sizes = [(length, max(1, most // (together * length)) * together) for length in lengths]
+    sizes += [] if config.data.packing else [(length, together) for length in lengths]
 
     def document(length: int) -> list[Example]:
         ids = generator.choices(range(3, 100), k=length)
         return [Example(ids, ids)]
 
-    def batch(length: int) -> Batch:
+    def batch(length: int, rows: int) -> Batch:
         documents = [document(length) for _ in range(rows)]
         if preferences is None:
             return collate(documents, pad_id=0)
         return preferences.collate(judged(documents, preferences.lanes), pad_id=0, length=None)
 
-    for _ in range(steps):
-        yield [batch(length) for length in itertools.islice(in_turn, policy.accumulation)]
+    for start in range(0, len(sizes), policy.accumulation):
+        yield [batch(*size) for size in sizes[start : start + policy.accumulation]]
 
 
 def sizes_of(name: str, shape: tuple[int, int, int, int], positions: int = 512) -> dict[str, Any]:
