@@ -96,10 +96,10 @@ class Products:
                 kernels += len(sizes) if most is None else self._as_they_come(kind, most, lengths)
             elif part and (most is not None or routed):
                 kernels += max(1, len(few_numbers_of_rows(rows)))
-            elif part:
-                kernels += is_one_of_few(rows) if kind.sums else len({ROW_TILE, *pieces(rows)})
-            else:
-                kernels += len(few | ({size for size in sizes if is_one_of_few(size)} if kind.sums else heights))
+            else:  # a part as all tokens, too: policies with and without tiles are held against each other
+                own = {*sizes, rows} if part else {*sizes}
+                sums = {size for size in own if is_one_of_few(size)}
+                kernels += len(few | (sums if kind.sums else heights.union(*map(pieces, own))))
         return KERNEL * min(kernels, CACHED) + GIVEN_UP * min(max(kernels - CACHED, 0), CACHED)
 
     def _as_they_come(self, kind: _Kind, most: int, lengths: int) -> int:
