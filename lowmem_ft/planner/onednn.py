@@ -63,10 +63,9 @@ class Products:
         several: _Several = None
         if a.ndim > 2:
             several = "of the length" if self._length in (*a.shape[-2:], b.shape[-1]) else "of the rows"
-        kind, rows = _Kind(_Like.of(b), adds, sums=False, as_is=as_is, several=several), a.shape[-2]
-        if a.stride(-1) != 1:
-            factors = a.shape[:-1], b.shape[-1]
-            kind, rows = _Kind(factors, adds, sums=True, as_is=as_is, several=several), a.shape[-1]
+        sums = a.stride(-1) != 1
+        factors, rows = ((a.shape[:-1], b.shape[-1]), a.shape[-1]) if sums else (_Like.of(b), a.shape[-2])
+        kind = _Kind(factors, adds, sums, as_is, several)
         self._rows[kind] = max(rows, self._rows.get(kind, 0))
 
     def attend(self, q: Tensor, k: Tensor) -> None:
@@ -83,8 +82,7 @@ class Products:
             routed: there are experts, to which any number of rows comes, up to that of the last step.
         """
         # also what a plan tries for fewer rows, see `ROWS`, and what the check of isolation asks for
-        tried = [ROW_TILE, *(ROWS for size in sizes if size > ROWS and size % ROWS)]
-        heights = {*tried, *(height for size in sizes for height in pieces(size))}
+        tried = {ROW_TILE, *(ROWS for size in sizes if size > ROWS and size % ROWS)}
         few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
         kernels = 0
         for queries, keys in self._attended.values():  # keys of a learnt prefix stay as many
@@ -99,7 +97,7 @@ class Products:
             else:  # a part as all tokens, too: policies with and without tiles are held against each other
                 own = {*sizes, rows} if part else {*sizes}
                 sums = {size for size in own if is_one_of_few(size)}
-                kernels += len(few | (sums if kind.sums else heights.union(*map(pieces, own))))
+                kernels += len(few | (sums if kind.sums else tried.union(*map(pieces, own))))
         return KERNEL * min(kernels, CACHED) + GIVEN_UP * min(max(kernels - CACHED, 0), CACHED)
 
     def _as_they_come(self, kind: _Kind, most: int, lengths: int) -> int:
