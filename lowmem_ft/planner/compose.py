@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from lowmem_ft.core.host import LARGE
@@ -30,7 +29,6 @@ _AT_END: Mapping[Part, Collection[Part]] = {
     "backward": ("start", "reference"),
     "update": ("reference", "forward", "loss", "backward"),  # what came first of all, such as token ids, stays
 }
-_WORKER = itemgetter(Event._fields.index("phase"), Event._fields.index("block"))
 
 
 def windows(classes: Sequence[Hashable]) -> list[Window]:
@@ -133,21 +131,18 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
             count: its blocks take as long as they do forward.
         tier: whose bytes are counted; None for both together (a CPU, where they are the same memory).
     """
-    births: dict[int, tuple[Part, int | None, int]] = {}  # by key
+    born: dict[int, tuple[Part, int | None, int]] = {}  # by key, in segments that are over
+    own: dict[int, int] = {}  # by key, in the one at work: as its which piece
     groups: list[tuple[Part, int | None, list[Step]]] = [("start", None, [])]
     end: list[Step] = []
-    worked = set(map(_WORKER, trace.events))
-    last = max((at for _, at in worked if at is not None), default=0)
-    lowest = min((at for phase, at in worked if phase == "backward" and at is not None), default=0)
-    ordinal, origin = 0, lowest
     part, block, steps = groups[0]
+    ordinal, last, lowest, origin = 0, 0, None, 0  # type: int, int, int | None, int
+    distance: int | None = None  # of what is born in this segment
     early: Collection[Part] = ()
     before, worked_before = "forward", None  # phase and block of the event before
     for event in trace.events:
         key, nbytes, _, _, phase, worker, _ = event
         if phase not in _OF_A_STEP:
-            if nbytes > 0:
-                births[key] = "load", None, key
             continue
         if phase != before or worker != worked_before:
             before, worked_before = phase, worker
@@ -156,17 +151,26 @@ def segments(trace: Trace, seconds: Mapping[tuple[str, int | None], float], tier
                 now = cast(Part, phase), None
             elif worker is not None:
                 now = cast(Part, phase), worker
+                last = max(last, worker)
+                if phase == "backward":
+                    lowest = worker if lowest is None else min(lowest, worker)
             if now != (part, block):
-                (part, block), steps, ordinal = now, [], 0
+                born.update((key, (part, block, number)) for key, number in own.items())
+                (part, block), own, steps, ordinal = now, {}, [], 0
                 groups.append((part, block, steps))
                 early = _AT_END.get(part, ())
-                origin = block if block is not None else last if part == "loss" else lowest
+                origin = block if block is not None else last if part == "loss" else lowest or 0
+                distance = None if block is None else 0
         if nbytes > 0:
-            births[key] = part, block, ordinal
+            own[key] = ordinal
             ordinal += 1
             steps.append((event, None))
             continue
-        there, at, number = births[key]
+        number = own.pop(key, None)
+        if number is not None:
+            steps.append((event, _birth((part, distance, number))))
+            continue
+        there, at, number = born.get(key) or ("load", None, key)
         birth = _birth((there, None if at is None else at - origin, number))
         (end if there in early else steps).append((event, birth))
     groups.insert(len(groups) - (groups[-1][0] == "update"), ("end", None, end))
