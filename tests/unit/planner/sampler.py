@@ -166,7 +166,8 @@ def compare(drawn: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def of_every_length(config: RunConfig, policy: Policy) -> Iterator[list[Batch]]:
     """Steps of random tokens: without packing micro-batches have rows of all lengths, in any order, as many as fit, and
-    as few as there may be in the last one of a step; those of a long run have all that in the end."""
+    as few as there may be in the last one of a step; those of a long run have all that in the end. The last step is a
+    full one, which takes the most beside all that the others have left."""
     together, longest, preferences = lanes(config), config.data.seq_len, preferences_of(config)
     generator, most = random.Random(0), policy.micro_batch_tokens
     lengths = list(range(ROW_MULTIPLE, longest + 1, ROW_MULTIPLE))
@@ -174,6 +175,7 @@ def of_every_length(config: RunConfig, policy: Policy) -> Iterator[list[Batch]]:
     lengths = PACKED_STEPS * policy.accumulation * [longest] if config.data.packing else lengths
     sizes = [(length, max(1, most // (together * length)) * together) for length in lengths]
     sizes += [] if config.data.packing else [(length, together) for length in lengths]
+    sizes += policy.accumulation * [(longest, max(1, most // (together * longest)) * together)]
 
     def document(length: int) -> list[Example]:
         ids = generator.choices(range(3, 100), k=length)
