@@ -30,6 +30,7 @@ from lowmem_ft.core.checks import PACKAGE, installed_version
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.files import check_writable, write_text
+from lowmem_ft.core.printable import for_output
 from lowmem_ft.core.sizes import parse_count
 from lowmem_ft.report.progress import Reporter, show
 
@@ -215,7 +216,8 @@ def evaluate(
         return
     print("\n".join(lines))
     for answer in answers:
-        print(f"\nprompt:    {answer['prompt']}\nanswer:    {answer['answer']}\nreference: {answer['reference']}")
+        lines = [f"{name + ':':10} {answer[name]}" for name in ("prompt", "answer", "reference")]
+        print(for_output("\n".join(["", *lines])))
 
 
 def perplexity_of(loss: float) -> float | None:
@@ -252,7 +254,7 @@ def generate(
 
     def say(index: int, text: str) -> None:
         nonlocal shown
-        print("\n" * (index - max(shown, 0)) + text, end="", flush=True)
+        print("\n" * (index - max(shown, 0)) + for_output(text), end="", flush=True)
         shown = index
 
     ready = assemble_run(config, made, chosen, Reporter(quiet=as_json))
@@ -262,7 +264,7 @@ def generate(
         say(len(texts), "")
         return
     for prompt, answer in zip(texts, answers, strict=True):
-        print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer)
+        print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else for_output(answer))
 
 
 for command in (chat, merge, export, push, init, doctor, docs):

@@ -16,6 +16,7 @@ import typer
 from lowmem_ft.cli.runs import DeviceOption, assemble_run, on_device, open_run
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.core.interrupt import first_interrupt
+from lowmem_ft.core.printable import for_output
 from lowmem_ft.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def chat(
                 ready.model,
                 ready.tokenizer,
                 messages,
-                say=lambda text: None if as_json else print(text, end="", flush=True),
+                say=lambda text: None if as_json else print(for_output(text), end="", flush=True),
                 stop=lambda: bool(stopped),
                 **asdict(replace(sampling, seed=seed + turn) if temperature else sampling),
             )

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,24 @@ def test_generate_streams(command: Command, config: Path) -> None:
     assert streamed[1].endswith("\n")
     code, _, err = command("generate", config, "What is cp?", "--stream", "--json")
     assert (code, "do not go together" in err) == (2, True)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("options", [(), ("--stream",)])
+def test_answers_command_no_terminal(
+    command: Command, config: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], terminal: bool
+) -> None:
+    """Escape sequences, as they may stand in what a model was trained on; a pipe gets what was generated."""
+    rings = "\x1b]0;changed\x07ls"
+
+    def generated(*_: Any, say: Any = None, **__: Any) -> list[str]:
+        if say is not None:
+            say(0, rings)
+        return [rings]
+
+    monkeypatch.setattr(sys.modules["lowmem_ft.generate"], "generate", generated)
+    monkeypatch.setattr("lowmem_ft.core.printable.is_terminal", lambda: terminal)
+    assert command("generate", config, "hi", *options)[1].strip() == ("\\x1b]0;changed\\x07ls" if terminal else rings)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
