@@ -196,8 +196,9 @@ class Search:
         so which takes the least of it. `most` as of `process_peak`."""
         found: Answer | None = None
         for weighed in sorted(self.few(place, timed=True), key=lambda it: it.allocated):
-            # on a card one that takes more in tensors may have fewer holes, which matters where the holes do not fit
-            may = found is None or (not found.fits and self.device.process_bytes + weighed.allocated <= budget)
+            # on a card one that takes more in tensors may have fewer holes
+            least = self.device.process_bytes + weighed.allocated
+            may = found is None or (not found.fits and least <= (found.process if most is None else budget))
             if may or self.device.kind == "cpu" or self.config.policy.objective == "memory":
                 answer = self.answer(weighed, (), budget, most=most if found is None else found.process)
                 found = answer if found is None or answer.process < found.process else found

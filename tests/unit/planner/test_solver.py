@@ -26,7 +26,7 @@ from lowmem_ft.planner.solver import _smallest, make_plan, require_fit
 from lowmem_ft.planner.stored import Stored
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime.blocks import causal_model
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_config
 
 GIB = 2**30
 QUANTIZED = {
@@ -213,6 +213,22 @@ def test_the_smallest_goes_by_what_the_process_takes(models: dict[str, Path], se
         plan = make_plan(config(models["wide"], **sections, budget={"memory": memory}), device=CARD)
         assert (plan.fits, plan.predicted.process_peak_bytes) == (memory == exact, exact)
         assert plan.policy.keep_blocks == policy
+
+
+def test_the_smallest_of_a_far_budget_is_that_of_a_near_one(tmp_path: Path) -> None:
+    """What holds least in tensors may have more holes: a plan said "at least 972 MiB" where 952 do."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    tiny_config("llama", vocab_size=128256, num_hidden_layers=2, **sizes, max_position_embeddings=1024).save_pretrained(
+        tmp_path
+    )
+    settings = config(tmp_path, data={"seq_len": 1024}, train={"tokens_per_step": 1024}, adapter={"rank": 2})
+    card = find_device("rtx-3050-laptop-4gb")
+    search = Search(settings, card, 4)
+    place = search.choices.optimizers[-1]
+    both = sorted(search.few(place, timed=True), key=lambda it: it.allocated)
+    process = [search.answer(it, (), 1).process for it in both]
+    assert process[0] > process[1]
+    assert search.smallest_answer(1, place).process == process[1]
 
 
 def test_the_longest_sequence_that_fits(models: dict[str, Path]) -> None:
