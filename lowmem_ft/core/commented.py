@@ -81,7 +81,7 @@ COMMENTS: Mapping[str, str] = {
     "policy.objective": "what to go for, never null: speed, context, batch or memory",
     "policy.resident_blocks": "blocks that stay on the device; the others are streamed",
     "policy.keep_blocks": "last blocks that keep their activations",
-    "policy.activations": "keep, recompute or offload",
+    "policy.activations": "keep, recompute or offload; beside keep_blocks of the other blocks",
     "policy.keep_attention": "blocks that recompute keep what attention gave",
     "policy.micro_batch_tokens": "tokens of one forward pass",
     "policy.loss_chunk_tokens": "tokens whose logits exist at a time",

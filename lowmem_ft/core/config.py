@@ -275,7 +275,8 @@ class PolicyConfig(Section):
     """What the planner goes for, and decisions pinned by the user; None leaves them to the planner.
 
     `objective`: the fastest step (speed), the longest sequence that fits (context; it takes the place of data.seq_len),
-    the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones.
+    the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones;
+    the others do what `activations` says, if that is not keep.
     `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
     `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says. MLPs work on
     `mlp_tile_tokens` of a micro-batch's tokens at a time, or with 0 on all.

@@ -137,8 +137,6 @@ class Choices:
         pinned, depth = self.config.policy, self.scales.depth
         if self.config.adapter.prompt_learning or pinned.activations == "keep":
             return (depth,)
-        if pinned.activations == "recompute":
-            return (0,)
         if pinned.keep_blocks is None:
             return range(depth + 1) if pinned.activations is None else (0,)
         return (pinned.keep_blocks,)
@@ -334,13 +332,11 @@ def _refuse_pins(config: RunConfig, device: Device, depth: int) -> None:
     for name, count in (("resident_blocks", policy.resident_blocks), ("keep_blocks", policy.keep_blocks)):
         if count is not None and count > depth:
             raise ConfigError("There are not so many blocks.", given=f"policy.{name}: {count}", allowed=f"0 to {depth}")
-    of_all = {"keep": depth, "recompute": 0}.get(policy.activations or "")
-    if of_all is not None and policy.keep_blocks not in (None, of_all) and not config.adapter.prompt_learning:
+    if policy.activations == "keep" and policy.keep_blocks not in (None, depth) and not config.adapter.prompt_learning:
         raise ConfigError(
             "Two pins of the policy say different things.",
-            given=f"policy.activations: {policy.activations}, which concerns all blocks, "
-            f"and policy.keep_blocks: {policy.keep_blocks}",
-            allowed=f"policy.keep_blocks: {of_all}",
+            given=f"policy.activations: keep, which concerns all blocks, and policy.keep_blocks: {policy.keep_blocks}",
+            allowed=f"policy.keep_blocks: {depth}",
             fix="leave one of them out; keep_blocks alone has the other blocks recompute or offload",
         )
     least, pinned = lanes(config) * config.data.seq_len, policy.micro_batch_tokens

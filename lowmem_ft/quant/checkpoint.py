@@ -373,7 +373,7 @@ def _placed(folder: Path) -> str:
 
 def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     small = [*SMALL_FILES, *(["*.py"] if code else [])]
     # of folders templates alone (additional_chat_templates): what else lies there is the model in other formats
@@ -387,15 +387,18 @@ def _download(hub_id: str, *, weights: bool, code: bool) -> Path:
         what = "the model's weights can be neither reached nor found in the hub's cache, which has its small files"
         given = f"{hub_id}, in {folder}"
         files = [file.name for file in _named_files(folder, INDEX)[0]]
+        if all((folder / name).exists() for name in files):
+            return folder  # of which versions of the hub's library below 2 would ask the network all the same
         # the very same revision, and only the files that make up the model: many repositories hold it twice
+        offline: bool = constants.HF_HUB_OFFLINE
         folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *files],
-                                        ignore_patterns=below))  # fmt: skip
-        if constants.HF_HUB_OFFLINE and not any((folder / name).exists() for name in files):
+                                        ignore_patterns=below, local_files_only=offline))  # fmt: skip
+        if offline and not any((folder / name).exists() for name in files):
             raise LocalEntryNotFoundError("offline, what is in the cache is taken for all there is")
         return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # without a network one of httpx, or of httpx2 in later versions of the hub's library
         raise CheckpointError(
             what,
             given=given,

@@ -56,8 +56,8 @@ def _pinned(config: RunConfig, policy: Policy) -> Iterator[RunConfig]:
     """`config` with all decisions of `policy` that it leaves open, then with those alone that show in the results."""
     for names in (_OF_SUMS + _OF_MEMORY, _OF_SUMS):
         pins = {name: getattr(policy, name) for name in names}
-        if policy.offload_blocks and "keep_blocks" in pins:
-            pins["activations"] = "offload"
+        if "keep_blocks" in pins and policy.offload_blocks + policy.recompute_blocks:
+            pins["activations"] = "offload" if policy.offload_blocks else "recompute"
         own = config.policy.model_dump(exclude_none=True)
         yield config.model_copy(update={"policy": config.policy.model_copy(update={**pins, **own})})
 

@@ -23,7 +23,6 @@ from tests.unit.planner.test_solver import DEVICE, QUANTIZED, config, models, wi
         ({"keep_blocks": 9}, "not so many blocks"),
         ({"stream_from": "host"}, "streamed from disk"),
         ({"activations": "keep", "keep_blocks": 0}, "keep_blocks: 6"),
-        ({"activations": "recompute", "keep_blocks": 3}, "keep_blocks: 0"),
         ({"micro_batch_tokens": 1}, "allowed: 64"),
     ],
 )
@@ -86,6 +85,14 @@ def test_pins_are_followed(models: dict[str, Path]) -> None:  # noqa: F811
     policy = make_plan(config(models["llama"], policy=pins), device=DEVICE).policy
     assert (policy.keep_blocks, policy.micro_batch_tokens, policy.accumulation) == (0, 128, 4)
     assert (policy.loss_chunk_tokens, policy.compute_dtype) == (32, "float32")
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_some_blocks_keep_and_the_others_do_as_they_are_told(models: dict[str, Path], activations: str) -> None:  # noqa: F811
+    pins = {"activations": activations, "keep_blocks": 2}
+    policy = make_plan(config(models["deep"], policy=pins), device=DEVICE).policy
+    counts = (policy.keep_blocks, policy.recompute_blocks, policy.offload_blocks)
+    assert counts == ((2, 4, 0) if activations == "recompute" else (2, 0, 4))
 
 
 def test_auto_bits_takes_the_most_that_fit(models: dict[str, Path]) -> None:  # noqa: F811

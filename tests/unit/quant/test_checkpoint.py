@@ -308,6 +308,27 @@ def test_a_hub_id_is_taken_from_the_hubs_cache(monkeypatch: pytest.MonkeyPatch, 
         Checkpoint.open("somebody/tiny")
 
 
+class _ConnectError(Exception):
+    """As of httpx, which is no OSError."""
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a network a model in the cache needs none; of one that is there in part that is said."""
+    folder = save_tiny("llama", tmp_path / "0123456789abcdef0123456789abcdef01234567", max_shard_size="50KB")
+
+    def download(repo: str, *, revision: str | None = None, **_: Any) -> str:
+        if revision is not None:
+            raise _ConnectError("no network")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert Checkpoint.open("somebody/tiny").folder == folder
+    remove_shard(folder)
+    with pytest.raises(CheckpointError, match="weights can be neither reached nor found") as caught:
+        Checkpoint.open("somebody/tiny")
+    assert "_ConnectError" in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("downloaded", [0, 1])
 def test_planning_takes_an_index_whose_files_are_still_to_be_downloaded(tmp_path: Path, downloaded: int) -> None:
     folder = save_tiny("llama", tmp_path / "model", max_shard_size="50KB")
@@ -323,9 +344,7 @@ def test_of_a_hub_repository_only_what_is_needed_is_downloaded(
     there = [*(file.name for file in llama.iterdir()), "pytorch_model.bin", "model.py", "original/model.safetensors"]
     there += ["additional_chat_templates/tool_use.jinja", "spiece.model", "onnx/config.json"]
 
-    def download(
-        repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
-    ) -> str:
+    def download(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
         for name in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             file = tmp_path / name
             file.parent.mkdir(exist_ok=True)

@@ -102,9 +102,10 @@ def test_the_longest_sequences_and_the_precision_stay_what_they_were(
     assert again.plan.run_config.quant.bits == "auto"
 
 
-def test_all_that_was_decided_stays_where_there_is_room(tmp_path: Path, free: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("room", [100, 120])  # where blocks recompute, and where they offload
+def test_all_that_was_decided_stays_where_there_is_room(tmp_path: Path, free: Callable[[int], None], room: int) -> None:
     settings = config(tmp_path, "run")
-    free(120 * MIB)
+    free(room * MIB)
     begun = Plan.from_dict(json.loads(solver.make_plan(settings).to_json()))
     free(4096 * MIB)
     again = plan_again(settings, begun)
