@@ -34,8 +34,8 @@ MOST = 7 << 18  # bytes a thread
 ROWS = 256
 # Of a product for one number of rows it keeps the kernel that it compiles: 0.53 to 0.69 MB were measured with matrices
 # of 16 x 96 to 2048 x 768 and 64 to 1024 rows, multiplied, added to others or summed over, with one thread and with two
-# (torch 2.13, AVX512 with bf16, 2026-11-27)
-KERNEL = 5 << 17
+# (torch 2.13, AVX512 with bf16, 2026-11-27); in runs of two BLOOMs, which compiled 275 and 371, 0.58 and 0.60 MB
+KERNEL = 19 << 15
 # Of its latest kernels it keeps so many (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`). Of as many again that it gives up, part of
 # the memory stays: from the 1025th to the 2048th attention took 0.31 MiB each (962 MiB in all, lengths up to 3840) and
 # products of 1 to 3000 rows 0.43, later ones next to nothing. With room for 64 both grew up to the 1088th (480 MiB)
