@@ -185,7 +185,8 @@ def test_preference_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     evaluated = re.search(r"^eval_loss ([\d.]+)", text_of(outputs["evaluate"]), re.MULTILINE)
     assert evaluated
     assert float(evaluated[1]) == pytest.approx(min(float(loss) for _, loss, *_ in lines), abs=0.001)
-    answers = re.search(r"^before: (.*)^after: (.*)", text_of(outputs["ask"]), re.MULTILINE | re.DOTALL)
+    said = "".join(out.text for out in outputs["ask"])  # where <file> may stand, which is no tag
+    answers = re.search(r"^before: (.*)^after: (.*)", said, re.MULTILINE | re.DOTALL)
     assert answers
     assert answers[1].strip() != answers[2].strip()
     others = re.findall(r"(\w+): held-out loss [\d.]+, margin [+-][\d.]+", text_of(outputs["others"]))
