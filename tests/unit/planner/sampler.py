@@ -173,9 +173,13 @@ def of_every_length(config: RunConfig, policy: Policy) -> Iterator[list[Batch]]:
     lengths = list(range(ROW_MULTIPLE, longest + 1, ROW_MULTIPLE))
     generator.shuffle(lengths)
     lengths = PACKED_STEPS * policy.accumulation * [longest] if config.data.packing else lengths
-    sizes = [(length, max(1, most // (together * length)) * together) for length in lengths]
+
+    def full(length: int) -> tuple[int, int]:
+        return length, max(1, most // (together * length)) * together
+
+    sizes = [full(length) for length in lengths]
     sizes += [] if config.data.packing else [(length, together) for length in lengths]
-    sizes += policy.accumulation * [(longest, max(1, most // (together * longest)) * together)]
+    sizes += policy.accumulation * [full(longest)]
 
     def document(length: int) -> list[Example]:
         ids = generator.choices(range(3, 100), k=length)
