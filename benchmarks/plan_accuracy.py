@@ -23,6 +23,7 @@ import datetime
 import gc
 import gzip
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -340,11 +341,9 @@ def train_here(data: dict[str, Any]) -> dict[str, Any]:
     plan = make_plan(config)
     ready = assemble(config, plan.policy, torch.device("cpu"))
     batches = FullBatches(config, plan.policy, vocabulary=100)
-    for _ in range(2):
-        train_step(ready, batches, lr=1e-4, mismatched=mismatched_of(config, batches))
-    for later in of_every_length(config, plan.policy):
-        train_step(ready, later, lr=1e-4, mismatched=mismatched_of(config, later))
+    for step in itertools.chain([batches, batches], of_every_length(config, plan.policy)):
         release_freed_memory()  # as a run does
+        train_step(ready, step, lr=1e-4, mismatched=mismatched_of(config, step))
     planned, measured = plan.predicted.process_peak_bytes, process_peak_bytes()
     base = plan.device["process_bytes"]
     return {

@@ -191,6 +191,8 @@ def assemble(
     ready.model.train()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took for a moment would count as reserved while training
+    if device.type == "cpu":
+        release_freed_memory()
     return ready
 
 

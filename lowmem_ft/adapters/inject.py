@@ -26,6 +26,7 @@ from lowmem_ft.adapters.targets import (
 )
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.host import Trimmer
 from lowmem_ft.quant.experts import QuantStack
 
 Bias = Literal["none", "all", "lora_only"]
@@ -162,6 +163,7 @@ def inject_resolved(
         requires_grad={name: parameter.requires_grad for name, parameter in model.named_parameters()},
     )
     model.requires_grad_(False)
+    trimmer = Trimmer()
     for path, rank in ranks.items():
         target = candidates[path]
         common: dict[str, Any] = {"rank": rank, "alpha": alphas[path], "dropout": dropout, "rslora": rslora}
@@ -170,6 +172,8 @@ def inject_resolved(
             layer = LoraLinear(target, dora=dora, **common)
             if bias == "lora_only" and layer.bias is not None:
                 layer.bias.requires_grad_(True)
+            if layer.magnitude is not None and layer.magnitude.device.type == "cpu":
+                trimmer.worked(layer.in_features * layer.out_features * dtype.itemsize)  # the dequantized W
             model.set_submodule(path, layer)
         else:
             parent_path, _, name = path.rpartition(".")

@@ -51,6 +51,24 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+class Trimmer:
+    """Gives freed memory back to the operating system after every few MiB of work.
+
+    glibc puts the many short-lived tensors of a load between those that stay, and keeps the holes: the peak of the same
+    load varied by 90 MiB from run to run, and DoRA's norms of half a billion int8 weights left as much.
+    """
+
+    def __init__(self, every_bytes: int = 8 << 20) -> None:
+        self._every, self._since = every_bytes, 0
+
+    def worked(self, nbytes: int) -> None:
+        """Call it after work on `nbytes`. Costs some 0.3 ms when it does something."""
+        self._since += nbytes
+        if self._since >= self._every:
+            release_freed_memory()
+            self._since = 0
+
+
 @cache
 def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
-from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.core.host import Trimmer
 from lowmem_ft.quant.architecture import Template, conversion_plan, meta_model, template_of
 from lowmem_ft.quant.cache import CacheEntry, CacheWriter
 from lowmem_ft.quant.checkpoint import CHUNK_BYTES, Checkpoint, StoredSource, TensorSource
@@ -157,24 +157,6 @@ class ModelHolder:
         _set_tensor(self.model, name, self._place(name, tensor))
 
 
-class _Trimmer:
-    """Gives freed memory back to the system after every few MiB of work.
-
-    glibc puts the many short-lived tensors of quantization between those that stay, and keeps the holes: the peak of
-    the same load varied by 90 MiB from run to run.
-    """
-
-    def __init__(self, every_bytes: int = 8 << 20) -> None:
-        self._every, self._since = every_bytes, 0
-
-    def worked(self, nbytes: int) -> None:
-        """Call it after work on `nbytes`. Costs some 0.3 ms when it does something."""
-        self._since += nbytes
-        if self._since >= self._every:
-            release_freed_memory()
-            self._since = 0
-
-
 class StepLoader:
     """Loads one step of the plan."""
 
@@ -229,7 +211,7 @@ class StepLoader:
         whole = 0 if self.all_quantized or as_read else input_numel(self.step, self.source, sliced=self.sliced)
         return kept, work + whole * self.dtype.itemsize
 
-    def load(self, skip: Collection[str], scratch: Tensor, trimmer: _Trimmer) -> None:
+    def load(self, skip: Collection[str], scratch: Tensor, trimmer: Trimmer) -> None:
         """Read, convert, quantize and hold everything but the targets in `skip`."""
         step, device = self.step, scratch.device
         if self._take_stored(device):
@@ -333,7 +315,7 @@ def _read_all(
     total, done = sum(loader.nbytes for loader in steps), 0
     # one piece of memory for all that is quantized: the same room freed and asked for again ends in fragments
     scratch = torch.empty(max((loader.scratch_bytes for loader in steps), default=0), dtype=torch.uint8, device=device)
-    trimmer = _Trimmer()
+    trimmer = Trimmer()
     apart = [loader for loader in steps if set(loader.step.targets) <= set(tables)]
     for loader in apart + [loader for loader in steps if loader not in apart]:
         loader.load(redundant, torch.empty(0) if loader in apart else scratch, trimmer)

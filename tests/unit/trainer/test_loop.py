@@ -216,6 +216,21 @@ def test_what_is_not_finite_is_null_in_the_metrics(data: Path, monkeypatch: pyte
     assert "training loss" in (run.adapter / "README.md").read_text()
 
 
+def test_nothing_comes_on_top_of_freed_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an evaluation before the first step, of reading a checkpoint, of a step before an evaluation."""
+    done: list[str] = []
+    evaluate, step = loop.evaluate, recovery.Recovery.step
+
+    def told(name: str, work: Any) -> Any:
+        return lambda *args, **options: done.append(name) or work(*args, **options)
+
+    monkeypatch.setattr(loop, "release_freed_memory", lambda: done.append("release"))
+    monkeypatch.setattr(loop, "evaluate", told("evaluate", evaluate))
+    monkeypatch.setattr(recovery.Recovery, "step", told("step", step))
+    loop.train(config(data, train={"steps": 2, "eval_every": 1}), reporter=QUIET)
+    assert done == ["release", "evaluate"] + 2 * ["release", "step", "release", "evaluate"]
+
+
 def test_keep_best_restores_the_best_evaluation(data: Path) -> None:
     # the second half is wrecked by a rate that no model survives
     settings = config(data, train={"steps": 4, "eval_every": 2, "lr": 0.5, "warmup": 0, "schedule": "constant"})
