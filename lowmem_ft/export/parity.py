@@ -22,6 +22,7 @@ from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import DataError, ParityError
 from lowmem_ft.core.host import release_freed_memory
+from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.data.reading import read_preferences, read_sources
 from lowmem_ft.data.records import SUFFIXES
@@ -155,9 +156,10 @@ def held_out(config: RunConfig, base: Checkpoint, text: Path | None = None) -> H
         ids = torch.randint(vocabulary, (2, 64), generator=generator).tolist()
         return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")
     most = min(TOKENS, max(2, LOGITS_BYTES // (2 * len(tokenizer))))
+    longest = min(SEQUENCE, positions_of(base.config) or SEQUENCE)
     sources = config.data.eval if text is None else str(text) if text.suffix.lower() in RECORDS else None
     if sources:
-        records = _read_records(config, sources, tokenizer, most, own=text is None)
+        records = _read_records(config, sources, tokenizer, most, longest=longest, own=text is None)
         return HeldOut(sequences=few(records, most), origin="data.eval" if text is None else str(text))
     if text is not None:
         try:
@@ -171,19 +173,22 @@ def held_out(config: RunConfig, base: Checkpoint, text: Path | None = None) -> H
     ids = tokenizer(content[: 16 * TOKENS], verbose=False)["input_ids"]
     if len(ids) < 2:
         raise DataError("There is no text to check on.", given=origin, allowed="two tokens or more")
-    return HeldOut(sequences=few([ids[at : at + SEQUENCE] for at in range(0, len(ids), SEQUENCE)], most), origin=origin)
+    return HeldOut(sequences=few([ids[at : at + longest] for at in range(0, len(ids), longest)], most), origin=origin)
 
 
-def _read_records(config: RunConfig, sources: Any, tokenizer: Any, most: int, *, own: bool) -> list[Sequence[int]]:
-    """Token ids of up to `most` records, of the run's `own` data or of a file whose format is found out."""
+def _read_records(
+    config: RunConfig, sources: Any, tokenizer: Any, most: int, *, longest: int, own: bool
+) -> list[Sequence[int]]:
+    """Up to `longest` token ids of each of up to `most` records, of the run's `own` data or of a file whose format is
+    found out."""
     data = config.data.model_copy(update={"cache": None})
     common: dict[str, Any] = {"use": "eval", "task": lambda _: nullcontext(lambda *_: None)}
     try:
         if own and learns_preferences(config):  # whole rows: a shorter one may not hold an answer
             answers, _ = read_preferences(sources, data, tokenizer, wanted="verdicts", **common)
             some = (answers[at] for at in range(min(len(answers), most)))
-            return [it.input_ids[:SEQUENCE] for pair in some for it in pair.documents]
-        changes = {"seq_len": SEQUENCE, "assistant_only": False, "overlong": "truncate"}
+            return [it.input_ids[:longest] for pair in some for it in pair.documents]
+        changes = {"seq_len": longest, "assistant_only": False, "overlong": "truncate"}
         changes |= {} if own else {"format": "auto", "columns": {}}
         examples, _ = read_sources(sources, data.model_copy(update=changes), tokenizer, **common)
         return [examples[at].input_ids for at in range(min(len(examples), most))]

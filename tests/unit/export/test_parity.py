@@ -255,6 +255,18 @@ def test_text_to_check_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         held_out(config, model, tmp_path / "missing.txt")
 
 
+def test_text_is_no_longer_than_a_table_of_positions(tmp_path: Path) -> None:
+    """Behind its end such models compute nothing; rotary positions would go on."""
+    made = trained("opt", tmp_path, model={"vocab_size": 4096})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(str(files("lowmem_ft") / "assets" / "doclm-7m" / file), tmp_path / "base" / file)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "one two three " * 100}) + "\n")
+    for text in (None, tmp_path / "long.jsonl"):
+        found = held_out(made.config, Checkpoint.open(made.config.model), text)
+        assert max(map(len, found.sequences)) == 128
+    merged(made, tmp_path)
+
+
 def test_text_of_ones_own_has_a_format_of_its_own(tmp_path: Path) -> None:
     model = Checkpoint.open(str(files("lowmem_ft") / "assets" / "doclm-7m"))
     data = {"format": "chosen", "columns": {"chosen": "answer"}, "eval": str(tmp_path / "moved.jsonl")}
