@@ -57,7 +57,8 @@ def verified(plan: Plan) -> Plan:
     else:
         ready, held = _loaded(config, plan.policy)
         loading = process_peak_bytes()
-        taken = _most(lambda: train_step(ready, batches[:1], lr=1e-4, mismatched=mismatched[:1]))
+        first = FullBatches(config, replace(plan.policy, accumulation=1), vocabulary=SMALLEST_VOCABULARY)
+        taken = _most(lambda: train_step(ready, first, lr=1e-4, mismatched=mismatched_of(config, first)))
         measured = {"allocated_peak_bytes": held + taken}
         gc.collect()
         release_freed_memory()

@@ -101,6 +101,13 @@ def test_a_plan_takes_rows_in_pairs_and_is_verified(models: Path, objective: str
     assert measured <= predicted <= measured * (1 + MOST)
 
 
+def test_what_is_verified_has_one_micro_batch_at_a_time(models: Path) -> None:
+    """As a run has: KTO's other prompts come, and go, before those that are learnt from."""
+    pins = {"micro_batch_tokens": 2048, "loss_chunk_tokens": 64, "activations": "keep"}
+    plan = make_plan(config_of(models / "llama", "kto", policy=pins, train={"tokens_per_step": 2048}))
+    assert verified(plan).measured["allocated_peak_bytes"] <= plan.predicted.allocated_peak_bytes
+
+
 def test_passes_of_the_reference_take_their_time(models: Path) -> None:
     """A pass without gradients beside one with them and its backward, which recomputes: one in four, and three."""
     pins = {"activations": "recompute", "micro_batch_tokens": 256, "loss_chunk_tokens": 128}
