@@ -148,6 +148,30 @@ for train in sys.argv[1:]:
     assert found == [before, "1", "1", "1", "1"]
 
 
+def test_the_first_read_of_a_table_takes_nothing_that_a_plan_has_not_measured(tmp_path: Path) -> None:
+    """Training looks at a row before it plans: of the same file `lowmem-ft plan` said a budget that was 10 MiB less."""
+    code = """
+import sys
+from pathlib import Path
+from lowmem_ft.core.config import RunConfig
+from lowmem_ft.data.records import read_rows
+from lowmem_ft.planner import solver
+from lowmem_ft.runtime.memory import process_bytes
+
+def measured(name):
+    before = process_bytes()
+    next(read_rows(Path(sys.argv[1])))
+    sys.exit(10 + (process_bytes() - before > 5 << 20))
+
+solver.find_device = measured
+solver.make_plan(RunConfig.from_dict({"model": "m", "data": {"train": sys.argv[1]}}))
+"""
+    file = tmp_path / "a.parquet"
+    Dataset.from_list([{"text": "one two"}]).to_parquet(file)
+    done = subprocess.run([sys.executable, "-c", code, str(file)], check=False, timeout=300)
+    assert done.returncode == 10
+
+
 def test_hub_ids_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the hub's cache holds is used; what it does not is a clear error, in this process and without datasets."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
