@@ -55,7 +55,7 @@ class MicroBatches(Sequence[Batch]):
         largest_first = np.argsort(-tokens, kind="stable")  # what fits then fits later
         self.rows = rows.reordered(largest_first)
         lanes = 1 if preferences is None else preferences.lanes
-        self.widest = lanes * self._padded(int(tokens.max()))  # the least that a micro-batch may hold
+        self.widest = lanes * self._padded(int(np.max(tokens)))  # the least that a micro-batch may hold
         self.starts: list[int] = []  # first row of each micro-batch
         self._widths: list[int] = []  # of its rows
         for row, filled in enumerate(tokens[largest_first].tolist()):
@@ -94,7 +94,7 @@ class MicroBatches(Sequence[Batch]):
         lengths = mixed.lengths
         width = None
         if self.width is not None:  # rows of one length, as those of the step: each other one takes kernels of its own
-            width = max(self.width, min(round_up(int(lengths.max())), mixed.seq_len))
+            width = max(self.width, min(round_up(int(np.max(lengths))), mixed.seq_len))
         rows = Rows.single(np.arange(len(mixed))) if width is None else pack(lengths, capacity=width, seed=0)
         return MicroBatches(
             mixed,
@@ -345,11 +345,11 @@ def _deal(lengths: NDArray[np.int32], used: NDArray[np.int64] | None, seq_len: i
 
 def _packed_width(rows: Rows, lengths: NDArray[np.int32], seq_len: int) -> int:
     """One length for every row, so that every step takes the same memory; short where all data fits into little."""
-    return min(seq_len, round_up(int(rows.tokens(lengths).max())))
+    return min(seq_len, round_up(int(np.max(rows.tokens(lengths)))))
 
 
 def _check(lengths: NDArray[np.int32], seq_len: int) -> None:
     if not len(lengths):
         raise DataError("There are no examples to iterate over.", given=0, allowed="at least one")
-    if (longest := int(lengths.max())) > seq_len:
+    if (longest := int(np.max(lengths))) > seq_len:
         raise DataError("An example is longer than a row.", given=f"{longest} tokens", allowed=f"{seq_len} (seq_len)")

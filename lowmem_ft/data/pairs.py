@@ -43,7 +43,8 @@ class Preferences:
         if isinstance(examples, Mixture):
             return np.concatenate([self.lengths(source) for source in examples.sources])
         if isinstance(examples, StoredPreferences):
-            return np.maximum.reduceat(examples.stored.lengths, examples.firsts).astype(np.int32)
+            longer: NDArray[np.int32] = np.maximum.reduceat(examples.stored.lengths, examples.firsts)
+            return longer.astype(np.int32)
         return np.fromiter((max(map(len, it.documents)) for it in examples), np.int32, len(examples))
 
     def collate(self, rows: Sequence[Sequence[PreferenceExample]], *, pad_id: int, length: int | None) -> Batch:

@@ -60,7 +60,8 @@ class StoredPreferences(Sequence[PreferenceExample]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         """(N,) tokens of each, both answers of a pair together."""
-        return np.add.reduceat(self.stored.lengths, self.firsts)
+        together: NDArray[np.int32] = np.add.reduceat(self.stored.lengths, self.firsts)
+        return together
 
     def __len__(self) -> int:
         return len(self.firsts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
@@ -41,7 +42,7 @@ class FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight = weight
         kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if columns:
             return x.new_empty(*x.shape[:-1], columns, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_expandable_segments_as_the_environment_asks(monkeypatch: pytest.MonkeyP
 
 
 def test_segments_that_grow_and_those_that_do_not() -> None:
-    card = find_device("rtx-3060-12gb")
+    card = replace(find_device("rtx-3060-12gb"), bias_workspace=0)  # as of PyTorch 2.13
     made = [(key, 7 * MIB) for key in range(1, 9)]
     # two pieces and no third go into a segment of 20 MiB; one that grows has room left at its end alone. What is small
     # has 2 MiB of its own

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lowmem_ft.adapters.inject import inject_lora
 from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.runtime import tiled_mlp
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
 from lowmem_ft.runtime.tiled_mlp import TiledMlps, find_mlps
@@ -190,6 +191,14 @@ def test_memory_does_not_grow_with_the_sequence(keep: int) -> None:
         peaks.append(peak_bytes(step))
     inner = 2048 * 512 * 2  # bytes of one tensor of the hidden layer
     assert peaks[0] - peaks[1] > (3 if keep == 0 else 6) * inner
+
+
+def test_an_mlp_is_differentiated_on_top_of_no_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, done = adapted("llama"), []
+    TiledMlps(model).work_in(4)
+    monkeypatch.setattr(tiled_mlp, "release_freed_memory", lambda: done.append(True))
+    gradients(model)
+    assert len(done) == len(find_blocks(model)[1])
 
 
 def test_few_tokens_and_evaluation_have_no_graph_of_tiles() -> None:
