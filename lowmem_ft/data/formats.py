@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_ft.core.config import DataFormat, DataRole
 from lowmem_ft.core.errors import DataError, nearest
+from lowmem_ft.data.records import parsed
 
 # kind -> keys that a record of it has. In this order `auto` looks for them: pairs and verdicts first, because training
 # on all of their answers would be wrong without a word.
@@ -293,11 +294,9 @@ def _from_sharegpt(number: int, turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """A list that a table holds as JSON text: CSV knows nothing else, and schemas of tools differ from row to row."""
-    try:
-        return json.loads(value) if isinstance(value, str) and value.strip() else value
-    except (json.JSONDecodeError, RecursionError):
-        return value  # ChatRenderer says what is wrong
+    """A list that a table holds as text: CSV knows nothing else, and schemas of tools differ from row to row. Of what
+    is none ChatRenderer says what is wrong."""
+    return parsed(value) if isinstance(value, str) else value
 
 
 def _answer(record: Mapping[str, Any], key: str = "completion") -> Conversation | Completion:

@@ -301,18 +301,23 @@ def _message_lists(record: dict[str, str]) -> dict[str, Any]:
 
 
 def _messages_in(cell: str) -> list[Any] | None:
-    if not cell.lstrip().startswith("[{"):
+    turns = parsed(cell) if cell.lstrip().startswith("[{") else None
+    if not isinstance(turns, list):
         return None
-    for read in (json.loads, ast.literal_eval):
+    known = all(isinstance(it, dict) and ({"role", "content"} <= {*it} or {"from", "value"} <= {*it}) for it in turns)
+    return turns if known else None
+
+
+def parsed(text: str) -> Any:
+    """What a text holds as JSON, or of lists and objects also as Python and pandas write them; the text where it holds
+    neither."""
+    held = text.strip()
+    for read in (json.loads, ast.literal_eval) if held.startswith(("[", "{")) else (json.loads,):
         try:
-            turns = read(cell.strip())
+            return read(held)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        known = all(
-            isinstance(it, dict) and ({"role", "content"} <= {*it} or {"from", "value"} <= {*it}) for it in turns
-        )
-        return turns if known else None
-    return None
+    return text
 
 
 def _tsv(path: Path, file: io.BufferedReader) -> Iterator[Row]:

@@ -179,6 +179,20 @@ def test_verdicts(label: Any, good: bool) -> None:
     assert RecordReader(format="kto").read({"prompt": "a", "completion": "b", "label": int(good)}) == content
 
 
+@pytest.mark.parametrize("write_list", [json.dumps, str], ids=["json", "pandas"])
+@pytest.mark.parametrize("columns", [{}, {"messages": "said", "tools": "known"}], ids=["keys", "columns"])
+def test_conversations_in_cells(write_list: Any, columns: dict[Any, str]) -> None:
+    """A CSV file that pandas wrote has them as Python writes lists; a single such column was refused."""
+    turns = [{"role": "user", "content": 'It\'s "ls"?'}, {"role": "assistant", "content": "Yes.\n", "weight": None}]
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    cells = {"messages": f" {write_list(turns)}", "tools": write_list(tools)}
+    record = {columns.get(role, role): cell for role, cell in cells.items()}
+    assert RecordReader(columns=columns).read(record).good == Conversation(turns, tools)
+    for unread in ("[{'role': user}]", "[" * 9999, "", "Hello."):
+        assert RecordReader().read({"messages": unread}).good == Conversation(unread)
+    assert RecordReader().read({"messages": turns, "tools": "null"}).good == Conversation(turns)
+
+
 @pytest.mark.parametrize("write_list", [list, json.dumps], ids=["json", "csv"])
 def test_turns_before_an_instruction(write_list: Any) -> None:
     """As LLaMA-Factory writes them; they were left out without a word."""
