@@ -77,6 +77,20 @@ def data_preview(
         )
     if not found.records:
         raise DataError("The data file has no records.", given=file)
+    if found.overlong == "error" and found.truncated:
+        raise DataError(
+            f"{found.truncated} of {len(found.lengths)} {found.unit} are longer than data.seq_len, which is an error.",
+            given=f"up to {max(found.lengths)} tokens",
+            allowed=found.seq_len,
+            fix="raise data.seq_len, or set data.overlong to truncate or drop",
+        )
+    if found.complete and not found.used:
+        raise DataError(
+            "Nothing is left to train on: all records are skipped or dropped, or have no token in the loss.",
+            given=file,
+            allowed="examples with an answer inside their first data.seq_len tokens",
+            fix="correct them, raise data.seq_len, or set data.assistant_only: false",
+        )
 
 
 def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

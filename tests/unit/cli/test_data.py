@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from lowmem_ft.cli import main
 from lowmem_ft.cli.data import _marked, _show
+from lowmem_ft.core.errors import DataError
+from lowmem_ft.data.examples import read_examples
 from lowmem_ft.data.preview import Preview
 
 ASSETS = Path(str(files("lowmem_ft") / "assets"))
@@ -63,10 +66,6 @@ def test_shipped_data(run: Run) -> None:
 
 
 def test_the_figures_are_those_of_training(run: Run, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from lowmem_ft.data.examples import read_examples
-
     path = ASSETS / "whatis-eval.jsonl"
     for overlong in ("truncate", "drop"):
         tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
@@ -172,6 +171,29 @@ def test_wrong_rows(run: Run, write: Callable[..., Path]) -> None:
     assert (code, "has no records" in err) == (2, True)
     code, _, err = run("absent.jsonl")
     assert (code, "cannot be read" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlong": "error"}, "2 of 2 examples are longer than data.seq_len"),
+        ({"overlong": "drop"}, "Nothing is left to train on"),
+        ({"format": "messages", "invalid": "skip"}, "Nothing is left to train on"),
+        ({}, "Nothing is left to train on"),
+    ],
+)
+def test_what_training_refuses_is_refused(
+    run: Run, write: Callable[..., Path], options: dict[str, Any], message: str
+) -> None:
+    """It was shown as data of which nothing is used, with exit code 0; of the first of more records nobody can tell."""
+    path = write(*[{"prompt": "a " * 99, "completion": "b"}] * 2)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "doclm-7m")
+    with pytest.raises(DataError):
+        read_examples(path, tokenizer, seq_len=16, **options)
+    code, out, err = run(path, "--seq-len", "16", *(f"data.{key}={value}" for key, value in options.items()))
+    assert (code, "records" in out, message in err) == (2, True, True)
+    rest = write({"prompt": "a " * 99, "completion": "b"}, {"text": "all of it"})
+    assert run(rest, "--seq-len", "16", "--rows", "1")[0] == 0
 
 
 def test_options(run: Run, write: Callable[..., Path]) -> None:
