@@ -82,6 +82,9 @@ def find_source(source: DataSource, use: Use) -> FileSet:
     if os.path.isdir(path):
         return FileSet(source.path, tuple(_saved(path, source, use)))
     _refuse_unread(source, ("split",), "concern saved datasets and hub ids")
+    if "://" in source.path and not os.path.exists(path):  # of which pathlib leaves one slash
+        fix = "download it and name the file; of a dataset on the hub give OWNER/NAME"
+        raise DataError("A URL is no data file.", given=source.path, allowed="a file, a folder, or a hub id", fix=fix)
     parts = [part.strip() for part in source.path.split(",")]
     if not os.path.exists(path) and len(parts) > 1 and all(os.path.exists(os.path.expanduser(it)) for it in parts):
         fix = f"give a list: [{', '.join(parts)}]"

@@ -1,6 +1,7 @@
 """What a source may be: files, saved datasets, hub ids in the cache, with splits."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_what_the_system_will_not_look_for_is_told(path: str) -> None:
 def test_no_name_is_not_the_current_folder() -> None:
     with pytest.raises(DataError, match="No data file is named"):
         find_source(DataSource(path=" "), "train")
+
+
+@pytest.mark.parametrize("path", ["https://host/data.jsonl", "hf://datasets/owner/name/*.parquet", "s3://a/b"])
+def test_a_url_is_told_as_one(path: str) -> None:
+    """It was looked for below the working folder, without one of its slashes."""
+    with pytest.raises(DataError, match=rf"given: +{re.escape(path)}\n[\s\S]*download it"):
+        find_source(DataSource(path=path), "train")
 
 
 def prepared(path: Path) -> dict[str, Any]:
