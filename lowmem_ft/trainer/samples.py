@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 from lowmem_ft.generate import answer_ends, complete
@@ -62,11 +61,9 @@ def samples(recovery: Recovery, config: RunConfig, examples: Sequence[Any]) -> l
         lambda: complete(ready.model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, ends=ends),
         "samples (eval.samples)",
     )
-    # the pieces in which a cache grew are of sizes that a step has no use for
+    # the pieces in which a cache grew are of sizes that a step has no use for; on a CPU it begins without them
     if ready.device.type == "cuda":
         torch.cuda.empty_cache()
-    else:
-        release_freed_memory()
 
     def text(ids: Any) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
