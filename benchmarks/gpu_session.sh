@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
-#   benchmarks/gpu_session.sh OUT SECONDS checks   tests that failed or never ran, then all others, and the rest of the 300
-#                                                  configurations beside them; killed runs; then limits until SECONDS are
-#                                                  over
+#   benchmarks/gpu_session.sh OUT SECONDS checks   half of SECONDS for tests, those first that failed or never ran, beside them
+#                                                  the 300 configurations and killed runs; then limits
 #   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
 # What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
 # the folder that $UNSLOTH names. The project itself need not be installed.
@@ -33,8 +32,9 @@ run_tests() { # SECONDS NAME PYTEST_ARGUMENT...
 }
 
 if [ "$what" = checks ]; then
-  limit=$((seconds * 2 / 5))
-  run_tests "$limit" failing -n 3 --maxprocesses=3 tests/gpu/test_below.py tests/gpu/test_planned.py &
+  limit=$((seconds / 2))
+  run_tests "$limit" failing -n 3 --maxprocesses=3 tests/gpu/test_below.py tests/gpu/test_planned.py \
+    tests/gpu/test_lengths.py &
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
     tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py \
     tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py &
@@ -43,16 +43,20 @@ if [ "$what" = checks ]; then
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
     at "killed runs: $?"
   ) &
-  # of these the pool was a segment larger than planned; addresses, which were not recorded then, may say why
+  # first those that lack, and those of which the pool was a segment larger than planned; then all others again
   zcat benchmarks/results/recorded_h200.jsonl.gz | grep -vE '^\{"index": (75|134|162|205|272),' >"$TMPDIR/known.jsonl"
-  (
+  record() { # KNOWN RECORDED
     PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
-      --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
-      --known "$TMPDIR/known.jsonl" --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
+      --device cuda --count 300 --jobs 7 --threads 1 --seconds $((limit - 12 - $(date +%s) + begin)) \
+      --known "$1" --record "$2" >/dev/null 2>>"$out/accuracy.txt"
     at "configurations: $?"
+  }
+  (
+    record "$TMPDIR/known.jsonl" "$TMPDIR/recorded.jsonl"
+    record "$TMPDIR/recorded.jsonl" "$TMPDIR/recorded_again.jsonl"
   ) &
   wait
-  grep -h '}$' "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
+  grep -h '}$' "$TMPDIR"/recorded*.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
   limited "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
     --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
   at "limits: $?"
