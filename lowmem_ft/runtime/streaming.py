@@ -218,7 +218,8 @@ class Streaming:
             return None
         index, piece = self._by_path[path]
         self._tier.write(self.blocks.index(index), piece.offset, tensor)
-        return piece.of(self._slots.memory[0])
+        # not a view for autograd: to it, each copy into that slot would be a change of the parameter made of this
+        return piece.of(self._slots.memory[0]).data
 
     def attach(self, holders: Sequence[Sequence[Holder]]) -> None:
         """Have the model's modules ask for their weights from now on.

@@ -4,11 +4,9 @@ Equal means bit by bit: loss, gradients' norm, trained weights and held-out loss
 Slots are filled with poison before every copy, and one tier is slow, so that whoever reads early or late is found out.
 """
 
-import errno
 import functools
 import gc
 import itertools
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -16,12 +14,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lowmem_ft.assemble import Assembled, assemble
 from lowmem_ft.core.config import RunConfig
@@ -30,9 +28,8 @@ from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.runtime import below as placing
-from lowmem_ft.runtime import tiers as module
 from lowmem_ft.runtime.streaming import block_bytes, spread
-from lowmem_ft.runtime.tiers import PAGE, DiskTier, StagedDiskTier, device_memory
+from lowmem_ft.runtime.tiers import PAGE, DiskTier, device_memory
 from lowmem_ft.step import eval_step, train_step
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
@@ -204,6 +201,33 @@ def test_other_layers(models: dict[str, Path], name: str, quant: str) -> None:
     expected = trained(models[name], sections, streamed=0, activations="keep")
     with tiers(Slow):
         assert same(trained(models[name], sections, streamed=4, activations="some"), expected)
+
+
+def test_copies_into_other_slots_change_nothing_of_the_block_at_work(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming: list[Any] = []
+
+    class AsOnCards(Slow):  # PyTorch copies into slots, and not the system
+        def start(self, block: int, slot: Tensor) -> Any:
+            coming.append(super().start(block, slot))
+            return coming[-1]
+
+        def read(self, block: int, into: Tensor) -> None:
+            super().read(block, come := device_memory(len(into), into.device))
+            into.copy_(come)
+
+    def forward(mlp: LlamaMLP, x: Tensor) -> Tensor:
+        hidden = mlp.up_proj(x)
+        for copy in coming:  # the next block comes when this one has been read, and before its gradients
+            copy.result()
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    sections = {"quant": QUANT["bf16"], "adapter": ADAPTERS["rslora on attention"]}
+    expected = trained(models["llama"], sections, streamed=0, activations="keep")
+    with tiers(AsOnCards):
+        assert same(trained(models["llama"], sections, streamed=DEPTH, activations="recompute"), expected)
 
 
 def test_a_saved_adapter_and_the_cache(models: dict[str, Path], tmp_path: Path) -> None:
@@ -392,34 +416,6 @@ def test_a_matrix_that_is_trained_whole_cannot_be_streamed(models: dict[str, Pat
         equipped(settings(models["llama"], train), streamed=2, activations="recompute")
 
 
-def test_a_file_that_was_cut_short_is_a_clear_error(tmp_path: Path) -> None:
-    tier = DiskTier(tmp_path, [2 * PAGE])
-    tier.write(0, 0, torch.arange(2 * PAGE, dtype=torch.int64).to(torch.uint8))
-    assert not list(tmp_path.iterdir()), "no name is left in the folder"
-    into = device_memory(2 * PAGE, torch.device("cpu"))
-    tier.wait(tier.start(0, into))
-    assert torch.equal(into, torch.arange(2 * PAGE, dtype=torch.int64).to(torch.uint8))
-    tier._file.truncate(PAGE)
-    with pytest.raises(LowMemError, match="shorter than what was written"):
-        tier.wait(tier.start(0, into))
-
-
-def test_a_read_that_the_system_has_no_memory_for_is_no_broken_disk(tmp_path: Path) -> None:
-    tier = DiskTier(tmp_path, [2 * PAGE])
-    tier.write(0, 0, torch.zeros(2 * PAGE, dtype=torch.uint8))
-    file, into = tier._direct, device_memory(2 * PAGE, torch.device("cpu"))
-
-    def refused(data: memoryview) -> int:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    tier._direct = SimpleNamespace(seek=file.seek, readinto=refused)  # type: ignore[assignment]
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        tier.wait(tier.start(0, into))
-    tier._direct = file
-    tier.wait(tier.start(0, into))
-    assert not into.any()
-
-
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_pass_that_ctrl_c_ends_leaves_nothing(bits: int, models: dict[str, Path]) -> None:
     """Whoever presses it in a notebook goes on in the same process: nothing holds its blocks then, nor their file."""
@@ -438,46 +434,3 @@ def test_a_pass_that_ctrl_c_ends_leaves_nothing(bits: int, models: dict[str, Pat
     del ready, norms
     gc.collect()
     assert norm() is None
-
-
-class _Copied:
-    """In the place of an event of a card, on which a copy is made at once."""
-
-    def synchronize(self) -> None:
-        return
-
-    def wait(self, stream: object) -> None:
-        return
-
-
-def test_rows_are_looked_up_while_pieces_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tied matrix below a card, whose tiles come through pinned buffers: a file has one position."""
-
-    def copied(stream: object, source: Tensor, target: Tensor, *, after: object) -> _Copied:
-        target.copy_(source)
-        return _Copied()
-
-    stand_ins = {"_own_stream": lambda *_: None, "_now": lambda _: None, "_pin": lambda *_: None, "_copy": copied}
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(module, name, stand_in)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    readers = set()
-    fill = DiskTier._fill
-
-    def watched(self: DiskTier, into: Tensor, start: int) -> None:
-        readers.add(threading.get_ident())
-        fill(self, into, start)
-
-    monkeypatch.setattr(DiskTier, "_fill", watched)
-    tier = StagedDiskTier(tmp_path, [4 * PAGE] * 4, torch.device("cpu"))
-    content = torch.randint(0, 255, (4, 4 * PAGE), dtype=torch.uint8)
-    for block, piece in enumerate(content):
-        tier.write(block, 0, piece)
-    slots = [device_memory(4 * PAGE, torch.device("cpu")) for _ in content]
-    copies = [tier.start(block, slot) for block, slot in enumerate(slots)]
-    rows = torch.tensor([7, 0, 3])
-    assert torch.equal(tier.rows(rows, 2 * PAGE), content.view(8, -1)[rows])
-    for copy, slot, piece in zip(copies, slots, content, strict=True):
-        tier.wait(copy)
-        assert torch.equal(slot, piece)
-    assert len(readers) == 1
