@@ -90,7 +90,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-accuracy-") as name:
         recorded = options.judge or options.record or Path(name) / "recorded.jsonl"
-        if not on_cpu:
+        if not on_cpu and not options.judge:
             record_cuda(options, recorded)
         if options.record:
             return

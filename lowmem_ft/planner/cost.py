@@ -25,7 +25,9 @@ PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.35, 0.75
 BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales included
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
-CALL_SECONDS = 8e-6
+# Of the host beside a card, Python between calls included, as a step of few tokens takes them: measured beside an H200
+# (benchmarks/results/profile_h200.yaml, 2026-11-26); steps of 512 tokens of Llama-3.1-8B's shape there took 40.
+CALL_SECONDS = 33e-6
 _BYTES_PER_SUMMED = 8.0  # fp32 read and written where a product of low rank is added
 _CALLS_PER_TILE = 4  # two conversions there, one back, and the product
 # Elements per second that the host beside a card updates, by the bits of AdamW's moments. Measured on bf16 parameters

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.device import Device
-from lowmem_ft.planner.trace import Scratch, Whole, overloads
+from lowmem_ft.planner.trace import RESULT, Scratch, Whole, overloads
 from lowmem_ft.runtime import attention_cuda, norms
 
 
@@ -319,14 +319,14 @@ def _rms_norm(tiled: Scratch, x: Tensor, weight: Tensor, eps: float, offset: boo
     """The kernel takes nothing but a copy of what is not contiguous."""
     if not norms.fused(x, weight, offset):
         return tiled(x, weight, eps, offset)
-    return [] if x.is_contiguous() else [x.nbytes]
+    return [] if x.is_contiguous() else [x.nbytes, RESULT]
 
 
 def _rms_norm_backward(tiled: Scratch, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: bool) -> list[int]:
     """dy * w, and the same."""
     if not norms.fused(x, weight, offset):
         return tiled(dy, x, weight, rstd, offset)
-    return [dy.nbytes, *(it.nbytes for it in (dy, x) if not it.is_contiguous())]
+    return [dy.nbytes, *(it.nbytes for it in (dy, x) if not it.is_contiguous()), RESULT]
 
 
 def _rms_norm_weight(
@@ -391,4 +391,4 @@ def _product(
 
 def _dequantize_int8(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> list[int]:
     """Ours (`quant.ops`): the scale of one step; the product casts in its registers."""
-    return [scale.nbytes]
+    return [scale.nbytes, RESULT]

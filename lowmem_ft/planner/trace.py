@@ -27,8 +27,10 @@ from lowmem_ft.runtime.experts import EACH_IS, GO_ALIKE, STANDS_FOR
 from lowmem_ft.runtime.loss import KNOWN, LEARN
 
 Tier: TypeAlias = Literal["device", "host"]
-# An op's arguments -> bytes of each piece that it takes inside, negative where it gives one back before it ends
+# An op's arguments -> bytes of each piece that it takes inside, negative where it gives the oldest of that size back
+# before it ends; and `RESULT` where its result comes, if not at the beginning
 Scratch: TypeAlias = Callable[..., "list[int]"]
+RESULT = -1
 # An operator's own Python implementation, and how many times longer it takes than what is traced of it
 Whole: TypeAlias = tuple[Callable[..., Any], Callable[..., float]]
 # Seconds of work and, as the imaginary part, of the host's calls where these go on while the device works
@@ -316,6 +318,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             func = _IN_PLACE[func]
             op = self._ops.get(func) or self._know(func)
+        first, inside = _around(op.scratch(*args, **kwargs)) if op.scratch is not None else ((), ())
+        taken = self._take(first) if first else ()
         try:
             out = self._results.of(op.name, func, args, kwargs) if op.told else func(*args, **kwargs)
         except NotImplementedError as error:
@@ -330,8 +334,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in out[:1] if op.views else tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self._see(leaf)
-        if op.scratch is not None:
-            self._pass_through(op.scratch(*args, **kwargs))
+        if inside or taken:
+            for birth in reversed(self._take(inside, taken)):
+                self._free(birth)
         if self._cost is not None:
             tiles = self._tiles if self._tiles != 1.0 and self._tiled == (self.phase, self.block) else 1.0
             seconds = self._times * self._cost(func, args, kwargs, out, tiles)
@@ -404,15 +409,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._alive[address] = weakref.ref(storage, died), birth
 
-    def _pass_through(self, pieces: list[int]) -> None:
-        births: list[Event] = []
+    def _take(self, pieces: Sequence[int], taken: Sequence[Event] = ()) -> list[Event]:
+        """Take an operator's pieces beside those `taken`. Returns those that it holds then."""
+        births = list(taken)
         for nbytes in pieces:
             if nbytes > 0:
                 births.append(self._record(nbytes, "device", inside=True))
             elif nbytes < 0:
-                self._free(births.pop(max(at for at, birth in enumerate(births) if birth.nbytes == -nbytes)))
-        for birth in reversed(births):
-            self._free(birth)
+                self._free(births.pop(next(at for at, birth in enumerate(births) if birth.nbytes == -nbytes)))
+        return births
 
     def _record(self, nbytes: int, tier: Tier, *, inside: bool = False) -> Event:
         birth = _event((next(self._keys), nbytes, tier, self._op, self.phase, self.block, inside))
@@ -425,3 +430,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.events.append(death)
         else:
             self.trace.events.extend(self._repeats.free(death))
+
+
+def _around(pieces: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """What comes before an operator's result, and after it."""
+    at = pieces.index(RESULT) if RESULT in pieces else 0
+    return pieces[:at], pieces[at + (RESULT in pieces) :]

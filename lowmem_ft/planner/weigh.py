@@ -426,11 +426,14 @@ class Scales:
 
     @cached_property
     def _host_update(self) -> Segment:
-        """An update that takes nothing of the device: gradients in fp32 and values go down, new values come up."""
+        """An update that takes nothing of the device: gradients in fp32 and values go down, new values come up, with as
+        many calls as there."""
         trained = self.stage.ready.trainable.values()
         elements, values = sum(it.numel() for it in trained), sum(it.nbytes for it in trained)
         copies = (4 * elements + values) / self._links.down + values / self._links.up
-        return Segment("update", None, (), 0, 0, copies + elements / HOST_UPDATES[self._optimizer.bits])
+        assert self._update is not None
+        seconds = copies + elements / HOST_UPDATES[self._optimizer.bits] + self._update.seconds
+        return Segment("update", None, (), 0, 0, seconds)
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
         """Micro-batches in proportion to their tokens, and one update."""

@@ -8,6 +8,7 @@ and 2.13.0 all key workspaces by handle and stream). A run finds its device firs
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -64,6 +65,10 @@ def measured_workspaces(device: torch.device) -> dict[str, int]:
     """Bytes by the names of `Workspaces`, as the allocator counts them on this card; they stay allocated."""
     a = torch.ones(256, 256, device=device, dtype=torch.float16)
     x, out = a.clone().requires_grad_(), torch.empty_like(a)
+    # what was used before must not be freed meanwhile; autograd's thread holds its last pass until the next one
+    gc.collect()
+    nothing = torch.empty(0, device=device, requires_grad=True)
+    torch.autograd.grad(nothing.view(0), nothing, torch.empty_like(nothing))
     torch._C._cuda_clearCublasWorkspaces()
     steps: dict[str, Callable[[], object]] = {
         "forward": lambda: torch.mm(a, a, out=out),

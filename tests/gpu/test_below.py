@@ -57,7 +57,8 @@ def test_the_host_updates_as_it_updates_its_own(bits: Any, dtype: torch.dtype) -
 
 def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
     settings = config(tmp_path, {"activations": "recompute"})
-    chosen = make_plan(settings, device=find_device("cuda")).policy
+    # in 32 bits: to codes of 8 bits bitsandbytes rounds small moments far more coarsely on a CPU (8% in three updates)
+    chosen = replace(make_plan(settings, device=find_device("cuda")).policy, optimizer="adamw")
     batches, both, losses = FullBatches(settings, chosen, vocabulary=100), [], []
     for place in ("device", "host"):
         torch.manual_seed(0)
@@ -77,7 +78,7 @@ def test_a_step_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
     # the kernels of card and host round differently
     assert [one for one, _ in losses] == pytest.approx([other for _, other in losses], rel=1e-3)
     for a, b in zip(*(ready.trainable.values() for ready in both), strict=True):
-        assert (a - b).detach().float().norm() <= 5e-2 * a.detach().float().norm()
+        assert (a - b).detach().float().norm() <= 1e-2 * a.detach().float().norm()
 
 
 @pytest.mark.parametrize("name", PINS)

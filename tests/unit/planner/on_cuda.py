@@ -48,8 +48,9 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     taken = [event for event in step(settled=False) if event.phase != "load"]
     keys = [-event.key if event.key in before else event.key for event in taken]
     turn = Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])
-    peaks = replayed(device, stage.made, [turn], expandable=expandable_segments())
-    allocated, reserved = with_margins(stage, peaks)
+    expandable = expandable_segments()
+    peaks = replayed(device, stage.made, [turn], expandable=expandable)
+    allocated, reserved = with_margins(stage, peaks, expandable=expandable)
     return Predicted(
         allocated=allocated,
         reserved=reserved,

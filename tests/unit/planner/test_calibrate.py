@@ -61,17 +61,14 @@ def test_the_same_step_has_no_difference(step: list[Event]) -> None:
 
 
 def test_scratch_that_is_not_simulated_is_proposed(step: list[Event]) -> None:
-    """As if the table had no entry for the dequantization of int8."""
-    known = [event for event in step if not (event.inside and event.op == "lowmem_ft.dequantize_int8.default")]
-    left_out = [event for event in step if event.inside and event.op == "lowmem_ft.dequantize_int8.default"]
-    sizes = sorted({-(-event.nbytes // 512) * 512 for event in left_out if event.nbytes > 0})
+    """As if the table had no entry for what documents are told in."""
+    flash = "aten._flash_attention_forward.default"
+    left_out = [event for event in step if event.inside and event.op == flash]
+    known = [event for event in step if event not in left_out]
     found = compare(known, recorded(step))
     assert (found.differing, found.moved) == (len(left_out), 0)
-    assert found.by_op() == {"lowmem_ft.dequantize_int8.default": (sum(e.nbytes > 0 for e in left_out) * 512, 0)}
-    proposed = found.scratch()
-    assert {op for op, _ in proposed} == {"lowmem_ft.dequantize_int8.default"}
-    assert sorted({pieces for _, pieces in proposed}) == [(size,) for size in sizes]
-    assert sum(proposed.values()) == len(left_out) // 2
+    assert found.by_op() == {flash: (512 * 3, 0)}
+    assert found.scratch() == {(flash, (512,)): 3}
     first = found.differences[0]
     assert (first.phase, first.block, first.where) == ("forward", 0, "model.py:7 forward")
     assert "takes inside" in found.report()

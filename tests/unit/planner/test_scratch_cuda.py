@@ -13,7 +13,7 @@ from lowmem_ft.planner.device import find_device
 from lowmem_ft.planner.profile import profile_names
 from lowmem_ft.planner.scratch import scratch_of, whole_of
 from lowmem_ft.planner.scratch_cuda import Card
-from lowmem_ft.planner.trace import Event, Tracer
+from lowmem_ft.planner.trace import RESULT, Event, Tracer
 from lowmem_ft.runtime.attend import Asked, attend_on_card
 from lowmem_ft.runtime.attention import attention
 
@@ -183,7 +183,7 @@ def test_scans_and_softmax_take_copies() -> None:
 def test_other_operators() -> None:
     scratch, aten = scratch_of("cuda", AMPERE), torch.ops.aten
     dequantize = scratch[torch.ops.lowmem_ft.dequantize_int8.default]
-    assert dequantize(meta(40, 8, dtype=torch.int8), meta(40, dtype=torch.float32), torch.bfloat16) == [160]
+    assert dequantize(meta(40, 8, dtype=torch.int8), meta(40, dtype=torch.float32), torch.bfloat16) == [160, RESULT]
     embedding = scratch[aten.embedding_dense_backward.default]
     assert embedding(meta(3072, 64), meta(3072, dtype=torch.int64), 500, -1, False) == []
     sums = embedding(meta(4096, 64), meta(4096, dtype=torch.int64), 500, -1, False)[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.results import Results
-from lowmem_ft.planner.trace import Tracer
+from lowmem_ft.planner.trace import RESULT, Tracer
 
 aten = torch.ops.aten
 
@@ -100,6 +100,37 @@ def test_pieces_of_memory_are_new_each_time() -> None:
             x = x * 2.0
     sizes = [event.nbytes for event in tracer.trace.events]
     assert sizes == [64, 64, -64, 64, -64, 64, -64]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([512, 256], [64, 512, 256, -256, -512]),
+        ([512, RESULT, 256], [512, 64, 256, -256, -512]),
+        ([512, -512, RESULT], [512, -512, 64]),
+        ([512, RESULT, -512], [512, 64, -512]),
+    ],
+)
+def test_what_is_taken_inside_comes_before_or_after_the_result(pieces: list[int], expected: list[int]) -> None:
+    tracer = Tracer({aten.neg.default: lambda *_: pieces}, {})
+    with tracer:
+        x = meta(4, 8)
+        tracer.begin()
+        kept = torch.neg(x)
+    assert [event.nbytes for event in tracer.trace.events[1:]] == expected
+    assert len(kept)
+
+
+def test_of_pieces_of_one_size_the_oldest_is_given_back_first() -> None:
+    """As expressions do it: `x.float() * y` has made the product before it lets go of the copy."""
+    tracer = Tracer({aten.neg.default: lambda *_: [512, 512, -512]}, {})
+    with tracer:
+        x = meta(4, 8)
+        tracer.begin()
+        kept = torch.neg(x)
+    first, second, *given_back = [event for event in tracer.trace.events if event.inside]
+    assert [event.key for event in given_back] == [first.key, second.key]
+    assert len(kept)
 
 
 @pytest.mark.parametrize("shared", [False, True])
