@@ -70,6 +70,7 @@ def fill_pool(device: torch.device, nbytes: int) -> None:
     missing = nbytes - torch.cuda.memory_reserved(device)
     if missing > 0:
         torch.empty(missing, dtype=torch.uint8, device=device)
+        torch.cuda.reset_peak_memory_stats(device)  # or that block would count as what tensors took at most
 
 
 class Watch:

@@ -211,6 +211,7 @@ class Streaming:
         self._by_path = {piece.path: (index, piece) for index, found in self._pieces.items() for piece in found}
         self._layers = list(find_blocks(model)[1])
         self._held: Mapping[int, Sequence[Holder]] = {}
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # of each block's pieces in each slot, made once
 
     def place(self, path: str, tensor: Tensor) -> Tensor | None:
         """Take a weight that was loaded. Returns what the model shall hold instead; None if it is not streamed."""
@@ -311,8 +312,11 @@ class Streaming:
     def _bind(self, block: int, slot: Tensor) -> None:
         """Let the block's weights be those in `slot`."""
         with torch.inference_mode(False), torch.no_grad():
-            for holder in self._held[block]:
-                holder.hold(holder.piece.of(slot))
+            views = self._views.get((block, id(slot)))
+            if views is None:
+                views = self._views[block, id(slot)] = [holder.piece.of(slot) for holder in self._held[block]]
+            for holder, view in zip(self._held[block], views, strict=True):
+                holder.hold(view)
 
     def _keep_no_views(self, index: int) -> None:
         """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
