@@ -3,7 +3,7 @@ sequence fits, each beside what was planned.
 
 Weights are random and written in NF4, so that those of 70B take 38 GB of the disk. Smaller cards are played by the
 allocator's cap, which is what a run's budget is; the driver (NVML) says what the whole process took. Each case is a
-process of its own, which plans while the one before it still runs.
+process of its own, which plans while others still run.
 
     python benchmarks/gpu_limits.py --folder /dev/shm/lowmem-ft --seconds 400 --out benchmarks/results/gpu_limits.json
 """
@@ -28,6 +28,7 @@ from limits import SHAPES
 from random_weights import write_model
 
 CONTEXT_RANK = 32  # of the figures to beat
+AHEAD = 3  # processes that plan meanwhile: to begin one and to plan took longer than a run (20 s beside an H200)
 LEAST = "least"
 # The most telling ones come first, for when time is short; one model's stand together, and it is removed after them.
 CASES = (
@@ -177,18 +178,24 @@ def main() -> None:
     card = torch.cuda.get_device_name() if on_card else "cpu"
     result: dict[str, Any] = {**stamp(torch.get_num_threads()), "card": card, "cases": []}
     left = [Case.of(text) for text in options.cases]
-    waiting = [(left[0], begin(left.pop(0), options))] if left else []
-    while waiting:
-        case, process = waiting.pop()
+    waiting: list[tuple[Case, subprocess.Popen[str]]] = []
+
+    def begin_more(model: str) -> None:
+        # all of one model: another one would take too much of the disk beside it
+        while left and left[0].model == model and len(waiting) < AHEAD:
+            case = left.pop(0)
+            waiting.append((case, begin(case, options)))
+
+    while waiting or left:
+        if not waiting:
+            begin_more(left[0].model)
+        case, process = waiting.pop(0)
+        begin_more(case.model)
         assert process.stdout is not None
         assert process.stdin is not None
-        planned_well = process.stdout.readline().strip() == "ready"
-        same = bool(left) and left[0].model == case.model
-        if planned_well:
+        if process.stdout.readline().strip() == "ready":
             process.stdin.write("go\n")
             process.stdin.flush()
-        if same:  # it plans meanwhile; another model would take too much of the disk beside this one
-            waiting = [(left[0], begin(left.pop(0), options))]
         try:
             out, _ = process.communicate(timeout=max(1.0, options.seconds - (time.perf_counter() - begun)))
         except subprocess.TimeoutExpired:
@@ -203,10 +210,8 @@ def main() -> None:
         keep(result, options.out)
         if time.perf_counter() - begun > options.seconds:
             break
-        if not same and left:
-            if not any(other.model == case.model for other in left):
-                shutil.rmtree(options.folder / case.model)
-            waiting = [(left[0], begin(left.pop(0), options))]
+        if not any(other.model == case.model for other in [*left, *(other for other, _ in waiting)]):
+            shutil.rmtree(options.folder / case.model)
     for _, process in waiting:
         process.kill()
         process.wait()

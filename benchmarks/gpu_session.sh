@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
 #   benchmarks/gpu_session.sh OUT SECONDS checks   half of SECONDS for tests, those first that failed or never ran, beside them
-#                                                  the 300 configurations and killed runs; then limits
+#                                                  configurations and killed runs; then limits
 #   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
 # What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
 # the folder that $UNSLOTH names. The project itself need not be installed.
@@ -43,20 +43,16 @@ if [ "$what" = checks ]; then
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
     at "killed runs: $?"
   ) &
-  # first those that lack, and those of which the pool was a segment larger than planned; then all others again
-  zcat benchmarks/results/recorded_h200.jsonl.gz | grep -vE '^\{"index": (75|134|162|205|272),' >"$TMPDIR/known.jsonl"
-  record() { # KNOWN RECORDED
-    PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
-      --device cuda --count 300 --jobs 7 --threads 1 --seconds $((limit - 12 - $(date +%s) + begin)) \
-      --known "$1" --record "$2" >/dev/null 2>>"$out/accuracy.txt"
-    at "configurations: $?"
-  }
+  # those that were recorded without addresses
+  zcat benchmarks/results/recorded_h200.jsonl.gz | grep '"rows": 3' >"$TMPDIR/known.jsonl"
   (
-    record "$TMPDIR/known.jsonl" "$TMPDIR/recorded.jsonl"
-    record "$TMPDIR/recorded.jsonl" "$TMPDIR/recorded_again.jsonl"
+    PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
+      --device cuda --count 300 --jobs 7 --threads 1 --seconds $((limit - 25)) \
+      --known "$TMPDIR/known.jsonl" --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
+    at "configurations: $?"
   ) &
   wait
-  grep -h '}$' "$TMPDIR"/recorded*.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
+  grep -h '}$' "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
   limited "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
     --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
   at "limits: $?"
@@ -67,6 +63,7 @@ else
     limit=$(($(left) - ${part#*:})) part=${part%:*}
     [ "$limit" -gt 15 ] || continue
     limited "$limit" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \
+      --sides "ours, recompute" TRL "TRL with Liger" Unsloth "ours, fastest" \
       --out "$out/gpu_$part.json" >/dev/null 2>>"$out/speed.txt"
     at "$part: $?"
   done
