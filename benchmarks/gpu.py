@@ -187,7 +187,8 @@ def steps(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) ->
         with profile(activities=kinds, acc_events=True) as watching:
             step()
         averages = watching.key_averages()
-        kernels = [it for it in averages if str(it.device_type).endswith("CUDA")]
+        on_card = [it for it in averages if str(it.device_type).endswith("CUDA")]
+        kernels = [it for it in on_card if not it.is_user_annotation]  # such as the span of an update
         calls = [it for it in averages if not str(it.device_type).endswith("CUDA")]
         found.append(
             {
