@@ -131,6 +131,7 @@ def lora_linear(
     scaling: float,
     p: float,
     unread: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The adapted linear map of x (..., I) to (..., O); see `LoraLinear`.
 
@@ -139,9 +140,10 @@ def lora_linear(
         scaling: s.
         p: dropout probability, 0 for none.
         unread: the output's values are not wanted, only its gradients: it stays uninitialised where those allow it.
+        out: (..., O), what to return; filled where the output would be.
     """
     y: Tensor = _LoraFunction.apply(  # type: ignore[no-untyped-call]
-        x, lora_A, lora_B, bias, magnitude, weight, scaling, p, unread
+        x, lora_A, lora_B, bias, magnitude, weight, scaling, p, unread, out
     )
     return y
 
@@ -165,12 +167,13 @@ class _LoraFunction(torch.autograd.Function):
         scaling: float,
         p: float,
         unread: bool,
+        out: Tensor | None,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.p = weight, scaling, p
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.seed = _dropout_seed(x) if p > 0.0 else 0
         # not a view, which the model could not change in place (Falcon)
-        y = x.new_empty(*x.shape[:-1], lora_B.shape[0])
+        y = x.new_empty(*x.shape[:-1], lora_B.shape[0]) if out is None else out
         if unread and magnitude is None and p == 0.0:
             ctx.save_for_backward(x, lora_A, lora_B, None, None)
             return y
@@ -234,7 +237,7 @@ class _LoraFunction(torch.autograd.Function):
                 dmagnitude = dyz_O.div_(norm_O).to(magnitude.dtype)
         if need_bias:
             dbias = dy_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dA, dB, dbias, dmagnitude, None, None, None, None
+        return dx, dA, dB, dbias, dmagnitude, None, None, None, None, None
 
 
 def _summed_products(dy_NO: Tensor, x_NI: Tensor, W_OI: Tensor) -> Tensor:

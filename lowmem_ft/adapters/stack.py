@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from lowmem_ft.adapters.lora import initial_factor, lora_linear, lora_scaling, module_device
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.quant.experts import QuantStack, StackSlice
-from lowmem_ft.quant.linear import FrozenLinear, get_base_weight
+from lowmem_ft.quant.experts import QuantStack, StackSlice, frozen_product
+from lowmem_ft.quant.linear import get_base_weight
 
 _BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
 
@@ -49,10 +49,18 @@ class DenseStack(nn.Module):
         """Slice `e`, (R, C) as stored."""
         return self.weight.detach()[e].to(dtype or self.dtype)
 
-    def matmul(self, x: Tensor, e: int, transposed: bool, bias: Tensor | None = None) -> Tensor:
-        """x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`."""
-        result: Tensor = FrozenLinear.apply(x, partial(_slice, self, e, transposed), bias)  # type: ignore[no-untyped-call]
-        return result
+    def matmul(
+        self,
+        x: Tensor,
+        e: int,
+        transposed: bool,
+        bias: Tensor | None = None,
+        *,
+        unread: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `QuantStack.matmul`."""
+        return frozen_product(self, x, e, transposed, bias, unread=unread, out=out)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -114,6 +122,7 @@ class LoraStack(nn.Module):
         self.dropout, self.rslora = dropout, rslora
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
         self.enabled = True
+        self._splits_once = False
         self._factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         device = module_device(stack)
         ranks = rank * self.experts
@@ -123,18 +132,32 @@ class LoraStack(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, ranks, dtype=dtype, device=device))
         self.train(stack.training)
 
-    def forward(self, x: Tensor, e: int, transposed: bool) -> Tensor:
-        """The adapted product of x (T, ...) with slice `e`: x @ W if `transposed`, else x @ W^T."""
+    def forward(
+        self,
+        x: Tensor,
+        e: int,
+        transposed: bool,
+        bias: Tensor | None = None,
+        *,
+        factors: tuple[Tensor, Tensor] | None = None,
+        unread: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The adapted product of x (T, ...) with slice `e`: x @ W if `transposed`, else x @ W^T; plus `bias`.
+
+        Args:
+            factors: A (K, in) and B (out, K) of the expert, instead of the module's own.
+            unread, out: as of `lora_linear`.
+        """
         stack: QuantStack | DenseStack = self.__dict__["stack"]
         if not self.enabled:
-            return stack.matmul(x, e, transposed)
-        A_EKI, B_EOK = self.factors()
-        A_KI, B_OK = A_EKI[e], B_EOK[e]
+            return stack.matmul(x, e, transposed, bias, unread=unread, out=out)
+        A_KI, B_OK = (of[e] for of in self.factors()) if factors is None else factors
         if transposed != self.is_transposed:  # the product runs from peft's "out" to its "in"
             A_KI, B_OK = B_OK.t(), A_KI.t()
         weight = partial(_slice, stack, e, transposed)
         p = self.dropout if self.training else 0.0
-        return lora_linear(x, A_KI, B_OK, None, None, weight=weight, scaling=self.scaling, p=p)
+        return lora_linear(x, A_KI, B_OK, bias, None, weight=weight, scaling=self.scaling, p=p, unread=unread, out=out)
 
     def attach(self, experts: nn.Module) -> list[RemovableHandle]:
         """Split the factors once for each forward of the module that owns the stack.
@@ -148,20 +171,27 @@ class LoraStack(nn.Module):
         ]
 
     def _before_forward(self, *_: object) -> None:
-        self._factors = self._split()
+        self._splits_once = True
 
     def _after_forward(self, *_: object) -> None:
-        self._factors = None
+        self._splits_once, self._factors = False, None
 
     def factors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A (K, in) and B (out, K) of each expert."""
-        return self._factors or self._split()
+        factors = self._factors or self.split(self.lora_A, self.lora_B)
+        if self._splits_once:
+            self._factors = factors
+        return factors
 
-    def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A (K, in) and B (out, K) of each expert, as views."""
-        A_EKI = self.lora_A.view(self.experts, self.rank, self.in_features)
-        B_EOK = self.lora_B.view(self.out_features, self.rank, self.experts).permute(2, 0, 1)
+    def split(self, lora_A: Tensor, lora_B: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Views of what is shaped as A and B, by expert: (K, in) and (out, K)."""
+        A_EKI = lora_A.view(self.experts, self.rank, self.in_features)
+        B_EOK = lora_B.view(self.out_features, self.rank, self.experts).permute(2, 0, 1)
         return A_EKI.unbind(0), B_EOK.unbind(0)
+
+    def draws(self) -> bool:
+        """Whether it draws random numbers now."""
+        return self.enabled and self.training and self.dropout > 0.0
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

@@ -53,7 +53,6 @@ from lowmem_ft.runtime.vocabulary import Matrix
 OF_A_RUN = ("load", "train", "eval", "save")  # the merge is a command of its own
 META_BYTES = 2 << 10  # of a checkpoint's header beside the optimizer's settings: where the data stands, losses
 ADAPTER_TEXT_BYTES = 8 << 10  # adapter_config.json; and the README that peft writes of its other methods
-ROUTING = 50  # the part of the check's memory that the routing of its few tokens may add (measured: up to 0.6%)
 RANDOM_BYTES = 16  # the state of CUDA's generator
 
 
@@ -330,8 +329,7 @@ def _isolation_work(stage: Stage) -> int:
         others = [at for at, other in enumerate(kinds) if other == kind and at not in few]
         if others:
             total += len(others) * (_isolation_peak(stage, sorted([*few, others[0]])) - least)
-    mixture = any(hasattr(module, "num_experts") for module in stage.ready.model.modules())
-    return total + (total // ROUTING if mixture else 0)
+    return total
 
 
 def _isolation_peak(stage: Stage, only: list[int]) -> int:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.planner.results import Results
-from lowmem_ft.runtime.experts import EACH_IS, GO_ALIKE, STANDS_FOR
+from lowmem_ft.runtime.experts import EACH_IS, STANDS_FOR
 from lowmem_ft.runtime.loss import KNOWN, LEARN
 
 Tier: TypeAlias = Literal["device", "host"]
@@ -165,15 +165,8 @@ class Repeats:
 
     def __init__(self, keys: Iterator[int]) -> None:
         self._keys = keys
-        self._held: dict[int, list[int]] = defaultdict(
-            list
-        )  # key in what was traced -> keys of all that it stands for, as they came
-        self._led: set[int] = set()  # keys that another one stands for
-
-    def go_alike(self, keys: Sequence[int]) -> None:
-        """Let the first of these pieces stand for all, and for what they stand for, when it is given back."""
-        self._held[keys[0]] = [own for key in keys for own in self._held.pop(key, [key])]
-        self._led.update(keys[1:])
+        # key in what was traced -> keys of all that it stands for, as they came
+        self._held: dict[int, list[int]] = defaultdict(list)
 
     def repeat(self, work: Sequence[Event], times: int) -> list[Event]:
         """The events of all pieces of work; of many that leave all as it was, the first ones."""
@@ -198,9 +191,6 @@ class Repeats:
 
     def free(self, death: Event) -> list[Event]:
         """A piece given back outside of such work, and all that it stands for."""
-        if death.key in self._led:
-            self._led.remove(death.key)
-            return []
         return [with_key(death, key, death.block) for key in reversed(self._held.pop(death.key, []) or [death.key])]
 
 
@@ -298,9 +288,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         if func is EACH_IS:
             self._tiles, self._tiled = args[1], (self.phase, self.block)
-            return None
-        if func is GO_ALIKE:
-            self._repeats.go_alike([self._alive[tensor.untyped_storage()._cdata][1].key for tensor in args[0]])
             return None
         if op.whole is not None:
             implementation, times = op.whole

@@ -39,9 +39,10 @@ class QuantStack(nn.Module):
         device: of the (uninitialised) storage, "meta" included.
 
     Attributes:
-        adapter: if set, products with slice e are `adapter(x, e, transposed)` instead of the plain frozen one (which
-            the adapter can have from `matmul`). `transposed` is true for `x @ stack[e]`, where the slice is stored as
-            (inputs, outputs), and false for `F.linear(x, stack[e])`.
+        adapter: if set, products with slice e are `adapter(x, e, transposed, bias)` instead of the plain frozen one
+            (which the adapter can have from `matmul`). `transposed` is true for `x @ stack[e]`, where the slice is
+            stored as (inputs, outputs), and false for `F.linear(x, stack[e])`. With `factors` it computes with those
+            instead of its own; `unread` and `out` are as of `matmul`.
     """
 
     adapter: nn.Module | None
@@ -94,15 +95,23 @@ class QuantStack(nn.Module):
         """The dequantized slice `e`, (R, C) as stored."""
         return dequantize(self.slice_storage(e), kind=self.kind, shape=self.shape[1:], dtype=dtype or self.dtype)
 
-    def matmul(self, x: Tensor, e: int, transposed: bool, bias: Tensor | None = None) -> Tensor:
-        """The frozen product: x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`. Saves nothing for backward."""
+    def matmul(
+        self,
+        x: Tensor,
+        e: int,
+        transposed: bool,
+        bias: Tensor | None = None,
+        *,
+        unread: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The frozen product: x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`. Saves nothing for backward.
 
-        def weight(dtype: torch.dtype) -> Tensor:
-            w_RC = self.base_slice(e, dtype)
-            return w_RC.t() if transposed else w_RC
-
-        result: Tensor = FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return result
+        Args:
+            unread: nobody reads its values: it is not filled.
+            out: what to return.
+        """
+        return frozen_product(self, x, e, transposed, bias, unread=unread, out=out)
 
     def __getitem__(self, e: int | Tensor) -> StackSlice:
         index = operator.index(e)
@@ -161,12 +170,14 @@ class StackSlice:
         """The (R, C) tensor."""
         return self.stack.base_slice(self.index)
 
-    def product(self, x: Tensor, transposed: bool, bias: Tensor | None = None) -> Tensor:
-        """x @ W if `transposed`, else x @ W^T; plus `bias`; through the stack's adapter if it has one."""
-        if self.stack.adapter is None:
-            return self.stack.matmul(x, self.index, transposed, bias)
-        result: Tensor = self.stack.adapter(x, self.index, transposed)
-        return result if bias is None else result + bias
+    def product(self, x: Tensor, transposed: bool, bias: Tensor | None = None, **how: Any) -> Tensor:
+        """x @ W if `transposed`, else x @ W^T; plus `bias`; through the stack's adapter if it has one.
+
+        `how` is `unread` and `out` of `QuantStack.matmul`, and `factors` for an adapter.
+        """
+        adapter = self.stack.adapter
+        result: Tensor = (self.stack.matmul if adapter is None else adapter)(x, self.index, transposed, bias, **how)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols (copy, pickle, numpy) that look for a hook that we do not have
@@ -186,6 +197,27 @@ class StackSlice:
                 return args[1].product(args[0], transposed=True)
         args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def frozen_product(
+    stack: Any,
+    x: Tensor,
+    e: int,
+    transposed: bool,
+    bias: Tensor | None = None,
+    *,
+    unread: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`QuantStack.matmul` of any stack of frozen experts: one with `base_slice`, or a (E, R, C) tensor."""
+
+    def weight(dtype: torch.dtype) -> Tensor:
+        w_RC = stack[e].to(dtype) if isinstance(stack, Tensor) else stack.base_slice(e, dtype)
+        return w_RC.t() if transposed else w_RC
+
+    columns = stack.shape[2 if transposed else 1] if unread else 0
+    result: Tensor = FrozenLinear.apply(x, weight, bias, columns, out)  # type: ignore[no-untyped-call]
+    return result
 
 
 @get_base_weight.register

@@ -31,6 +31,7 @@ class FrozenLinear(torch.autograd.Function):
         weight: dtype -> W of shape (O, I) in that dtype.
         bias: (O,) or None; gets a gradient if it requires one.
         columns: O where nobody reads the values of the output, only its gradients: then it stays uninitialised. Else 0.
+        out: (..., O), what to return; filled with the output if `columns` is 0.
 
     Returns:
         (..., O) in the dtype of x, or in that of the active autocast.
@@ -38,28 +39,33 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None, columns: int = 0
+        ctx: Any,
+        x: Tensor,
+        weight: Callable[[torch.dtype], Tensor],
+        bias: Tensor | None,
+        columns: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         ctx.weight = weight
         kind = x.device.type
         autocast = is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if columns:
-            return x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+            return x.new_empty(*x.shape[:-1], columns, dtype=dtype) if out is None else out
         x_NI, W_OI = as_rows(x).to(dtype), weight(dtype)
         # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
-        y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0])
+        y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0]) if out is None else out
         mm(x_NI, W_OI.t(), bias=None if bias is None else bias.to(dtype), out=y.view(-1, y.shape[-1]))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         dy_NO, dx = as_rows(dy), None
         if ctx.needs_input_grad[0]:
             dx = mm(dy_NO, ctx.weight(dy.dtype)).view(*dy.shape[:-1], -1)
         dbias = dy_NO.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None
+        return dx, None, dbias, None, None
 
 
 class QuantLinear(nn.Linear):

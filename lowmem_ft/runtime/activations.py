@@ -280,7 +280,7 @@ _SUMS = frozenset({"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "Resh
 
 
 def unread_layers(outputs: Sequence[Tensor]) -> list[Any]:
-    """The linear layers with a frozen weight, and the tiled MLPs, whose values no gradient of `outputs` depends on.
+    """The linear layers with a frozen weight, tiled MLPs and experts whose values no gradient of `outputs` depends on.
 
     Every use of such a layer's output must be a sum (or a view) that leads to the outputs alone: their derivatives are
     constants. Read from autograd's graph, so it holds for every architecture.
@@ -298,8 +298,8 @@ def unread_layers(outputs: Sequence[Tensor]) -> list[Any]:
                 todo.append(source)
             users[source].append(node)
 
-    owners = [(node, getattr(getattr(node, "weight", None), "__self__", getattr(node, "mlp", None))) for node in users]
-    return [layer for node, layer in owners if hasattr(layer, "unread") and _only_summed(node, users)]
+    owners = {node: getattr(getattr(node, "weight", None), "__self__", getattr(node, "owner", None)) for node in users}
+    return [layer for node, layer in owners.items() if hasattr(layer, "unread") and _only_summed(node, users)]
 
 
 def _only_summed(node: Any, users: Mapping[Any, Sequence[Any]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,18 @@ def with_random(device: torch.device, states: Sequence[Tensor]) -> ExitStack:
     return stack
 
 
+class _Running(threading.local):
+    again = False
+
+
+_running = _Running()
+
+
+def runs_again() -> bool:
+    """Whether this thread runs something a second time, whose first run kept its inputs alone."""
+    return _running.again
+
+
 @dataclass(slots=True)
 class Unread:
     """The layers whose outputs only reach the outputs of what is run again by sums; None before its first backward."""
@@ -45,12 +58,14 @@ class Unread:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Within it these layers return memory that they do not fill."""
+        """For a second run: within it these layers return memory that they do not fill."""
         for layer in self.layers or ():
             layer.unread = True
+        before, _running.again = _running.again, True
         try:
             yield
         finally:
+            _running.again = before
             for layer in self.layers or ():
                 layer.unread = False
 

@@ -190,7 +190,7 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mlp: TiledMlp, anchor: Tensor, *inputs_BTD: Tensor) -> Tensor:
         device = inputs_BTD[0].device
-        ctx.mlp, ctx.tokens, ctx.autocast = mlp, mlp.tokens, active_autocast(device)
+        ctx.owner, ctx.tokens, ctx.autocast = mlp, mlp.tokens, active_autocast(device)
         states = random_states(device) if mlp.draws() else []
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs_BTD, *states)
@@ -212,7 +212,7 @@ class _InTiles(torch.autograd.Function):
                 stack.enter_context(with_random(inputs_BTD[0].device, states))
             for device_type, dtype in ctx.autocast:
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
-            return None, None, *ctx.mlp.differentiate(inputs_BTD, wanted, dy_BTO, ctx.tokens)
+            return None, None, *ctx.owner.differentiate(inputs_BTD, wanted, dy_BTO, ctx.tokens)
 
 
 def _called(mlp: TiledMlp, *args: Any, **kwargs: Any) -> Any:

@@ -151,13 +151,14 @@ def test_a_failed_forward_leaves_no_factors_behind() -> None:
     adapter.attach(experts)
 
     def fail(x: Tensor) -> Tensor:
-        assert adapter._factors is not None
+        assert adapter.factors() is adapter.factors()
         raise RuntimeError("out of memory")
 
     experts.forward = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         experts(torch.zeros(1))
     assert adapter._factors is None
+    assert adapter.factors() is not adapter.factors()
 
 
 def test_nothing_is_saved_but_the_input_and_the_factors() -> None:

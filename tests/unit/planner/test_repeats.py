@@ -78,10 +78,16 @@ def test_few_tiles_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Of 24 tiles those that are next to other work, and one for all others."""
     made = stage("qwen3_moe", tmp_path, 4, 0.0, 128)
     called: list[int] = []
-    product = experts._expert
-    monkeypatch.setattr(experts, "_expert", lambda layer, e, x: called.append(e) or product(layer, e, x))
+    product = experts._product
+
+    def noted(layer: Any, name: str, e: int, x: Any, **given: Any) -> Any:
+        if name == "gate_up_proj":
+            called.append(e)
+        return product(layer, name, e, x, **given)
+
+    monkeypatch.setattr(experts, "_product", noted)
     made.step(policy(rows=15, seq_len=128), keep=2)
-    assert called == [0, 1, 23, 23] * 2, "the last one begins twice, see _begin_lowest"
+    assert called == [0, 1, 23] * 4, "of two layers, forward and backward"
 
 
 @pytest.mark.parametrize("embeddings", ["none", "both"])
@@ -144,16 +150,6 @@ def test_what_is_repeated_goes_back_where_it_was_taken() -> None:
     assert [e.key for e in repeats.repeat([event(3, 2), event(2, -4)], 3)] == [3, 103, 104, 101, 105, 2]
     assert [e.key for e in repeats.free(event(3, -2))] == [105, 104, 3], "all at once"
     assert repeats.free(event(7, -1)) == [event(7, -1)]
-
-
-def test_pieces_that_go_alike() -> None:
-    repeats = Repeats(count(100))
-    repeats.go_alike([1, 2, 3])
-    assert [e.key for e in repeats.repeat([event(1, -8)], 3)] == [3, 2, 1]
-    assert repeats.free(event(2, -8)) == repeats.free(event(3, -8)) == []
-    repeats.go_alike([4, 5])
-    assert [e.key for e in repeats.free(event(4, -8))] == [5, 4], "also where they go with no tile"
-    assert repeats.free(event(5, -8)) == []
 
 
 def test_of_many_turns_that_leave_all_as_it_was_the_first_are_written_down() -> None:

