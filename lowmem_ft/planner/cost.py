@@ -155,6 +155,7 @@ class CostModel:
             torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: self._efficient_backward,
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: self._update,
             torch.ops.bitsandbytes.optimizer_update_32bit.default: self._update,
+            torch.ops.lowmem_ft.adam_8bit.default: self._update,
             torch.ops.aten.bernoulli_.float: self._draw,
             **dict.fromkeys(_OVERWRITING, self._overwritten),
             **dict.fromkeys(_PICKING, self._picked),

@@ -15,7 +15,7 @@ from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles,
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies, sums_rows
-from lowmem_ft.runtime import attention_cpu
+from lowmem_ft.runtime import attention_cpu, moments
 
 
 def scratch_of(kind: Literal["cpu", "cuda"], card: Card, products: Products | None = None) -> Mapping[Any, Scratch]:
@@ -197,9 +197,11 @@ def _update_32bit(name: str, gradient: Tensor, *_: Any) -> list[int]:
     return [4 * gradient.numel()] * 3 + [16]
 
 
-def _update_8bit(name: str, gradient: Tensor, *_: Any) -> list[int]:
-    """The same, with both moments in fp32."""
-    return [4 * gradient.numel()] * 5 + [16]
+def _update_8bit(value: Tensor, *_: Any) -> list[int]:
+    """Both moments in fp32, what divides; once that is gone scales, upper bits, codes, and the middles between them."""
+    numbers, count = 4 * value.numel(), value.numel()
+    scales = 4 * max(1, count // moments.BLOCK)
+    return [*[numbers] * 3, -numbers, scales, -scales, numbers, count, -numbers, *[numbers] * 2]
 
 
 _SCATTERS = (
@@ -227,7 +229,7 @@ _CPU: Mapping[Any, Scratch] = {
     torch.ops.lowmem_ft.dequantize_4bit.default: _dequantize_4bit,
     **dict.fromkeys(overloads(*_SCATTERS), _scatter),
     torch.ops.bitsandbytes.optimizer_update_32bit.default: _update_32bit,
-    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: _update_8bit,
+    torch.ops.lowmem_ft.adam_8bit.default: _update_8bit,
     torch.ops.aten.sort.stable: _sort,
     torch.ops.aten.sum.dim_IntList: _sum,
     torch.ops.aten.sum.default: _sum,

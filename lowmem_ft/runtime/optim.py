@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.errors import CheckpointError, ConfigError
+from lowmem_ft.runtime.moments import BLOCK, code
 from lowmem_ft.runtime.state import fill
 from lowmem_ft.runtime.together import follows, joined
 
-_BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit state
 _MIN_8BIT = 4096  # as in bitsandbytes: smaller tensors keep fp32 state
 _MIN_PAGED = 100_000  # as in bitsandbytes: paging smaller tensors saves nothing
 # Elements updated at a time; results do not depend on it. On a CPU so many stay in its cache (slices of 2^18 are 7%
@@ -49,13 +49,13 @@ class _Run:
 class AdamW(torch.optim.Optimizer):
     """AdamW whose every update is done in fp32, whatever the parameter's dtype.
 
-    fp32 parameters are updated as by `torch.optim.AdamW` (bits=32) or `bitsandbytes.optim.AdamW8bit` (bits=8). The
-    value of a bf16 parameter is held as two 16-bit numbers: the parameter itself and a *remainder* of 16 bits, which
-    together are one exact fp32 number. No update is lost, for 2 bytes per parameter where fp32 masters take 4. How far
-    the learned update is from that of fp32 adapters (`benchmarks/bf16_updates.py`: 100 steps at 2e-4, 32-bit state;
-    rounding of the forward alone makes 0.44%): this split 0.64%, masters 0.63%, a Kahan compensation in bf16 0.64%
-    (also 2 bytes, not exact), stochastic rounding 2.2% (no bytes), plain bf16 updates 6.0%. fp16 parameters, whose
-    exponent differs from that of fp32, get an fp32 master.
+    fp32 parameters are updated as by `torch.optim.AdamW` (bits=32) or `bitsandbytes.optim.AdamW8bit` (bits=8, but for
+    what `runtime.moments` says). The value of a bf16 parameter is held as two 16-bit numbers: the parameter itself and
+    a *remainder* of 16 bits, which together are one exact fp32 number. No update is lost, for 2 bytes per parameter
+    where fp32 masters take 4. How far the learned update is from that of fp32 adapters (`benchmarks/bf16_updates.py`:
+    100 steps at 2e-4, 32-bit state; rounding of the forward alone makes 0.44%): this split 0.64%, masters 0.63%, a
+    Kahan compensation in bf16 0.64% (also 2 bytes, not exact), stochastic rounding 2.2% (no bytes), plain bf16 updates
+    6.0%. fp16 parameters, whose exponent differs from that of fp32, get an fp32 master.
 
     All state is allocated here, not in the first step. Neighbours that lie together (`runtime.together`) have state
     that does so, too, and are updated together. An error in a step, such as one of memory, leaves whole slices of
@@ -255,9 +255,9 @@ class AdamW(torch.optim.Optimizer):
         state = {name: self._moment(whole, dtype, pages) for name in ("state1", "state2")}
         if eight:
             for name in ("absmax1", "absmax2"):
-                state[name] = torch.zeros(-(-elements // _BLOCK), dtype=torch.float32, device=device)
+                state[name] = torch.zeros(-(-elements // BLOCK), dtype=torch.float32, device=device)
             if device not in self._codes:
-                self._codes[device] = _code(device, signed=True), _code(device, signed=False)
+                self._codes[device] = code(signed=True).to(device), code(signed=False).to(device)
         if whole.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros(elements, dtype=torch.int16, device=device)
         elif whole.dtype != torch.float32:
@@ -355,16 +355,23 @@ class AdamW(torch.optim.Optimizer):
             self._adam(value, grad, own, group, step)
 
     def _adam(self, value: Tensor, grad: Tensor, own: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
-        """bitsandbytes' kernels on an fp32 slice of a parameter; they change `value` and its state in place."""
+        """Kernels on an fp32 slice of a parameter; they change `value` and its state in place."""
         (beta1, beta2), moment1, moment2 = group["betas"], own["state1"], own["state2"]
         eps, decay, lr = group["eps"], group["weight_decay"], group["lr"]
-        # the operators themselves, since slices of paged tensors would not pass their wrapper's check of devices.
+        if moment1.dtype == torch.uint8 and (self.guarded if value.is_meta else value.device.type == "cpu"):
+            torch.ops.lowmem_ft.adam_8bit(
+                *(value, grad, moment1, moment2, own["absmax1"], own["absmax2"], *self._codes[value.device]),
+                *(beta1, beta2, eps, decay, lr, step),
+            )
+            return
+        # bitsandbytes' operators themselves: slices of paged tensors would not pass their wrapper's check of devices.
         # Left at rest: update-norm clipping (None, 0, 0), beta3 and alpha of AdEMAMix (0, 0), gradient scale (1)
         if moment1.dtype == torch.uint8:
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
                 *("adam", grad, value, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr),
                 *(*self._codes[value.device], own["absmax1"], own["absmax2"], decay, 1.0),
             )
+            moment2.clamp_(min=1)  # see `runtime.moments`
         else:
             torch.ops.bitsandbytes.optimizer_update_32bit(
                 *("adam", grad, value, moment1, moment2, None, 0.0, 0.0, beta1, beta2, 0.0, 0.0),
@@ -392,15 +399,8 @@ def split_bf16(whole: Tensor, value: Tensor, remainder: Tensor, scratch: Tensor)
 
 def _state_of(state: Mapping[str, Tensor], here: slice) -> dict[str, Tensor]:
     """The state of a slice of what it belongs to, as views."""
-    blocks = slice(here.start // _BLOCK, None if here.stop is None else -(-here.stop // _BLOCK))
+    blocks = slice(here.start // BLOCK, None if here.stop is None else -(-here.stop // BLOCK))
     return {name: value[blocks if name.startswith("absmax") else here] for name, value in state.items()}
-
-
-def _code(device: torch.device, *, signed: bool) -> Tensor:
-    """bitsandbytes' dynamic 8-bit code: 256 fp32 values."""
-    with torch.device("cpu"):
-        values: Tensor = bnb.create_dynamic_map(signed=signed)
-    return values.to(device)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
