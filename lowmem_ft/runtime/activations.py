@@ -282,8 +282,8 @@ _SUMS = frozenset({"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "Resh
 def unread_layers(outputs: Sequence[Tensor]) -> list[Any]:
     """The linear layers with a frozen weight, tiled MLPs and experts whose values no gradient of `outputs` depends on.
 
-    Every use of such a layer's output must be a sum (or a view) that leads to the outputs alone: their derivatives are
-    constants. Read from autograd's graph, so it holds for every architecture.
+    Every use of such a layer's output must be a sum, a product with a number (Granite), or a view that leads to the
+    outputs alone: their derivatives are constants. Read from autograd's graph, so it holds for every architecture.
     """
     roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
     users: dict[Any, list[Any]] = {root: [] for root in roots}
@@ -304,4 +304,13 @@ def unread_layers(outputs: Sequence[Tensor]) -> list[Any]:
 
 def _only_summed(node: Any, users: Mapping[Any, Sequence[Any]]) -> bool:
     # a function of its own: one that calls itself from within another holds the graph until garbage is collected
-    return all(user.name() in _SUMS and _only_summed(user, users) for user in users[node])
+    return all((user.name() in _SUMS or _by_number(user)) and _only_summed(user, users) for user in users[node])
+
+
+def _by_number(node: Any) -> bool:
+    """Whether `node` is a product or quotient with a number of Python, which autograd holds in 64 bits; not with a
+    tensor, whose values might come from those that are left out."""
+    if node.name() not in ("MulBackward0", "DivBackward0"):
+        return False
+    other = node._saved_other
+    return isinstance(other, Tensor) and other.ndim == 0 and other.dtype in (torch.float64, torch.int64)

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from lowmem_ft.adapters.inject import inject_lora
+from lowmem_ft.adapters.lora import LoraLinear
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError
 from lowmem_ft.data.isolation import ATTENTION
-from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.activations import apply_activation_policy, unread_layers
 from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.below import Below
 from lowmem_ft.runtime.blocks import find_blocks, find_decoder
@@ -109,6 +110,7 @@ LAST = {  # the layers that feed the sum at a block's end; Falcon adds both bran
     "llama": {"mlp.down_proj"},
     "gpt2": {"mlp.c_proj"},
     "gemma2": set(),  # a norm reads the down projection
+    "granite": {"mlp.down_proj"},  # a number multiplies it first
     "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},
     "mixtral": set(),
 }
@@ -137,6 +139,15 @@ def test_products_that_nobody_reads_are_left_out(name: str, targets: str) -> Non
         assert {path.split(".", 3)[-1] for path in paths} == LAST[name]
         assert len(paths) == 2 * len(LAST[name])
     assert not any(getattr(module, "unread", False) for module in model.modules())
+
+
+def test_products_with_numbers_read_nothing_and_those_with_tensors_might() -> None:
+    layer = LoraLinear(torch.nn.Linear(4, 4), rank=2, alpha=2.0)
+    x = torch.randn(3, 4, requires_grad=True)
+    for use in (lambda y: 0.5 * y, lambda y: y / 2, lambda y: -1 * (2 * y).view(4, 3).view(3, 4)):
+        assert unread_layers([x + use(layer(x))]) == [layer]
+    for use in (lambda y: y * (y > 0), lambda y: y * y.detach().abs().max(), lambda y: y * y, lambda y: 1 / y):
+        assert unread_layers([x + use(layer(x))]) == []
 
 
 def test_dropout_is_really_on() -> None:
