@@ -179,7 +179,7 @@ def evaluate(
         raise ConfigError(
             "--include, --fewshot, --limit and --chat go with --harness.", fix="name a task: --harness TASK"
         )
-    sources = str(data) if data is not None else config.data.eval
+    sources = str(data) if data is not None else config.data.held_out
     if sources is None:
         raise ConfigError("There is nothing to evaluate on.", allowed="a data file", fix="--data FILE, or data.eval")
 

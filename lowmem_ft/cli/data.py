@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_ft.core.config import DataSource, RunConfig
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError, DataError
+from lowmem_ft.core.sources import DataSource
 from lowmem_ft.report.progress import Printable, Reporter, show
 
 if TYPE_CHECKING:

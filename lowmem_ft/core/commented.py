@@ -41,7 +41,7 @@ COMMENTS: Mapping[str, str] = {
     "budget.host": "of RAM, beside a card; null: what is free",
     "data": "records, and how they become sequences",
     "data.train": "a file, a pattern, a saved dataset, a hub id, or a list of them",
-    "data.eval": "held-out records, likewise; null: none",
+    "data.eval": "held-out records, likewise, or a share of the training records: 0.05; null: none",
     "data.format": "auto, messages, sharegpt, alpaca, prompt_completion, text, chosen, preference, kto",
     "data.columns": "{role: column} where columns have other names",
     "data.invalid": "records that cannot be used: error or skip",

@@ -8,30 +8,19 @@ import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from lowmem_ft.core.config_words import allowed_words, explain, keys_of
+from lowmem_ft.core.config_words import explain, keys_of
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.preference import check_objective
+from lowmem_ft.core.section import PathText, Section
 from lowmem_ft.core.sizes import parse_duration, parse_size
-from lowmem_ft.core.yaml_text import QUOTE, read_value, read_yaml
+from lowmem_ft.core.sources import DataFormat, DataRole, DataSource, HeldOut, Part, Sources
+from lowmem_ft.core.yaml_text import read_value, read_yaml
 
-
-def _path_text(value: Any) -> Any:
-    """A path as text; `~` stands for the home folder also where no shell has replaced it."""
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError("A path cannot have a NUL in it.", given=repr(value), fix="write the path without it")
-    home = isinstance(value, str) and value.startswith("~")
-    try:
-        return str(Path(value).expanduser()) if home or isinstance(value, Path) else value
-    except RuntimeError:
-        raise ConfigError("A home folder is not known.", given=value, fix="write the path without `~`") from None
-
-
-PathText = Annotated[str, BeforeValidator(_path_text)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Positive = Annotated[int, Field(gt=0)]
@@ -41,34 +30,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Init = Literal["default", "gaussian"]  # of adapters; another one is the folder of a saved adapter
 BESIDE_INIT = frozenset({"init", "dropout", "lora_plus_ratio"})  # what counts beside such a folder, which has the rest
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
-
-
-def _takes_bool(annotation: Any) -> bool:
-    if annotation is bool or annotation is Any or (isinstance(annotation, type) and issubclass(annotation, Section)):
-        return True  # a section looks at its own keys
-    return any(_takes_bool(part) for part in typing.get_args(annotation))
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses unknown keys, and booleans where numbers are meant."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def changed(self) -> set[str]:
-        """Keys with other values than their defaults: a run's resolved config sets all of them."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, data: Any) -> Any:
-        for key, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(key)
-            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            if any(isinstance(it, bool) for it in parts) and field is not None and not _takes_bool(field.annotation):
-                allowed = allowed_words(field.annotation)
-                fix = QUOTE if "text" in allowed.split(" | ") else None
-                raise ConfigError(f"'{key}' takes no boolean.", given=value, allowed=allowed, fix=fix)
-        return data
 
 
 class QuantConfig(Section):
@@ -136,73 +97,17 @@ class BudgetConfig(Section):
     host: Size | None = None
 
 
-DataFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "chosen", "kto"
-]
-DataRole = Literal[
-    "messages", "prompt", "completion", "text", "instruction", "input", "output", "chosen", "rejected", "label",
-    "system", "tools",
-]  # fmt: skip
-
-
-class DataSource(Section):
-    """Where records come from. What is None is taken from the keys of the same name in `data`.
-
-    `path`: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files (`data/*.jsonl`), a folder that datasets'
-    `save_to_disk` wrote, or a hub id.
-    `weight`: how often an epoch uses each of its examples; of 2.5, every example twice, and half of them, another half
-    in the next epoch, once more. `split` and `subset` concern saved datasets and hub ids; `revision` hub ids.
-    """
-
-    path: PathText
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    format: DataFormat | None = None
-    columns: dict[DataRole, str] | None = None
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-
-
-def _in_memory(value: Any) -> ConfigError:
-    """For what is no name of anything, and of which pydantic would take a table for the list of its columns."""
-    return ConfigError(
-        "Data is read from files.",
-        given=f"a {type(value).__name__}: {' '.join(str(value).split()):.60}",
-        allowed="a path or a hub id, a mapping with `path:`, or a list of these",
-        fix="write a file: records with json.dumps, one a line; a Dataset by to_json(path); a DataFrame by "
-        'to_json(path, orient="records", lines=True)',
-    )
-
-
-def _parse_sources(value: Any) -> Any:
-    """Mappings as sources here, so that their errors name the source and not the members of a union."""
-    if isinstance(value, list | tuple):
-        if not value:
-            raise ConfigError("A list of sources is empty.", allowed="a path, or a mapping with `path:`")
-        return [_parse_sources(item) for item in value]
-    if value is None or isinstance(value, str | Path | int | float | DataSource):
-        return _path_text(value)
-    if not isinstance(value, Mapping) or not value.keys() & DataSource.model_fields.keys():
-        raise _in_memory(value)
-    try:
-        return DataSource.model_validate(dict(value))
-    except ValidationError as error:
-        raise explain(error, DataSource) from None
-
-
-Sources = Annotated[str | DataSource | list[str | DataSource], BeforeValidator(_parse_sources)]
-
-
 class DataConfig(Section):
     """Records and how they become token sequences. `seq_len` in tokens.
 
-    `columns` names the column of a role in the file (dots lead into nested ones). `invalid`: what a record that cannot
-    be used does. `order`: of an epoch's steps; longest_first finds out in the first step whether memory suffices.
+    `eval` may be a share of the training records that are held out: with 0.05 every twentieth of each source. `columns`
+    names the column of a role in the file (dots lead into nested ones). `invalid`: what a record that cannot be used
+    does. `order`: of an epoch's steps; longest_first finds out in the first step whether memory suffices.
     `cache`: folder of tokenized data; auto is the user's cache folder; None keeps it in a temporary file.
     """
 
     train: Sources | None = None
-    eval: Sources | None = None
+    eval: HeldOut | None = None
     format: DataFormat = "auto"
     columns: dict[DataRole, str] = {}
     invalid: Literal["error", "skip"] = "error"
@@ -212,6 +117,21 @@ class DataConfig(Section):
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     order: Literal["shuffled", "longest_first"] = "shuffled"
     cache: PathText | None = "auto"
+
+    @property
+    def trained(self) -> Sources | None:
+        """`train`, but for what is held out of it."""
+        return self._of_train(self.eval, held_out=False) if isinstance(self.eval, float) else self.train
+
+    @property
+    def held_out(self) -> Sources | None:
+        """`eval`, or the share of `train` that it is."""
+        return self._of_train(self.eval, held_out=True) if isinstance(self.eval, float) else self.eval
+
+    def _of_train(self, share: float, *, held_out: bool) -> Sources | None:
+        given = self.train if isinstance(self.train, list) else [self.train]
+        sources = [DataSource(path=it) if isinstance(it, str) else it for it in given if it is not None]
+        return [it.parted(Part(share, held_out)) for it in sources] or None
 
     @model_validator(mode="after")
     def _warn_weights(self) -> Self:
@@ -398,7 +318,8 @@ class RunConfig(Section):
         adapter, data = self.adapter, self.data
         init = adapter.init if adapter.init in typing.get_args(Init) else _rooted(adapter.init)
         cache = data.cache if data.cache is None or data.cache == "auto" else _absolute(data.cache)
-        sources = {"train": _rooted_sources(data.train), "eval": _rooted_sources(data.eval), "cache": cache}
+        held_out = data.eval if isinstance(data.eval, float) else _rooted_sources(data.eval)
+        sources = {"train": _rooted_sources(data.train), "eval": held_out, "cache": cache}
         changed = {
             "model": _rooted(self.model),
             "adapter": adapter.model_copy(update={"init": init}),

@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataFormat, DataRole
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataFormat, DataRole
 from lowmem_ft.data.chat import ChatRenderer, RenderedChat
 from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation, RecordReader
 from lowmem_ft.data.records import Progress, Row, read_rows

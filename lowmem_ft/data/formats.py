@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowmem_ft.core.config import DataFormat, DataRole
 from lowmem_ft.core.errors import DataError, nearest
+from lowmem_ft.core.sources import DataFormat, DataRole
 from lowmem_ft.data.records import parsed
 
 # kind -> keys that a record of it has. In this order `auto` looks for them: pairs and verdicts first, because training

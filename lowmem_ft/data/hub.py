@@ -10,8 +10,8 @@ import os
 import sys
 from typing import Any
 
-from lowmem_ft.core.config import DataSource
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataSource
 from lowmem_ft.data.sources import Use, pick_split, unknown_split
 
 # what reads tables and text; datasets 4 and later run no code of a data set

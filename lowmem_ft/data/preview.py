@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataSource, Objective
+from lowmem_ft.core.config import DataConfig, Objective
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataSource
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder
 from lowmem_ft.data.formats import PREFERENCES
 from lowmem_ft.data.packing import pack

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataSource, Sources
+from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataSource, Sources
 from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
 from lowmem_ft.data.formats import RecordReader
 from lowmem_ft.data.mixture import Mixture
@@ -152,6 +153,7 @@ def _one(
             "assistant_only": data.assistant_only,
             "overlong": data.overlong,
             "invalid": data.invalid,
+            **({} if found.part is None else {"part": found.part}),
         }
         with task(f"Looking for {short} in the cache") as progress:
             key = content_key(found, tokenizer, settings, progress)
@@ -169,6 +171,12 @@ def _one(
         if before is not None and _state(found) != before:
             fix = "wait until it is written, and run again"
             raise DataError("The data file changed while it was read.", given=found.name, fix=fix)
+        if found.part is not None and not tally.counts["records"]:
+            allowed = "a share of which every source has a record at least"
+            fix = "give data.eval a larger share, or a file of its own"
+            raise DataError(
+                "No record is held out.", given=f"{found.part.share} of {source.path}", allowed=allowed, fix=fix
+            )
         return tally.report()
 
     with task(f"Reading {short}") as progress:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lowmem_ft.core.config import DataConfig, DataSource, Sources
+from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import DataError, nearest
 from lowmem_ft.core.json_text import read_json_file
+from lowmem_ft.core.sources import DataSource, Part, Sources
 from lowmem_ft.data.records import SUFFIXES, TABLES, Progress, Row, kind_of, read_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,13 +34,19 @@ class FileSet:
     Attributes:
         name: what the user called it.
         files: read one after the other.
+        part: which of their records are meant; None: all.
     """
 
     name: str
     files: tuple[Path, ...]
+    part: Part | None = None
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
-        """The records of all files. Raises as `read_rows`."""
+        """The records of all files, or the part that is meant. Raises as `read_rows`."""
+        part = self.part
+        return (row for number, row in enumerate(self._all(progress)) if part is None or part.has(number))
+
+    def _all(self, progress: Progress | None) -> Iterator[Row]:
         total, before = sum(_size(path) for path in self.files), 0
         for path in self.files:
             start = before
@@ -73,6 +80,13 @@ def find_source(source: DataSource, use: Use) -> FileSet:
     Raises:
         DataError: there is no such thing, no such split, or a key that it does not take.
     """
+    if source.part is None:
+        return _find(source, use)
+    name = f"{source.path} (held out)" if source.part.held_out else source.path
+    return replace(_find(source, "train"), name=name, part=source.part)
+
+
+def _find(source: DataSource, use: Use) -> FileSet:
     if not source.path.strip():  # which pathlib takes for the current folder
         raise DataError("No data file is named.", given=repr(source.path), allowed="a file, a folder, or a hub id")
     path = Path(source.path).expanduser()
@@ -107,7 +121,9 @@ def load_readers(data: DataConfig) -> None:
     Of tables it is pyarrow: 29 MB in the process, and 10 more once a Parquet file has been read (Linux, pyarrow 26).
     What is wrong with a file is told where it is read.
     """
-    for source in (it for given in (data.train, data.eval) if given is not None for it in list_sources(given, data)):
+    for source in (
+        it for given in (data.train, data.held_out) if given is not None for it in list_sources(given, data)
+    ):
         path = Path(source.path).expanduser()
         saved = is_on_hub(source) or os.path.isdir(path)
         tables = [] if saved else [it for it in _files(path) if kind_of(it) in TABLES]

@@ -157,7 +157,7 @@ def held_out(config: RunConfig, base: Checkpoint, text: Path | None = None) -> H
         return HeldOut(sequences=ids, origin="random tokens, as the model has no tokenizer")
     most = min(TOKENS, max(2, LOGITS_BYTES // (2 * len(tokenizer))))
     longest = min(SEQUENCE, positions_of(base.config) or SEQUENCE)
-    sources = config.data.eval if text is None else str(text) if text.suffix.lower() in RECORDS else None
+    sources = config.data.held_out if text is None else str(text) if text.suffix.lower() in RECORDS else None
     if sources:
         records = _read_records(config, sources, tokenizer, most, longest=longest, own=text is None)
         return HeldOut(sequences=few(records, most), origin="data.eval" if text is None else str(text))

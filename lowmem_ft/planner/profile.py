@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from lowmem_ft.core.config import Section
 from lowmem_ft.core.config_words import first_problem
 from lowmem_ft.core.errors import ConfigError, nearest
 from lowmem_ft.core.files import write_text
+from lowmem_ft.core.section import Section
 from lowmem_ft.core.sizes import parse_size
 from lowmem_ft.core.yaml_text import read_yaml
 

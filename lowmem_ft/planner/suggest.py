@@ -7,9 +7,10 @@ from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataFormat, DataSource, TrainConfig
+from lowmem_ft.core.config import DataConfig, TrainConfig
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.core.sources import DataFormat, DataSource
 from lowmem_ft.data.preview import Preview, preview
 from lowmem_ft.data.records import Progress
 from lowmem_ft.planner.device import Device

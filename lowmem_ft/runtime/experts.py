@@ -1,10 +1,10 @@
 """A mixture-of-experts layer whose memory does not depend on where tokens are routed.
 
-transformers' eager forward asks the device for each expert which tokens are its own, and what it keeps for backward is
-several times what the layer has come in. Here the (token, expert) pairs are sorted once, the device is waited for once,
-and each expert's rows are worked on in tiles of limited height, of which nothing but the outputs of the first product
-survives. In the second run of a block that recomputes, not even those: backward then runs a tile's first product once
-more and differentiates that tile at once. So a plan made without data holds for every routing.
+transformers' eager forward asks the device for each expert which tokens are its own, and keeps for backward several
+times as much as its input. Here the (token, expert) pairs are sorted once, the device is waited for once, and each
+expert's rows are worked on in tiles of limited height, of which nothing but the outputs of the first product survives.
+In the second run of a block that recomputes, not even those: backward then runs a tile's first product once more and
+differentiates that tile at once. So a plan made without data holds for every routing.
 
 Registered with transformers as the experts implementation `EXPERTS`. The products are those of the weights themselves
 (`stack[e]`), whether dense, quantized or adapted.

@@ -16,13 +16,14 @@ import torch
 
 from lowmem_ft.adapters.peft_format import save_adapter
 from lowmem_ft.assemble import Assembled, assemble, require_tokenizer
-from lowmem_ft.core.config import RunConfig, Sources
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, SpillError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sizes import format_size
+from lowmem_ft.core.sources import Sources
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, dealt_otherwise, eval_batches
 from lowmem_ft.data.mixture import Mixture, content_of, count_shared
@@ -128,7 +129,7 @@ def _check_before_planning(config: RunConfig, folder: RunFolder) -> None:
     folder.refuse_unwritable()
     check_trackers(config)
     cache_folder(config.data.cache)
-    uses: tuple[tuple[Use, Sources | None], ...] = (("train", config.data.train), ("eval", config.data.eval))
+    uses: tuple[tuple[Use, Sources | None], ...] = (("train", config.data.trained), ("eval", config.data.held_out))
     for use, sources in uses:
         if sources is not None:
             check_sources(sources, config.data, use=use)
@@ -140,9 +141,10 @@ def load_examples(config: RunConfig, reporter: Reporter) -> tuple[Sequence[Any],
     Raises:
         DataError: records that cannot be used.
     """
-    assert config.data.train is not None, "refused before the plan"
-    examples = read_split(config, config.data.train, reporter, use="train")
-    held_out = read_split(config, config.data.eval, reporter) if config.data.eval else []
+    trained, kept = config.data.trained, config.data.held_out
+    assert trained is not None, "refused before the plan"
+    examples = read_split(config, trained, reporter, use="train")
+    held_out = read_split(config, kept, reporter) if kept else []
     if shared := count_shared(examples, held_out):
         reporter.say(
             f"Warning: {shared} held-out documents are also trained on, token for token: "

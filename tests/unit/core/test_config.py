@@ -8,8 +8,9 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from lowmem_ft.core.config import DataSource, RunConfig
+from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import ConfigError
+from lowmem_ft.core.sources import DataSource
 
 # (override, words that the message must hold)
 REFUSED = [
@@ -35,6 +36,9 @@ REFUSED = [
     ("adapter.peft={peft_type: IA3}", ["adapter.method: peft"]),
     ("model.x=1", ["'model' has no keys below it"]),
     ("data.train=3", ["'data.train'", "a list of", "3"]),
+    ("data.eval=3", ["data.eval", "no share of the training records", "0 < share < 1"]),
+    ("data.eval=-0.1", ["data.eval", "no share of the training records"]),
+    ("data.eval=true", ["data.eval", "no share of the training records"]),
     ("data.train=[]", ["data.train", "list of sources is empty"]),
     ("data.train={weight: 2}", ["data.train", "'path' is missing"]),
     ("data.train=[a, {path: b, weigth: 2}]", ["data.train", "Unknown key 'weigth'", "did you mean 'weight'"]),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataRole
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataRole
 from lowmem_ft.data.examples import IGNORE_INDEX, RecordEncoder, read_examples
 from lowmem_ft.data.formats import Completion, Conversation, RecordReader
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_ft.core.config import DataConfig, DataSource
+from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataSource
 from lowmem_ft.data.chat import ChatRenderer
 from lowmem_ft.data.examples import RecordEncoder, read_examples
 from lowmem_ft.data.preview import preview

@@ -1,5 +1,6 @@
 """What a source may be: files, saved datasets, hub ids in the cache, with splits."""
 
+import itertools
 import json
 import re
 import shutil
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from lowmem_ft.core.config import DataConfig, DataSource
+from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.sources import DataSource, Part
 from lowmem_ft.data.sources import FileSet, find_source, list_sources, pick_split
 
 RECORDS = [{"text": f"Line {i}."} for i in range(30)]
@@ -28,6 +30,39 @@ def test_what_a_source_leaves_open_comes_from_data() -> None:
     first, second = list_sources(["a.jsonl", DataSource.model_validate(own)], data)
     assert (first.path, first.weight, first.format, first.columns) == ("a.jsonl", 1, "text", {"text": "body"})
     assert (second.weight, second.format, second.columns) == (2, "alpaca", {})
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 1 / 3, 0.5, 0.9, 0.999])
+def test_held_out_records_and_the_others_are_all(share: float) -> None:
+    for count in (1, 10, 1000):
+        held_out, others = ([n for n in range(count) if Part(share, it).has(n)] for it in (True, False))
+        assert sorted(held_out + others) == list(range(count))
+        assert len(held_out) == int(count * share)
+        gaps = {b - a for a, b in itertools.pairwise(held_out)}
+        assert not gaps or max(gaps) - min(gaps) <= 1, "as far from each other as they can be"
+
+
+def test_a_share_of_the_training_records_is_held_out(tmp_path: Path) -> None:
+    """Of each source, over all of its files; of a dataset with splits those of the training split."""
+    Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one", num_shards=2)
+    splits = {"train": Dataset.from_list(RECORDS[:20]), "validation": Dataset.from_list(RECORDS[20:])}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    sources = [str(tmp_path / "one"), {"path": str(tmp_path / "both"), "weight": 2}]
+    data = DataConfig.model_validate({"train": sources, "eval": 0.1, "format": "text"})
+    assert data.trained is not None
+    assert data.held_out is not None
+    trained, held_out = list_sources(data.trained, data), list_sources(data.held_out, data)
+    assert [it.weight for it in trained] == [1, 2]
+    assert [it.format for it in held_out] == ["text", "text"]
+    assert [records(find_source(it, "eval")) for it in held_out] == [
+        [RECORDS[i] for i in (9, 19, 29)],
+        RECORDS[9:20:10],
+    ]
+    assert records(find_source(trained[1], "train")) == [it for i, it in enumerate(RECORDS[:20]) if i not in (9, 19)]
+    assert find_source(held_out[0], "eval").name == f"{tmp_path / 'one'} (held out)"
+    plain = DataConfig.model_validate({"train": "a.jsonl", "eval": "b.jsonl"})
+    assert (plain.trained, plain.held_out) == ("a.jsonl", "b.jsonl")
+    assert DataConfig.model_validate({"eval": 0.1}).held_out is None, "of no training records"
 
 
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

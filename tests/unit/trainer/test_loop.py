@@ -276,6 +276,26 @@ def test_what_needs_no_plan_is_told_before_it_is_made(data: Path, monkeypatch: p
     assert not (data / "run").exists()
 
 
+def test_a_share_of_the_training_records_is_held_out(data: Path) -> None:
+    """None of them is trained on, and each part is cached by itself."""
+    cache = str(data / "tokens")
+    Path(cache).mkdir()
+    settings = config(data, data={"eval": 0.25, "cache": cache})
+    whole = loop.read_split(settings, str(data / "train.jsonl"), QUIET)
+    for _ in range(2):  # written, and then found
+        trained, held_out = loop.load_examples(settings, QUIET)
+        assert len(held_out) == len(whole) // 4 > 0
+        found = [tuple(it.input_ids) for it in (*trained, *held_out)]
+        assert sorted(found) == sorted(tuple(it.input_ids) for it in whole)
+        assert [tuple(it.input_ids) for it in held_out] == [tuple(it.input_ids) for it in whole][3::4]
+    assert len(list(Path(cache).glob("*.tokens"))) == 3
+    run = loop.train(settings, reporter=QUIET)
+    assert run.eval_loss is not None
+    assert RunConfig.load(Path(run.folder) / "config.yaml").data.eval == 0.25
+    with pytest.raises(DataError, match=r"No record is held out[\s\S]*1e-06 of .*train\.jsonl"):
+        loop.train(config(data, "other", data={"eval": 1e-6}), reporter=QUIET)
+
+
 def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
     (data / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "only a question"}]}\n')
     with pytest.raises(DataError):
