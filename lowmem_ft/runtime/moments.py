@@ -1,4 +1,4 @@
-"""AdamW's update of parameters whose moments are stored in 8 bits, on a CPU; and what a card's kernel leaves to do.
+"""AdamW's update of parameters whose moments are stored in 8 bits, on a CPU.
 
 Block by block of 256 the moments are divided by the largest of them and get the nearest of 256 codes (Dettmers et al.
 2022, arXiv:2110.02861). bitsandbytes' kernel for CPUs looks codes up in a table of 65536 even steps instead, so that of

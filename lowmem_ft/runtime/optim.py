@@ -371,7 +371,6 @@ class AdamW(torch.optim.Optimizer):
                 *("adam", grad, value, moment1, moment2, beta1, beta2, 0.0, 0.0, eps, step, lr),
                 *(*self._codes[value.device], own["absmax1"], own["absmax2"], decay, 1.0),
             )
-            moment2.clamp_(min=1)  # see `runtime.moments`
         else:
             torch.ops.bitsandbytes.optimizer_update_32bit(
                 *("adam", grad, value, moment1, moment2, None, 0.0, 0.0, beta1, beta2, 0.0, 0.0),
