@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lowmem_ft.adapters.lora import initial_factor, lora_linear, lora_scaling, module_device
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.quant.experts import QuantStack, StackSlice, frozen_product
+from lowmem_ft.quant.experts import QuantStack, StackSlice, frozen_product, matrix_of
 from lowmem_ft.quant.linear import get_base_weight
 
 _BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
@@ -49,18 +49,7 @@ class DenseStack(nn.Module):
         """Slice `e`, (R, C) as stored."""
         return self.weight.detach()[e].to(dtype or self.dtype)
 
-    def matmul(
-        self,
-        x: Tensor,
-        e: int,
-        transposed: bool,
-        bias: Tensor | None = None,
-        *,
-        unread: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """As `QuantStack.matmul`."""
-        return frozen_product(self, x, e, transposed, bias, unread=unread, out=out)
+    matmul = frozen_product
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -155,7 +144,7 @@ class LoraStack(nn.Module):
         A_KI, B_OK = (of[e] for of in self.factors()) if factors is None else factors
         if transposed != self.is_transposed:  # the product runs from peft's "out" to its "in"
             A_KI, B_OK = B_OK.t(), A_KI.t()
-        weight = partial(_slice, stack, e, transposed)
+        weight = partial(matrix_of, stack, e, transposed)
         p = self.dropout if self.training else 0.0
         return lora_linear(x, A_KI, B_OK, bias, None, weight=weight, scaling=self.scaling, p=p, unread=unread, out=out)
 
@@ -195,9 +184,3 @@ class LoraStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
-
-
-def _slice(stack: QuantStack | DenseStack, e: int, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Slice `e` as the (outputs, inputs) matrix of the product."""
-    w_RC = get_base_weight(stack, index=e, dtype=dtype)
-    return w_RC.t() if transposed else w_RC

@@ -18,7 +18,7 @@ from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.preference import check_objective
 from lowmem_ft.core.section import PathText, Section
 from lowmem_ft.core.sizes import parse_duration, parse_size
-from lowmem_ft.core.sources import DataFormat, DataRole, DataSource, HeldOut, Part, Sources
+from lowmem_ft.core.sources import DataFormat, DataRole, DataSource, HeldOut, Part, Sources, listed
 from lowmem_ft.core.yaml_text import read_value, read_yaml
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -129,9 +129,8 @@ class DataConfig(Section):
         return self._of_train(self.eval, held_out=True) if isinstance(self.eval, float) else self.eval
 
     def _of_train(self, share: float, *, held_out: bool) -> Sources | None:
-        given = self.train if isinstance(self.train, list) else [self.train]
-        sources = [DataSource(path=it) if isinstance(it, str) else it for it in given if it is not None]
-        return [it.parted(Part(share, held_out)) for it in sources] or None
+        part = Part(share, held_out)
+        return None if self.train is None else [source.parted(part) for source in listed(self.train)]
 
     @model_validator(mode="after")
     def _warn_weights(self) -> Self:

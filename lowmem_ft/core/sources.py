@@ -104,3 +104,9 @@ def _parse_held_out(value: Any) -> Any:
 
 Sources = Annotated[str | DataSource | list[str | DataSource], BeforeValidator(_parse_sources)]
 HeldOut = Annotated[float | str | DataSource | list[str | DataSource], BeforeValidator(_parse_held_out)]
+
+
+def listed(sources: Sources) -> list[DataSource]:
+    """Each source, with nothing filled in."""
+    given = sources if isinstance(sources, list) else [sources]
+    return [DataSource(path=it) if isinstance(it, str) else it for it in given]

@@ -17,7 +17,7 @@ from typing import Literal
 from lowmem_ft.core.config import DataConfig
 from lowmem_ft.core.errors import DataError, nearest
 from lowmem_ft.core.json_text import read_json_file
-from lowmem_ft.core.sources import DataSource, Part, Sources
+from lowmem_ft.core.sources import DataSource, Part, Sources, listed
 from lowmem_ft.data.records import SUFFIXES, TABLES, Progress, Row, kind_of, read_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -61,8 +61,6 @@ class FileSet:
 
 def list_sources(sources: Sources, data: DataConfig) -> list[DataSource]:
     """`sources` as a list, with what they leave open filled in from `data`."""
-    given = sources if isinstance(sources, list) else [sources]
-    known = [DataSource(path=source) if isinstance(source, str) else source for source in given]
     return [
         source.model_copy(
             update={
@@ -70,7 +68,7 @@ def list_sources(sources: Sources, data: DataConfig) -> list[DataSource]:
                 "columns": data.columns if source.columns is None else source.columns,
             }
         )
-        for source in known
+        for source in listed(sources)
     ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,34 @@ from lowmem_ft.quant.ops import Kind, QuantSpec, dequantize, layout, quantize
 _SHARED = frozenset({"nested_code"})  # the same table for every slice, so held once
 _MATMULS = frozenset({torch.matmul, Tensor.matmul, torch.mm, Tensor.mm})  # `@` arrives as Tensor.matmul
 _BATCHED = frozenset({torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm})
+
+
+def matrix_of(stack: Any, e: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Slice `e` as the (outputs, inputs) matrix of a product; of a stack with `base_slice`, or a (E, R, C) tensor."""
+    w_RC = stack[e].to(dtype) if isinstance(stack, Tensor) else stack.base_slice(e, dtype)
+    return w_RC.t() if transposed else w_RC
+
+
+def frozen_product(
+    stack: Any,
+    x: Tensor,
+    e: int,
+    transposed: bool,
+    bias: Tensor | None = None,
+    *,
+    unread: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`; of what `matrix_of` takes. Saves nothing for backward.
+
+    Args:
+        unread: nobody reads its values: it is not filled.
+        out: what to return.
+    """
+    columns = stack.shape[2 if transposed else 1] if unread else 0
+    weight = partial(matrix_of, stack, e, transposed)
+    result: Tensor = FrozenLinear.apply(x, weight, bias, columns, out)  # type: ignore[no-untyped-call]
+    return result
 
 
 class QuantStack(nn.Module):
@@ -95,23 +124,7 @@ class QuantStack(nn.Module):
         """The dequantized slice `e`, (R, C) as stored."""
         return dequantize(self.slice_storage(e), kind=self.kind, shape=self.shape[1:], dtype=dtype or self.dtype)
 
-    def matmul(
-        self,
-        x: Tensor,
-        e: int,
-        transposed: bool,
-        bias: Tensor | None = None,
-        *,
-        unread: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The frozen product: x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`. Saves nothing for backward.
-
-        Args:
-            unread: nobody reads its values: it is not filled.
-            out: what to return.
-        """
-        return frozen_product(self, x, e, transposed, bias, unread=unread, out=out)
+    matmul = frozen_product
 
     def __getitem__(self, e: int | Tensor) -> StackSlice:
         index = operator.index(e)
@@ -197,27 +210,6 @@ class StackSlice:
                 return args[1].product(args[0], transposed=True)
         args, kwargs = tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def frozen_product(
-    stack: Any,
-    x: Tensor,
-    e: int,
-    transposed: bool,
-    bias: Tensor | None = None,
-    *,
-    unread: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`QuantStack.matmul` of any stack of frozen experts: one with `base_slice`, or a (E, R, C) tensor."""
-
-    def weight(dtype: torch.dtype) -> Tensor:
-        w_RC = stack[e].to(dtype) if isinstance(stack, Tensor) else stack.base_slice(e, dtype)
-        return w_RC.t() if transposed else w_RC
-
-    columns = stack.shape[2 if transposed else 1] if unread else 0
-    result: Tensor = FrozenLinear.apply(x, weight, bias, columns, out)  # type: ignore[no-untyped-call]
-    return result
 
 
 @get_base_weight.register
