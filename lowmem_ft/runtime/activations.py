@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import Cache
 from lowmem_ft.core.errors import ConfigError, UnsupportedError
 from lowmem_ft.runtime.attention import Attended
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.rerun import Unread, active_autocast, random_states, with_random
+from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states
 from lowmem_ft.runtime.shelf import Shelf
 
 
@@ -222,12 +221,7 @@ class _Recompute(torch.autograd.Function):
         states, held, kept = (ctx.saved_tensors[at] for at in (slice(drawn), slice(drawn, behind), slice(behind, None)))
         taken = call.take_up(held)
         inputs = [t.detach().requires_grad_(want) for t, want in zip(taken, wanted, strict=True)]
-        with ExitStack() as stack:
-            stack.enter_context(with_random(call.device, states))
-            for device_type, dtype in call.autocast:
-                stack.enter_context(torch.autocast(device_type, dtype=dtype))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(call.unread.left_out())
+        with as_before(call.device, states, call.autocast), torch.enable_grad(), call.unread.left_out():
             outputs = call.run_again(inputs, kept)
         call.out_leaves = []
         if call.unread.layers is None:

@@ -16,7 +16,6 @@ the first product (2 * I with a gate), R a tile's rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import accumulate, compress, pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from lowmem_ft.quant.experts import frozen_product
 from lowmem_ft.quant.products import ROWS
-from lowmem_ft.runtime.rerun import active_autocast, random_states, runs_again, with_random
+from lowmem_ft.runtime.rerun import active_autocast, as_before, random_states, runs_again
 
 EXPERTS = "lowmem_ft"
 
@@ -86,11 +85,7 @@ class _Experts(torch.autograd.Function):
         if dout_TD is None:
             return None, None, *[None] * len(wanted)
         index_TK, hidden_TD, weights_TK, order_P, kept_PH, *states = ctx.saved_tensors
-        with ExitStack() as stack:
-            if states:
-                stack.enter_context(with_random(hidden_TD.device, states))
-            for device_type, dtype in ctx.autocast:
-                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+        with as_before(hidden_TD.device, states, ctx.autocast):
             known = None if order_P is None else _Routing(order_P, ctx.tiles)
             routing = known or _route(ctx.owner, hidden_TD, index_TK)
             return None, None, *_differentiate(ctx.owner, hidden_TD, weights_TK, dout_TD, routing, kept_PH, wanted)
@@ -120,8 +115,7 @@ def _run(
     experts: Any, hidden_TD: Tensor, weights_TK: Tensor, routing: _Routing, kept_PH: Tensor | None = None
 ) -> Tensor:
     """The layer's output; the outputs of the first product to `kept_PH`."""
-    token_P = routing.order_P.div(weights_TK.shape[1], rounding_mode="floor")
-    weights_P = weights_TK.reshape(-1).index_select(0, routing.order_P)
+    token_P, weights_P = _of_pairs(routing, weights_TK)
     out_TD = torch.zeros_like(hidden_TD)
 
     def work(e: int, rows: slice) -> None:  # a function, so that nothing of a tile is held while the next is worked on
@@ -146,8 +140,7 @@ def _differentiate(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of the input, of the weights and of the adapters' factors, where they are wanted."""
-    token_P = routing.order_P.div(weights_TK.shape[1], rounding_mode="floor")
-    weights_P = weights_TK.reshape(-1).index_select(0, routing.order_P)
+    token_P, weights_P = _of_pairs(routing, weights_TK)
     first, adapters = _first(experts), _adapters(experts)
     like = [hidden_TD, weights_TK, *_factors(adapters)]
     found = [it.new_zeros(it.shape) if want else None for it, want in zip(like, wanted, strict=True)]
@@ -207,6 +200,12 @@ def _back_to_inner(
     if experts.has_bias:
         dweights_R += dout_RD @ experts.down_proj_bias[e].to(dout_RD.dtype)
     return (dweighted_RI * weights_R.unsqueeze(1)).to(inner_RI.dtype), dweights_R, *dfactors
+
+
+def _of_pairs(routing: _Routing, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each pair, and its weight."""
+    token_P = routing.order_P.div(weights_TK.shape[1], rounding_mode="floor")
+    return token_P, weights_TK.reshape(-1).index_select(0, routing.order_P)
 
 
 def _worked_on(experts: Any, hidden_TD: Tensor, routing: _Routing) -> Iterator[tuple[int, slice]]:

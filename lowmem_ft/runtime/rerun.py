@@ -38,6 +38,14 @@ def with_random(device: torch.device, states: Sequence[Tensor]) -> ExitStack:
     return stack
 
 
+def as_before(device: torch.device, states: Sequence[Tensor], autocast: Sequence[tuple[str, torch.dtype]]) -> ExitStack:
+    """A context with the random numbers and the autocasts of a first run. Without `states` numbers are drawn on."""
+    stack = with_random(device, states) if states else ExitStack()
+    for device_type, dtype in autocast:
+        stack.enter_context(torch.autocast(device_type, dtype=dtype))
+    return stack
+
+
 class _Running(threading.local):
     again = False
 

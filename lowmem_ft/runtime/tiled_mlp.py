@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import compress
 from typing import Any
 
@@ -29,7 +28,7 @@ from lowmem_ft.quant.swap import is_plain_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.experts import STANDS_FOR, traced_tiles
-from lowmem_ft.runtime.rerun import Unread, active_autocast, random_states, with_random
+from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states
 
 _NAMES = frozenset({"mlp", "ffn", "feed_forward", "shared_mlp"})  # of MLPs in transformers' decoder layers
 
@@ -207,11 +206,7 @@ class _InTiles(torch.autograd.Function):
             # a step takes the most here, on top of the holes of what came before: half a billion int8 weights with DoRA
             # 1134 MiB without this, and 1091 with it
             release_freed_memory()
-        with ExitStack() as stack:
-            if states:
-                stack.enter_context(with_random(inputs_BTD[0].device, states))
-            for device_type, dtype in ctx.autocast:
-                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+        with as_before(inputs_BTD[0].device, states, ctx.autocast):
             return None, None, *ctx.owner.differentiate(inputs_BTD, wanted, dy_BTO, ctx.tokens)
 
 
