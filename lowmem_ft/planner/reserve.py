@@ -70,23 +70,28 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
     Args:
         most: if that is more than so many bytes, it matters no more how many.
     """
-    enough = None if most is None else most - device.process_bytes
     if device.kind == "cpu":
         process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels(weighed.policy))
         return Peak(weighed.allocated, weighed.allocated, process)
-    if enough is not None and weighed.allocated > enough:  # what is in use is held, too
-        return Peak(weighed.allocated, weighed.allocated, device.process_bytes + weighed.allocated)
+    expandable = expandable_segments()
+    margins = partial(with_margins, scales.stage, expandable=expandable)
+    tensors = weighed.allocated - UNSEEN_BYTES + sum(workspaces(device))
+    least = margins(Peaks(tensors, tensors))  # what is in use is held, too
+    if most is not None and device.process_bytes + least.reserved > most:
+        return Peak(least.allocated, least.reserved, device.process_bytes + least.reserved)
     data, shorter = scales.stage.config.data, 0
     rows = weighed.policy.micro_batch_tokens // data.seq_len
     if rows > 1 or not data.packing:
         shorter = Shorter(weighed.turns).bytes(rows=rows if data.packing else None)
-    enough = None if enough is None else enough - shorter
+    enough = None
+    if most is not None:  # above that margins are no less than these
+        enough = max(tensors, most - device.process_bytes - shorter - (least.reserved - tensors))
     play = partial(replayed, device, scales.made(weighed.policy), weighed.turns, scripts=scales.scripts, enough=enough)
     peaks, pool = play(expandable=True), 0
-    if not expandable_segments():
+    if not expandable:
         pool = peaks.reserved
         peaks = play(expandable=False, pool=pool)
-    allocated, reserved = with_margins(scales.stage, peaks, expandable=expandable_segments())
+    allocated, reserved = margins(peaks)
     reserved += shorter
     return Peak(allocated, reserved, device.process_bytes + reserved, pool)
 

@@ -436,8 +436,10 @@ class Search:
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int, *, most: int | None = None) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
         peak = process_peak(self.device, self.scales, weighed, most=most)
-        evaluated = self.scales.evaluation_peak(weighed.policy)
-        evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels(weighed.policy))
+        evaluation = 0
+        if most is None or peak.process <= most:
+            evaluated = self.scales.evaluation_peak(weighed.policy)
+            evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels(weighed.policy))
         phases = self._aside_of().phases(self.device, weighed.policy, train=peak.process, evaluation=evaluation)
         return Answer(
             config=self.config, device=self.device, budget=budget, scales=self.scales, weighed=weighed,

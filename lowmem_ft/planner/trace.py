@@ -44,7 +44,7 @@ _SCATTER, _ADD = torch.ops.aten.scatter.src, torch.ops.aten.add.Tensor
 _IN_PLACE: Mapping[Any, Any] = {_SCATTER: torch.ops.aten.scatter_.src, _ADD: torch.ops.aten.add_.Tensor}
 _ALONE = 4, 2  # references to a tensor, and to its storage, that only the call itself and its caller hold
 _references: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda _: 0)  # not in every version
-_TURNS = 256  # of equal work that leaves nothing are written down at most: an allocator that has settled goes on alike
+TURNS = 16  # of equal work that leaves nothing are written down: an allocator that has settled goes on alike
 
 
 def _summed_in_place(total: Tensor, more: Any) -> bool:
@@ -161,10 +161,11 @@ class Repeats:
 
     Args:
         keys: for further pieces of memory.
+        turns: see `Tracer`.
     """
 
-    def __init__(self, keys: Iterator[int]) -> None:
-        self._keys = keys
+    def __init__(self, keys: Iterator[int], turns: int = TURNS) -> None:
+        self._keys, self._turns = keys, turns
         # key in what was traced -> keys of all that it stands for, as they came
         self._held: dict[int, list[int]] = defaultdict(list)
 
@@ -173,7 +174,7 @@ class Repeats:
         found, held = [], self._held
         own = {event.key for event in work if event.nbytes > 0}
         if sum(event.nbytes for event in work) == 0 and all(event.key in own for event in work):
-            times = min(times, _TURNS)
+            times = min(times, self._turns)
         for turn in range(times):
             for event in work:
                 traced, nbytes, tier, op, phase, block, inside = event
@@ -227,6 +228,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             many tiles with the same rows in all.
 
     Where `STANDS_FOR` said that operations stand for others too, the trace and the seconds are those of all of them.
+
+    Attributes:
+        turns: of equal work that leaves nothing as many are written down at most, from the next `begin` on.
     """
 
     def __init__(
@@ -248,6 +252,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._learned: dict[Hashable, _Learned] = {}  # by what the work is called, phase and block
         self._costs: list[complex] = []  # of all operations
         self._began = 0, 0  # events and costs, when work began that may be learned
+        self.turns = TURNS
         self._repeats = Repeats(self._keys)
         self._times, self._from = 1, 0  # for how many operations each stands, since which event
         self._tiles = 1.0  # for how many tiles each stands
@@ -256,7 +261,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def begin(self) -> None:
         """Start a new trace, whose first events are the births of what is alive, and a new sum of seconds."""
         self.trace = Trace(self.alive())
-        self._repeats = Repeats(self._keys)
+        self._repeats = Repeats(self._keys, self.turns)
         self._spent = defaultdict(complex)
 
     @property

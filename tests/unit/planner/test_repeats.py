@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.planner import trace
 from lowmem_ft.planner.device import cost_of, find_device
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import Stage
-from lowmem_ft.planner.trace import Event, Repeats
+from lowmem_ft.planner.trace import TURNS, Event, Repeats
 from lowmem_ft.planner.weigh import Scales
 from lowmem_ft.runtime import experts, loss
 from tests.models import tiny_config
@@ -61,6 +60,7 @@ def test_few_tiles_stand_for_all(
     name: str, bits: int, dropout: float, rows: int, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stage(name, tmp_path, bits, dropout, length)
+    made.tracer.turns = 27
     for keep in (0, 2):
         few = made.step(policy(rows=rows, seq_len=length), keep=keep)
         seconds = dict(made.tracer.seconds)
@@ -156,19 +156,21 @@ def test_of_many_turns_that_leave_all_as_it_was_the_first_are_written_down() -> 
     """The others would change nothing, and a tile of one token has one for each."""
     repeats = Repeats(count(100))
     work = [event(1, 8), event(2, 4), event(1, -8), event(2, -4)]
-    assert len(repeats.repeat(work, 20)) == 4 * 20
-    assert len(repeats.repeat(work, 10**9)) == 4 * trace._TURNS
+    assert len(repeats.repeat(work, 10)) == 4 * 10
+    assert len(repeats.repeat(work, 10**9)) == 4 * TURNS
     assert len(repeats.repeat([event(3, 8)], 1000)) == 1000, "which stay"
     assert len(repeats.repeat([event(3, -8)], 1000)) == 1000
 
 
-def test_many_tiles_of_an_mlp_take_what_all_of_them_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tensors, in PyTorch's pool, and in seconds."""
-    tiny_config("llama").save_pretrained(tmp_path)
+@pytest.mark.parametrize(("name", "tile"), [("llama", 1), ("qwen3_moe", 0)])
+def test_many_tiles_take_what_all_of_them_take(name: str, tile: int, tmp_path: Path) -> None:
+    """In tensors, in PyTorch's pool, and in seconds: of an MLP, and of experts."""
+    experts: dict[str, int] = {} if tile else {"num_experts": 128, "num_experts_per_tok": 64}
+    tiny_config(name, **experts).save_pretrained(tmp_path)
     config = RunConfig.from_dict({"model": str(tmp_path), "data": {"seq_len": 256}, "adapter": {"dropout": 0.1}})
     card = find_device("rtx-4090-24gb")
     scales = Scales(config, policy(), kind="cuda", cost=cost_of(card))
-    sized = policy(rows=1, seq_len=256, keep=1, mlp_tile_tokens=1)
+    sized = policy(rows=1, seq_len=256, keep=1, mlp_tile_tokens=tile)
 
     def taken() -> tuple[int, Any, float, int]:
         scales._latest.clear()
@@ -177,9 +179,8 @@ def test_many_tiles_of_an_mlp_take_what_all_of_them_take(tmp_path: Path, monkeyp
         pool = replayed(card, scales.made(sized), weighed.turns, expandable=False)
         return weighed.allocated, pool, weighed.seconds, events
 
-    monkeypatch.setattr(trace, "_TURNS", 32)
     few = taken()
-    monkeypatch.setattr(trace, "_TURNS", 10**9)
+    scales.stage.tracer.turns = 10**9
     every = taken()
     assert few[:3] == every[:3]
     assert few[3] < every[3] / 3
