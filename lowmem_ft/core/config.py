@@ -197,8 +197,9 @@ class PolicyConfig(Section):
     the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones;
     the others do what `activations` says, if that is not keep.
     `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
-    `stream_embeddings` puts the input embedding, or it and the output head, where `stream_from` says. MLPs work on
-    `mlp_tile_tokens` of a micro-batch's tokens at a time, or with 0 on all.
+    `stream_embeddings` puts input embeddings, those of each layer included, or them and the output head, where
+    `stream_from` says; a matrix that is both goes with the head. MLPs work on `mlp_tile_tokens` of a micro-batch's
+    tokens at a time, or with 0 on all.
     """
 
     objective: Literal["speed", "context", "batch", "memory"] = "speed"

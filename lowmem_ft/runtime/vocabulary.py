@@ -1,8 +1,10 @@
-"""The two matrices with a row for each token, below the device: the input embedding and the output head.
+"""The matrices with a row for each token, below the device: input embeddings and the output head.
 
-Of a large vocabulary they are larger than many blocks: 2.1 GB of an 8B model whose blocks take 3.9 GB in 4 bits. The
-embedding's rows are looked up where they lie, so that only those of a micro-batch's tokens come up. The head passes
-through a ring of slots, tile by tile, forward and then in reverse. Where both are one matrix (tied) it lies there once.
+Of a large vocabulary they are larger than many blocks: 2.1 GB of an 8B model whose blocks take 3.9 GB in 4 bits; and
+the embeddings that give every block an input of its own (Gemma 3n and 4) are larger than all of its blocks. Rows of
+embeddings are looked up where they lie, so that only those of a micro-batch's tokens come up. The head passes through a
+ring of slots, tile by tile, forward and then in reverse. Where it and the embedding are one matrix (tied) it lies there
+once.
 
 Letters in shapes: V tokens of the vocabulary, D hidden size, `...` any leading dimensions.
 """
@@ -166,7 +168,7 @@ class Matrix:
 
     Attributes:
         embedding, head: the modules that read it.
-        names: of the parameter that holds it, in the model without adapters.
+        names: of the parameter that holds it, by each of these modules, in the model without adapters.
     """
 
     embedding: nn.Embedding | None
@@ -222,18 +224,26 @@ def matrices_of(model: nn.Module) -> list[Matrix]:
         model: a transformers model before adapters; meta is enough.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if not (isinstance(embedding, nn.Embedding) and _only_looks_up(embedding)):
-        embedding = None
-    head = head if type(head) is nn.Linear else None
     names = {id(module): f"{path}.weight" for path, module in model.named_modules()}
-    if embedding is not None and head is not None and embedding.weight is head.weight:
-        return [Matrix(embedding=embedding, head=head, names=(names[id(embedding)], names[id(head)]))]
+    further = [it for it in model.modules() if it is not embedding and _per_token(it, embedding, head)]
+    head = head if type(head) is nn.Linear else None
     found = []
-    if embedding is not None:
-        found.append(Matrix(embedding=embedding, head=None, names=(names[id(embedding)],)))
+    for it in (embedding, *further):
+        if isinstance(it, nn.Embedding) and _only_looks_up(it):
+            tied, head = (head, None) if head is not None and it.weight is head.weight else (None, head)
+            of = [names[id(module)] for module in (it, tied) if module is not None]
+            found.append(Matrix(embedding=it, head=tied, names=tuple(of)))
     if head is not None:
         found.append(Matrix(embedding=None, head=head, names=(names[id(head)],)))
     return found
+
+
+def _per_token(module: nn.Module, embedding: Any, head: Any) -> bool:
+    """Whether `module` is a further embedding with a row for each token that `embedding` knows, or nearly."""
+    if not (isinstance(module, nn.Embedding) and isinstance(embedding, nn.Embedding)):
+        return False
+    shared = any(module.weight is getattr(it, "weight", None) for it in (embedding, head))
+    return not shared and 0.9 <= module.num_embeddings / embedding.num_embeddings <= 1.1
 
 
 def chosen(matrices: Sequence[Matrix], which: Which) -> list[Matrix]:
@@ -338,7 +348,7 @@ def refuse_trained(model: nn.Module, matrices: Sequence[Matrix]) -> None:
 
 def is_trained(model: nn.Module, matrix: Matrix) -> bool:
     """Whether `model`, with its adapters, trains a matrix or has something in the place of its modules."""
-    causal = causal_model(model)
-    replaced = matrix.embedding is not None and causal.get_input_embeddings() is not matrix.embedding
-    replaced |= matrix.head is not None and causal.get_output_embeddings() is not matrix.head
+    causal, modules = causal_model(model), [it for it in (matrix.embedding, matrix.head) if it is not None]
+    places = [causal.get_submodule(name.rpartition(".")[0]) for name in matrix.names]
+    replaced = any(place is not module for place, module in zip(places, modules, strict=True))
     return replaced or matrix.parameter.requires_grad

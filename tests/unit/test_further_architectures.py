@@ -83,7 +83,8 @@ def test_a_step_is_planned_and_the_same_under_every_policy(name: str, tmp_path: 
     kept = replace(plan.policy, keep_blocks=depth, recompute_blocks=0, offload_blocks=0)
     low = replace(kept, keep_blocks=0, recompute_blocks=depth, resident_blocks=0, streamed_blocks=depth)
     loss, expected = gradients(config, kept)
-    assert len(expected) == len(assemble(config, kept, torch.device("cpu")).trainable), "each adapter is used"
+    unused = assemble(config, kept, torch.device("cpu")).trainable.keys() - expected.keys()
+    assert all("altup.correction_coefs" in it for it in unused), "Gemma 3n reads that layer's weight without a call"
     again, found = gradients(config, low)
     assert again == loss
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -15,7 +15,7 @@ from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.runtime import below as placing
 from lowmem_ft.runtime import vocabulary
 from lowmem_ft.runtime.tiers import PAGE, DiskTier
-from lowmem_ft.runtime.vocabulary import Table, chosen, matrices_of, row_tiles
+from lowmem_ft.runtime.vocabulary import Table, chosen, is_trained, matrices_of, row_tiles
 from lowmem_ft.step import eval_step, train_step
 from tests.models import save_tiny, tiny_config, tiny_model
 from tests.unit.planner.policies import policy
@@ -33,6 +33,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "untied": save_tiny("llama", folder / "untied", **sizes, tie_word_embeddings=False),
         "scaled": save_tiny("gemma3", folder / "scaled", **sizes),  # the embedding's own forward multiplies
         "biased": save_tiny("phi", folder / "biased", **sizes),  # the head has a bias
+        "by layer": save_tiny(  # each block has an input of its own from a second embedding
+            "gemma4",
+            folder / "layers",
+            **sizes,
+            vocab_size_per_layer_input=VOCABULARY,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            num_kv_shared_layers=1,
+            tie_word_embeddings=True,
+        ),
     }
 
 
@@ -81,6 +90,8 @@ def same(a: tuple[list[float], dict[str, Tensor]], b: tuple[list[float], dict[st
         ("untied", "both", DEPTH),
         ("scaled", "both", DEPTH),
         ("biased", "both", 0),
+        ("by layer", "input", 0),
+        ("by layer", "both", DEPTH),
     ],
 )
 def test_results_are_those_of_a_resident_run(models: dict[str, Path], name: str, which: str, streamed: int) -> None:
@@ -192,6 +203,20 @@ def test_what_can_be_streamed() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     model.model.embed_tokens = Reads(10, tiny_config("llama").hidden_size)
     assert [it.embedding for it in matrices_of(model)] == [None], "one that reads its weight in its own way stays"
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_the_embedding_of_each_block_can_be_streamed(name: str) -> None:
+    """It is the largest matrix of such a model, and is looked up alone."""
+    model = tiny_model(name, tie_word_embeddings=True).requires_grad_(False)
+    tied, by_layer = matrices_of(model)
+    assert tied.names == ("model.embed_tokens.weight", "lm_head.weight")
+    assert by_layer.embedding is model.model.embed_tokens_per_layer
+    assert by_layer.names == ("model.embed_tokens_per_layer.weight",)
+    assert chosen([tied, by_layer], "input") == [by_layer]
+    assert not is_trained(model, by_layer)
+    by_layer.parameter.requires_grad_()
+    assert is_trained(model, by_layer)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1000, 24), (64, 4096), (1, 8), (130, 96)])
