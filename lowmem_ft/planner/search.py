@@ -403,7 +403,7 @@ class Search:
     def _order(self, option: Option) -> tuple[float, float]:
         """How well it seems to serve the objective: the less the better."""
         copies = option.policy.streams or option.policy.offload_blocks
-        seconds = option.seconds * (WORTH_COPIES if copies else 1.0)
+        seconds = round(option.seconds * (WORTH_COPIES if copies else 1.0), 9)  # sums of as much may end in other bits
         return {
             "memory": (option.process, option.seconds),
             "batch": (-option.policy.micro_batch_tokens, seconds),

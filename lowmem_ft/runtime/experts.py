@@ -260,12 +260,8 @@ def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def traced_tiles(rows: Sequence[int]) -> list[int]:
-    """Without data: for how many each tile stands; 0 where another stands for it.
-
-    The first and the last of equally high ones are next to other work; all between them take and give back the same.
-    """
-    equal = rows.count(rows[0])
-    return [1, equal - 2, *[0] * (equal - 3), 1, *[1] * (len(rows) - equal)] if equal > 3 else [1] * len(rows)
+    """Without data: for how many of its height each tile stands; 0 where another stands for it."""
+    return [0 if high in rows[:at] else rows.count(high) for at, high in enumerate(rows)]
 
 
 # What they say to whoever traces tensors without data: for how many of its like each following operation stands; and

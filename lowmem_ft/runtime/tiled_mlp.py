@@ -228,7 +228,8 @@ def _tiles(like_1ND: Tensor, tokens: int) -> Iterator[slice]:
     if not like_1ND.is_meta:
         yield from (slice(start, min(start + tokens, count)) for start in starts)
         return
-    times = traced_tiles([tokens] * (count // tokens) + [count % tokens] * (count % tokens > 0))
+    heights = [tokens] * (count // tokens) + [count % tokens] * (count % tokens > 0)
+    times = [1, *traced_tiles(heights[1:])]  # the first one makes what all of them write to
     for start, each in compress(zip(starts, times, strict=True), times):
         if each > 1:
             STANDS_FOR(like_1ND, each)
