@@ -222,6 +222,7 @@ class Stage:
         update: bool = True,
         settled: bool = False,
         loss_tokens: int | None = None,
+        through: Literal["loss", "update"] = "update",
     ) -> Trace:
         """The trace of a training step with one micro-batch, after the births of all that is held.
 
@@ -233,6 +234,7 @@ class Stage:
             only: the blocks that run; by default all. The update is always that of all.
             update: without it the optimizer does nothing, as it depends on neither micro-batch nor activations.
             settled: as a later micro-batch, in which recomputing leaves out what an earlier backward found unread.
+            through: the last thing that is traced.
         """
         tracer = self.tracer
         self.ready.mlps.work_in(policy.mlp_tile_tokens)
@@ -252,17 +254,21 @@ class Stage:
                 for block, unread in recomputing:
                     unread.layers = self._unread.get(block)
             tracer.begin()
-            with tracer, _marked(tracer, self.ready.model):
-                tracer.phase, tracer.block = "forward", None
-                ready: Any = self._with_loss(policy)
-                ready.optimizer = _Update(self, run=update)
-                batch = _batch(self.config, policy, self.kind, loss_tokens)
-                self.products.begin(batch.tokens, batch.input_ids.shape[1])
-                train_step(ready, [batch], lr=1e-4, mismatched=mismatched_of(self.config, [batch]))
-                del batch
-            self._unread.update((block, unread.layers) for block, unread in recomputing)
+            trace = tracer.trace
+            try:
+                with tracer, _marked(tracer, self.ready.model, through=through):
+                    tracer.phase, tracer.block = "forward", None
+                    ready: Any = self._with_loss(policy)
+                    ready.optimizer = _Update(self, run=update)
+                    batch = _batch(self.config, policy, self.kind, loss_tokens)
+                    self.products.begin(batch.tokens, batch.input_ids.shape[1])
+                    train_step(ready, [batch], lr=1e-4, mismatched=mismatched_of(self.config, [batch]))
+                    del batch
+                self._unread.update((block, unread.layers) for block, unread in recomputing)
+            except _LossIsDone as done:
+                trace = Trace(trace.events[: done.events])
             activations.remove()
-        return tracer.trace
+        return trace
 
     def streams_head(self, policy: Policy) -> bool:
         """Whether the output head comes up in tiles under `policy`, so that logits of one exist at a time."""
@@ -400,9 +406,20 @@ def _handing_on(model: nn.Module, batch: Batch) -> Iterator[set[int]]:
             hook.remove()
 
 
+class _LossIsDone(Exception):  # noqa: N818 - nothing is wrong
+    """Backward has come to the last block, after so many events."""
+
+    def __init__(self, events: int) -> None:
+        self.events = events
+
+
 @contextmanager
-def _marked(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    """Within it the tracer knows which block is at work, in forward and in backward."""
+def _marked(tracer: Tracer, model: nn.Module, *, through: Literal["loss", "update"]) -> Iterator[None]:
+    """Within it the tracer knows which block is at work, in forward and in backward.
+
+    Raises:
+        _LossIsDone: where no more is traced.
+    """
     blocks = list(find_blocks(model)[1])
 
     def enter(index: int) -> Any:
@@ -413,6 +430,8 @@ def _marked(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
     def leave(index: int) -> Any:
         def arrived(_: Any) -> None:
+            if through == "loss":
+                raise _LossIsDone(len(tracer.trace.events))
             tracer.phase, tracer.block = "backward", index
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -338,8 +338,8 @@ class Scales:
         if key not in self._heads:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
-            one = self._traced(sized, classes, range(len(classes)))
-            self._heads[key] = _heads(one)
+            trace = self._step(sized, classes, range(len(classes)), through="loss")
+            self._heads[key] = {it.part: it for it in self._segments(trace, sized) if it.part in HEADS}
         return pieces.with_heads(self._heads[key])
 
     def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
@@ -368,7 +368,15 @@ class Scales:
     def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
         return list(range(len(classes))) if self._whole else shorten(classes, wanted)
 
-    def _step(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int], *, settled: bool = False) -> Trace:
+    def _step(
+        self,
+        policy: Policy,
+        classes: Sequence[Class],
+        taken: Sequence[int],
+        *,
+        settled: bool = False,
+        through: Literal["loss", "update"] = "update",
+    ) -> Trace:
         """A step through those of the last blocks, which are of `classes`, that are `taken`."""
         first = self.depth - len(classes)
         treatments = [classes[at][1] for at in taken]
@@ -380,12 +388,16 @@ class Scales:
             update=self._update is None,
             settled=settled,
             loss_tokens=_in_loss(policy),
+            through=through,
         )
+
+    def _segments(self, trace: Trace, policy: Policy) -> list[Segment]:
+        """Of a step that `_step` traced."""
+        return [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
 
     def _traced(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
         """The segments of such a step."""
-        trace = self._step(policy, classes, taken)
-        found = [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
+        found = self._segments(self._step(policy, classes, taken), policy)
         if self._update is None:
             self._products = deepcopy(self.stage.products)
             self._update = next(segment for segment in found if segment.part == "update")

@@ -16,7 +16,7 @@ from lowmem_ft.planner.compose import Pieces, Place, holders, peaks, segments, s
 from lowmem_ft.planner.cut import block_kinds
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.trace import Event, Trace, with_key
-from lowmem_ft.planner.weigh import Class, classes_of
+from lowmem_ft.planner.weigh import HEADS, Class, classes_of
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 
@@ -167,3 +167,32 @@ def test_wanted_windows_of_fewer_blocks_are_the_same(keep: int, tmp_path: Path) 
         for part in ("forward", "backward"):
             one, other = every.by_window[part, window], few.by_window[part, window]
             assert (one.delta, one.high) == (other.delta, other.high)
+
+
+@pytest.mark.parametrize("keep", [0, DEPTH])
+@pytest.mark.parametrize("sections", [{}, {"train": {"objective": "dpo"}}], ids=["text", "preferences"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_loss_that_is_traced_without_what_follows_is_that_of_a_step(
+    name: str, sections: dict[str, Any], keep: int, tmp_path: Path
+) -> None:
+    made = stage(name, tmp_path, **sections)
+
+    def loss(**how: Any) -> tuple[list[Any], int]:
+        """Sizes of what happens in the head, and where pieces come from; and how many segments there are."""
+        found = segments(made.step(policy(), keep=keep, **how), made.tracer.seconds)
+        heads = [it for it in found if it.part in HEADS]
+        return [[(e.nbytes, e.op, e.tier, birth) for e, birth in it.events] for it in heads], len(found)
+
+    made.step(policy(), keep=keep)
+    gc.collect()
+    gc.disable()  # as while a plan is made
+    try:
+        before = made.tracer.alive()
+        whole, parts = loss()
+        alone, fewer = loss(through="loss")
+        assert made.tracer.alive() == before, "nothing of a step that was not finished is held"
+    finally:
+        gc.enable()
+    assert alone == whole
+    assert fewer <= parts - DEPTH
+    assert loss() == (whole, parts)
