@@ -112,13 +112,29 @@ def _stored(
 ) -> tuple[list[StoredExamples], tuple[float, ...], list[str]]:
     """Each of `sources` on disk, their weights, and what is to be told of them."""
     folder = cache_folder(data.cache)
-    listed = list_sources(sources, data)
-    stored = [_one(source, data, tokenizer, use, task, folder, encode) for source in listed]
-    weights = tuple(source.weight if use == "train" else 1.0 for source in listed)
-    notes = [note for part in stored for note in part.report.notes()]
+    stored: list[StoredExamples] = []
+    weights: list[float] = []
+    notes: list[str] = []
+    none: _NoneHeldOutError | None = None
+    for source in list_sources(sources, data):
+        try:
+            one = _one(source, data, tokenizer, use, task, folder, encode)
+        except _NoneHeldOutError as error:
+            none = error
+            notes.append(f"{source.path}: no record of it is held out, it has too few for data.eval: {data.eval}")
+            continue
+        stored.append(one)
+        weights.append(source.weight if use == "train" else 1.0)
+        notes += one.report.notes()
+    if none is not None and not stored:
+        raise none
     if data.cache is not None and folder is None:
         notes.append("The user's cache folder cannot be written: tokens are not kept for another run (data.cache).")
-    return stored, weights, notes
+    return stored, tuple(weights), notes
+
+
+class _NoneHeldOutError(DataError):
+    """A source has too few records for the share."""
 
 
 def _weight_notes(mixture: Mixture[Any], stored: Sequence[StoredExamples]) -> list[str]:
@@ -171,10 +187,10 @@ def _one(
         if before is not None and _state(found) != before:
             fix = "wait until it is written, and run again"
             raise DataError("The data file changed while it was read.", given=found.name, fix=fix)
-        if found.part is not None and not tally.counts["records"]:
-            allowed = "a share of which every source has a record at least"
+        if found.part is not None and found.part.held_out and not tally.counts["records"]:
+            allowed = "a share of which a source has a record at least"
             fix = "give data.eval a larger share, or a file of its own"
-            raise DataError(
+            raise _NoneHeldOutError(
                 "No record is held out.", given=f"{found.part.share} of {source.path}", allowed=allowed, fix=fix
             )
         return tally.report()

@@ -296,6 +296,25 @@ def test_a_share_of_the_training_records_is_held_out(data: Path) -> None:
         loop.train(config(data, "other", data={"eval": 1e-6}), reporter=QUIET)
 
 
+def test_of_a_source_with_too_few_records_none_is_held_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, every = data / "few.jsonl", (data / "train.jsonl").read_text().splitlines(keepends=True)
+    few.write_text("".join(every[:3]))
+    settings = config(
+        data, data={"train": [str(data / "train.jsonl"), {"path": str(few), "weight": 2.0}], "eval": 0.25}
+    )
+    trained, held_out = loop.load_examples(settings, Reporter())
+    assert len(held_out) == len(every) // 4
+    assert len(trained) == len(every) - len(every) // 4 + 3
+    assert "few.jsonl: no record of it is held out, it has too few for data.eval: 0.25" in capsys.readouterr().err
+    alone = config(data, data={"train": str(few), "eval": 0.25})
+    with pytest.raises(DataError, match="No record is held out"):
+        loop.load_examples(alone, QUIET)
+    few.write_text("")
+    with pytest.raises(DataError, match=r"few\.jsonl") as found:
+        loop.load_examples(alone, QUIET)
+    assert "held out" not in str(found.value), "it has none at all"
+
+
 def test_bad_data_stops_before_anything_is_written(data: Path) -> None:
     (data / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "only a question"}]}\n')
     with pytest.raises(DataError):
