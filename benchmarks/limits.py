@@ -1,4 +1,4 @@
-"""How little memory is enough, and how long a sequence fits: what plans predict for models of 8B to 70B parameters.
+"""How little memory is enough, and how long a sequence fits: what plans predict for models of 2B to 70B parameters.
 
 For each model the smallest budget of the device at which a plan exists, its speed, and plans at several budgets; and
 the longest sequence of the 8B model on cards of 8, 12 and 24 GB. Beside it stands what peers report on their pages.
@@ -40,6 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
         "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
+    },
+    "Gemma-3n-E2B": {  # half of its bytes are embeddings of each layer
+        "model_type": "gemma3n_text", "vocab_size": 262400, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 30, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
+        "num_kv_shared_layers": 10, "vocab_size_per_layer_input": 262144, "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
     },
 }  # fmt: skip
 SEQ_LENS, BUDGETS_GIB = (256, 512), (4, 6, 8, 12, 16, 24)
@@ -106,7 +112,7 @@ def main() -> None:
         for model in {*options.models, *([] if options.no_context else ["Llama-3.1-8B"])}:
             own = dict(SHAPES[model])
             kind = own.pop("model_type")
-            config = AutoConfig.for_model(kind, tie_word_embeddings=False, dtype="bfloat16", **own)
+            config = AutoConfig.for_model(kind, dtype="bfloat16", **{"tie_word_embeddings": False, **own})
             config.save_pretrained(Path(name) / model)
         for model in options.models:
             for length in options.seq_len:
