@@ -436,7 +436,7 @@ class Search:
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int, *, most: int | None = None) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
         peak = process_peak(self.device, self.scales, weighed, most=most)
-        evaluation = 0
+        evaluation = 0  # of what takes too much already
         if most is None or peak.process <= most:
             evaluated = self.scales.evaluation_peak(weighed.policy)
             evaluation = process_estimate(self.device, evaluated, weighed.heap, self.scales.kernels(weighed.policy))
