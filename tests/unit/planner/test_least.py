@@ -3,6 +3,7 @@ optimizer lies, and how long sequences may be."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import BudgetError
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.device import Device, find_device
 from lowmem_ft.planner.solver import make_plan, require_fit
 from tests.models import save_tiny
@@ -136,3 +138,35 @@ def test_a_device_that_has_no_more_is_not_asked_for_more(models: dict[str, Path]
         require_fit(replace(plan, changes=()))
     assert "raise" not in str(refused.value)
     assert "take one with more memory" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fitting", "asked"),
+    [
+        (4, [2048]),
+        (3, [2048, 256, 1024]),
+        (2, [2048, 256, 1024, 512]),
+        (1, [2048, 256, 1024, 512, 256]),
+        (0, [2048, 256, 256]),
+    ],
+)
+def test_of_a_key_the_smallest_change_that_fits_is_found_with_few_questions(fitting: int, asked: list[int]) -> None:
+    """The first and the last decide most often: each question is a plan of its own, if it was not asked before."""
+    config = RunConfig.from_dict({"model": "x", "data": {"seq_len": 4096}, "train": {"optimizer": "adamw8bit"}})
+    lengths = [2048, 1024, 512, 256][-fitting:] if fitting else []
+    found: list[int] = []
+
+    def smallest(changed: RunConfig) -> Any:
+        if changed.data.seq_len == 4096 or changed.adapter.rank != config.adapter.rank:
+            return None  # another key
+        found.append(changed.data.seq_len)
+        fits = changed.data.seq_len in lengths
+        return (
+            SimpleNamespace(process=changed.data.seq_len, tokens=1, weighed=SimpleNamespace(seconds=1.0))
+            if fits
+            else None
+        )
+
+    changes = cheapest_changes(config, smallest)
+    assert [(it.key, it.value) for it in changes] == [("data.seq_len", it) for it in lengths[:1]]
+    assert found == asked
