@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -334,12 +334,12 @@ class Scales:
                     other = replace(sized, keep_attention=not sized.keep_attention)
                     alike = self._sized.get((tokens, _way(other))) if keep == self.depth else None
                     pieces.take(alike or self._steady(sized, classes, pieces.lack(classes)), classes)
-            self._heads.setdefault(key, _heads(pieces))
+            self._heads.setdefault(key, _heads(pieces.outside.values()))
         if key not in self._heads:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
             trace = self._step(sized, classes, range(len(classes)), through="loss")
-            self._heads[key] = {it.part: it for it in self._segments(trace, sized) if it.part in HEADS}
+            self._heads[key] = _heads(self._segments(trace, sized))
         return pieces.with_heads(self._heads[key])
 
     def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
@@ -473,9 +473,9 @@ def _in_loss(policy: Policy) -> int:
     return min(policy.micro_batch_tokens, 2 * policy.loss_chunk_tokens)
 
 
-def _heads(pieces: Pieces) -> dict[Part, Segment]:
-    """The segments in which the output head works."""
-    return {part: segment for part, segment in pieces.outside.items() if part in HEADS}
+def _heads(found: Iterable[Segment]) -> dict[Part, Segment]:
+    """Those in which the output head works."""
+    return {segment.part: segment for segment in found if segment.part in HEADS}
 
 
 def _at_least(place: Place, seconds: float) -> Place:

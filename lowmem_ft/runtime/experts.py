@@ -15,6 +15,7 @@ the first product (2 * I with a gate), R a tile's rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, compress, pairwise
 from typing import Any, NamedTuple
@@ -261,7 +262,8 @@ def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 def traced_tiles(rows: Sequence[int]) -> list[int]:
     """Without data: for how many of its height each tile stands; 0 where another stands for it."""
-    return [0 if high in rows[:at] else rows.count(high) for at, high in enumerate(rows)]
+    heights = Counter(rows)
+    return [heights.pop(high, 0) for high in rows]
 
 
 # What they say to whoever traces tensors without data: for how many of its like each following operation stands; and

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
-from lowmem_ft.assemble import load_tokenizer
 from lowmem_ft.cli.runs import open_run
 from lowmem_ft.core.config import RunConfig
-from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError, UnsupportedError
+from lowmem_ft.core.errors import BudgetError, CheckpointError, ConfigError, DataError, LowMemError
 from lowmem_ft.planner.solver import make_plan
-from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.runtime import state
 from lowmem_ft.trainer import loop, recovery
@@ -63,65 +59,6 @@ def test_a_run_whose_base_has_changed_is_told_of(data: Path, recwarn: pytest.War
     save_file(weights, model / "model.safetensors")
     with pytest.warns(UserWarning, match="trained on other weights than its model has now"):
         open_run(data / "run", [], None)
-
-
-def test_tokens_that_the_model_does_not_know(data: Path) -> None:
-    """A tokenizer may have some: it is refused where the data uses one."""
-    model = data / "model"
-    shutil.copytree(ASSETS / "doclm-7m", model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["<extra>"])
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.save_pretrained(model)
-    settings = config(data, model=str(model), train={"steps": 1}, data={"packing": False})
-    assert loop.train(settings, reporter=QUIET).status == "finished"
-    (data / "train.jsonl").write_text('{"text": "what is <extra>"}\n')
-    with pytest.raises(DataError, match="no row") as caught:
-        loop.train(config(data, "other", model=str(model)), reporter=QUIET)
-    assert "'<extra>'" in str(caught.value.given)
-    assert not (data / "other").exists()
-
-
-def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
-    shutil.copytree(ASSETS / "doclm-7m", tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text('{"version": "9.0", "model": {"type": "new"}}')
-    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
-        load_tokenizer(Checkpoint.open(tmp_path / "model"))
-
-
-def test_a_tokenizer_that_no_text_goes_through(tmp_path: Path) -> None:
-    folder = model_with(tmp_path, model_max_length="many")
-    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
-        load_tokenizer(Checkpoint.open(folder))
-
-
-def test_code_of_a_tokenizer_runs_only_where_the_config_says_so(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers would ask on the terminal, and take the first line of a pipe for the answer."""
-    folder = model_with(tmp_path, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
-    ran = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
-    # a class of its own: transformers marks it, and would mark its own class for all tests that follow
-    code = f"from transformers import PreTrainedTokenizerFast\n{ran}class Own(PreTrainedTokenizerFast): ...\n"
-    (folder / "own.py").write_text(code)
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    train = str(data / "train.jsonl")
-    with pytest.raises(UnsupportedError, match="tokenizer is remote code"):
-        loop.read_split(RunConfig(model=str(folder)), train, QUIET)
-    assert not (tmp_path / "ran").exists()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])
-    assert loop.read_split(RunConfig(model=str(folder), trust_remote_code=True), train, QUIET)
-    assert (tmp_path / "ran").exists()
-
-
-def model_with(parent: Path, **settings: Any) -> Path:
-    """The embedded model with these settings in tokenizer_config.json."""
-    folder = parent / "model"
-    shutil.copytree(ASSETS / "doclm-7m", folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -274,45 +211,6 @@ def test_what_needs_no_plan_is_told_before_it_is_made(data: Path, monkeypatch: p
         with pytest.raises(LowMemError, match=said):
             loop.train(config(data, output, **sections), reporter=QUIET)
     assert not (data / "run").exists()
-
-
-def test_a_share_of_the_training_records_is_held_out(data: Path) -> None:
-    """None of them is trained on, and each part is cached by itself."""
-    cache = str(data / "tokens")
-    Path(cache).mkdir()
-    settings = config(data, data={"eval": 0.25, "cache": cache})
-    whole = loop.read_split(settings, str(data / "train.jsonl"), QUIET)
-    for _ in range(2):  # written, and then found
-        trained, held_out = loop.load_examples(settings, QUIET)
-        assert len(held_out) == len(whole) // 4 > 0
-        found = [tuple(it.input_ids) for it in (*trained, *held_out)]
-        assert sorted(found) == sorted(tuple(it.input_ids) for it in whole)
-        assert [tuple(it.input_ids) for it in held_out] == [tuple(it.input_ids) for it in whole][3::4]
-    assert len(list(Path(cache).glob("*.tokens"))) == 3
-    run = loop.train(settings, reporter=QUIET)
-    assert run.eval_loss is not None
-    assert RunConfig.load(Path(run.folder) / "config.yaml").data.eval == 0.25
-    with pytest.raises(DataError, match=r"No record is held out[\s\S]*1e-06 of .*train\.jsonl"):
-        loop.train(config(data, "other", data={"eval": 1e-6}), reporter=QUIET)
-
-
-def test_of_a_source_with_too_few_records_none_is_held_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few, every = data / "few.jsonl", (data / "train.jsonl").read_text().splitlines(keepends=True)
-    few.write_text("".join(every[:3]))
-    settings = config(
-        data, data={"train": [str(data / "train.jsonl"), {"path": str(few), "weight": 2.0}], "eval": 0.25}
-    )
-    trained, held_out = loop.load_examples(settings, Reporter())
-    assert len(held_out) == len(every) // 4
-    assert len(trained) == len(every) - len(every) // 4 + 3
-    assert "few.jsonl: no record of it is held out, it has too few for data.eval: 0.25" in capsys.readouterr().err
-    alone = config(data, data={"train": str(few), "eval": 0.25})
-    with pytest.raises(DataError, match="No record is held out"):
-        loop.load_examples(alone, QUIET)
-    few.write_text("")
-    with pytest.raises(DataError, match=r"few\.jsonl") as found:
-        loop.load_examples(alone, QUIET)
-    assert "held out" not in str(found.value), "it has none at all"
 
 
 def test_bad_data_stops_before_anything_is_written(data: Path) -> None:

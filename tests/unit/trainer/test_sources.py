@@ -1,4 +1,4 @@
-"""Runs over several sources: what they train on, that they resume exactly, and what is refused."""
+"""Runs over several sources, or a part of one: what they train on, that they resume exactly, what is refused."""
 
 import csv
 import json
@@ -12,9 +12,10 @@ import pytest
 from lowmem_ft.core.config import Objective, RunConfig
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data import mixture
+from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
-
-from .test_loop import ASSETS, QUIET, config, exact
+from tests.assets import ASSETS
+from tests.unit.trainer.runs import QUIET, config, exact
 
 
 @pytest.fixture
@@ -152,3 +153,42 @@ def test_what_is_held_out_and_trained_on_is_told(
     reporter.said.clear()
     loop.load_examples(settings, reporter)  # type: ignore[arg-type]
     assert not any("trained on" in it for it in reporter.said)
+
+
+def test_a_share_of_the_training_records_is_held_out(data: Path) -> None:
+    """None of them is trained on, and each part is cached by itself."""
+    cache = str(data / "tokens")
+    Path(cache).mkdir()
+    settings = config(data, data={"eval": 0.25, "cache": cache})
+    whole = loop.read_split(settings, str(data / "train.jsonl"), QUIET)
+    for _ in range(2):  # written, and then found
+        trained, held_out = loop.load_examples(settings, QUIET)
+        assert len(held_out) == len(whole) // 4 > 0
+        found = [tuple(it.input_ids) for it in (*trained, *held_out)]
+        assert sorted(found) == sorted(tuple(it.input_ids) for it in whole)
+        assert [tuple(it.input_ids) for it in held_out] == [tuple(it.input_ids) for it in whole][3::4]
+    assert len(list(Path(cache).glob("*.tokens"))) == 3
+    run = loop.train(settings, reporter=QUIET)
+    assert run.eval_loss is not None
+    assert RunConfig.load(Path(run.folder) / "config.yaml").data.eval == 0.25
+    with pytest.raises(DataError, match=r"No record is held out[\s\S]*1e-06 of .*train\.jsonl"):
+        loop.train(config(data, "other", data={"eval": 1e-6}), reporter=QUIET)
+
+
+def test_of_a_source_with_too_few_records_none_is_held_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, every = data / "few.jsonl", (data / "train.jsonl").read_text().splitlines(keepends=True)
+    few.write_text("".join(every[:3]))
+    settings = config(
+        data, data={"train": [str(data / "train.jsonl"), {"path": str(few), "weight": 2.0}], "eval": 0.25}
+    )
+    trained, held_out = loop.load_examples(settings, Reporter())
+    assert len(held_out) == len(every) // 4
+    assert len(trained) == len(every) - len(every) // 4 + 3
+    assert "few.jsonl: no record of it is held out, it has too few for data.eval: 0.25" in capsys.readouterr().err
+    alone = config(data, data={"train": str(few), "eval": 0.25})
+    with pytest.raises(DataError, match="No record is held out"):
+        loop.load_examples(alone, QUIET)
+    few.write_text("")
+    with pytest.raises(DataError, match=r"few\.jsonl") as found:
+        loop.load_examples(alone, QUIET)
+    assert "held out" not in str(found.value), "it has none at all"
