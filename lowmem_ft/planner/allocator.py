@@ -330,7 +330,8 @@ class CachingAllocator:
                 if block.next is None or block.next.state == _USED:
                     break
                 block = block.next
-        block = self._new_segment(pool, _round_up(self._address_space, pool.page), _UNMAPPED)
+        # a piece that no card has room for is told of as any other that does not fit
+        block = self._new_segment(pool, _round_up(max(self._address_space, size), pool.page), _UNMAPPED)
         pool.add(block)
         return block
 

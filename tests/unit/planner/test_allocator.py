@@ -302,6 +302,13 @@ def test_a_second_expandable_segment_where_addresses_run_out() -> None:
     assert [segment.size for segment in allocator.segments()] == [20 * MIB, 20 * MIB, 40 * MIB]
 
 
+def test_a_piece_larger_than_the_card_is_counted_as_any_other() -> None:
+    """Or a plan for long sequences on a small card would end in a traceback, and not say what is too large."""
+    allocator = CachingAllocator(expandable_segments=True, address_space=60 * MIB)
+    allocator.allocate(100 * MIB)
+    assert allocator.reserved == 100 * MIB
+
+
 # ---- what leaves a pool as it was
 
 
