@@ -1,4 +1,5 @@
-"""On a CUDA card: what streaming costs, and how peers do on the same model, tokens and rank.
+"""On a CUDA card: what streaming costs, what experts gain that work together, and how peers do on the same model,
+tokens and rank.
 
 Weights are random, in the shape of Llama-3.1-8B, written once; the driver (NVML) says what the whole process took.
 
@@ -34,7 +35,8 @@ QUICK = {
 }  # fmt: skip
 TIMED_BLOCKS = 8  # of the slowdown by streaming
 RANK, ALPHA, LR = 16, 32, 1e-4
-PARTS = ("peers", "streaming", "steps")
+PARTS = ("peers", "streaming", "experts", "steps")
+MIXTURE = "Qwen3-30B-A3B"
 PEERS = ("ours, recompute", "ours, fastest", "peer", "peer with Liger", "TRL", "TRL with Liger", "Unsloth")
 PEER_STEPS = 4  # after the first
 CEILING = 8192  # of the square matrices whose product says what the card can do
@@ -165,6 +167,38 @@ def streaming(folder: Path, device: Any, options: argparse.Namespace, kept: Keep
             found[-1]["timeline"] = busy_times(our_step(readies[-1], batches))
         kept(found)
         del readies
+        gc.collect()
+
+
+def experts(folder: Path, device: Any, options: argparse.Namespace, kept: Keep) -> None:
+    """Steps of a few blocks of a mixture whose experts work one by one, and several at once, beside their plans."""
+    from lowmem_ft.assemble import assemble
+    from lowmem_ft.planner.solver import make_plan
+    from lowmem_ft.planner.verify import FullBatches
+
+    quick = {**QUICK, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4} if options.quick else {}
+    shape = {**SHAPES[MIXTURE], "num_hidden_layers": TIMED_BLOCKS, "vocab_size": 8192, **quick}
+    model, found = write_model(folder / "mixture", shape, device=device.type), []
+    for length, together in itertools.product((2048, 16384), (1, None)):
+        rows = -(-length // 4096)
+        pins = {"micro_batch_tokens": length, **({"experts_together": together} if together else {})}
+        config = configured(model, rows, length // rows, device=str(device), policy=pins)
+        plan = make_plan(config)
+        with watched(device) as peaks:
+            ready = assemble(config, plan.policy, device)
+            batches = list(FullBatches(config, plan.policy, vocabulary=options.vocabulary))
+            times = timed(our_step(ready, batches), device, steps=3)
+        found.append(
+            {
+                "tokens": length, "policy": plan.policy.describe(), **times,
+                "tokens_per_second": length / times["step_seconds"],
+                "planned_tokens_per_second": plan.predicted.tokens_per_second,
+                "peaks": peaks, "planned": peaks_of(plan.predicted),
+            }
+        )  # fmt: skip
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        kept(found)
+        del ready
         gc.collect()
 
 
@@ -458,7 +492,12 @@ def main() -> None:
         result[part] = found
         keep(result, options.out)
 
-    todo: Mapping[str, Callable[..., None]] = {"peers": peers, "streaming": streaming, "steps": steps}
+    todo: Mapping[str, Callable[..., None]] = {
+        "peers": peers,
+        "streaming": streaming,
+        "experts": experts,
+        "steps": steps,
+    }
     for part in options.parts:
         start = time.perf_counter()
         todo[part](options.folder, device, options, functools.partial(kept, part))

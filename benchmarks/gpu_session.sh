@@ -2,7 +2,8 @@
 # All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
 #   benchmarks/gpu_session.sh OUT SECONDS checks   half of SECONDS for tests, those first that failed or never ran, beside them
 #                                                  configurations and killed runs; then limits
-#   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, where a step's time goes
+#   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, experts together, where a step's time
+#                                                  goes
 # What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
 # the folder that $UNSLOTH names. The project itself need not be installed.
 set -u
@@ -37,7 +38,7 @@ if [ "$what" = checks ]; then
     tests/gpu/test_lengths.py &
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
     tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py \
-    tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py &
+    tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py tests/gpu/test_experts.py &
   (
     OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
@@ -59,7 +60,7 @@ if [ "$what" = checks ]; then
   grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
   cut -c1-600 "$out/limits.txt"
 else
-  for part in peers:100 streaming:50 steps:0; do  # and the seconds that are left to those behind it
+  for part in peers:130 streaming:80 experts:30 steps:0; do  # and the seconds that are left to those behind it
     limit=$(($(left) - ${part#*:})) part=${part%:*}
     [ "$limit" -gt 15 ] || continue
     limited "$limit" python3 benchmarks/gpu.py --folder "$folder" --parts $part ${UNSLOTH:+--unsloth "$UNSLOTH"} \

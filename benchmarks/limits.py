@@ -1,4 +1,5 @@
-"""How little memory is enough, and how long a sequence fits: what plans predict for models of 2B to 70B parameters.
+"""How little memory is enough, how long a sequence fits, and what experts gain that work together: what plans predict
+for models of 2B to 70B parameters.
 
 For each model the smallest budget of the device at which a plan exists, its speed, and plans at several budgets; and
 the longest sequence of the 8B model on cards of 8, 12 and 24 GB. Beside it stands what peers report on their pages.
@@ -10,6 +11,7 @@ Nothing here is measured on a card: these are predictions, the same that `lowmem
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -41,6 +43,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
     },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "max_position_embeddings": 40960,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "max_position_embeddings": 131072,
+    },
     "Gemma-3n-E2B": {  # half of its bytes are embeddings of each layer
         "model_type": "gemma3n_text", "vocab_size": 262400, "hidden_size": 2048, "intermediate_size": 8192,
         "num_hidden_layers": 30, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
@@ -55,6 +67,14 @@ CONTEXT_CARDS = {
     "rtx-3060-12gb": 32,
     "rtx-4090-24gb": 32,
 }  # and the rank, as the peer's figures have it
+# Of mixtures, with a step of the default length: cards, and the longer sequences of one of them
+MIXTURES = ("Qwen3-30B-A3B", "gpt-oss-20b")
+MIXTURE_CARDS = {
+    "rtx-3090-24gb": (2048,),
+    "rtx-4090-24gb": (2048, 16384),
+    "rtx-5090-32gb": (2048,),
+    "h200-141gb": (2048,),
+}
 PEERS = {
     "Llama-3.1-8B, 512 tokens": "3.3 GB (Soup, RTX 3050 4 GB)",
     "Llama-3.1-8B, 256 tokens": "1.8 GB (Soup, embeddings and head streamed)",
@@ -90,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, nargs="*", default=[*SEQ_LENS])
     parser.add_argument("--budgets", type=int, nargs="*", default=[*BUDGETS_GIB], help="GiB")
     parser.add_argument("--no-context", action="store_true", help="leave out the longest sequences")
+    parser.add_argument("--no-mixtures", action="store_true", help="leave out mixtures on several cards")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
@@ -109,7 +130,8 @@ def main() -> None:
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="lowmem-ft-limits-") as name:
-        for model in {*options.models, *([] if options.no_context else ["Llama-3.1-8B"])}:
+        mixtures = () if options.no_mixtures else MIXTURES
+        for model in {*options.models, *mixtures, *([] if options.no_context else ["Llama-3.1-8B"])}:
             own = dict(SHAPES[model])
             kind = own.pop("model_type")
             config = AutoConfig.for_model(kind, dtype="bfloat16", **{"tie_word_embeddings": False, **own})
@@ -129,6 +151,11 @@ def main() -> None:
                     Path(name) / "Llama-3.1-8B", device=card, budget=None, seq_len=2048, data=data, **longest
                 )
                 add(f"Llama-3.1-8B, rank {rank}, the longest on {card}, {'' if packing else 'not '}packed", plan)
+        for model, card in itertools.product(mixtures, MIXTURE_CARDS):
+            for length, together in itertools.product(MIXTURE_CARDS[card], (1, None)):
+                step = {"train": {"tokens_per_step": 16384}, "policy": {"experts_together": together}}
+                plan = planned(Path(name) / model, device=card, budget=None, seq_len=length, **step)
+                add(f"{model}, {length} tokens on {card}, {'one by one' if together else 'as planned'}", plan)
     from common import leave, stamp  # beside this file, where scripts are run
 
     result = {

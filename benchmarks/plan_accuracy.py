@@ -53,6 +53,7 @@ CUDA_SHAPES: dict[str, tuple[int, int, int, int]] = {
     "small": (512, 1376, 8, 32000), "medium": (1024, 2816, 16, 32000), "large": (2048, 5632, 22, 32000),
 }  # fmt: skip
 CUDA_SHARES, CUDA_LENGTHS = {"small": 45, "medium": 45, "large": 10}, (512, 1000, 2048)
+CUDA_TOGETHERS = (1, 4, 16)  # experts
 
 
 def main() -> None:
@@ -186,7 +187,7 @@ def record_share(options: argparse.Namespace, out: Path) -> None:
     with out.open("w", encoding="utf-8") as file:
         for index in range(options.count):
             size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
-            drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS)
+            drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS, CUDA_TOGETHERS)
             if index % jobs != own or index in known:
                 continue
             if time.monotonic() - begin > options.seconds:

@@ -36,7 +36,7 @@ from lowmem_ft.quant.swap import swap_quantized
 from lowmem_ft.runtime.activations import ActivationPolicy, apply_activation_policy
 from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.below import Below
-from lowmem_ft.runtime.experts import use_experts
+from lowmem_ft.runtime.experts import ExpertLayers
 from lowmem_ft.runtime.gradients import GradientAccumulator
 from lowmem_ft.runtime.head import Head, head_of
 from lowmem_ft.runtime.norms import use_norms
@@ -66,6 +66,7 @@ class Assembled:
     grad_clip: float | None
     activations: ActivationPolicy
     mlps: TiledMlps
+    experts: ExpertLayers
     below: Below
     activate: Callable[[Policy], ActivationPolicy]  # wraps the blocks as a policy says
     optimizer: AdamW | None = None
@@ -89,8 +90,13 @@ class Assembled:
         self.head = replace(head_of(self.model), on_card=self.head.on_card)
         self.activations.remove()
         self.activations = self.activate(policy)
-        self.mlps.work_in(policy.mlp_tile_tokens)
+        self.work_as(policy)
         self.loss_chunk_tokens = policy.loss_chunk_tokens
+
+    def work_as(self, policy: Policy) -> None:
+        """Let MLPs and experts work in the pieces that `policy` says."""
+        self.mlps.work_in(policy.mlp_tile_tokens)
+        self.experts.work_on(policy.experts_together)
 
 
 def assemble(
@@ -130,7 +136,7 @@ def assemble(
     checkpoint = Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code, weights=not simulated)
     model = meta_model(checkpoint, dtype=dtype, attn_implementation=attention_of(checkpoint.config))
     use_attention(model, on_card=device.type == "cuda")
-    use_experts(model)
+    experts = ExpertLayers(model)
     use_norms(model)
     objective = objective_of(config)
     if objective is not None:
@@ -181,11 +187,12 @@ def assemble(
         grad_clip=config.train.grad_clip,
         activations=activate(policy),
         mlps=TiledMlps(model),
+        experts=experts,
         below=below,
         activate=activate,
         objective=objective,
     )
-    ready.mlps.work_in(policy.mlp_tile_tokens)
+    ready.work_as(policy)
     if optimizer:
         _add_optimizer(ready, config, policy, on_card=on_card)
     ready.model.train()

@@ -135,8 +135,10 @@ def lora_linear(
 ) -> Tensor:
     """The adapted linear map of x (..., I) to (..., O); see `LoraLinear`.
 
+    Without a magnitude G of them are computed at once: of (G, R, I), (G, O, R), a bias (G, O) and x (G, N, I).
+
     Args:
-        weight: returns W (O, I) in the dtype it is given; called in forward and again in backward.
+        weight: returns W (O, I), or (G, O, I), in the dtype it is given; called in forward and again in backward.
         scaling: s.
         p: dropout probability, 0 for none.
         unread: the output's values are not wanted, only its gradients: it stays uninitialised where those allow it.
@@ -173,21 +175,21 @@ class _LoraFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.seed = _dropout_seed(x) if p > 0.0 else 0
         # not a view, which the model could not change in place (Falcon)
-        y = x.new_empty(*x.shape[:-1], lora_B.shape[0]) if out is None else out
+        y = x.new_empty(*x.shape[:-1], lora_B.shape[-2]) if out is None else out
         if unread and magnitude is None and p == 0.0:
             ctx.save_for_backward(x, lora_A, lora_B, None, None)
             return y
-        x_NI = as_rows(x)
+        x_NI = as_rows(x, stacked=lora_A.ndim == 3)
         W_OI: Tensor = weight(x.dtype)
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         kept_NI = _dropout_mask(x_NI, p, ctx.seed).mul_(x_NI) if p > 0.0 else x_NI
         norm_O = None
-        y_NO = y.view(-1, y.shape[-1])
-        xA_NR = mm(kept_NI, A_RI.t()) if p > 0.0 else None
-        update: dict[str, Any] = {"by": A_RI.t(), "out": y_NO} if xA_NR is None else {"c_NR": xA_NR, "out": y_NO}
+        y_NO = y.view(*x_NI.shape[:-1], y.shape[-1])
+        xA_NR = mm(kept_NI, A_RI.mT) if p > 0.0 else None
+        update: dict[str, Any] = {"by": A_RI.mT, "out": y_NO} if xA_NR is None else {"c_NR": xA_NR, "out": y_NO}
         if magnitude is None:
             start = None if bias is None else bias.to(x.dtype)
-            mm_low_rank(x_NI, W_OI.t(), B_OR.t(), scaling, bias=start, **update)
+            mm_low_rank(x_NI, W_OI.mT, B_OR.mT, scaling, bias=start, **update)
         else:
             mm_low_rank(kept_NI, W_OI.t(), B_OR.t(), scaling, **update)
             norm_O = _adapted_row_norm(W_OI, A_RI, B_OR, scaling)
@@ -205,7 +207,7 @@ class _LoraFunction(torch.autograd.Function):
         x, lora_A, lora_B, magnitude, norm_O = ctx.saved_tensors
         need_x, need_A, need_B, need_bias, need_magnitude = ctx.needs_input_grad[:5]
         scaling, p = ctx.scaling, ctx.p
-        x_NI, dy_NO = as_rows(x), as_rows(dy)
+        x_NI, dy_NO = (as_rows(it, stacked=lora_A.ndim == 3) for it in (x, dy))
         A_RI, B_OR = lora_A.to(x.dtype), lora_B.to(x.dtype)
         mask_NI = _dropout_mask(x_NI, p, ctx.seed) if p > 0.0 else None
         kept_NI = x_NI if mask_NI is None else mask_NI * x_NI
@@ -227,9 +229,9 @@ class _LoraFunction(torch.autograd.Function):
         else:
             dyB_NR = mm(dy_NO, B_scaled_OR)
         if need_A:
-            dA = mm(dyB_NR.t(), kept_NI).mul_(scaling).to(lora_A.dtype)
+            dA = mm(dyB_NR.mT, kept_NI).mul_(scaling).to(lora_A.dtype)
         if need_B or need_magnitude:
-            dyxA_OR = mm(dy_NO.t(), mm(kept_NI, A_RI.t()))
+            dyxA_OR = mm(dy_NO.mT, mm(kept_NI, A_RI.mT))
             dB = (dyxA_OR * (scaling if c_O1 is None else scaling * c_O1)).to(lora_B.dtype)
             if need_magnitude:
                 dyz_O = scaling * torch.linalg.vecdot(dyxA_OR.float(), B_OR.float())

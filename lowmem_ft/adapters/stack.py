@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lowmem_ft.adapters.lora import initial_factor, lora_linear, lora_scaling, module_device
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import UnsupportedError
-from lowmem_ft.quant.experts import QuantStack, StackSlice, frozen_product, matrix_of
+from lowmem_ft.quant.experts import QuantStack, StackSlice, frozen_product, matrix_of, slices_of
 from lowmem_ft.quant.linear import get_base_weight
 
 _BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
@@ -45,9 +45,9 @@ class DenseStack(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def base_slice(self, e: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Slice `e`, (R, C) as stored."""
-        return self.weight.detach()[e].to(dtype or self.dtype)
+    def base_slice(self, e: int | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Slice `e`, (R, C) as stored; of G experts a copy of theirs, (G, R, C)."""
+        return slices_of(self.weight.detach(), e).to(dtype or self.dtype)
 
     matmul = frozen_product
 
@@ -124,7 +124,7 @@ class LoraStack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        e: int,
+        e: int | tuple[int, ...],
         transposed: bool,
         bias: Tensor | None = None,
         *,
@@ -134,6 +134,8 @@ class LoraStack(nn.Module):
     ) -> Tensor:
         """The adapted product of x (T, ...) with slice `e`: x @ W if `transposed`, else x @ W^T; plus `bias`.
 
+        With G experts at once x is (G, T, ...), and all else has a leading G, too.
+
         Args:
             factors: A (K, in) and B (out, K) of the expert, instead of the module's own.
             unread, out: as of `lora_linear`.
@@ -141,9 +143,9 @@ class LoraStack(nn.Module):
         stack: QuantStack | DenseStack = self.__dict__["stack"]
         if not self.enabled:
             return stack.matmul(x, e, transposed, bias, unread=unread, out=out)
-        A_KI, B_OK = (of[e] for of in self.factors()) if factors is None else factors
+        A_KI, B_OK = (slices_of(of, e) for of in self.factors()) if factors is None else factors
         if transposed != self.is_transposed:  # the product runs from peft's "out" to its "in"
-            A_KI, B_OK = B_OK.t(), A_KI.t()
+            A_KI, B_OK = B_OK.mT, A_KI.mT
         weight = partial(matrix_of, stack, e, transposed)
         p = self.dropout if self.training else 0.0
         return lora_linear(x, A_KI, B_OK, bias, None, weight=weight, scaling=self.scaling, p=p, unread=unread, out=out)
@@ -174,9 +176,13 @@ class LoraStack(nn.Module):
 
     def split(self, lora_A: Tensor, lora_B: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Views of what is shaped as A and B, by expert: (K, in) and (out, K)."""
-        A_EKI = lora_A.view(self.experts, self.rank, self.in_features)
-        B_EOK = lora_B.view(self.out_features, self.rank, self.experts).permute(2, 0, 1)
+        A_EKI, B_EOK = self.stacked(lora_A, lora_B)
         return A_EKI.unbind(0), B_EOK.unbind(0)
+
+    def stacked(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same views of all experts at once: (E, K, in) and (E, out, K)."""
+        A_EKI = lora_A.view(self.experts, self.rank, self.in_features)
+        return A_EKI, lora_B.view(self.out_features, self.rank, self.experts).permute(2, 0, 1)
 
     def draws(self) -> bool:
         """Whether it draws random numbers now."""

@@ -90,6 +90,7 @@ COMMENTS: Mapping[str, str] = {
     "policy.optimizer_on": "device or host",
     "policy.compute_dtype": "bfloat16, float16 or float32",
     "policy.mlp_tile_tokens": "tokens that MLPs work on at a time; 0: all",
+    "policy.experts_together": "experts of a mixture whose products a card makes at once",
     "output": "the run's folder",
     "trust_remote_code": "run Python code that comes with the model",
     "cache": "folder for quantized weights, so that they load faster; null: none",

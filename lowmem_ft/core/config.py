@@ -199,7 +199,7 @@ class PolicyConfig(Section):
     `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
     `stream_embeddings` puts input embeddings, those of each layer included, or them and the output head, where
     `stream_from` says; a matrix that is both goes with the head. MLPs work on `mlp_tile_tokens` of a micro-batch's
-    tokens at a time, or with 0 on all.
+    tokens at a time, or with 0 on all. Of a mixture's experts a card makes the products of `experts_together` at once.
     """
 
     objective: Literal["speed", "context", "batch", "memory"] = "speed"
@@ -214,6 +214,7 @@ class PolicyConfig(Section):
     optimizer_on: Literal["device", "host"] | None = None
     compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     mlp_tile_tokens: Annotated[int, Field(ge=0)] | None = None
+    experts_together: Positive | None = None
 
 
 class RunConfig(Section):

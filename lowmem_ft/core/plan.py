@@ -46,6 +46,7 @@ class Policy:
     stream_embeddings: Literal["none", "input", "both"] = "none"
     keep_attention: bool = False
     mlp_tile_tokens: Count = 0  # of a micro-batch, that an MLP works on at once; 0: all
+    experts_together: Annotated[int, Field(ge=1)] = 1  # of a layer, whose products are made at once
 
     @property
     def streams(self) -> bool:
@@ -73,6 +74,7 @@ class Policy:
         below = f" from {self.stream_from}" if self.streams else ""
         host = " on the host" if self.optimizer_on == "host" else ""
         tiles = f", MLPs in tiles of {self.mlp_tile_tokens}" if self.mlp_tile_tokens else ""
+        tiles += f", {self.experts_together} experts together" if self.experts_together > 1 else ""
         return (
             f"{weights} weights, {self.compute_dtype} compute, {self.micro_batch_tokens} tokens x {self.accumulation}, "
             f"blocks: {' + '.join(blocks)}, {streamed}{below}, {self.optimizer}{host}, "

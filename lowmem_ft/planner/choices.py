@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
@@ -38,6 +40,8 @@ MLP_TILES = (4096, 1024)  # tokens; each tile dequantizes the MLP's weights agai
 WORTH_TILES = 2  # tiles that a micro-batch has at least, as the sum of their gradients takes memory, too
 # Of a micro-batch. A plan traces every chunk of the loss: it took 5 s of a CPU per million tokens, and memory alike
 MOST_TOKENS = 1 << 21
+TOGETHER = (16, 8, 4)  # experts; with more the calls that add up what each gives are most of all
+WORTH_TOGETHER = 1 / 64  # of the budget that their slices may take; larger ones keep a card busy longer than calls do
 ATTENDING = 0.15  # of a block's products: below it, keeping attention was planned to make a step 0.1% faster
 
 
@@ -102,6 +106,8 @@ class Choices:
                     yield f"quant.{name}: {value} has no effect on a checkpoint that is quantized already"
         if pinned.mlp_tile_tokens and not len(ready.mlps):
             yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
+        if (pinned.experts_together or 1) > 1 and not len(ready.experts):
+            yield "policy.experts_together has no effect on a model without experts"
         if pinned.keep_attention and not self.attends:
             yield "policy.keep_attention has no effect on this model, whose attention is its own"
         level = pinned.stream_embeddings or "none"
@@ -179,6 +185,17 @@ class Choices:
             return (pinned if mlps else 0,)
         small = [tile for tile in MLP_TILES if mlps and WORTH_TILES * tile <= policy.micro_batch_tokens]
         return (0, *small)
+
+    def togethers(self, budget: int) -> tuple[int, ...]:
+        """How many experts' products may be made at once: one, or the most that are worth it."""
+        pinned, experts = self.config.policy.experts_together, self.scales.stage.ready.experts
+        if pinned is not None:
+            return (min(pinned, experts.count) if len(experts) else 1,)
+        if self.device.kind == "cpu" or not len(experts):  # a CPU makes them one after the other
+            return (1,)
+        size = experts.slice_values * getattr(torch, self._start.compute_dtype).itemsize
+        worth = (it for it in TOGETHER if it <= experts.count and it * size <= WORTH_TOGETHER * budget)
+        return (1, *islice(worth, 1))
 
     def _stream_choices(self) -> Sequence[int]:
         """Numbers of streamed blocks, ascending. So few that the slots are as large as they save nothing."""

@@ -126,6 +126,7 @@ _SCATTERING = (
     _aten.scatter_.src, _aten.scatter_.value, _aten.scatter_add_.default, _aten.index_copy_.default,
     _aten.index_add_.default, _aten.index_put_.default,
 )  # fmt: skip
+_STACK = _aten.stack.default
 _EXPONENTIAL = (
     _aten.exp.default, _aten.exp_.default, _aten.exp.out, _aten.silu.default, _aten.silu_backward.default,
     _aten.sigmoid.default, _aten.tanh.default, _aten.gelu.default, _aten.gelu_backward.default,
@@ -171,7 +172,7 @@ class CostModel:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, tiles: float = 1.0
     ) -> complex:
         """What the Tracer adds up, see `trace.Cost`, where the operation stands for so many `tiles` with the same rows
-        in all: each of them is a call, and dequantizes its own weights."""
+        in all: each of them is a call, and dequantizes its own weights, once those of several are side by side."""
         try:
             rule = self._rules[func]
         except KeyError:
@@ -179,7 +180,7 @@ class CostModel:
         if rule is None:
             return 0.0
         work = rule(out, *args)
-        if rule in (self._dequantize_4bit, self._dequantize_8bit):
+        if rule in (self._dequantize_4bit, self._dequantize_8bit) or func is _STACK:
             work *= tiles
         calls = tiles * self._rates.call
         return complex(work, calls) if self._ahead else calls + work
@@ -219,12 +220,12 @@ class CostModel:
     def _product(
         self, _: None, out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Tensor | None, by: Any, d: Any, *rest: Any
     ) -> float:
-        (rows, inner), columns = a.shape, b.shape[1]
+        (rows, inner), columns, times = a.shape[-2:], b.shape[-1], math.prod(a.shape[:-2])
         work = 2.0 * rows * inner * columns
         if c is not None:
-            work += 2.0 * rows * c.shape[1] * (columns + (inner if by is not None else 0))
+            work += 2.0 * rows * c.shape[-1] * (columns + (inner if by is not None else 0))
         if self._rates.loops is None or a.dtype == torch.float32:
-            return work / self._rate(a.dtype)
+            return times * work / self._rate(a.dtype)
         # as quant/products.py does it: tile by tile, whose parts are converted to fp32 and back
         top, left, along = (math.ceil(size / TILE) for size in (rows, columns, inner))
         into, back = rows * inner * left + inner * columns * top, rows * columns  # of 16 bits to 32, which are new
@@ -232,7 +233,7 @@ class CostModel:
         moved = 2.0 * into + 6.0 * back + _BYTES_PER_SUMMED * again
         calls = _CALLS_PER_TILE * top * left * along + (0 if c is None else top * (left + along + 1))
         memory = moved / self._rates.elementwise + 4.0 * into / self._rates.fresh
-        return work / self._rate(torch.float32) + memory + calls * self._rates.call
+        return times * (work / self._rate(torch.float32) + memory + calls * self._rates.call)
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.allocator import SMALL_MAX, SMALL_PAGE, CachingAllocator, rounded
 from lowmem_ft.planner.compose import Turn
@@ -74,7 +75,7 @@ def process_peak(device: Device, scales: Scales, weighed: Weighed, *, most: int 
         process = process_estimate(device, weighed.allocated, weighed.heap, scales.kernels(weighed.policy))
         return Peak(weighed.allocated, weighed.allocated, process)
     expandable = expandable_segments()
-    margins = partial(with_margins, scales.stage, expandable=expandable)
+    margins = partial(with_margins, scales.stage, weighed.policy, expandable=expandable)
     tensors = weighed.allocated - UNSEEN_BYTES + sum(workspaces(device))
     least = margins(Peaks(tensors, tensors))  # what is in use is held, too
     if most is not None and device.process_bytes + least.reserved > most:
@@ -156,21 +157,23 @@ class Shorter:
         return self._known[share]
 
 
-def with_margins(stage: Stage, peaks: Peaks, *, expandable: bool) -> Peaks:
+def with_margins(stage: Stage, policy: Policy, peaks: Peaks, *, expandable: bool) -> Peaks:
     """What the pool may hold at most, where it holds `peaks` in a replay.
 
     Of 262 steps of models without routing that an H200 recorded, with segments that grow, 247 held what their replay
     says to the byte, 14 others 2 MiB less or more, and one 4 MiB more: small pieces lie elsewhere, and of packed
     documents that are shorter than planned there are more. Where tokens are routed, tiles of few rows take of the small
     pool what higher ones take of the large: up to 12 MiB more in replays of 18 steps of OLMoE, gpt-oss and Mixtral
-    shapes (1.6 to 14 GB) under twelve routings each, balanced to all to a few. What no operator tells is what
-    `UNSEEN_BYTES` says, and 1 KiB a block for indices that models make from lists (Falcon).
+    shapes (1.6 to 14 GB) under twelve routings each, balanced to all to a few, and up to 6 MiB with several experts
+    together; but of 0.3 GB those took 6 MiB more, too. What no operator tells is what `UNSEEN_BYTES` says, and 1 KiB a
+    block for indices that models make from lists (Falcon).
 
     Args:
         expandable: whether segments grow. If not, torch 2.11 goes by the addresses that the driver gave, which nobody
             knows before: an H200 held 0.2% more for it.
     """
-    low_tiles = min(16 << 20, peaks.reserved // 256) if stage.routed else 0
+    share = 256 if policy.experts_together == 1 else 64
+    low_tiles = min(16 << 20, peaks.reserved // share) if stage.routed else 0
     by_address = 0 if expandable else peaks.reserved // 256
     allocated = peaks.allocated + UNSEEN_BYTES + 1024 * len(stage.blocks)
     return Peaks(allocated, peaks.reserved + 2 * SMALL_PAGE + low_tiles + by_address)

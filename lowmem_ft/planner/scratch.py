@@ -68,7 +68,11 @@ def _product(
     *alpha: float,
 ) -> list[int]:
     """What `quant.products` takes beside its kept tiles where the CPU multiplies no 16-bit floats; in fp32 BLAS has a
-    copy made of a factor without neighbouring elements, as those of one expert among all are."""
+    copy made of a factor without neighbouring elements, as those of one expert among all are. Several products are made
+    one after the other."""
+    if a.ndim == 3:
+        out, a, b = out[0], a[0], b[0]
+        bias, c, by, d = (None if it is None else it[0] for it in (bias, c, by, d))
     if _goes_to_onednn(a):
         products.meet(a, b)
         if by is not None:

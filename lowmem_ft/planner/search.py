@@ -91,7 +91,8 @@ class Search:
         aside_of = cache(lambda: Aside.of(scales.stage.config, start, scales, base_of()))
         self._base_of, self._aside_of = base_of, aside_of
         self.choices = Choices(device, start, scales, host=lambda: aside_of().host)
-        self._start = replace(start, keep_attention=start.keep_attention and self.choices.attends)
+        kept, together = start.keep_attention and self.choices.attends, self.choices.togethers(0)[0]
+        self._start = replace(start, keep_attention=kept, experts_together=together)
         scales.keep = self.choices.keep
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         self._size(config)
@@ -108,7 +109,8 @@ class Search:
         self.tokens = step_tokens(config)
         groups = self.tokens // (together * seq_len)
         self._estimated: dict[Policy, Option] = {}
-        self._shorters: dict[int, list[Shorter]] = {}  # by tiles; of steps in which the fewest and the most blocks keep
+        # of steps in which the fewest and the most blocks keep, by tiles and experts together
+        self._shorters: dict[Hashable, list[Shorter]] = {}
         most = max(1, MOST_TOKENS // (together * seq_len))
         taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
@@ -165,16 +167,29 @@ class Search:
         """The same with the optimizer in this place, of policies without tiles, or of those with tiles too. What was
         estimated is added to `options`. Where nothing fits it is the smallest of all; what that takes is exact if no
         other place is left."""
-        most = None if place == self.choices.optimizers[-1] else budget
-        found = {option.policy: option for option in self.options(budget, optimizer_on=place, tiled=tiled)}
+        alone, *more = self.choices.togethers(budget)
+        answer = self._first_that_fits(budget, place, options, tiled=tiled, togethers=[alone])
+        if answer is None or self.config.policy.objective == "memory":
+            most = None if place == self.choices.optimizers[-1] else budget
+            smallest = self._smallest(budget, place, options, most=most)
+            return smallest if answer is None or (smallest.fits and smallest.process < answer.process) else answer
+        # who has to know whether anything fits does not wait for these, which take more
+        faster = self._first_that_fits(budget, place, options, tiled=tiled, togethers=more) if more else None
+        if faster is not None and self._rank(faster) < self._rank(answer):
+            answer = faster
+        return replace(answer, options=tuple(options.values()))
+
+    def _first_that_fits(
+        self, budget: int, place: Place, options: dict[Policy, Option], *, tiled: bool, togethers: Sequence[int]
+    ) -> Answer | None:
+        """The best that fits with these numbers of experts together, if any does."""
+        sized = self.options(budget, optimizer_on=place, tiled=tiled, togethers=togethers)
+        found = {option.policy: option for option in sized}
         options |= found
         learned: dict[Hashable, float] = {}
         for option in self._in_turn(found, budget, learned):
             options.setdefault(option.policy, option)
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
-            if answer.fits and self.config.policy.objective == "memory":
-                smallest = self._smallest(budget, place, options, most=most)
-                return smallest if smallest.fits and smallest.process < answer.process else answer
             if answer.fits:
                 return answer
             if answer.host_binds and not option.policy.offload_blocks:
@@ -182,7 +197,7 @@ class Search:
             learned[_sort(option.policy)] = max(answer.process / option.process, learned.get(_sort(option.policy), 0.0))
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
-        return self._smallest(budget, place, options, most=most)
+        return None
 
     def _smallest(self, budget: int, place: Place, options: dict[Policy, Option], *, most: int | None = None) -> Answer:
         """`smallest_answer`, whose policy is added to `options` if it is not there."""
@@ -261,11 +276,13 @@ class Search:
         if self.device.kind == "cpu" or (packed and policy.micro_batch_tokens == self.config.data.seq_len):
             return 0
         keeps, longest = (self.choices.keep[0], self.choices.keep[-1]), rows * self.config.data.seq_len
-        if policy.mlp_tile_tokens not in self._shorters:
-            both = [Shorter(self.scales.turns_of(policy, longest, keep)) for keep in dict.fromkeys(keeps)]
-            self._shorters[policy.mlp_tile_tokens] = both
+        key = policy.mlp_tile_tokens, policy.experts_together
+        if key not in self._shorters:
+            self._shorters[key] = [
+                Shorter(self.scales.turns_of(policy, longest, keep)) for keep in dict.fromkeys(keeps)
+            ]
         share = policy.micro_batch_tokens / longest
-        sizes = [it.bytes(rows=rows if packed else None, share=share) for it in self._shorters[policy.mlp_tile_tokens]]
+        sizes = [it.bytes(rows=rows if packed else None, share=share) for it in self._shorters[key]]
         kept = (policy.keep_blocks - keeps[0]) / max(keeps[1] - keeps[0], 1)
         return round(sizes[0] + (sizes[-1] - sizes[0]) * kept)
 
@@ -300,12 +317,20 @@ class Search:
         sized = replace(below, loss_chunk_tokens=choices.chunks(below)[0], mlp_tile_tokens=choices.tiles(below)[-1])
         return choices.blocks(sized, keep, streamed=choices.most_saved, offload=choices.offloads(sized, keep)[-1])
 
-    def options(self, budget: int, *, optimizer_on: Place = "device", tiled: bool = True) -> Iterator[Option]:
+    def options(
+        self,
+        budget: int,
+        *,
+        optimizer_on: Place = "device",
+        tiled: bool = True,
+        togethers: Sequence[int] | None = None,
+    ) -> Iterator[Option]:
         """Policies with their estimates: every one with no more below the device than is asked for, then for those that
         do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
         resident = []
-        for rows in self._rows:
+        for rows, together in itertools.product(self._rows, togethers or self.choices.togethers(budget)):
             sized = replace(self._sized(rows), optimizer_on=optimizer_on, stream_embeddings=self.choices.levels[0])
+            sized = replace(sized, experts_together=together)
             tiles = self.choices.tiles(sized)
             for tile, chunk in itertools.product(tiles if tiled else tiles[:1], self.choices.chunks(sized)):
                 for kept, keep in itertools.product(self._attentions, self.choices.keep):
@@ -450,5 +475,5 @@ class Search:
 
 def _sort(policy: Policy) -> Hashable:
     """The same for policies whose estimates are wrong by about as much."""
-    computing = policy.micro_batch_tokens, policy.keep_attention, policy.mlp_tile_tokens
+    computing = policy.micro_batch_tokens, policy.keep_attention, policy.mlp_tile_tokens, policy.experts_together
     return *computing, policy.stream_embeddings, policy.offload_blocks > 0

@@ -237,7 +237,7 @@ class Stage:
             through: the last thing that is traced.
         """
         tracer = self.tracer
-        self.ready.mlps.work_in(policy.mlp_tile_tokens)
+        self.ready.work_as(policy)
         if not settled:
             self.ready.mlps.forget()
         with only_blocks(self.ready.model, only), self.attending():
@@ -282,7 +282,7 @@ class Stage:
     def evaluate(self, policy: Policy, *, only: Sequence[int] | None = None, loss_tokens: int | None = None) -> Trace:
         """The same trace, gone on with an evaluation step."""
         tracer, ready = self.tracer, self._with_loss(policy)
-        ready.mlps.work_in(policy.mlp_tile_tokens)
+        ready.work_as(policy)
         with only_blocks(ready.model, only), self.attending(), tracer:
             tracer.phase, tracer.block = "eval", None
             batch = _batch(self.config, policy, self.kind, loss_tokens)
@@ -302,7 +302,7 @@ class Stage:
         causal, length = causal_model(model), self.config.data.seq_len
         answering = model if virtual else causal
         keeps = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
-        self.ready.mlps.work_in(policy.mlp_tile_tokens)
+        self.ready.work_as(policy)
         tracer.begin()
         with (
             evaluating(model),

@@ -99,7 +99,12 @@ def classes_of(kinds: Sequence[int], keep: int, offload: int = 0) -> list[Class]
 
 def _way(policy: Policy) -> Hashable:
     """What of it changes how blocks compute, beside who keeps and offloads."""
-    return policy.keep_attention, policy.mlp_tile_tokens
+    return policy.keep_attention, *_pieces(policy)
+
+
+def _pieces(policy: Policy) -> tuple[int, int]:
+    """In which MLPs and experts work."""
+    return policy.mlp_tile_tokens, policy.experts_together
 
 
 class Scales:
@@ -156,7 +161,7 @@ class Scales:
         ] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
-        self._samples: dict[Hashable, int] = {}  # by length and tiles: peak bytes
+        self._samples: dict[Hashable, int] = {}  # by length, tiles and experts together: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
         self._update: Segment | None = None
         self._products: Products | None = None  # of the first step
@@ -214,7 +219,7 @@ class Scales:
 
         Of a few blocks it is traced; each other one adds its cache, whichever block is at work when most is held.
         """
-        key = self.stage.config.data.seq_len, policy.mlp_tile_tokens
+        key = self.stage.config.data.seq_len, *_pieces(policy)
         if key not in self._samples:
             few = list(range(self.depth)) if self._whole else shorten(self._kinds)
             curve = self._sampled(policy, few)
@@ -232,7 +237,7 @@ class Scales:
 
     def _loss_key(self, policy: Policy) -> Hashable:
         streams = self.stage.streams_head(policy)
-        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.mlp_tile_tokens
+        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, *_pieces(policy)
         return self.stage.config.data.seq_len, *sizes, streams
 
     def kernels(self, policy: Policy) -> int:

@@ -10,7 +10,7 @@ Letters in shapes: E experts, R and C rows and columns of a slice as stored, T t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,23 +21,29 @@ from torch.utils._pytree import tree_map_only
 
 from lowmem_ft.core.errors import CheckpointError, UnsupportedError
 from lowmem_ft.quant.linear import FrozenLinear, check_storage, get_base_weight, set_base_weight, without_casts
-from lowmem_ft.quant.ops import Kind, QuantSpec, dequantize, layout, quantize
+from lowmem_ft.quant.ops import Kind, QuantSpec, dequantize, dequantizes_together, layout, quantize
 
 _SHARED = frozenset({"nested_code"})  # the same table for every slice, so held once
 _MATMULS = frozenset({torch.matmul, Tensor.matmul, torch.mm, Tensor.mm})  # `@` arrives as Tensor.matmul
 _BATCHED = frozenset({torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm})
 
 
-def matrix_of(stack: Any, e: int, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Slice `e` as the (outputs, inputs) matrix of a product; of a stack with `base_slice`, or a (E, R, C) tensor."""
-    w_RC = stack[e].to(dtype) if isinstance(stack, Tensor) else stack.base_slice(e, dtype)
-    return w_RC.t() if transposed else w_RC
+def slices_of(stacked: Tensor | Sequence[Tensor], e: int | tuple[int, ...]) -> Tensor:
+    """Slice `e`; or a copy of several, with a leading G."""
+    return torch.stack([stacked[at] for at in e]) if isinstance(e, tuple) else stacked[e]
+
+
+def matrix_of(stack: Any, e: int | tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Slice `e` as the (outputs, inputs) matrix of a product; of a stack with `base_slice`, or a (E, R, C) tensor.
+    Of G experts (G, outputs, inputs)."""
+    w_RC = slices_of(stack, e).to(dtype) if isinstance(stack, Tensor) else stack.base_slice(e, dtype)
+    return w_RC.mT if transposed else w_RC
 
 
 def frozen_product(
     stack: Any,
     x: Tensor,
-    e: int,
+    e: int | tuple[int, ...],
     transposed: bool,
     bias: Tensor | None = None,
     *,
@@ -45,6 +51,7 @@ def frozen_product(
     out: Tensor | None = None,
 ) -> Tensor:
     """x @ W[e] if `transposed`, else x @ W[e]^T; plus `bias`; of what `matrix_of` takes. Saves nothing for backward.
+    Of G experts x is (G, T, ...), and `bias` has a leading G.
 
     Args:
         unread: nobody reads its values: it is not filled.
@@ -120,9 +127,15 @@ class QuantStack(nn.Module):
         for name, tensor in self.slice_storage(e).items():
             tensor.copy_(storage[name])
 
-    def base_slice(self, e: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The dequantized slice `e`, (R, C) as stored."""
-        return dequantize(self.slice_storage(e), kind=self.kind, shape=self.shape[1:], dtype=dtype or self.dtype)
+    def base_slice(self, e: int | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """The dequantized slice `e`, (R, C) as stored; of G experts (G, R, C)."""
+        dtype = dtype or self.dtype
+        if not isinstance(e, tuple):
+            return dequantize(self.slice_storage(e), kind=self.kind, shape=self.shape[1:], dtype=dtype)
+        if not dequantizes_together(self.shape[1:], self.kind):
+            return torch.stack([self.base_slice(at, dtype) for at in e])
+        storage = {name: it if name in _SHARED else slices_of(it, e) for name, it in self.storage().items()}
+        return dequantize(storage, kind=self.kind, shape=(len(e), *self.shape[1:]), dtype=dtype)
 
     matmul = frozen_product
 

@@ -28,8 +28,8 @@ class FrozenLinear(torch.autograd.Function):
 
     Args (of `apply`):
         x: (..., I).
-        weight: dtype -> W of shape (O, I) in that dtype.
-        bias: (O,) or None; gets a gradient if it requires one.
+        weight: dtype -> W of shape (O, I) in that dtype; or (G, O, I), which multiply (G, N, I).
+        bias: (O,), or (G, O), or None; gets a gradient if it requires one.
         columns: O where nobody reads the values of the output, only its gradients: then it stays uninitialised. Else 0.
         out: (..., O), what to return; filled with the output if `columns` is 0.
 
@@ -52,19 +52,22 @@ class FrozenLinear(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if columns:
             return x.new_empty(*x.shape[:-1], columns, dtype=dtype) if out is None else out
-        x_NI, W_OI = as_rows(x).to(dtype), weight(dtype)
+        W_OI = weight(dtype)
+        x_NI = as_rows(x, stacked=W_OI.ndim == 3).to(dtype)
         # allocated here, because F.linear may return a view, which the model could not change in place (Falcon does)
-        y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[0]) if out is None else out
-        mm(x_NI, W_OI.t(), bias=None if bias is None else bias.to(dtype), out=y.view(-1, y.shape[-1]))
+        y = x_NI.new_empty(*x.shape[:-1], W_OI.shape[-2]) if out is None else out
+        y_NO = y.view(*x_NI.shape[:-1], y.shape[-1])
+        mm(x_NI, W_OI.mT, bias=None if bias is None else bias.to(dtype), out=y_NO)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        dy_NO, dx = as_rows(dy), None
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = mm(dy_NO, ctx.weight(dy.dtype)).view(*dy.shape[:-1], -1)
-        dbias = dy_NO.sum(0) if ctx.needs_input_grad[2] else None
+            W_OI = ctx.weight(dy.dtype)
+            dx = mm(as_rows(dy, stacked=W_OI.ndim == 3), W_OI).view(*dy.shape[:-1], -1)
+        dbias = as_rows(dy).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None, None
 
 

@@ -125,7 +125,8 @@ def dequantize(storage: Mapping[str, Tensor], *, kind: Kind, shape: Sequence[int
     Args:
         storage: what `quantize` returned; further entries are ignored.
         kind: `QuantSpec.kind`.
-        shape: (O, I).
+        shape: (O, I); or (G, O, I) of G matrices that `dequantizes_together` takes. All of their storage but
+            `nested_code` has a leading G then.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -134,6 +135,11 @@ def dequantize(storage: Mapping[str, Tensor], *, kind: Kind, shape: Sequence[int
     if dtype not in _DTYPES:
         raise UnsupportedError("quantized weights cannot compute in this dtype", given=dtype, allowed=_DTYPES)
     return _SCHEMES[kind].dequantize(storage, tuple(shape), dtype)
+
+
+def dequantizes_together(shape: Sequence[int], kind: Kind) -> bool:
+    """Whether `dequantize` takes several matrices of this shape: in 4 bits each must fill its blocks."""
+    return kind == "int8" or prod(shape) % BLOCK == 0
 
 
 class _Scheme(Protocol):
@@ -178,15 +184,19 @@ class _FourBit:
         }
 
     def dequantize(self, storage: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        absmax = storage["absmax"]
+        qweight, absmax = storage["qweight"], storage["absmax"]
         if absmax.dtype == torch.uint8:
+            nested, blocks = storage["nested_absmax"], absmax.shape[-1]
+            if absmax.ndim > 1:  # each matrix ends with a whole block of scales then
+                absmax = F.pad(absmax, (0, nested.shape[-1] * NESTED_BLOCK - blocks))
             absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-                absmax, storage["nested_absmax"], storage["nested_code"], NESTED_BLOCK, torch.float32
+                absmax, nested, storage["nested_code"], NESTED_BLOCK, torch.float32
             )
-            absmax += storage["nested_offset"]
-        result: Tensor = torch.ops.lowmem_ft.dequantize_4bit.default(
-            storage["qweight"], absmax, self.kind, shape, dtype
-        )
+            absmax += storage["nested_offset"].unsqueeze(-1) if absmax.ndim > 1 else storage["nested_offset"]
+            absmax = absmax[..., :blocks]
+        if absmax.ndim > 1:
+            qweight, absmax = qweight.view(-1, 1), absmax.reshape(-1)
+        result: Tensor = torch.ops.lowmem_ft.dequantize_4bit.default(qweight, absmax, self.kind, shape, dtype)
         return result
 
 
@@ -211,8 +221,9 @@ class _RowwiseInt8:
         return {"qweight": qweight, "scale": scale}
 
     def dequantize(self, storage: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        result: Tensor = torch.ops.lowmem_ft.dequantize_int8.default(storage["qweight"], storage["scale"], dtype)
-        return result
+        rows = storage["qweight"].view(-1, shape[-1]), storage["scale"].view(-1)
+        result: Tensor = torch.ops.lowmem_ft.dequantize_int8.default(*rows, dtype)
+        return result.view(shape)
 
 
 _SCHEMES: Mapping[Kind, _Scheme] = {"nf4": _FourBit("nf4"), "fp4": _FourBit("fp4"), "int8": _RowwiseInt8()}

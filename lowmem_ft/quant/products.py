@@ -4,7 +4,8 @@ Most CPUs multiply no 16-bit floats. PyTorch then falls back to loops without a 
 with AVX2, `dy @ W` in bf16 runs at 0.8 GFLOP/s where fp32 reaches 170. There the operands are converted to fp32 tile
 by tile and the result is rounded once, which is what hardware with bf16 units computes too.
 
-Letters in shapes: N rows, K summed over, M columns.
+Letters in shapes: N rows, K summed over, M columns. All of a product may have a leading G: then G are made at once, but
+for those of 16-bit floats on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TILE = 1024  # rows, columns and length of the sum that are multiplied in fp32 a
 def mm(a_NK: Tensor, b_KM: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a @ b + bias, (N, M) in the dtype of `a`, rounded once; written to `out` if it is given (any strides)."""
     if out is None:
-        out = a_NK.new_empty(a_NK.shape[0], b_KM.shape[1])
+        out = a_NK.new_empty(*a_NK.shape[:-1], b_KM.shape[-1])
     torch.ops.lowmem_ft.product.default(out, a_NK, b_KM, bias, None, None, None, 0.0)
     return out
 
@@ -45,10 +46,10 @@ def mm_low_rank(
     One pass over `a` and `out` serves both products where they are computed in tiles.
     """
     if out is None:
-        out = a_NK.new_empty(a_NK.shape[0], b_KM.shape[1])
+        out = a_NK.new_empty(*a_NK.shape[:-1], b_KM.shape[-1])
     if c_NR is None:
         assert by is not None, "either c or what it is made with"
-        c_NR = a_NK.new_empty(a_NK.shape[0], by.shape[1])
+        c_NR = a_NK.new_empty(*a_NK.shape[:-1], by.shape[-1])
     torch.ops.lowmem_ft.product.default(out, a_NK, b_KM, bias, c_NR, by, d_RM, alpha)
     return out, c_NR
 
@@ -103,7 +104,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lowmem_ft::product", "default")
 def _product(
     out: Tensor,
     a: Tensor,
@@ -116,12 +116,19 @@ def _product(
 ) -> None:
     if a.device.type != "cpu" or a.element_size() != 2:
         _multiply(out, a, b, bias, c, by, d, alpha)
+    elif a.ndim == 3:
+        for g in range(len(a)):
+            bias_g, c_g, by_g, d_g = (None if it is None else it[g] for it in (bias, c, by, d))
+            _product(out[g], a[g], b[g], bias_g, c_g, by_g, d_g, alpha)
     elif not multiplies(a.dtype) or (sums_rows(a) and not is_one_of_few(a.shape[1])):
         _product_in_float32(out, a, b, bias, c, by, d, alpha)
     elif sums_rows(a):
         _multiply(out, a, b, bias, c, by, d, alpha)
     else:
         _multiply_in_few_shapes(lambda out, a, c: _multiply(out, a, b, bias, c, by, d, alpha), out, a, c)
+
+
+torch.library.impl("lowmem_ft::product", "default", _product)
 
 
 def few_numbers_of_rows(most: int) -> list[int]:
@@ -149,12 +156,14 @@ def sums_rows(a: Tensor) -> bool:
     return a.stride(0) == 1 and a.stride(1) != 1
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., D) -> (N, D), laid out row by row.
+def as_rows(x: Tensor, *, stacked: bool = False) -> Tensor:
+    """(..., D) -> (N, D), laid out row by row; with `stacked` matrices, of which each has rows of its own, as it is.
 
     Next to a convolution a single sequence is laid out column by column (several are copied here anyway), which looks
     like the turned operand of a gradient: oneDNN compiled several products for each length, and kept them.
     """
+    if stacked:
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return rows.contiguous() if sums_rows(rows) else rows
 
@@ -169,14 +178,16 @@ def _multiply(
     d: Tensor | None,
     alpha: float,
 ) -> None:
+    stacked = a.ndim == 3
+    multiply, add = (torch.bmm, torch.baddbmm) if stacked else (torch.mm, torch.addmm)
     if bias is not None:
-        torch.addmm(bias, a, b, out=out)
+        add(bias.unsqueeze(1) if stacked else bias, a, b, out=out)
     else:
-        torch.mm(a, b, out=out)
+        multiply(a, b, out=out)
     if c is not None and d is not None:
         if by is not None:
-            torch.mm(a, by, out=c)
-        out.addmm_(c, d, alpha=alpha)
+            multiply(a, by, out=c)
+        add(out, c, d, alpha=alpha, out=out)
 
 
 def _multiply_in_few_shapes(
@@ -207,9 +218,10 @@ def _multiply_in_few_shapes(
 
 @torch.library.register_fake("lowmem_ft::product")  # type: ignore[untyped-decorator]
 def _(out: Tensor, a: Tensor, b: Tensor, *_: object) -> None:
-    assert a.ndim == b.ndim == 2
+    assert a.ndim == b.ndim in (2, 3)
     assert a.dtype == b.dtype == out.dtype, (a.dtype, b.dtype, out.dtype)
-    assert (a.shape[0], a.shape[1], b.shape[1]) == (out.shape[0], b.shape[0], out.shape[1])
+    assert (*a.shape, b.shape[-1]) == (*out.shape[:-1], b.shape[-2], out.shape[-1])
+    assert a.shape[:-2] == b.shape[:-2]
 
 
 def _product_in_float32(

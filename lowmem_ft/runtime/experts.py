@@ -15,10 +15,10 @@ the first product (2 * I with a gate), R a tile's rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, compress, pairwise
-from typing import Any, NamedTuple
+from itertools import compress
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,22 +27,45 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from lowmem_ft.quant.experts import frozen_product
-from lowmem_ft.quant.products import ROWS
+from lowmem_ft.quant.experts import frozen_product, slices_of
+from lowmem_ft.runtime.expert_tiles import Routing, Rows, Tile, route, traced_tiles
 from lowmem_ft.runtime.rerun import active_autocast, as_before, random_states, runs_again
 
 EXPERTS = "lowmem_ft"
 
 
-def use_experts(model: PreTrainedModel) -> None:
-    """Let `model` run its experts through `experts_forward`, if they go by transformers' experts interface."""
-    if type(model)._can_set_experts_implementation():
-        ExpertsInterface.register(EXPERTS, experts_forward)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config._experts_implementation = EXPERTS
-        for module in model.modules():
-            if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
-                module.unread = False  # set while nobody reads the values of the output, see runtime.activations
+class ExpertLayers:
+    """The layers of experts of a model, if they go by transformers' experts interface: they run through
+    `experts_forward` from now on."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layers: list[Any] = []
+        if type(model)._can_set_experts_implementation():
+            ExpertsInterface.register(EXPERTS, experts_forward)
+            for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+                config._experts_implementation = EXPERTS
+            self._layers = [it for it in model.modules() if hasattr(it, "has_gate") and hasattr(it, "is_transposed")]
+        for layer in self._layers:
+            layer.unread = False  # set while nobody reads the values of the output, see runtime.activations
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def count(self) -> int:
+        """Experts of a layer, of the one with the most."""
+        return max(int(layer.num_experts) for layer in self._layers)
+
+    @property
+    def slice_values(self) -> int:
+        """Values of the larger matrix of an expert, of the layer with the largest."""
+        stacks = (getattr(layer, name) for layer in self._layers for name in (_first(layer), "down_proj"))
+        return max(int(prod(stack.shape[1:])) for stack in stacks)
+
+    def work_on(self, together: int) -> None:
+        """Let each layer make the products of up to so many experts at once from now on."""
+        for layer in self._layers:
+            layer.together = together
 
 
 def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
@@ -51,7 +74,8 @@ def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top
     trained = {id(it) for it in experts.parameters() if it.requires_grad} - {id(it) for it in factors}
     differs = any(it.requires_grad for it in (hidden_TD, top_k_weights_TK, *factors))
     if trained or not (differs and torch.is_grad_enabled()):
-        return _run(experts, hidden_TD, top_k_weights_TK, _route(experts, hidden_TD, top_k_index_TK))
+        routing = _route(experts, hidden_TD, top_k_index_TK, together=1 if trained else None)
+        return _run(experts, hidden_TD, top_k_weights_TK, routing)
     result: Tensor = _Experts.apply(experts, top_k_index_TK, hidden_TD, top_k_weights_TK, *factors)  # type: ignore[no-untyped-call]
     return result
 
@@ -67,17 +91,17 @@ class _Experts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         draws = any(adapter.draws() for adapter in _adapters(experts).values())
         states = random_states(hidden_TD.device) if draws else []
-        kept_PH = order_P = ctx.tiles = None
+        kept_PH = order_P = told_3S = ctx.tiles = None
         if getattr(experts, "unread", False) and not draws:  # what draws is run all the same: others draw after it
             out_TD = torch.empty_like(hidden_TD)
         else:
-            order_P, tiles = routing = _route(experts, hidden_TD, index_TK)
+            order_P, tiles, told_3S = routing = _route(experts, hidden_TD, index_TK)
             if runs_again() or ctx.autocast:  # under which products have other dtypes
-                order_P = None
+                order_P = told_3S = None
             else:
                 kept_PH, ctx.tiles = hidden_TD.new_empty(len(order_P), _width(experts)), tiles
             out_TD = _run(experts, hidden_TD, weights_TK, routing, kept_PH)
-        ctx.save_for_backward(index_TK, hidden_TD, weights_TK, order_P, kept_PH, *states)
+        ctx.save_for_backward(index_TK, hidden_TD, weights_TK, order_P, told_3S, kept_PH, *states)
         return out_TD
 
     @staticmethod
@@ -85,49 +109,37 @@ class _Experts(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if dout_TD is None:
             return None, None, *[None] * len(wanted)
-        index_TK, hidden_TD, weights_TK, order_P, kept_PH, *states = ctx.saved_tensors
+        index_TK, hidden_TD, weights_TK, order_P, told_3S, kept_PH, *states = ctx.saved_tensors
         with as_before(hidden_TD.device, states, ctx.autocast):
-            known = None if order_P is None else _Routing(order_P, ctx.tiles)
+            known = None if order_P is None else Routing(order_P, ctx.tiles, told_3S)
             routing = known or _route(ctx.owner, hidden_TD, index_TK)
             return None, None, *_differentiate(ctx.owner, hidden_TD, weights_TK, dout_TD, routing, kept_PH, wanted)
 
 
-class _Routing(NamedTuple):
-    """Which expert works on which pairs.
-
-    Attributes:
-        order_P: the pairs, by their experts; without those of no expert.
-        tiles: (expert, rows) of each tile.
-    """
-
-    order_P: Tensor
-    tiles: list[tuple[int, int]]
-
-
-def _route(experts: Any, hidden_TD: Tensor, index_TK: Tensor) -> _Routing:
-    expert_P, order_P = index_TK.reshape(-1).sort(stable=True)
-    # a token goes to each expert once at most, so that no expert has more rows than there are tokens
-    most = min(hidden_TD.shape[0], tile_rows(index_TK.numel(), experts.num_experts, hidden_TD.shape[1]))
-    tiles = list(_tiles(_counts(expert_P, experts.num_experts, most), most))
-    return _Routing(order_P[: sum(rows for _, rows in tiles)], tiles)
+def _route(experts: Any, hidden_TD: Tensor, index_TK: Tensor, *, together: int | None = None) -> Routing:
+    most = getattr(experts, "together", 1) if together is None else together
+    return route(index_TK, experts=experts.num_experts, hidden=hidden_TD.shape[1], together=most)
 
 
 def _run(
-    experts: Any, hidden_TD: Tensor, weights_TK: Tensor, routing: _Routing, kept_PH: Tensor | None = None
+    experts: Any, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing, kept_PH: Tensor | None = None
 ) -> Tensor:
     """The layer's output; the outputs of the first product to `kept_PH`."""
     token_P, weights_P = _of_pairs(routing, weights_TK)
     out_TD = torch.zeros_like(hidden_TD)
 
-    def work(e: int, rows: slice) -> None:  # a function, so that nothing of a tile is held while the next is worked on
-        kept_RH = None if kept_PH is None else kept_PH[rows]
-        first_RH = _product(experts, _first(experts), e, hidden_TD.index_select(0, token_P[rows]), out=kept_RH)
-        out_RD = _normed(experts, _product(experts, "down_proj", e, _inner(experts, first_RH)))
-        # within a tile each token is there once, so that the sum does not depend on the order of CUDA's threads
-        out_TD.index_add_(0, token_P[rows], (out_RD * weights_P[rows].unsqueeze(1)).to(out_TD.dtype))
+    def work(tile: Tile) -> None:  # a function, so that nothing of a tile is held while the next is worked on
+        rows = Rows(routing, tile)
+        kept_RH = kept_PH[tile.pairs] if kept_PH is not None and len(rows.shape) == 1 else None
+        first_RH = _product(experts, _first(experts), rows.experts, rows.of_tokens(hidden_TD, token_P), out=kept_RH)
+        if kept_PH is not None and kept_RH is None:
+            rows.pairs_of(first_RH, out=kept_PH[tile.pairs])
+        out_RD = _normed(experts, _product(experts, "down_proj", rows.experts, _inner(experts, first_RH)))
+        weighted_RD = (out_RD * rows.weights(weights_P).unsqueeze(-1)).to(out_TD.dtype)
+        rows.add_to_tokens(out_TD, token_P, weighted_RD)
 
-    for e, rows in _worked_on(experts, hidden_TD, routing):
-        work(e, rows)
+    for tile in _worked_on(experts, hidden_TD, routing):
+        work(tile)
     return out_TD
 
 
@@ -136,7 +148,7 @@ def _differentiate(
     hidden_TD: Tensor,
     weights_TK: Tensor,
     dout_TD: Tensor,
-    routing: _Routing,
+    routing: Routing,
     kept_PH: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -146,124 +158,96 @@ def _differentiate(
     like = [hidden_TD, weights_TK, *_factors(adapters)]
     found = [it.new_zeros(it.shape) if want else None for it, want in zip(like, wanted, strict=True)]
     dhidden_TD, dweights_TK = found[:2]
-    splits = {}  # by the name of the stack: the adapter's factors, by expert, and their gradients
+    stacks = {}  # by the name of the stack: the adapter's factors, expert by expert, and their gradients
     for at, (name, adapter) in enumerate(adapters.items()):
         dA, dB = found[2 + 2 * at : 4 + 2 * at]
         if dA is not None and dB is not None:
-            splits[name] = adapter.split(adapter.lora_A, adapter.lora_B), adapter.split(dA, dB)
+            stacks[name] = adapter.stacked(adapter.lora_A, adapter.lora_B), adapter.stacked(dA, dB)
 
-    def work(e: int, rows: slice) -> None:
-        leaves = {name: [of[e].detach().requires_grad_() for of in split] for name, (split, _) in splits.items()}
-        x_RD = hidden_TD.index_select(0, token_P[rows]).requires_grad_(wanted[0])
-        known = {} if kept_PH is None else {"unread": True, "out": kept_PH[rows]}
+    def work(tile: Tile) -> None:
+        rows = Rows(routing, tile)
+        leaves = {
+            name: [slices_of(of, rows.experts).detach().requires_grad_() for of in factors]
+            for name, (factors, _) in stacks.items()
+        }
+        x_RD = rows.of_tokens(hidden_TD, token_P).requires_grad_(wanted[0])
+        known = {} if kept_PH is None else {"unread": True, "out": rows.take(kept_PH)}
         with torch.enable_grad():
-            first_RH = _product(experts, first, e, x_RD, **_with(leaves.get(first)), **known)
+            first_RH = _product(experts, first, rows.experts, x_RD, **_with(leaves.get(first)), **known)
             inner_RI = _inner(experts, first_RH)
-        del first_RH
-        dout_RD = dout_TD.index_select(0, token_P[rows])
+        del first_RH, known
+        dout_RD = rows.of_tokens(dout_TD, token_P)
         dinner_RI, dweights_R, *dfactors = _back_to_inner(
-            experts, e, inner_RI.detach(), weights_P[rows], dout_RD, leaves.get("down_proj", [])
+            experts, rows.experts, inner_RI.detach(), rows.weights(weights_P), dout_RD, leaves.get("down_proj", [])
         )
         del dout_RD
         if dweights_TK is not None:
-            dweights_TK.view(-1).index_copy_(0, routing.order_P[rows], dweights_R.to(dweights_TK.dtype))
+            dweights_own = rows.pairs_of(dweights_R).to(dweights_TK.dtype)
+            dweights_TK.view(-1).index_copy_(0, routing.order_P[tile.pairs], dweights_own)
         into = [x_RD] * wanted[0] + leaves.get(first, [])
         dinto = list(torch.autograd.grad(inner_RI, into, dinner_RI)) if into else []
         if dhidden_TD is not None:
-            dhidden_TD.index_add_(0, token_P[rows], dinto.pop(0))
+            rows.add_to_tokens(dhidden_TD, token_P, dinto.pop(0))
         for name, more in ((first, dinto), ("down_proj", dfactors)):
-            for of, gradient in zip(splits[name][1] if more else (), more, strict=True):
-                of[e].add_(gradient)
+            for of, gradient in zip(stacks[name][1] if more else (), more, strict=True):
+                rows.add_to_experts(of, gradient)
 
-    for e, rows in _worked_on(experts, hidden_TD, routing):
-        work(e, rows)
+    for tile in _worked_on(experts, hidden_TD, routing):
+        work(tile)
     return found
 
 
 def _back_to_inner(
-    experts: Any, e: int, inner_RI: Tensor, weights_R: Tensor, dout_RD: Tensor, factors: list[Tensor]
+    experts: Any,
+    e: int | tuple[int, ...],
+    inner_RI: Tensor,
+    weights_R: Tensor,
+    dout_RD: Tensor,
+    factors: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """The gradients of the inner values, of the weights (R,), and of the factors."""
     if getattr(experts, "has_post_expert_norm", False):
         inner_RI, weights_R = inner_RI.requires_grad_(), weights_R.detach().requires_grad_()
         with torch.enable_grad():
             out_RD = _normed(experts, _product(experts, "down_proj", e, inner_RI, **_with(factors)))
-            weighted_RD = (out_RD * weights_R.unsqueeze(1)).to(dout_RD.dtype)
+            weighted_RD = (out_RD * weights_R.unsqueeze(-1)).to(dout_RD.dtype)
         return torch.autograd.grad(weighted_RD, [inner_RI, weights_R, *factors], dout_RD)
     # without a norm w * (h W) is (w * h) W, whose gradients need no values of the product
-    weighted_RI = (inner_RI * weights_R.unsqueeze(1)).to(inner_RI.dtype).requires_grad_()
+    weighted_RI = (inner_RI * weights_R.unsqueeze(-1)).to(inner_RI.dtype).requires_grad_()
     with torch.enable_grad():
         out_RD = _product(experts, "down_proj", e, weighted_RI, unread=True, **_with(factors))
         edge = get_gradient_edge(out_RD)
     del out_RD
     dweighted_RI, *dfactors = torch.autograd.grad([edge], [weighted_RI, *factors], [dout_RD])
-    dweights_R = (inner_RI * dweighted_RI).sum(1, dtype=torch.float32)
+    dweights_R = (inner_RI * dweighted_RI).sum(-1, dtype=torch.float32)
     if experts.has_bias:
-        dweights_R += dout_RD @ experts.down_proj_bias[e].to(dout_RD.dtype)
-    return (dweighted_RI * weights_R.unsqueeze(1)).to(inner_RI.dtype), dweights_R, *dfactors
+        bias_D = slices_of(experts.down_proj_bias, e).to(dout_RD.dtype)
+        dweights_R += dout_RD @ bias_D if bias_D.ndim == 1 else (dout_RD @ bias_D.unsqueeze(-1)).squeeze(-1)
+    return (dweighted_RI * weights_R.unsqueeze(-1)).to(inner_RI.dtype), dweights_R, *dfactors
 
 
-def _of_pairs(routing: _Routing, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _of_pairs(routing: Routing, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     """The token of each pair, and its weight."""
     token_P = routing.order_P.div(weights_TK.shape[1], rounding_mode="floor")
     return token_P, weights_TK.reshape(-1).index_select(0, routing.order_P)
 
 
-def _worked_on(experts: Any, hidden_TD: Tensor, routing: _Routing) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows of the pairs) of each tile; without data some tiles stand for others like them."""
-    heights = [rows for _, rows in routing.tiles]
-    slices = [slice(end - rows, end) for rows, end in zip(heights, accumulate(heights), strict=True)]
-    tiles = [(e, rows) for (e, _), rows in zip(routing.tiles, slices, strict=True)]
+def _worked_on(experts: Any, hidden_TD: Tensor, routing: Routing) -> Iterator[Tile]:
+    """Each tile; without data some tiles stand for others like them."""
     if not hidden_TD.is_meta or torch.is_grad_enabled():  # a graph of few tiles would not be differentiated as of all
-        yield from tiles
+        yield from routing.tiles
         return
-    times = traced_tiles(heights)
-    EACH_IS(hidden_TD, min(experts.num_experts, sum(heights)) / len(tiles))  # tiles of a balanced routing
-    for tile, each in compress(zip(tiles, times, strict=True), times):
+    times = traced_tiles([len(tile.experts) * tile.height for tile in routing.tiles])
+    together = max(len(tile.experts) for tile in routing.tiles)
+    balanced = -(-min(experts.num_experts, len(routing.order_P)) // together)  # tiles of such a routing
+    EACH_IS(hidden_TD, balanced / len(routing.tiles))
+    for tile, each in compress(zip(routing.tiles, times, strict=True), times):
         if each > 1:
             STANDS_FOR(hidden_TD, each)
         yield tile
         if each > 1:
             STANDS_FOR(hidden_TD, 1)
     EACH_IS(hidden_TD, 1.0)
-
-
-def tile_rows(pairs: int, experts: int, hidden: int) -> int:
-    """The most rows that are worked on at once.
-
-    About as many as each expert has when all have the same, and 1/128 of all pairs, so that the few rows more that most
-    routings give to some experts need no second tile, and still some expert fills one, or nearly. At least D / 4, with
-    which a tile takes about the memory of the slice that is dequantized for it: in training (2 D + 6 I) numbers a row,
-    and 2 * D * I of the slice, for I of 0.3 to 3.5 D as published models have.
-    """
-    rows = max(-(-pairs // experts) + pairs // 128, hidden // 4)
-    unit = ROWS if rows > 4 * ROWS else ROWS // 4  # a CPU multiplies many rows in multiples of it
-    return unit * -(-rows // unit)
-
-
-def _counts(expert_P: Tensor, experts: int, most: int) -> list[int]:
-    """Pairs of each expert, from the pairs' experts in order; the one time that the device is waited for.
-
-    Without data the routing is unknown, and one with tiles as high as they get is assumed.
-    """
-    if not expert_P.is_meta:
-        starts = torch.searchsorted(expert_P, torch.arange(experts + 1, device=expert_P.device)).tolist()
-        return [end - start for start, end in pairwise(starts)]
-    full, rest = divmod(expert_P.numel(), most)
-    return [most] * full + ([rest] if rest else [])
-
-
-def _tiles(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """(expert, rows) of each tile."""
-    for expert, count in enumerate(counts):
-        for start in range(0, count, most):
-            yield expert, min(most, count - start)
-
-
-def traced_tiles(rows: Sequence[int]) -> list[int]:
-    """Without data: for how many of its height each tile stands; 0 where another stands for it."""
-    heights = Counter(rows)
-    return [heights.pop(high, 0) for high in rows]
 
 
 # What they say to whoever traces tensors without data: for how many of its like each following operation stands; and
@@ -320,12 +304,12 @@ def _normed(experts: Any, out_RD: Tensor) -> Tensor:
     return normed
 
 
-def _product(experts: Any, name: str, e: int, x: Tensor, **how: Any) -> Tensor:
-    """The product with slice `e` of the stack `name`; `how` is as of `StackSlice.product`."""
+def _product(experts: Any, name: str, e: int | tuple[int, ...], x: Tensor, **how: Any) -> Tensor:
+    """The product with slice `e` of the stack `name`, or with several; `how` is as of `StackSlice.product`."""
     stack, transposed = getattr(experts, name), experts.is_transposed
-    bias = getattr(experts, f"{name}_bias")[e] if experts.has_bias else None
+    bias = slices_of(getattr(experts, f"{name}_bias"), e) if experts.has_bias else None
     if not isinstance(stack, Tensor):
-        product: Tensor = stack[e].product(x, transposed, bias, **how)
+        product: Tensor = (stack.matmul if stack.adapter is None else stack.adapter)(x, e, transposed, bias, **how)
         return product
     if not stack.requires_grad:
         return frozen_product(stack, x, e, transposed, bias, **how)

@@ -27,7 +27,8 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_plain_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.experts import STANDS_FOR, traced_tiles
+from lowmem_ft.runtime.expert_tiles import traced_tiles
+from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states
 
 _NAMES = frozenset({"mlp", "ffn", "feed_forward", "shared_mlp"})  # of MLPs in transformers' decoder layers

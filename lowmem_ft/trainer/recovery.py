@@ -45,7 +45,8 @@ T = TypeVar("T")
 _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step takes
 _SMALLEST_TILE = 256  # tokens of an MLP; less takes less than the weights that are dequantized for it
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
-_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention", "mlp_tile_tokens"}
+_OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention"}
+_OF_STEPS |= {"mlp_tile_tokens", "experts_together"}
 _OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: weights go down and do not come back
 _EMBEDDINGS: tuple[Which, ...] = ("none", "input", "both")  # what is below
 
@@ -283,7 +284,8 @@ class Recovery:
         return "disk" if 0 < self._host_budget < process_bytes() + stored else "host"
 
     def _reductions(self, row_tokens: int) -> Iterator[Policy]:
-        """The policy with half the rows in a micro-batch, or, with one row, smaller tiles or a smaller loss chunk."""
+        """The policy with half the rows in a micro-batch, or, with one row, smaller tiles, fewer experts together or a
+        smaller loss chunk."""
         policy = self.policy
         rows = policy.micro_batch_tokens // row_tokens
         tile = policy.mlp_tile_tokens or policy.micro_batch_tokens
@@ -293,6 +295,8 @@ class Recovery:
             yield replace(policy, micro_batch_tokens=tokens, accumulation=times)
         if rows <= 1 and tile > _SMALLEST_TILE and len(self.ready.mlps):
             yield replace(policy, mlp_tile_tokens=max(_SMALLEST_TILE, tile // 4))
+        if rows <= 1 and policy.experts_together > 1 and len(self.ready.experts):
+            yield replace(policy, experts_together=max(1, policy.experts_together // 4))
         if policy.loss_chunk_tokens > _SMALLEST_CHUNK:
             yield replace(policy, loss_chunk_tokens=max(_SMALLEST_CHUNK, policy.loss_chunk_tokens // 4))
 
@@ -316,8 +320,8 @@ class Recovery:
 
 
 def _no_larger(policy: Policy, now: Policy) -> Policy:
-    """`policy` without larger micro-batches, tiles and loss chunks than there are now: an evaluation may have made them
-    smaller."""
+    """`policy` without larger micro-batches, tiles, loss chunks or more experts together than there are now: an
+    evaluation may have made them smaller."""
     tokens = min(policy.micro_batch_tokens, now.micro_batch_tokens)
     return replace(
         policy,
@@ -325,6 +329,7 @@ def _no_larger(policy: Policy, now: Policy) -> Policy:
         accumulation=math.ceil(policy.micro_batch_tokens * policy.accumulation / tokens),
         loss_chunk_tokens=min(policy.loss_chunk_tokens, now.loss_chunk_tokens),
         mlp_tile_tokens=min((it for it in (policy.mlp_tile_tokens, now.mlp_tile_tokens) if it), default=0),
+        experts_together=min(policy.experts_together, now.experts_together),
     )
 
 

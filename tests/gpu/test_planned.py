@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_accuracy import CUDA_LENGTHS, CUDA_SHAPES
+from benchmarks.plan_accuracy import CUDA_LENGTHS, CUDA_SHAPES, CUDA_TOGETHERS
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.planner.alloc_conf import expandable_segments
 from lowmem_ft.planner.device import find_device
@@ -57,7 +57,7 @@ def test_steps_take_what_was_planned(seed: int, expandable: bool) -> None:
 
 
 def judged(seed: int) -> dict[str, Any]:
-    drawn = draw(random.Random(seed), CUDA_SHAPES["small"], CUDA_LENGTHS)
+    drawn = draw(random.Random(seed), CUDA_SHAPES["small"], CUDA_LENGTHS, CUDA_TOGETHERS)
     card = find_device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         config, policy = prepared(drawn, Path(folder))

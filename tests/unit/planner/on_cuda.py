@@ -50,7 +50,7 @@ def predict(config: RunConfig, policy: Policy, device: Device, *, loss_tokens: i
     turn = Turn([(event, None) for event in taken], [(0, key) for key in keys], [0])
     expandable = expandable_segments()
     peaks = replayed(device, stage.made, [turn], expandable=expandable)
-    allocated, reserved = with_margins(stage, peaks, expandable=expandable)
+    allocated, reserved = with_margins(stage, policy, peaks, expandable=expandable)
     stage.tracer.turns = 10**9  # a card tells of them all
     return Predicted(
         allocated=allocated,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ def draw(
     generator: random.Random,
     shape: tuple[int, int, int, int] = (48, 80, 2, 131),
     lengths: tuple[int, int, int] = (128, 200, 256),
+    togethers: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """An architecture, its size (hidden, inner, blocks, vocabulary) and the sections of a config.
 
     Args:
         lengths: of sequences, of which one is drawn.
+        togethers: numbers of experts that may work together.
     """
     pick = generator.choice
     name = pick(DENSE * 2 + MIXTURES)
@@ -69,6 +71,7 @@ def draw(
     embeddings = "none" if trains_head else pick(["none", "none", "input", "both"])
     # drawn apart, so that everything else is what it was before there were tiles
     tile = random.Random(f"{name} {length} {rows} {keep}").choice([0, 48, 100])
+    together = random.Random(f"{name} {length} {rows} {keep} together").choice(togethers) if name in MIXTURES else 1
     quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
         "architecture": name,
@@ -92,6 +95,7 @@ def draw(
                 "loss_chunk_tokens": pick([16, 64, 256]),
                 "stream_embeddings": embeddings,
                 "mlp_tile_tokens": tile,
+                **({"experts_together": together} if together > 1 else {}),
             },
         },
     }
@@ -242,6 +246,7 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
         stream_embeddings=config.policy.stream_embeddings or "none",
         keep_attention=bool(config.policy.keep_attention),
         mlp_tile_tokens=config.policy.mlp_tile_tokens or 0,
+        experts_together=config.policy.experts_together or 1,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from lowmem_ft.planner.reserve import Peak, Shorter, allocator_of, process_peak,
 from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.trace import Event
 from lowmem_ft.planner.weigh import Scales
-from lowmem_ft.runtime import experts
+from lowmem_ft.runtime import expert_tiles, experts
 from tests.unit.planner.policies import policy
 
 CARD, DEPTH, TOKENS, MIB = find_device("rtx-4090-24gb"), 4, 4096, 1 << 20
@@ -45,6 +45,7 @@ class Run:
     keep: int
     rank: int = 16
     model: str = "LlamaForCausalLM"
+    together: int = 1
 
     @cached_property
     def scales(self) -> Scales:
@@ -58,8 +59,9 @@ class Run:
     @property
     def policy(self) -> Policy:
         return policy(
-            keep=self.keep, depth=DEPTH, micro_batch_tokens=TOKENS, loss_chunk_tokens=256, optimizer="paged_adamw8bit"
-        )
+            keep=self.keep, depth=DEPTH, micro_batch_tokens=TOKENS, loss_chunk_tokens=256, optimizer="paged_adamw8bit",
+            experts_together=self.together,
+        )  # fmt: skip
 
     @property
     def planned(self) -> Peak:
@@ -121,20 +123,20 @@ def test_pieces_of_experts_are_the_more_small_the_fewer_tokens_there_are(
 
 
 @pytest.mark.parametrize("expandable", [True, False])
-@pytest.mark.parametrize("keep", [0, DEPTH])
+@pytest.mark.parametrize(("keep", "together"), [(0, 1), (DEPTH, 1), (0, 4), (DEPTH, 4)])
 def test_routings_stay_inside_the_plan(
-    keep: int, expandable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keep: int, together: int, expandable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of other tokens in each layer and pass, all to a few experts or not."""
     monkeypatch.setenv(VARIABLES[1], f"expandable_segments:{expandable}")
-    run = Run(tmp_path, keep, model="Qwen3MoeForCausalLM")
+    run = Run(tmp_path, keep, model="Qwen3MoeForCausalLM", together=together)
     turns = run.scales.weigh(run.policy).turns
     replay = replayed(CARD, run.scales.made(run.policy), turns, expandable=expandable)
-    planned = with_margins(run.scales.stage, replay, expandable=expandable)
+    planned = with_margins(run.scales.stage, run.policy, replay, expandable=expandable)
     generator = np.random.default_rng(0)
     for evenness in (0.05, 0.5, 5.0):
 
-        def counts(expert_P: Tensor, experts: int, most: int, evenness: float = evenness) -> list[int]:
+        def counts(expert_P: Tensor, experts: int, evenness: float = evenness) -> list[int]:
             shares = generator.dirichlet([evenness] * experts)
             found = [min(TOKENS, int(it)) for it in generator.multinomial(expert_P.numel(), shares)]
             while rest := expert_P.numel() - sum(found):  # no expert has a token twice
@@ -143,10 +145,11 @@ def test_routings_stay_inside_the_plan(
             return found
 
         with monkeypatch.context() as patched:
-            patched.setattr(experts, "_counts", counts)
+            patched.setattr(expert_tiles, "_counts", counts)
             patched.setattr(experts, "traced_tiles", lambda rows: [1] * len(rows))
             reserved = run.reserved([TOKENS] * 3, pool=0, expandable=expandable)
-        assert 0.96 * planned.reserved < reserved <= planned.reserved, evenness
+        least = 0.96 if together == 1 else 0.87  # a tile of several is planned for the most uneven routings
+        assert least * planned.reserved < reserved <= planned.reserved, evenness
 
 
 def test_estimates_know_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +160,7 @@ def test_estimates_know_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         policy = option.policy
         if policy.micro_batch_tokens in (TOKENS // 2, TOKENS) and policy.keep_blocks in (0, 2, DEPTH):
             exact = process_peak(CARD, search.scales, search.scales.weigh(policy)).process
-            assert exact - 64 * MIB < option.process < exact, policy
+            assert exact - 64 * MIB < option.process < exact + 2 * MIB, policy
 
 
 def test_rows_that_are_packed_are_as_long_as_each_other(tmp_path: Path) -> None:

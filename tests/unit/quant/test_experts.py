@@ -114,6 +114,20 @@ def test_products_with_the_whole_stack(product: Any) -> None:
     torch.testing.assert_close(dx, torch.ones_like(y) @ w_ERC.mT, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("cols", [50, 64, 1024])  # with 50 a slice's last block is not full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, QuantSpec(double_quant=False)])
+def test_several_slices_at_once(spec: QuantSpec, dtype: torch.dtype, cols: int) -> None:
+    """In any order, and whether or not a slice's scales fill their own blocks."""
+    stack = QuantStack(E, R, cols, spec=spec, dtype=dtype)
+    for e in range(E):
+        stack.load_slice(e, quantize((1 + e) * random_matrix(R, cols, seed=e), spec))
+    several = stack.base_slice((2, 0))
+    assert several.shape == (2, R, cols)
+    assert several.dtype == dtype
+    assert torch.equal(several, torch.stack([stack.base_slice(2), stack.base_slice(0)]))
+
+
 def test_other_uses_of_a_slice_see_the_dequantized_tensor() -> None:
     piece, dense = make()[1], make().base_slice(1)
     assert (piece.shape, piece.dtype, piece.ndim) == (dense.shape, dense.dtype, 2)

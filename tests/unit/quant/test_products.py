@@ -36,6 +36,21 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> tu
     return a.to(dtype), b.to(dtype), out.to(dtype)
 
 
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_several_at_once(dtype: torch.dtype, layout: str, way: str) -> None:
+    torch.manual_seed(0)
+    a, b, d = (torch.randn(3, *shape).to(dtype) for shape in ((17, 64), (64, 33), (2, 33)))
+    by, bias = torch.randn(3, 64, 2).to(dtype), torch.randn(3, 33).to(dtype)
+    if layout == "transposed":
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    one_by_one = [mm_low_rank(a[g], b[g], d[g], 2.0, by=by[g], bias=bias[g]) for g in range(3)]
+    close: dict[str, Any] = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+    for found, expected in zip(mm_low_rank(a, b, d, 2.0, by=by, bias=bias), zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), **close)
+    torch.testing.assert_close(mm(a, b), torch.stack([mm(a[g], b[g]) for g in range(3)]), **close)
+
+
 @pytest.mark.parametrize("layout", ["rows", "transposed", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -19,7 +19,7 @@ from lowmem_ft.quant.loader import load_weights, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.runtime import experts as experts_module
 from lowmem_ft.runtime.activations import apply_activation_policy
-from lowmem_ft.runtime.experts import EXPERTS, experts_forward, tile_rows, use_experts
+from lowmem_ft.runtime.experts import EXPERTS, ExpertLayers, experts_forward
 from lowmem_ft.runtime.rerun import Unread
 from tests.models import save_tiny
 
@@ -42,16 +42,18 @@ def run(model: Any, ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(("bits", "together"), [(4, 1), (4, 3), (8, 3), (16, 1), (16, 8)])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_equals_the_architectures_own_forward(name: str, bits: int, recompute: bool, tmp_path: Path) -> None:
+def test_equals_the_architectures_own_forward(
+    name: str, bits: int, together: int, recompute: bool, tmp_path: Path
+) -> None:
     folder = save_tiny(name, tmp_path)
     ids_BT = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
     found = []
     for ours in (False, True):
         model = load(folder, bits)
         if ours:
-            use_experts(model)
+            ExpertLayers(model).work_on(together)
             assert model.config._experts_implementation == EXPERTS
         torch.manual_seed(0)
         inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
@@ -130,7 +132,7 @@ def test_memory_of_plain_experts_does_not_depend_on_the_routing() -> None:
 def test_memory_of_quantized_adapted_experts_does_not_depend_on_the_routing(tmp_path: Path) -> None:
     save_tiny("olmoe", tmp_path, num_experts=EXPERTS_COUNT, num_experts_per_tok=TOP_K)
     model = load(tmp_path, 4)
-    use_experts(model)
+    ExpertLayers(model)
     inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
     peaks = layer_peaks(model.model.layers[0].mlp.experts, 48)
     assert max(peaks.values()) / min(peaks.values()) < 1.04, peaks
@@ -162,11 +164,13 @@ def reference(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Ten
     return torch.einsum("te,etd->td", chosen_TE, torch.stack(out_TED))
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "biases", "norm"])
-def test_gradients_of_input_and_weights(kind: str, again: bool) -> None:
+def test_gradients_of_input_and_weights(kind: str, again: bool, together: int) -> None:
     torch.manual_seed(0)
     experts = Experts(4, 16, 8).double()
+    experts.together = together
     experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.double(), experts.down_proj.double()
     if kind == "biases":
         experts.has_bias = True
@@ -189,7 +193,7 @@ def test_gradients_of_input_and_weights(kind: str, again: bool) -> None:
 def test_the_second_run_of_a_block_leaves_its_experts_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second step on; only a tile at a time is worked on in backward."""
     model = load(save_tiny("olmoe", tmp_path), 4)
-    use_experts(model)
+    ExpertLayers(model)
     inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
     apply_activation_policy(model, keep=0)
     runs: list[bool] = []
@@ -223,8 +227,11 @@ def test_a_layer_that_runs_again_keeps_no_pairs() -> None:
     assert all(once[name] - twice[name] > 0.85 * kept for name in ROUTINGS), (once, twice)
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
-def test_dropout_is_the_same_in_backward(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_same_in_backward(
+    name: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a layer that keeps, of one that runs again, and of the same forward as PyTorch differentiates it."""
 
     def differentiated(experts: Any, index: Tensor, hidden: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
@@ -233,7 +240,7 @@ def test_dropout_is_the_same_in_backward(name: str, tmp_path: Path, monkeypatch:
     folder, found = save_tiny(name, tmp_path), []
     for own, recompute in ((False, False), (True, False), (True, True)):
         model = load(folder, 16)
-        use_experts(model)
+        ExpertLayers(model).work_on(together)
         torch.manual_seed(0)
         inject_lora(model, targets="all-linear", rank=4, alpha=8, dropout=0.3, dtype=torch.float32)
         with torch.no_grad():
@@ -261,7 +268,7 @@ def test_experts_that_are_trained_whole(tmp_path: Path) -> None:
     for ours in (False, True):
         model = load(folder, 16)
         if ours:
-            use_experts(model)
+            ExpertLayers(model)
         torch.manual_seed(0)
         inject_lora(model, targets=["q_proj"], rank=4, train_modules=["experts"], dtype=torch.float32)
         found.append(run(model.train(), torch.arange(3, 43)[None]))
@@ -270,11 +277,3 @@ def test_experts_that_are_trained_whole(tmp_path: Path) -> None:
     assert any("experts" in name for name in own_grads)
     for name, gradient in own_grads.items():
         torch.testing.assert_close(gradient, eager_grads[name], rtol=1e-4, atol=1e-5)
-
-
-def test_tiles_follow_from_shapes_alone() -> None:
-    assert tile_rows(16384, 128, 64) == 256
-    assert tile_rows(64, 128, 64) == 16
-    assert tile_rows(16384, 8, 64) == 2048 + 128
-    assert tile_rows(16384, 128, 2048) == 512
-    assert tile_rows(129, 2, 64) == 80

@@ -28,6 +28,7 @@ from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.verify import FullBatches
 from lowmem_ft.quant.linear import QuantLinear, get_base_weight
 from lowmem_ft.runtime import below as placing
+from lowmem_ft.runtime import experts
 from lowmem_ft.runtime.streaming import block_bytes, spread
 from lowmem_ft.runtime.tiers import PAGE, DiskTier, device_memory
 from lowmem_ft.step import eval_step, train_step
@@ -192,6 +193,29 @@ def test_mixtures_of_experts(models: dict[str, Path], quant: str, targets: Any) 
     with tiers(Poisoned):
         for activations in ("some", "offload"):
             assert same(trained(models["mixtral"], sections, streamed=DEPTH, activations=activations), expected)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_several_experts_at_once(models: dict[str, Path], quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the bit resident and streamed, and but for rounding as one by one."""
+    shapes: set[int] = set()
+
+    class Noted(experts.Rows):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            shapes.add(len(self.shape))
+
+    monkeypatch.setattr(experts, "Rows", Noted)
+    sections = {"quant": QUANT[quant], "adapter": {"rank": 4, "targets": "all-linear"}}
+    alone = trained(models["mixtral"], sections, streamed=0, activations="keep")
+    assert shapes == {1}
+    expected = trained(models["mixtral"], sections, streamed=0, activations="keep", experts_together=3)
+    assert shapes == {1, 2}, "tiles of one expert, and of several"
+    assert expected[0] == pytest.approx(alone[0], rel=1e-5)
+    with tiers(Poisoned):
+        for activations in ("some", "offload"):
+            streamed = {"streamed": DEPTH, "activations": activations, "experts_together": 3}
+            assert same(trained(models["mixtral"], sections, **streamed), expected)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])

@@ -315,6 +315,23 @@ def test_what_is_beside_is_taken_up_in_the_tiles_of_now(model: Path) -> None:
         assert next(one._next(LENGTH)) == wanted
 
 
+def test_fewer_experts_work_together_when_memory_runs_out(tmp_path: Path) -> None:
+    """In micro-batches of one row, until they work one by one."""
+    mixture = save_tiny("mixtral", tmp_path, num_hidden_layers=DEPTH)
+    of = planned(
+        keep_blocks=0, recompute_blocks=DEPTH, micro_batch_tokens=LENGTH, accumulation=ROWS, experts_together=3
+    )
+    expected, _ = Trained(mixture, of).step()
+    trained = Trained(mixture, of)
+    assert [it.experts_together for it in trained.recovery._reductions(LENGTH)] == [1]
+    step, _ = trained.step(lambda at: at in (5, 200))
+    assert trained.recovery.policy == replace(of, experts_together=1)
+    assert step.loss == pytest.approx(expected.loss, rel=1e-4)
+    one = replace(of, recompute_blocks=0, offload_blocks=DEPTH)
+    after = Recovery(Trained(mixture, of).ready, replace(of, experts_together=1), alternatives=[one])
+    assert next(after._next(LENGTH)) == replace(one, experts_together=1), "a safer policy does not bring them back"
+
+
 def test_a_full_disk_leaves_weights_where_they_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
