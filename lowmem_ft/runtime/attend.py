@@ -13,6 +13,7 @@ Letters in shapes: B rows, H query heads, G key-value heads, T queries, S keys, 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -36,16 +37,23 @@ _PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_
 
 
 def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
-    """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA; if it calls
-    PyTorch's function itself, by `attend_by_operator`, or `on_card` by `attend_on_card`."""
-    if model.config._attn_implementation != "sdpa":
+    """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA, or would if
+    that knew sinks; if it calls PyTorch's function itself, by `attend_by_operator`, or `on_card` by `attend_on_card`.
+    """
+    sinks = model.config._attn_implementation == "eager" and _has_sinks(model)
+    if model.config._attn_implementation != "sdpa" and not sinks:
         return
     if type(model)._supports_attention_backend and not _makes_masks(model.config):
         AttentionInterface.register(ATTENTION, _transformers_attention)
         AttentionMaskInterface.register(ATTENTION, _transformers_mask)
         model.config._attn_implementation = ATTENTION
-    else:
+    elif not sinks:
         attend_within(find_blocks(model)[1], lambda: Attending(attend_on_card if on_card else attend_by_operator))
+
+
+def _has_sinks(model: nn.Module) -> bool:
+    """Whether attention gives the interface scores of sinks, with all of which its own function would be needed."""
+    return any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in model.modules())
 
 
 def _makes_masks(config: Any) -> bool:
@@ -175,9 +183,10 @@ def _transformers_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E)."""
+    """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E). Sinks come as `s_aux`."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     shapes = query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.shape[2] > 1
     packed = tells_documents(attention_mask)
@@ -186,13 +195,32 @@ def _transformers_attention(
     if not shapes or dropout > 0 or asked or not (masked or (attention_mask is None and causal)):
         if attention_mask is not None and packed:
             attention_mask = visible(attention_mask, query.shape[0], query.shape[2], query.device)
+        if s_aux is not None:
+            return _with_sinks(module, query, key, value, attention_mask, dropout, scaling), None
         with Attending(attend_on_card) if query.is_cuda else nullcontext():
             result: tuple[Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None)), None
+    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None), s_aux), None
+
+
+def _with_sinks(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """By the model's own function, with all scores: single queries, of answers that are generated, and dropout."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    elif mask is None and query.shape[2] > 1:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        hidden = ~seen.tril_(key.shape[2] - query.shape[2])
+        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(query.dtype).min)[None, None]
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with SingleQueries():  # type: ignore[no-untyped-call]
+        out: Tensor = own(module, query, key, value, mask, dropout=dropout, scaling=scale)[0]
+    return out
 
 
 def _transformers_mask(*args: Any, **kwargs: Any) -> Tensor | None:

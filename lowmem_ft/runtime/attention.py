@@ -34,10 +34,17 @@ class Attended:
     kept: list[Tensor] | None = None  # outputs and log-sum-exps in turn; None: nothing is kept
     again: list[Tensor] | None = None  # what the run that is on takes of them
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks_H: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.again is not None:
             return self.again.pop(0), self.again.pop(0)
         out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, scale)
+        if sinks_H is not None:
+            sinks_H1 = sinks_H.detach().float().unsqueeze(1)
+            rest_BHT = lse[..., : q.shape[2]].sub(sinks_H1).sigmoid_()  # what the sink leaves
+            out.mul_(rest_BHT.to(out.dtype).transpose(1, 2).unsqueeze(-1))
+            lse = torch.logaddexp(lse, sinks_H1)
         if self.kept is not None:
             self.kept += out, lse
         return out, lse
@@ -50,6 +57,7 @@ def attention(
     mask: Tensor | None,
     scale: float,
     attended: Attended | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v for each head, causal where there is no mask; (B, T, H, E) in the dtype of q.
 
@@ -57,32 +65,51 @@ def attention(
         mask: boolean (B or 1, 1 or H, T, T), true where a position (third axis) sees another (last axis); or
             `data.isolation.documents`, (1, 1, W, N+1) int32 on the host.
         attended: keeps the result, or has it.
+        sinks_H: of each head a score that belongs to no position, and takes its share of the sum of the softmax
+            (gpt-oss; arXiv:2309.17453).
 
     H is a multiple of G: query heads that follow each other share a key-value head.
     """
     attended = attended or Attended()
-    result: Tensor = _Attention.apply(q_BHTE, k_BGTE, v_BGTE, mask, scale, attended)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(q_BHTE, k_BGTE, v_BGTE, sinks_H, mask, scale, attended)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k, v, the output and one number per query; backward recomputes the scores (arXiv:2205.14135)."""
+    """Keeps q, k, v, the output and one number per query; backward recomputes the scores (arXiv:2205.14135).
+
+    A sink is a position whose value is 0. With it in the output and in the log-sum-exp, the gradients of all others are
+    what they are without: probabilities times what differs from the sum over d out * out.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, attended: Attended
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks_H: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        attended: Attended,
     ) -> Tensor:
-        out, lse = attended.attend(q, k, v, mask, scale)
+        out, lse = attended.attend(q, k, v, mask, scale, sinks_H)
         ctx.scale = scale
-        ctx.save_for_backward(q, k, v, mask, out, lse)
+        trained = sinks_H if ctx.needs_input_grad[3] else None  # others may lie in a slot, which has other weights then
+        ctx.save_for_backward(q, k, v, trained, mask, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, out, lse = ctx.saved_tensors
+        q, k, v, sinks_H, mask, out, lse = ctx.saved_tensors
+        dsinks_H = None
+        if sinks_H is not None:
+            taken_BHT = (sinks_H.float().unsqueeze(1) - lse[..., : q.shape[2]]).exp_()
+            dtaken_BHT = (dout * out).sum(-1, dtype=torch.float32).transpose(1, 2).neg_()
+            dsinks_H = (taken_BHT * dtaken_BHT).sum((0, 2)).to(sinks_H.dtype)
         gradients = torch.ops.lowmem_ft.attention_backward.default(dout, q, k, v, mask, out, lse, ctx.scale)
-        return *gradients, None, None, None
+        return *gradients, dsinks_H, None, None, None
 
 
 torch.library.define(

@@ -21,11 +21,12 @@ def two_documents(rows: int) -> Tensor:
     return (same & (at[:, None] >= at[None]))[:, None]
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("size", [12, 20, 64, 80, 128, 256])
-def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torch.dtype) -> None:
+def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torch.dtype, sinks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def heads(count: int) -> Tensor:  # as projections leave them
@@ -34,10 +35,11 @@ def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torc
     q, k, v = heads(4), heads(groups), heads(groups)
     dout = torch.randn(2, LENGTH, 4, size, generator=generator)
     mask = two_documents(2) if masked else None
+    sinks_H = [torch.linspace(-2, 2, 4)] if sinks else []
 
     def found(device: str, dtype: torch.dtype) -> list[Tensor]:
-        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
-        out = attention(*given, None if mask is None else mask.to(device), size**-0.5)
+        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v, *sinks_H)]
+        out = attention(*given[:3], None if mask is None else mask.to(device), size**-0.5, None, *given[3:])
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 
     for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):

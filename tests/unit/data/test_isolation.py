@@ -28,8 +28,8 @@ PACKABLE = sorted(set(ARCHITECTURES) - {"bloom"})
 # Restarted position ids alone do not isolate these (nor Falcon before transformers 5.24)
 LEAK_BY_POSITIONS = ("opt", "mpt", "gpt_oss")
 LEARNED_POSITIONS = ("gpt2", "gpt_neo")
-# These attend by code of their own, or (sinks, capped scores) by transformers' eager function
-WITHOUT_OURS = ["falcon", "gemma2", "gpt_neo", "gpt_oss", "mpt", "stablelm"]
+# These attend by code of their own, or (capped scores) by transformers' eager function
+WITHOUT_OURS = ["falcon", "gemma2", "gpt_neo", "mpt", "stablelm"]
 if not GPTJPreTrainedModel._supports_attention_backend:  # before transformers 5.24
     WITHOUT_OURS.append("gptj")
 

@@ -110,7 +110,7 @@ def test_they_count_where_they_are_asked_for(tmp_path: Path) -> None:
 
 
 class Multiplied(TorchDispatchMode):
-    """Within it `dtypes` gathers those of single queries whose products go to PyTorch's own function."""
+    """Within it `dtypes` gathers those of single queries of heads whose products go to PyTorch's own function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Multiplied(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = {torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1}.get(func)
-        if first is not None and args[first].shape[1] == 1:
+        if first is not None and args[first].shape[1] == 1 < args[first].shape[0]:
             self.dtypes.add(args[first].dtype)
         return func(*args, **(kwargs or {}))
 

@@ -17,7 +17,7 @@ from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.runtime import attend, attention_cpu, attention_cuda
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.attend import Asked, attend_by_operator, attend_on_card, use_attention
-from lowmem_ft.runtime.attention import attention
+from lowmem_ft.runtime.attention import Attended, attention
 from tests.models import ARCHITECTURES, tiny_config
 
 B, H, T, E = 2, 6, 20, 16
@@ -69,6 +69,40 @@ def test_value_and_gradients(
     ours = torch.autograd.grad(out, tensors, dout)
     theirs = torch.autograd.grad(expected, exact, dout.double())
     # bf16: inputs of the kernel's products are rounded to 2^-9 several times; measured 0.8e-2 at most
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+        assert (a.double() - b).norm() <= limit * b.norm()
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks_H: Tensor, scale: float) -> Tensor:
+    """With one more score for each query, of a value of 0."""
+    share = q.shape[1] // k.shape[1]
+    scores = (scale * q @ k.repeat_interleave(share, 1).mT).masked_fill(~mask, -torch.inf)
+    sinks = sinks_H.view(1, -1, 1, 1).expand(*q.shape[:3], 1)
+    shares = torch.cat([scores, sinks], 3).softmax(3)[..., :-1]
+    return (shares @ v.repeat_interleave(share, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks(dtype: torch.dtype, groups: int, kind: str, kept: bool) -> None:
+    tensors, mask = inputs(groups, dtype, kind)
+    sinks_H = torch.linspace(-3, 3, H, dtype=dtype).requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (*tensors, sinks_H)]
+    seen = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else as_mask(mask)
+    expected = with_sinks(*exact[:3], seen, exact[3], 0.3)
+    attended = Attended(kept=[])
+    out = attention(*tensors, mask, 0.3, attended, sinks_H)
+    if kept:  # as a second run of the block has it
+        attended.again = attended.kept
+        out = attention(*tensors, mask, 0.3, attended, sinks_H)
+    assert out.is_contiguous()
+    assert out.dtype == dtype
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, [*tensors, sinks_H], dout)
+    theirs = torch.autograd.grad(expected, exact, dout.double())
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     for a, b in zip((out, *ours), (expected, *theirs), strict=True):
         assert (a.double() - b).norm() <= limit * b.norm()
@@ -309,17 +343,18 @@ def test_models_compute_what_they_computed(name: str) -> None:
     before = model.config._attn_implementation
     expected = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits[:, 5:]]
     use_attention(model)
-    served = before == "sdpa" and type(model)._supports_attention_backend
+    served = (before == "sdpa" or name == "gpt_oss") and type(model)._supports_attention_backend
     assert model.config._attn_implementation == (ATTENTION if served else before)
     found = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits[:, 5:]]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_generation_with_a_cache_is_unchanged() -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_generation_with_a_cache_is_unchanged(name: str) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.float32).eval()
-    ids = torch.randint(3, 100, (2, 7))
+    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
+    ids = torch.randint(3, 100, (2, 12))
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **settings)
     use_attention(model)

@@ -91,7 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("streaming")
     return {
         name: save_tiny(name, folder / name, n_layer=DEPTH, num_hidden_layers=DEPTH)
-        for name in ("llama", "mixtral", "gpt2", "qwen2")
+        for name in ("llama", "mixtral", "gpt2", "qwen2", "gpt_oss")
     }
 
 
@@ -219,7 +219,7 @@ def test_several_experts_at_once(models: dict[str, Path], quant: str, monkeypatc
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])  # Conv1D; biases
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gpt_oss"])  # Conv1D; biases; sinks
 def test_other_layers(models: dict[str, Path], name: str, quant: str) -> None:
     sections = {"quant": QUANT[quant], "adapter": {"rank": 4}}
     expected = trained(models[name], sections, streamed=0, activations="keep")
