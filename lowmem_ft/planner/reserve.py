@@ -164,16 +164,16 @@ def with_margins(stage: Stage, policy: Policy, peaks: Peaks, *, expandable: bool
     says to the byte, 14 others 2 MiB less or more, and one 4 MiB more: small pieces lie elsewhere, and of packed
     documents that are shorter than planned there are more. Where tokens are routed, tiles of few rows take of the small
     pool what higher ones take of the large: up to 12 MiB more in replays of 18 steps of OLMoE, gpt-oss and Mixtral
-    shapes (1.6 to 14 GB) under twelve routings each, balanced to all to a few, and up to 6 MiB with several experts
-    together; but of 0.3 GB those took 6 MiB more, too. What no operator tells is what `UNSEEN_BYTES` says, and 1 KiB a
-    block for indices that models make from lists (Falcon).
+    shapes (1.6 to 14 GB) under twelve routings each, balanced to all to a few; with several experts together up to 26
+    MiB, one page of the large pool among them, and 6 MiB of 0.3 GB. What no operator tells is what `UNSEEN_BYTES` says,
+    and 1 KiB a block for indices that models make from lists (Falcon).
 
     Args:
         expandable: whether segments grow. If not, torch 2.11 goes by the addresses that the driver gave, which nobody
             knows before: an H200 held 0.2% more for it.
     """
-    share = 256 if policy.experts_together == 1 else 64
-    low_tiles = min(16 << 20, peaks.reserved // share) if stage.routed else 0
+    most, share = (16, 256) if policy.experts_together == 1 else (32, 64)
+    low_tiles = min(most << 20, peaks.reserved // share) if stage.routed else 0
     by_address = 0 if expandable else peaks.reserved // 256
     allocated = peaks.allocated + UNSEEN_BYTES + 1024 * len(stage.blocks)
     return Peaks(allocated, peaks.reserved + 2 * SMALL_PAGE + low_tiles + by_address)

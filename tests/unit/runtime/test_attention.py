@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_ft.data.isolation import ATTENTION, visible
 from lowmem_ft.data.packing import as_bounds
@@ -18,7 +18,7 @@ from lowmem_ft.runtime import attend, attention_cpu, attention_cuda
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.attend import Asked, attend_by_operator, attend_on_card, use_attention
 from lowmem_ft.runtime.attention import Attended, attention
-from tests.models import ARCHITECTURES, tiny_config
+from tests.models import ARCHITECTURES, SMALL, tiny_config
 
 B, H, T, E = 2, 6, 20, 16
 KINDS = ["causal", "one mask", "mask per row", "mask per head", "documents", "documents in windows"]
@@ -348,6 +348,43 @@ def test_models_compute_what_they_computed(name: str) -> None:
     found = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits[:, 5:]]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WITH_SINKS: dict[str, dict[str, int]] = {
+    "granite_swa": {},
+    "granitemoe_swa": EXPERTS,
+    "mimo_v2_flash": {
+        **EXPERTS,
+        "head_dim": 16,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+    },  # not of all layers
+}
+
+
+@pytest.mark.parametrize("name", WITH_SINKS)
+def test_other_models_with_sinks(name: str) -> None:
+    """Values and gradients, in windows too."""
+    sizes = {**SMALL, "num_hidden_layers": 4, "sliding_window": 8, **WITH_SINKS[name]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), dtype=torch.float32)
+    sinks = [it for key, it in model.named_parameters() if key.endswith("sinks")]
+    for parameter in sinks:
+        parameter.data.normal_()
+    ids = torch.randint(3, 100, (2, 40))
+
+    def found() -> list[Tensor]:
+        out = model(input_ids=ids, use_cache=False).logits
+        return [out, *torch.autograd.grad(out.square().sum(), [model.get_input_embeddings().weight, *sinks])]
+
+    assert sinks
+    expected = found()
+    assert model.config._attn_implementation == "eager"
+    use_attention(model)
+    assert model.config._attn_implementation == ATTENTION
+    for ours, right in zip(found(), expected, strict=True):
+        assert (ours - right).norm() <= 1e-5 * right.norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
