@@ -168,24 +168,33 @@ class Search:
         estimated is added to `options`. Where nothing fits it is the smallest of all; what that takes is exact if no
         other place is left."""
         alone, *more = self.choices.togethers(budget)
-        answer = self._first_that_fits(budget, place, options, tiled=tiled, togethers=[alone])
-        if answer is None or self.config.policy.objective == "memory":
+        objective, answer = self.config.policy.objective, None
+
+        def sized(togethers: Sequence[int]) -> dict[Policy, Option]:
+            found = self.options(budget, optimizer_on=place, tiled=tiled, togethers=togethers)
+            return {option.policy: option for option in found}
+
+        found = sized([alone])
+        options |= found
+        if more and objective != "memory" and any(it.process <= NEAR * budget for it in found.values()):
+            several = sized(more)
+            options |= several
+            answer = self._first_that_fits(several, options, budget)
+        if answer is not None and objective == "speed":
+            found = {it: option for it, option in found.items() if option.seconds < NEAR * answer.weighed.seconds}
+        other = self._first_that_fits(found, options, budget)
+        if other is not None and (answer is None or self._rank(other) < self._rank(answer)):
+            answer = other
+        if answer is None or objective == "memory":
             most = None if place == self.choices.optimizers[-1] else budget
             smallest = self._smallest(budget, place, options, most=most)
             return smallest if answer is None or (smallest.fits and smallest.process < answer.process) else answer
-        # who has to know whether anything fits does not wait for these, which take more
-        faster = self._first_that_fits(budget, place, options, tiled=tiled, togethers=more) if more else None
-        if faster is not None and self._rank(faster) < self._rank(answer):
-            answer = faster
         return replace(answer, options=tuple(options.values()))
 
     def _first_that_fits(
-        self, budget: int, place: Place, options: dict[Policy, Option], *, tiled: bool, togethers: Sequence[int]
+        self, found: dict[Policy, Option], options: dict[Policy, Option], budget: int
     ) -> Answer | None:
-        """The best that fits with these numbers of experts together, if any does."""
-        sized = self.options(budget, optimizer_on=place, tiled=tiled, togethers=togethers)
-        found = {option.policy: option for option in sized}
-        options |= found
+        """The best of those that were found that fits, if any does. What is weighed is exact in `options` then."""
         learned: dict[Hashable, float] = {}
         for option in self._in_turn(found, budget, learned):
             options.setdefault(option.policy, option)
