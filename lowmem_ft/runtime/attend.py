@@ -52,7 +52,7 @@ def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
 
 
 def _has_sinks(model: nn.Module) -> bool:
-    """Whether attention gives the interface scores of sinks, with all of which its own function would be needed."""
+    """Whether attention has sinks, of which transformers' SDPA function knows nothing."""
     return any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in model.modules())
 
 
@@ -218,7 +218,7 @@ def _with_sinks(
         mask = query.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(query.dtype).min)[None, None]
     own = sys.modules[type(module).__module__].eager_attention_forward
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with SingleQueries():  # type: ignore[no-untyped-call]
+    with SingleQueries() if query.device.type == "cpu" else nullcontext():  # type: ignore[no-untyped-call]
         out: Tensor = own(module, query, key, value, mask, dropout=dropout, scaling=scale)[0]
     return out
 
