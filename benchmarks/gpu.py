@@ -19,12 +19,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from common import keep, leave, stamp  # beside this file
+from gpu_steps import LR, our_step, peaks_of, timed, watched
 from limits import SHAPES
 from random_weights import write_model
 
@@ -34,7 +35,7 @@ QUICK = {
     "num_hidden_layers": 3, "vocab_size": 8192,
 }  # fmt: skip
 TIMED_BLOCKS = 8  # of the slowdown by streaming
-RANK, ALPHA, LR = 16, 32, 1e-4
+RANK, ALPHA = 16, 32
 PARTS = ("peers", "streaming", "experts", "steps")
 MIXTURE = "Qwen3-30B-A3B"
 PEERS = ("ours, recompute", "ours, fastest", "peer", "peer with Liger", "TRL", "TRL with Liger", "Unsloth")
@@ -57,54 +58,6 @@ def configured(model: Path, rows: int, length: int, *, device: str, packing: boo
             **sections, "budget": {"device": device, **sections.get("budget", {})},
         }
     )  # fmt: skip
-
-
-@contextmanager
-def watched(device: Any) -> Iterator[dict[str, int]]:
-    """Peaks of the allocator and of the process while it lasts, in bytes; on a CPU of nothing."""
-    import torch
-
-    from lowmem_ft.runtime.memory import cuda_process_bytes
-
-    peaks: dict[str, int] = {}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    yield peaks
-    if device.type == "cuda":
-        peaks["allocated"], peaks["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        # the pool never shrinks within it, so what is taken at the end is the most
-        peaks["process"] = cuda_process_bytes(device.index or 0) or 0
-
-
-def timed(step: Callable[[], float], device: Any, *, steps: int) -> dict[str, Any]:
-    """Seconds of the first step and of `steps` more, and their losses."""
-    import torch
-
-    seconds, losses = [], []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        losses.append(step())
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "first_seconds": seconds[0],
-        "seconds": seconds[1:],
-        "step_seconds": statistics.median(seconds[1:] or seconds),
-        "losses": losses,
-    }
-
-
-def our_step(ready: Any, batches: Any) -> Callable[[], float]:
-    from lowmem_ft.step import train_step
-
-    return lambda: train_step(ready, batches, lr=LR).loss
-
-
-def peaks_of(predicted: Any) -> dict[str, int]:
-    """What is planned beside what `watched` measures, in bytes."""
-    return {name: getattr(predicted, f"{name}_peak_bytes") for name in ("allocated", "reserved", "process", "host")}
 
 
 def busy_times(step: Callable[[], float]) -> list[list[Any]]:

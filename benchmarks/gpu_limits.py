@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import keep, leave, stamp  # beside this file
-from gpu import QUICK, our_step, peaks_of, timed, watched
+from gpu import QUICK
+from gpu_steps import our_step, peaks_of, timed, watched
 from limits import SHAPES
 from random_weights import write_model
 
