@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All that a CUDA machine without a network is asked, in two calls for one that is lent for minutes.
-#   benchmarks/gpu_session.sh OUT SECONDS checks   half of SECONDS for tests, those first that failed or never ran, beside them
-#                                                  configurations and killed runs; then limits
+# All that a CUDA machine without a network is asked, in a few calls for one that is lent for minutes.
+#   benchmarks/gpu_session.sh OUT SECONDS checks   tests, those first that failed or never ran, beside them configurations
+#                                                  and killed runs
 #   benchmarks/gpu_session.sh OUT SECONDS speed    peers, streaming with its timeline, experts together, where a step's time
 #                                                  goes
+#   benchmarks/gpu_session.sh OUT SECONDS limits   the smallest budgets, speeds in budgets, the longest sequences
 # What this project needs is installed before, or lies where PYTHONPATH says; and Unsloth with TRL (unsloth_wheels.sh) in
 # the folder that $UNSLOTH names. The project itself need not be installed.
 set -u
@@ -33,7 +34,7 @@ run_tests() { # SECONDS NAME PYTEST_ARGUMENT...
 }
 
 if [ "$what" = checks ]; then
-  limit=$((seconds / 2))
+  limit=$((seconds - 30))
   run_tests "$limit" failing -n 3 --maxprocesses=3 tests/gpu/test_below.py tests/gpu/test_planned.py \
     tests/gpu/test_lengths.py &
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
@@ -54,10 +55,11 @@ if [ "$what" = checks ]; then
   ) &
   wait
   grep -h '}$' "$TMPDIR"/recorded.jsonl* 2>/dev/null | gzip -6 >"$out/recorded.jsonl.gz"
+  grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
+elif [ "$what" = limits ]; then
   limited "$(left)" python3 benchmarks/gpu_limits.py --folder "$folder" --seconds $(($(left) - 10)) \
     --out "$out/gpu_limits.json" >/dev/null 2>"$out/limits.txt"
   at "limits: $?"
-  grep -hE "^(FAILED|ERROR)" "$out"/failing.txt "$out"/others.txt | cut -c1-200 | sort -u
   cut -c1-600 "$out/limits.txt"
 else
   for part in peers:130 streaming:80 experts:30 steps:0; do  # and the seconds that are left to those behind it
