@@ -87,6 +87,7 @@ class Birth(NamedTuple):
 
 _birth: Callable[[tuple[Any, ...]], Birth] = partial(tuple.__new__, Birth)  # see `trace._event`
 Step: TypeAlias = tuple[Event, Birth | None]
+_NOWHERE = -(1 << 40)  # begin of keys that no piece has
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +341,10 @@ class Turn(NamedTuple):
 def turns(places: Sequence[Place], depth: int) -> list[Turn]:
     """A composed step, in which each piece of memory has a key of its own.
 
-    What is born in a block's segment and given back in its own or a neighbour's keeps that distance. What was there
-    before the step has the negative key that it had when it was traced. Segments that stand at several places are the
-    same objects in all their turns.
+    What is born in a block's segment and given back in its own or a neighbour's keeps that distance; nothing is given
+    back where a segment of another window has a neighbour that is not there. What was there before the step has the
+    negative key that it had when it was traced. Segments that stand at several places are the same objects in all
+    their turns.
     """
     known: dict[int, _Linked] = {}  # by segment
     first: dict[tuple[Part, int | None], int] = {("load", None): 0}  # part, block -> key of the segment's first piece
@@ -357,7 +359,7 @@ def turns(places: Sequence[Place], depth: int) -> list[Turn]:
         linked = known[id(segment)]
         first[segment.part, place.at] = own = top
         origin = place.at if place.at is not None else depth - 1 if segment.part == "loss" else lowest
-        others = (first[part, None if away is None else origin + away] for part, away in linked.others)
+        others = (first.get((part, None if away is None else origin + away), _NOWHERE) for part, away in linked.others)
         found.append(Turn(segment.events, linked.pieces, [own, *others]))
         top += linked.taken
     return found
