@@ -39,7 +39,8 @@ if [ "$what" = checks ]; then
     tests/gpu/test_lengths.py &
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
     tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_attention.py \
-    tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py tests/gpu/test_experts.py &
+    tests/gpu/test_budget.py tests/gpu/test_cuda.py tests/gpu/test_norms.py tests/gpu/test_experts.py \
+    tests/gpu/test_attention_capped.py &
   (
     OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"

@@ -129,7 +129,7 @@ _SCATTERING = (
 _STACK = _aten.stack.default
 _EXPONENTIAL = (
     _aten.exp.default, _aten.exp_.default, _aten.exp.out, _aten.silu.default, _aten.silu_backward.default,
-    _aten.sigmoid.default, _aten.tanh.default, _aten.gelu.default, _aten.gelu_backward.default,
+    _aten.sigmoid.default, _aten.tanh.default, _aten.tanh_.default, _aten.gelu.default, _aten.gelu_backward.default,
     _aten._softmax.default, _aten._log_softmax.default,
 )  # fmt: skip
 

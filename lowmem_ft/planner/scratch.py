@@ -15,7 +15,7 @@ from lowmem_ft.planner.scratch_cuda import Card, copied_factors, norms_in_tiles,
 from lowmem_ft.planner.trace import Scratch, Whole, overloads
 from lowmem_ft.quant.ops import BLOCK, CHUNK
 from lowmem_ft.quant.products import TILE, multiplies, sums_rows
-from lowmem_ft.runtime import attention_cpu, moments
+from lowmem_ft.runtime import attention_capped, attention_cpu, moments
 
 
 def scratch_of(kind: Literal["cpu", "cuda"], card: Card, products: Products | None = None) -> Mapping[Any, Scratch]:
@@ -29,7 +29,7 @@ def scratch_of(kind: Literal["cpu", "cuda"], card: Card, products: Products | No
 
 def whole_of(kind: Literal["cpu", "cuda"], card: Card) -> Mapping[Any, Whole]:
     """Our own operators that are traced as their implementation for the device, with all that it allocates."""
-    return _WHOLE_CPU if kind == "cpu" else whole_on(card)
+    return {**(_WHOLE_CPU if kind == "cpu" else whole_on(card)), **_capped(on_card=kind == "cuda")}
 
 
 def _flash_forward(q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[int]:
@@ -244,14 +244,21 @@ _CPU: Mapping[Any, Scratch] = {
 }
 
 
-def _rows_more(q: Tensor) -> float:
+def _rows_more(q: Tensor, *_: Any) -> float:
+    """Of queries, or of what goes back to their outputs."""
     return q.shape[0] / attention_cpu.traced_rows(q)
 
 
+def _capped(*, on_card: bool) -> Mapping[Any, Whole]:
+    """Of our attention whose scores are capped."""
+    forward, backward = attention_capped.capped_attention, attention_capped.capped_attention_backward
+    return {
+        torch.ops.lowmem_ft.capped_attention.default: (partial(forward, on_card=on_card), _rows_more),
+        torch.ops.lowmem_ft.capped_attention_backward.default: (partial(backward, on_card=on_card), _rows_more),
+    }
+
+
 _WHOLE_CPU: Mapping[Any, Whole] = {
-    torch.ops.lowmem_ft.attention.default: (attention_cpu.attention_cpu, lambda q, *_: _rows_more(q)),
-    torch.ops.lowmem_ft.attention_backward.default: (
-        attention_cpu.attention_backward_cpu,
-        lambda dout, q, *_: _rows_more(q),
-    ),
+    torch.ops.lowmem_ft.attention.default: (attention_cpu.attention_cpu, _rows_more),
+    torch.ops.lowmem_ft.attention_backward.default: (attention_cpu.attention_backward_cpu, _rows_more),
 }

@@ -38,22 +38,28 @@ _PLAIN = frozenset({"sliding_window", "position_ids", "output_attentions", "use_
 
 def use_attention(model: PreTrainedModel, *, on_card: bool = False) -> None:
     """Let `model` attend through `attention`, if it goes by transformers' attention interface with SDPA, or would if
-    that knew sinks; if it calls PyTorch's function itself, by `attend_by_operator`, or `on_card` by `attend_on_card`.
+    that knew sinks and capped scores; if it calls PyTorch's function itself, by `attend_by_operator`, or `on_card` by
+    `attend_on_card`.
     """
-    sinks = model.config._attn_implementation == "eager" and _has_sinks(model)
-    if model.config._attn_implementation != "sdpa" and not sinks:
+    beyond = model.config._attn_implementation == "eager" and (_has_sinks(model) or _caps_scores(model.config))
+    if model.config._attn_implementation != "sdpa" and not beyond:
         return
     if type(model)._supports_attention_backend and not _makes_masks(model.config):
         AttentionInterface.register(ATTENTION, _transformers_attention)
         AttentionMaskInterface.register(ATTENTION, _transformers_mask)
         model.config._attn_implementation = ATTENTION
-    elif not sinks:
+    elif not beyond:
         attend_within(find_blocks(model)[1], lambda: Attending(attend_on_card if on_card else attend_by_operator))
 
 
 def _has_sinks(model: nn.Module) -> bool:
     """Whether attention has sinks, of which transformers' SDPA function knows nothing."""
     return any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in model.modules())
+
+
+def _caps_scores(config: Any) -> bool:
+    """Whether it caps the scores of attention (Gemma 2), which transformers' SDPA function leaves out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _makes_masks(config: Any) -> bool:
@@ -184,6 +190,7 @@ def _transformers_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: (B, H, T, E), (B, G, T, E) -> (B, T, H, E). Sinks come as `s_aux`."""
@@ -195,19 +202,28 @@ def _transformers_attention(
     if not shapes or dropout > 0 or asked or not (masked or (attention_mask is None and causal)):
         if attention_mask is not None and packed:
             attention_mask = visible(attention_mask, query.shape[0], query.shape[2], query.device)
-        if s_aux is not None:
-            return _with_sinks(module, query, key, value, attention_mask, dropout, scaling), None
+        if s_aux is not None or softcap is not None:
+            capped = {} if softcap is None else {"softcap": softcap}
+            return _eagerly(module, query, key, value, attention_mask, dropout, scaling, **capped), None
         with Attending(attend_on_card) if query.is_cuda else nullcontext():
             result: tuple[Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, attention_mask, scale, getattr(module, "attended", None), s_aux), None
+    kept = getattr(module, "attended", None)
+    return attention(query, key, value, attention_mask, scale, kept, s_aux, softcap), None
 
 
-def _with_sinks(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+def _eagerly(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
 ) -> Tensor:
     """By the model's own function, with all scores: single queries, of answers that are generated, and dropout."""
     if mask is not None and mask.dtype == torch.bool:
@@ -219,7 +235,7 @@ def _with_sinks(
     own = sys.modules[type(module).__module__].eager_attention_forward
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with SingleQueries() if query.device.type == "cpu" else nullcontext():  # type: ignore[no-untyped-call]
-        out: Tensor = own(module, query, key, value, mask, dropout=dropout, scaling=scale)[0]
+        out: Tensor = own(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)[0]
     return out
 
 

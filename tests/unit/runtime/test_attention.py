@@ -343,7 +343,7 @@ def test_models_compute_what_they_computed(name: str) -> None:
     before = model.config._attn_implementation
     expected = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits[:, 5:]]
     use_attention(model)
-    served = (before == "sdpa" or name == "gpt_oss") and type(model)._supports_attention_backend
+    served = (before == "sdpa" or name in ("gemma2", "gpt_oss")) and type(model)._supports_attention_backend
     assert model.config._attn_implementation == (ATTENTION if served else before)
     found = [model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits[:, 5:]]
     for a, b in zip(found, expected, strict=True):
