@@ -46,12 +46,15 @@ if [ "$what" = checks ]; then
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
     at "killed runs: $?"
   ) &
-  # those that were recorded without addresses
-  zcat benchmarks/results/recorded_h200.jsonl.gz | grep '"rows": 3' >"$TMPDIR/known.jsonl"
+  (
+    OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/gpu_kernels.py --jobs 3 --seconds $((limit - 40)) \
+      --out "$out/gpu_kernels.json" >/dev/null 2>"$out/kernels.txt"
+    at "kernels: $?"
+  ) &
   (
     PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
-      --device cuda --count 300 --jobs 7 --threads 1 --seconds $((limit - 25)) \
-      --known "$TMPDIR/known.jsonl" --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
+      --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
+      --known benchmarks/results/recorded_h200.jsonl.gz --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
     at "configurations: $?"
   ) &
   wait

@@ -97,7 +97,7 @@ def test_copies_are_told_from_computing_in_a_timeline():
     assert lanes(busy)["copy", 20] == [(2.0, 2.0), (9.0, 3.0)]
 
 
-@pytest.mark.parametrize("name", ["gpu", "gpu_limits"])
+@pytest.mark.parametrize("name", ["gpu", "gpu_kernels", "gpu_limits"])
 def test_programs_for_a_card_find_the_package_that_is_not_installed(tmp_path, name):
     file = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     # without what is installed, and what a variable names
