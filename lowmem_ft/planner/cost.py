@@ -16,12 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_ft.planner.profile import Profile
+from lowmem_ft.planner.profile import Profile, Rate
 from lowmem_ft.quant.products import TILE, multiplies
 
-# What fallback figures are of the datasheet's, for profiles without a `measured` section. Assumed, from the usual
-# efficiency of large products and streaming kernels; not yet measured on a GPU.
-PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.35, 0.75
+# For profiles without a `measured` section. What the products of a step reach of a large one: 836 of 759 TFLOP/s on an
+# H200 with 2048 tokens of Llama-3.1-8B's shape (benchmarks/results/gpu_h200.json), and less where tokens are fewer.
+PRODUCT_SHARE = 0.9
+LARGE_PRODUCT_SHARE = 0.8  # and a large one of a datasheet's peak, if that is all that is known: as of A100, H100, H200
+# What attention reaches of a large product: FlashAttention-2 there 0.28; its paper says 0.6 and more of an A100
+# (arXiv:2307.08691). Before Ampere another kernel does it: assumed, as the other shares are.
+ATTENTION_SHARES = {"hopper": 0.28, "volta": 0.4, "turing": 0.4}
+ATTENTION_SHARE = 0.6
+BANDWIDTH_SHARE = 0.75  # what streaming kernels reach of a datasheet's: 3.4 of 4.8 TB/s on an H200
 BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales included
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
@@ -69,17 +75,18 @@ class Rates:
 
     @classmethod
     def of(cls, profile: Profile) -> Rates:
-        """The measured rates of a profile, or shares of its datasheet's."""
-        flops = {getattr(torch, name): rate.value for name, rate in profile.flops.items()}
+        """The measured rates of a profile, or shares of what is known of the device."""
+        flops = {getattr(torch, name): large_product(rate) for name, rate in profile.flops.items()}
         fastest = max(flops.values())
+        attention = ATTENTION_SHARES.get(profile.architecture, ATTENTION_SHARE) * fastest
         bandwidth = profile.memory_bandwidth.value
         found = profile.measured
         if found is None:
             return cls(
                 products={dtype: PRODUCT_SHARE * rate for dtype, rate in flops.items()},
                 loops=None if profile.kind == "cuda" or multiplies(torch.bfloat16) else LOOPS_SHARE * fastest,
-                attention_forward=ATTENTION_SHARE * fastest,
-                attention_backward=ATTENTION_SHARE * fastest,
+                attention_forward=attention,
+                attention_backward=attention,
                 elementwise=BANDWIDTH_SHARE * bandwidth,
                 fresh=BANDWIDTH_SHARE * bandwidth,
                 exponentials=None,
@@ -112,6 +119,11 @@ class Rates:
             exponentials=None, dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf, draws=math.inf,
             call=1.0, update_call=0.0,
         )  # fmt: skip
+
+
+def large_product(figure: Rate) -> float:
+    """Floating-point operations per second that a large product reaches, by one of a profile's `flops`."""
+    return figure.value * (LARGE_PRODUCT_SHARE if figure.how == "datasheet" else 1.0)
 
 
 _NORM_PASSES, _NORM_BACKWARD_PASSES = 4.5, 6  # over its values: as measured on a CPU, and as a card reads and writes

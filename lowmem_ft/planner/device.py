@@ -17,7 +17,7 @@ import torch
 from lowmem_ft.core.errors import UnsupportedError, nearest
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.packing import as_bounds
-from lowmem_ft.planner.cost import CostModel, Rates
+from lowmem_ft.planner.cost import CostModel, Rates, large_product
 from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.profile import SUFFIXES, Profile, load_profile, near_profile, profile_names
 from lowmem_ft.planner.trace import Cost
@@ -136,7 +136,7 @@ def cost_of(device: Device) -> Cost:
     profile = _profile_of(device)
     rates = Rates.of(profile)
     if device.profile is None:
-        faster = device.flops / profile.flops[device.compute_dtype].value
+        faster = device.flops / large_product(profile.flops[device.compute_dtype])
         products = {dtype: rate * faster for dtype, rate in rates.products.items()}
         cores = faster if device.kind == "cpu" else 1.0
         rates = replace(

@@ -109,7 +109,8 @@ class Profile(Section):
         display_bytes: what a desktop typically takes of it.
         context_bytes: what a process takes before its first tensor: the CUDA context with kernels loaded; on CPU the
             libraries.
-        flops: dense matrix products with fp32 accumulation, by dtype; no bfloat16 where the hardware has none.
+        flops: dense matrix products with fp32 accumulation, by dtype: the peak where `how` is `datasheet`, else what
+            large ones reach for minutes. No bfloat16 where the hardware has none.
         memory_bandwidth: bytes per second between the device's memory and its processor.
         link_to_device, link_to_host: bytes per second of pinned copies, one direction at a time.
         disk_read: bytes per second, sequential, not from the page cache.
