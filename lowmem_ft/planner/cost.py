@@ -31,8 +31,8 @@ BANDWIDTH_SHARE = 0.75  # what streaming kernels reach of a datasheet's: 3.4 of 
 BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales included
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
-# Of the host beside a card, Python between calls included: of steps of 512 tokens of Llama-3.1-8B's shape beside an H200.
-# Steps of few tokens of a small model took 33 us there (benchmarks/results/profile_h200.yaml, 2026-11-26).
+# Of the host beside a card, Python between calls included: steps of 512 tokens of Llama-3.1-8B's shape beside an H200.
+# Those of few tokens of a small model took 33 us there (benchmarks/results/profile_h200.yaml, 2026-11-26).
 CALL_SECONDS = 40e-6
 _BYTES_PER_SUMMED = 8.0  # fp32 read and written where a product of low rank is added
 _CALLS_PER_TILE = 4  # two conversions there, one back, and the product
