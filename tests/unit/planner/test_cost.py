@@ -212,3 +212,20 @@ def test_a_profile_that_nobody_measured_has_rates_too(name: str, units: bool, mo
     assert (rates.loops is None) == (units or name != "cpu")
     assert all(0 < rate < 1e16 for rate in (*rates.products.values(), *rates.dequantize.values()))
     assert rates.elementwise < load_profile(name).memory_bandwidth.value
+
+
+def test_a_datasheet_says_more_than_what_products_reach() -> None:
+    """And what others measured of large products less than it does."""
+    profile = load_profile("colab-t4-16gb")
+    half, single = profile.flops["float16"], profile.flops["float32"]
+    assert (half.how, single.how) == ("measured", "datasheet")
+    products = Rates.of(profile).products
+    assert products[torch.float16] == pytest.approx(0.9 * half.value)
+    assert products[torch.float32] == pytest.approx(0.9 * 0.8 * single.value)
+
+
+@pytest.mark.parametrize(("name", "share"), [("h200-141gb", 0.28), ("rtx-3090-24gb", 0.6), ("v100-16gb", 0.4)])
+def test_attention_takes_a_share_of_products(name: str, share: float) -> None:
+    profile = load_profile(name)
+    fastest = profile.flops[profile.fastest_dtype].value
+    assert Rates.of(profile).attention_forward == pytest.approx(share * fastest)
