@@ -10,6 +10,7 @@ once. After every operator of loading and of two steps the driver (NVML) is aske
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import keep, leave, stamp  # beside this file
-from plan_accuracy import CUDA_LENGTHS, CUDA_SHAPES, CUDA_SHARES, CUDA_TOGETHERS
+from plan_accuracy import CUDA_SHAPES, cuda_configurations
 
 # architectures, weights, adapters, optimizers and dtypes of compute, all of them early; those of 4n + 3 are preferences
 INDICES = (1, 8, 3, 28, 42, 10, 5, 7, 23, 20, 46, 33, 40, 47, 53, 12, 21, 58, 2, 9, 13, 15, 18, 24)
@@ -53,15 +54,12 @@ def child(index: int, options: argparse.Namespace) -> None:
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.verify import FullBatches
     from lowmem_ft.step import train_step
-    from tests.unit.planner.sampler import draw, preferring, prepared
+    from tests.unit.planner.sampler import preferring, prepared
 
     prefer_expandable_segments()
-    generator = random.Random(0)
-    for _ in range(index + 1):
-        size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
-        shape = (64, 160, 16, 1000) if options.quick else CUDA_SHAPES[size]
-        drawn = draw(generator, shape, CUDA_LENGTHS, CUDA_TOGETHERS)
-    drawn = preferring(drawn, generator) if index % 4 == 3 else drawn
+    shapes = dict.fromkeys(CUDA_SHAPES, (64, 160, 16, 1000)) if options.quick else CUDA_SHAPES
+    _, drawn = next(itertools.islice(cuda_configurations(0, shapes), index, None))
+    drawn = preferring(drawn, random.Random(index)) if index % 4 == 3 else drawn
     found = find_device(options.device)
     device = found.torch_device
     beside = beside_pool(device)

@@ -36,7 +36,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,18 @@ def record_cuda(options: argparse.Namespace, out: Path) -> None:
         raise SystemExit(f"failed: {failed}")
 
 
+def cuda_configurations(
+    seed: int, shapes: Mapping[str, tuple[int, int, int, int]] = CUDA_SHAPES
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Without end: the name of a shape, and what is drawn for it."""
+    from tests.unit.planner.sampler import draw
+
+    generator = random.Random(seed)
+    while True:
+        size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
+        yield size, draw(generator, shapes[size], CUDA_LENGTHS, CUDA_TOGETHERS)
+
+
 def record_share(options: argparse.Namespace, out: Path) -> None:
     """What `record_cuda` says, of one process's share."""
     import torch
@@ -178,16 +190,13 @@ def record_share(options: argparse.Namespace, out: Path) -> None:
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.verify import FullBatches
     from tests.unit.planner.on_cuda import measure, packed
-    from tests.unit.planner.sampler import draw, prepared
+    from tests.unit.planner.sampler import prepared
 
     begin, (own, jobs) = time.monotonic(), map(int, options.share.split("/"))
-    generator = random.Random(options.seed)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     known = {json.loads(line)["index"] for line in recorded_lines(options.known)} if options.known else set()
     with out.open("w", encoding="utf-8") as file:
-        for index in range(options.count):
-            size = generator.choices(list(CUDA_SHARES), list(CUDA_SHARES.values()))[0]
-            drawn = draw(generator, CUDA_SHAPES[size], CUDA_LENGTHS, CUDA_TOGETHERS)
+        for index, (size, drawn) in enumerate(itertools.islice(cuda_configurations(options.seed), options.count)):
             if index % jobs != own or index in known:
                 continue
             if time.monotonic() - begin > options.seconds:

@@ -104,7 +104,8 @@ def test_a_card_agrees_with_its_name_and_generation(name: str) -> None:
     kind = " geforce" if name.startswith("rtx") else " a100" if "a100" in name else ""
     rate = RATE[f"{card.architecture}{kind}"]
     hertz = card.flops["float16"].value / (rate * card.sm_count)  # if they work in every clock
-    assert 0.55e9 < hertz < 2.8e9, "not the figure with sparsity"
+    slowest = 0.55e9 if name in ("colab-t4-16gb", "colab-l4-24gb") else 1.0e9  # these two are held back to 70 W
+    assert slowest < hertz < 2.8e9, "not the figure with sparsity"
 
 
 def test_the_context_is_what_was_measured_where_it_was() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +47,17 @@ def inputs(groups: int, dtype: torch.dtype, kind: str) -> tuple[list[Tensor], Te
     return [t.requires_grad_() for t in tensors], mask.tril()
 
 
+def assert_as(expected: Tensor, exact: Sequence[Tensor], out: Tensor, given: Sequence[Tensor], *, limit: float) -> None:
+    """Of an output by `given`, and of its gradients, against the same by `exact` in double precision."""
+    assert out.is_contiguous()
+    assert out.dtype == given[0].dtype
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, given, dout)
+    theirs = torch.autograd.grad(expected, exact, dout.double())
+    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+        assert (a.double() - b).norm() <= limit * b.norm()
+
+
 @pytest.mark.parametrize("tile_bytes", [1, 8 << 20])
 @pytest.mark.parametrize("widen", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,15 +74,8 @@ def test_value_and_gradients(
         *exact, attn_mask=as_mask(mask), is_causal=mask is None, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     out = attention(*tensors, mask, 0.3)
-    assert out.is_contiguous()
-    assert out.dtype == dtype
-    dout = torch.randn_like(out)
-    ours = torch.autograd.grad(out, tensors, dout)
-    theirs = torch.autograd.grad(expected, exact, dout.double())
     # bf16: inputs of the kernel's products are rounded to 2^-9 several times; measured 0.8e-2 at most
-    limit = 1e-5 if dtype == torch.float32 else 2e-2
-    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
-        assert (a.double() - b).norm() <= limit * b.norm()
+    assert_as(expected, exact, out, tensors, limit=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks_H: Tensor, scale: float) -> Tensor:
@@ -98,14 +102,7 @@ def test_sinks(dtype: torch.dtype, groups: int, kind: str, kept: bool) -> None:
     if kept:  # as a second run of the block has it
         attended.again = attended.kept
         out = attention(*tensors, mask, 0.3, attended, sinks_H)
-    assert out.is_contiguous()
-    assert out.dtype == dtype
-    dout = torch.randn_like(out)
-    ours = torch.autograd.grad(out, [*tensors, sinks_H], dout)
-    theirs = torch.autograd.grad(expected, exact, dout.double())
-    limit = 1e-5 if dtype == torch.float32 else 2e-2
-    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
-        assert (a.double() - b).norm() <= limit * b.norm()
+    assert_as(expected, exact, out, [*tensors, sinks_H], limit=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_mask_that_hides_nothing_but_the_future_is_causal() -> None:

@@ -18,7 +18,7 @@ from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.attention import Attended, attention
 from tests.models import SMALL, save_tiny
 from tests.unit.planner.sampler import policy_of
-from tests.unit.runtime.test_attention import KINDS, H, T, as_mask, inputs
+from tests.unit.runtime.test_attention import KINDS, H, T, as_mask, assert_as, inputs
 
 MODELS = ["gemma2", "vaultgemma"]
 
@@ -55,15 +55,8 @@ def test_value_and_gradients(dtype: torch.dtype, groups: int, kind: str, kept: b
     if kept:  # as a second run of the block has it
         attended.again = attended.kept
         out = attention(*tensors, mask, scale, attended, softcap=softcap)
-    assert out.is_contiguous()
-    assert out.dtype == dtype
-    dout = torch.randn_like(out)
-    ours = torch.autograd.grad(out, tensors, dout)
-    theirs = torch.autograd.grad(expected, exact, dout.double())
     # bf16: values of 2^-9; gradients by an output that is rounded so
-    limit = 2e-5 if dtype == torch.float32 else 2e-2
-    for a, b in zip((out, *ours), (expected, *theirs), strict=True):
-        assert (a.double() - b).norm() <= limit * b.norm()
+    assert_as(expected, exact, out, tensors, limit=2e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
