@@ -36,9 +36,9 @@ from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.footprint import LoadFootprint, load_footprint
 from lowmem_ft.runtime.activations import apply_activation_policy
 from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder, stand_alone
-from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.shelf import Shelf
 from lowmem_ft.runtime.tiers import NoTier
+from lowmem_ft.runtime.traced import STANDS_FOR
 from lowmem_ft.runtime.vocabulary import chosen
 from lowmem_ft.step import eval_step, evaluate_preferences, train_step
 

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.planner.results import Results
-from lowmem_ft.runtime.experts import EACH_IS, STANDS_FOR
-from lowmem_ft.runtime.loss import KNOWN, LEARN
+from lowmem_ft.runtime.traced import EACH_IS, KNOWN, LEARN, STANDS_FOR
 
 Tier: TypeAlias = Literal["device", "host"]
 # An op's arguments -> bytes of each piece that it takes inside, negative where it gives the oldest of that size back

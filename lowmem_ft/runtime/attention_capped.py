@@ -21,7 +21,7 @@ from torch import Tensor
 from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.attention_cpu import traced_rows
 from lowmem_ft.runtime.documents import bounds_of, output_like, tells_documents
-from lowmem_ft.runtime.experts import STANDS_FOR
+from lowmem_ft.runtime.traced import standing_for
 
 _TILE_BYTES, _TILE_BYTES_ON_CARDS = 4 << 20, 64 << 20  # of a tile's scores in fp32
 _FEWEST = 16  # queries of a tile
@@ -147,9 +147,8 @@ def _tiles(q: Tensor, mask: Tensor | None, row: int, *, on_card: bool) -> Iterat
     other = 2 * sum(it.pairs for it in tiles) / len(tiles) - largest.pairs
     second = min(tiles, key=lambda it: abs(it.pairs - other))
     for tile, each in ((largest, len(tiles) // 2), (second, len(tiles) - len(tiles) // 2)):
-        STANDS_FOR(q, each)
-        yield tile.queries, tile.keys, tile.hidden(mask, row, q.device)
-        STANDS_FOR(q, 1)
+        with standing_for(q, each):
+            yield tile.queries, tile.keys, tile.hidden(mask, row, q.device)
 
 
 def _cut(q: Tensor, mask: Tensor | None, row: int, *, on_card: bool) -> list[_Tile]:

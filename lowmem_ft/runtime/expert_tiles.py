@@ -9,7 +9,6 @@ experts of all tiles.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -151,12 +150,6 @@ def tile_rows(pairs: int, experts: int, hidden: int) -> int:
     rows = max(-(-pairs // experts) + pairs // 128, hidden // 4)
     unit = ROWS if rows > 4 * ROWS else ROWS // 4  # a CPU multiplies many rows in multiples of it
     return unit * -(-rows // unit)
-
-
-def traced_tiles(rows: Sequence[int]) -> list[int]:
-    """Without data: for how many of its height each tile stands; 0 where another stands for it."""
-    heights = Counter(rows)
-    return [heights.pop(high, 0) for high in rows]
 
 
 def _counts(expert_P: Tensor, experts: int) -> list[int] | None:

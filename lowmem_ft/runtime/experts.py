@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from lowmem_ft.quant.experts import frozen_product, slices_of
-from lowmem_ft.runtime.expert_tiles import Routing, Rows, Tile, route, traced_tiles
+from lowmem_ft.runtime.expert_tiles import Routing, Rows, Tile, route
 from lowmem_ft.runtime.rerun import active_autocast, as_before, random_states, runs_again
+from lowmem_ft.runtime.traced import EACH_IS, standing_for, traced_tiles
 
 EXPERTS = "lowmem_ft"
 
@@ -242,30 +243,9 @@ def _worked_on(experts: Any, hidden_TD: Tensor, routing: Routing) -> Iterator[Ti
     balanced = -(-min(experts.num_experts, len(routing.order_P)) // together)  # tiles of such a routing
     EACH_IS(hidden_TD, balanced / len(routing.tiles))
     for tile, each in compress(zip(routing.tiles, times, strict=True), times):
-        if each > 1:
-            STANDS_FOR(hidden_TD, each)
-        yield tile
-        if each > 1:
-            STANDS_FOR(hidden_TD, 1)
+        with standing_for(hidden_TD, each):
+            yield tile
     EACH_IS(hidden_TD, 1.0)
-
-
-# What they say to whoever traces tensors without data: for how many of its like each following operation stands; and
-# for how many each following tile stands in time alone, as their rows are the same in all
-torch.library.define("lowmem_ft::stands_for", "(Tensor x, int times) -> ()")
-torch.library.define("lowmem_ft::each_is", "(Tensor x, float tiles) -> ()")
-STANDS_FOR = torch.ops.lowmem_ft.stands_for.default
-EACH_IS = torch.ops.lowmem_ft.each_is.default
-
-
-@torch.library.register_fake("lowmem_ft::stands_for")  # type: ignore[untyped-decorator]
-def _(x: Tensor, times: int) -> None:
-    return None
-
-
-@torch.library.register_fake("lowmem_ft::each_is")  # type: ignore[untyped-decorator]
-def _(x: Tensor, tiles: float) -> None:
-    return None
 
 
 def _first(experts: Any) -> str:

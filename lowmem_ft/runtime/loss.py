@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.head import Head
+from lowmem_ft.runtime.traced import KNOWN, LEARN
 
 # fp32 logits are made for this many elements at a time (8 MiB). On the CPU that stays in the cache: measured on one
 # Zen 4 core at V = 32000, 25% faster than a chunk at once. On a card, where a call takes 20 to 30 us and so much passes
@@ -30,22 +31,6 @@ _SLAB, _SLAB_ON_CARD = 1 << 21, 1 << 24
 # the same few sizes: oneDNN compiles a kernel for each new one and keeps it (1 MB more after each step otherwise).
 _ROWS = 128
 _T = TypeVar("_T", Tensor, Tensor | None)
-
-# What it says to whoever traces tensors without data, before and after work that always takes the same: what it
-# returned if that is known, which is then all that is left to do; and what it did return
-torch.library.define("lowmem_ft::known", "(Tensor x, str work) -> Tensor[]")
-torch.library.define("lowmem_ft::learn", "(Tensor x, str work, Tensor result) -> ()")
-KNOWN, LEARN = torch.ops.lowmem_ft.known.default, torch.ops.lowmem_ft.learn.default
-
-
-@torch.library.register_fake("lowmem_ft::known")  # type: ignore[untyped-decorator]
-def _(x: Tensor, work: str) -> list[Tensor]:
-    return []
-
-
-@torch.library.register_fake("lowmem_ft::learn")  # type: ignore[untyped-decorator]
-def _(x: Tensor, work: str, result: Tensor) -> None:
-    return None
 
 
 def scratch_bytes(head: Head, chunk_tokens: int) -> int:

@@ -27,9 +27,8 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_plain_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.expert_tiles import traced_tiles
-from lowmem_ft.runtime.experts import STANDS_FOR
 from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states
+from lowmem_ft.runtime.traced import standing_for, traced_tiles
 
 _NAMES = frozenset({"mlp", "ffn", "feed_forward", "shared_mlp"})  # of MLPs in transformers' decoder layers
 
@@ -232,11 +231,8 @@ def _tiles(like_1ND: Tensor, tokens: int) -> Iterator[slice]:
     heights = [tokens] * (count // tokens) + [count % tokens] * (count % tokens > 0)
     times = [1, *traced_tiles(heights[1:])]  # the first one makes what all of them write to
     for start, each in compress(zip(starts, times, strict=True), times):
-        if each > 1:
-            STANDS_FOR(like_1ND, each)
-        yield slice(start, min(start + tokens, count))
-        if each > 1:
-            STANDS_FOR(like_1ND, 1)
+        with standing_for(like_1ND, each):
+            yield slice(start, min(start + tokens, count))
 
 
 def _flat(t_BTD: Tensor) -> Tensor:
