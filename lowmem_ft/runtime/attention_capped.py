@@ -164,7 +164,7 @@ def _cut(q: Tensor, mask: Tensor | None, row: int, *, on_card: bool) -> list[_Ti
             yield slice(start, min(start + height, last))
 
     if mask is not None and not tells_documents(mask):
-        return [_Tile(queries, slice(length), None) for queries in slices(0, length, length)]
+        return [_Tile(queries, slice(0, length), None) for queries in slices(0, length, length)]
     window = length if mask is None else mask.shape[2]
     bounds = [0, length] if mask is None else [it - row * length for it in bounds_of(mask, rows * length)]
     return [

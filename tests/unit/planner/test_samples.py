@@ -21,6 +21,7 @@ from lowmem_ft.planner.device import cost_of
 from lowmem_ft.planner.simulate import UNSEEN_BYTES
 from lowmem_ft.planner.verify import allocator_events
 from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.runtime import attention_capped
 from tests.models import ARCHITECTURES, save_tiny
 from tests.unit.planner.test_solver import DEVICE
 
@@ -50,6 +51,19 @@ def test_a_sample_takes_what_was_predicted_and_no_more(name: str, tmp_path: Path
     config = settings(save_tiny(name, tmp_path))
     policy, scales = weighed(config)
     assert 1 <= predicted_over_measured(config, policy, scales) <= CLOSE
+
+
+def test_capped_scores_are_counted_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt, which comes with a mask where a layer looks back on few tokens."""
+    config, peaks = settings(save_tiny("gemma2", tmp_path)), []
+    policy, scales = weighed(config)
+    for tile_bytes in (4 * 4 * LENGTH * LENGTH, 4 * 4 * LENGTH * 10):
+        monkeypatch.setattr(attention_capped, "_TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(attention_capped, "_FEWEST", 1)
+        scales._samples.clear()
+        assert 1 <= predicted_over_measured(config, policy, scales) <= CLOSE
+        peaks.append(scales._sample_peak(policy))
+    assert peaks[0] > peaks[1] + 4 * 4 * LENGTH * LENGTH  # of scores alone
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's names for the cache
