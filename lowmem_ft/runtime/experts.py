@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from lowmem_ft.quant.experts import frozen_product, slices_of
+from lowmem_ft.quant.products import mm
 from lowmem_ft.runtime.expert_tiles import Routing, Rows, Tile, route
 from lowmem_ft.runtime.rerun import active_autocast, as_before, random_states, runs_again
 from lowmem_ft.runtime.traced import EACH_IS, standing_for, traced_tiles
@@ -223,7 +224,7 @@ def _back_to_inner(
     dweights_R = (inner_RI * dweighted_RI).sum(-1, dtype=torch.float32)
     if experts.has_bias:
         bias_D = slices_of(experts.down_proj_bias, e).to(dout_RD.dtype)
-        dweights_R += dout_RD @ bias_D if bias_D.ndim == 1 else (dout_RD @ bias_D.unsqueeze(-1)).squeeze(-1)
+        dweights_R += mm(dout_RD, bias_D.unsqueeze(-1)).squeeze(-1)
     return (dweighted_RI * weights_R.unsqueeze(-1)).to(inner_RI.dtype), dweights_R, *dfactors
 
 

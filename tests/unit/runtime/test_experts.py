@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_ft.adapters.inject import inject_lora, trainable_parameters
 from lowmem_ft.planner.verify import allocator_events
@@ -71,6 +72,39 @@ def test_equals_the_architectures_own_forward(
             assert gradient is None, key
         else:
             torch.testing.assert_close(gradient, eager_grads[key], rtol=1e-4, atol=2e-5)
+
+
+class Multiplied(TorchDispatchMode):
+    """Within it `rows` gathers the numbers of rows of 16-bit floats that PyTorch multiplies with no operator of ours:
+    oneDNN compiles, and keeps, a kernel for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+        at = products.get(func.overloadpacket.__name__)
+        if at is not None and args[at].element_size() == 2:
+            self.rows.add(args[at].shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_no_product_has_as_many_rows_as_are_routed(name: str, recompute: bool, together: int, tmp_path: Path) -> None:
+    """But for those of `quant.products`, of whose numbers of rows there are few."""
+    model = load(save_tiny(name, tmp_path), 4, torch.bfloat16)
+    ExpertLayers(model).work_on(together)
+    inject_lora(model, targets="all-linear", rank=4, alpha=8, dtype=torch.float32)
+    apply_activation_policy(model, keep=0 if recompute else model.config.num_hidden_layers)
+    found = []
+    for seed in range(3):  # other tokens, which go to others
+        with Multiplied() as multiplied:
+            run(model.train(), torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(seed)))
+        found.append(multiplied.rows)
+    assert found[0] == found[1] == found[2]
 
 
 class Experts(nn.Module):
