@@ -38,7 +38,7 @@ from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.below import Below
 from lowmem_ft.runtime.experts import ExpertLayers
 from lowmem_ft.runtime.gradients import GradientAccumulator
-from lowmem_ft.runtime.head import Head, head_of
+from lowmem_ft.runtime.head import Head, head_of, multiply_rows_together
 from lowmem_ft.runtime.norms import use_norms
 from lowmem_ft.runtime.optim import AdamW
 from lowmem_ft.runtime.preference import Objective, objective_of
@@ -138,6 +138,8 @@ def assemble(
     use_attention(model, on_card=device.type == "cuda")
     experts = ExpertLayers(model)
     use_norms(model)
+    if model.get_output_embeddings() is not None:
+        multiply_rows_together(model.get_output_embeddings())
     objective = objective_of(config)
     if objective is not None:
         drop_nothing(model)  # or a model would differ from its own reference

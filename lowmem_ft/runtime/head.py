@@ -80,6 +80,22 @@ def head_of(model: nn.Module) -> Head:
     return Head(weight=linear.weight, bias=linear.bias, softcap=softcap, scale=factor, table=table, keeps=table is None)
 
 
+def multiply_rows_together(head: nn.Module) -> None:
+    """Let a model's own head, which answers are generated with, multiply the last positions of all rows at once.
+
+    They lie apart, also where there is one: PyTorch then makes a product for each row. Of 16-bit floats a CPU copies
+    the head's matrix for that: 250 MiB and 2.6 s a row of 64128 x 2048, where one product of all takes 0.1 MiB and
+    50 ms (torch 2.13, one Zen 4 core, 2026-11-28).
+    """
+    head.register_forward_pre_hook(_close_together)
+
+
+def _close_together(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    x, *others = args
+    apart = any(x.stride(at) != x.shape[at + 1] * x.stride(at + 1) for at in range(x.ndim - 2))
+    return (x.clone(memory_format=torch.contiguous_format), *others) if apart else None
+
+
 class _Hidden(MoeModelOutputWithPast):  # type: ignore[misc]
     """A decoder's output of which only the last hidden states are known."""
 

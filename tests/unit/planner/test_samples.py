@@ -147,3 +147,19 @@ def test_answers_compile_nothing_for_each_of_their_tokens(name: str, tmp_path: P
     with Multiplied() as multiplied:
         assert complete(ready.model, tokenizer, [[5] * 20], max_new_tokens=8) == ["8 tokens"]
     assert multiplied.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("below", ["none", "both"])
+def test_first_tokens_copy_no_head(below: str, prompts: int, tmp_path: Path) -> None:
+    """Of a prompt the last position alone is multiplied, for which PyTorch would copy the matrix once for each row."""
+    config = settings(save_tiny("llama", tmp_path, vocab_size=4099))
+    policy = replace(first_policy(config, DEVICE, 4), stream_embeddings=below)
+    ready = assemble(config, policy, torch.device("cpu"))
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda ids, **_: "")
+
+    def answer() -> None:
+        complete(ready.model, tokenizer, [[5] * 20] * prompts, max_new_tokens=2)
+
+    answer()  # what is made once
+    assert max(allocator_events(answer)) < 4099 * 48 * 2 / 4  # the largest piece
