@@ -18,7 +18,10 @@ from lowmem_ft.adapters.peft_methods import ON_CONV1D, SERVED, inject_peft, is_p
 from lowmem_ft.assemble import assemble
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import CheckpointError, ConfigError, LowMemError, UnsupportedError
+from lowmem_ft.data.examples import Example
+from lowmem_ft.data.packing import collate
 from lowmem_ft.generate import complete
+from lowmem_ft.runtime.hidden import decoder_inputs, hidden_states
 from tests.models import save_tiny
 from tests.unit.adapters.helpers import dequantized_model, error, logits, plain_model, quantized_model, shake, tokens
 from tests.unit.export.runs import policy_of, trained
@@ -279,3 +282,19 @@ def test_a_damaged_file_of_another_method_is_refused(tmp_path: Path) -> None:
 def test_memory_that_runs_out_is_not_the_configs_fault() -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         inject_peft(quantized_model("llama"), {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 1 << 50})
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "starcoder2"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_learnt_prompts_ask_for_hidden_states_alone(method: str, name: str) -> None:
+    """The model's head, of one position even, had its matrix copied for each row on a CPU."""
+    model = inject_peft(quantized_model(name), METHODS[method])
+    batch = collate([[Example([5, 6, 7], [5, 6, 7])], [Example([8, 9], [8, 9])]], pad_id=0)
+    whole = model(input_ids=batch.input_ids, attention_mask=(batch.segment_ids != 0).long(), output_hidden_states=True)
+    head = model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda *_: pytest.fail("the head was asked"))
+    found = hidden_states(model, batch, decoder_inputs(model, batch, dtype=torch.float32))
+    expected = whole.hidden_states[-1][:, -batch.input_ids.shape[1] :]
+    assert torch.equal(found, expected.reshape(found.shape))
+    found.sum().backward()
+    assert all(it.grad is not None for _, it in trainable_parameters(model))
