@@ -44,6 +44,7 @@ from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
+from lowmem_ft.quant.products import multiplies
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.streaming import Moved
 from lowmem_ft.runtime.tiers import PAGE
@@ -57,6 +58,7 @@ Class: TypeAlias = tuple[int, Treatment, int | None]
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
 FP32_HEAP = 1.8
+IN_FP32 = 12 << 20  # the rooms of `quant.products`, or what MKL packs of all matrices
 LONGEST = 1 << 17  # positions of models whose config names none
 HEADS = ("loss", "reference")  # parts in which the output head works
 _RING = "ring"  # of slots and of what stays of streamed weights
@@ -241,12 +243,16 @@ class Scales:
         return self.stage.config.data.seq_len, *sizes, streams
 
     def kernels(self, policy: Policy) -> int:
-        """Bytes of what a CPU compiles to plan and run a step of `policy`, about; 0 before one was traced.
+        """Bytes of what a CPU compiles to plan and run a step of `policy`, about, or keeps to multiply it in fp32; 0
+        before one was traced.
 
         A process that plans its own run has multiplied for the micro-batches that it tried, too.
         """
         if self._products is None:
             return 0
+        dtype: torch.dtype = getattr(torch, policy.compute_dtype)
+        if dtype == torch.float32 or not multiplies(dtype):
+            return IN_FP32
         config, tokens = self.stage.config, policy.micro_batch_tokens
         key = config.data.seq_len, tokens
         if key not in self._kernels:

@@ -14,9 +14,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.sizes import format_size
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.memory import cuda_process_bytes, process_bytes, process_peak_bytes, reset_process_peak
+
+# A process that is closer to its budget gives back the holes in its heap whenever it is looked at. Where blocks
+# offload, pieces of less than 4 MiB (`core.host`) leave 10 MiB of them in a gpt-oss of 8 narrow blocks and 36 in a
+# GPT-Neo of 6; without them a step takes up to 7% longer (2 x 1024 tokens, fp16 on a Zen 4 core, 2026-11-28).
+_TIGHT = 128 << 20
 
 
 class OverBudgetError(MemoryError):
@@ -77,7 +83,7 @@ class Watch:
     """Raises OverBudgetError within a step if the process has taken more than `budget` bytes since the last reset.
 
     It looks whenever a block begins its forward, and whenever one has the first of its gradients. What was taken before
-    it was made does not count.
+    it was made does not count. Near the budget it also gives freed memory back to the operating system.
 
     Attributes:
         peak: the most that was seen beyond the budget; 0 while it was not crossed.
@@ -101,6 +107,8 @@ class Watch:
         self._resets = reset_process_peak()
 
     def _look(self, *_: Any) -> None:
+        if process_bytes() > self.budget - _TIGHT:
+            release_freed_memory()
         taken = process_peak_bytes() if self._resets else process_bytes()
         if taken > self.budget:
             self.peak = max(self.peak, taken)
