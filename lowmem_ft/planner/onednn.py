@@ -72,7 +72,9 @@ class Products:
         """PyTorch's own attention to (B, H, S, E) keys has a backward in the step."""
         self._attended[q.shape[3], q.dtype] = q.shape[2], k.shape[2]
 
-    def kernel_bytes(self, *, sizes: Collection[int], most: int | None, lengths: int, routed: bool) -> int:
+    def kernel_bytes(
+        self, *, sizes: Collection[int], most: int | None, lengths: int, routed: bool, samples: int = 0, prompt: int = 0
+    ) -> int:
         """What the kernels take of a process that plans and runs steps like the last one, about.
 
         Args:
@@ -80,24 +82,30 @@ class Products:
             most: tokens of any micro-batch, where they differ; None where they do not.
             lengths: that its rows can have.
             routed: there are experts, to which any number of rows comes, up to that of the last step.
+            samples: answers of an evaluation.
+            prompt: tokens that theirs may have.
         """
         # also what a plan tries for fewer rows, see `ROWS`, and what the check of isolation asks for
         tried = {ROW_TILE, *(ROWS for size in sizes if size > ROWS and size % ROWS)}
         few = set() if most is None else {ROW_TILE, *few_numbers_of_rows(most)}
+        asked = {ROW_TILE, *few_numbers_of_rows(prompt)} if samples else set()
         kernels = 0
         for queries, keys in self._attended.values():  # keys of a learnt prefix stay as many
-            asked = range(ROW_MULTIPLE, queries + 1, ROW_MULTIPLE) if most is not None else [queries]
-            kernels += 3 * len({tile for length in asked for tile in attention_tiles(length, length + keys - queries)})
+            ways = range(ROW_MULTIPLE, queries + 1, ROW_MULTIPLE) if most is not None else [queries]
+            kernels += 3 * len({tile for length in ways for tile in attention_tiles(length, length + keys - queries)})
         for kind, rows in self._rows.items():
             part = rows != self._tokens  # a tile, a chunk of the loss, or of an expert
             if kind.as_is:
                 kernels += len(sizes) if most is None else self._as_they_come(kind, most, lengths)
+                kernels += samples + 1 if samples else 0  # of each prompt, and of one token after the other
             elif part and (most is not None or routed):
-                kernels += max(1, len(few_numbers_of_rows(rows)))
+                # those of experts are the more, the larger the micro-batch that is tried
+                parts = (pieces(rows * size // self._tokens) for size in sizes) if routed and not kind.sums else ()
+                kernels += max(1, len({*few_numbers_of_rows(rows)}.union(*parts)))
             else:  # a part as all tokens, too: policies with and without tiles are held against each other
                 own = {*sizes, rows} if part else {*sizes}
                 sums = {size for size in own if is_one_of_few(size)}
-                kernels += len(few | (sums if kind.sums else tried.union(*map(pieces, own))))
+                kernels += len(few | (sums if kind.sums else tried.union(asked, *map(pieces, own))))
         return KERNEL * min(kernels, CACHED) + GIVEN_UP * min(max(kernels - CACHED, 0), CACHED)
 
     def _as_they_come(self, kind: _Kind, most: int, lengths: int) -> int:

@@ -114,7 +114,7 @@ class Search:
         most = max(1, MOST_TOKENS // (together * seq_len))
         taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
         self._rows = [together * group for group in taken]
-        self.scales.tried = (self._rows[0] * seq_len, self._rows[-1] * seq_len)
+        self.scales.tried = [rows * seq_len for rows in self._rows]
         self._attentions = self.choices.attentions()
 
     def best(self, budget: int) -> Answer:

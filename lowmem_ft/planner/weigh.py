@@ -58,7 +58,7 @@ Class: TypeAlias = tuple[int, Treatment, int | None]
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
 FP32_HEAP = 1.8
-IN_FP32 = 12 << 20  # the rooms of `quant.products`, or what MKL packs of all matrices
+IN_FP32 = 12 << 20  # the rooms of `quant.products`, or about what MKL packs of all matrices
 LONGEST = 1 << 17  # positions of models whose config names none
 HEADS = ("loss", "reference")  # parts in which the output head works
 _RING = "ring"  # of slots and of what stays of streamed weights
@@ -125,7 +125,7 @@ class Scales:
         held: bytes of the device before a step, with every block resident.
         longest: positions that the model knows.
         keep: numbers of keeping blocks that `estimate` will be asked for, ascending.
-        tried: tokens of the micro-batches that `estimate` will be asked to put others together from.
+        tried: tokens of the micro-batches that a search may try, the fewest first.
         scripts: of steps that were replayed, see `reserve.replayed`.
     """
 
@@ -155,7 +155,7 @@ class Scales:
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
         self._whole = self.stage.whole
         self.keep: Sequence[int] = range(self.depth + 1)
-        self.tried: Collection[int] = ()
+        self.tried: Sequence[int] = ()
         self.scripts: dict[Hashable, Script] = {}
         self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
         self._heads: dict[
@@ -246,7 +246,8 @@ class Scales:
         """Bytes of what a CPU compiles to plan and run a step of `policy`, about, or keeps to multiply it in fp32; 0
         before one was traced.
 
-        A process that plans its own run has multiplied for the micro-batches that it tried, too.
+        A process that plans its own run has multiplied for the micro-batches that it tried, too: for the smallest and
+        the largest, of which estimates are made, and for the last one that did not fit.
         """
         if self._products is None:
             return 0
@@ -256,11 +257,14 @@ class Scales:
         config, tokens = self.stage.config, policy.micro_batch_tokens
         key = config.data.seq_len, tokens
         if key not in self._kernels:
+            larger = [it for it in self.tried if it > tokens][:1]
             self._kernels[key] = self._products.kernel_bytes(
-                sizes={*self.tried, tokens, step_tokens(config) % tokens} - {0},
+                sizes={*self.tried[:1], *self.tried[-1:], *larger, tokens, step_tokens(config) % tokens} - {0},
                 most=None if config.data.packing else tokens,
                 lengths=config.data.seq_len // ROW_MULTIPLE,
                 routed=self.stage.routed,
+                samples=config.eval.samples,
+                prompt=config.data.seq_len,
             )
         return self._kernels[key]
 

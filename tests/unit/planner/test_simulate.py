@@ -230,6 +230,18 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
 
 
+def test_kernels_of_prompts() -> None:
+    """They go in pieces as rows do, but where models multiply themselves as they come, and then token by token."""
+    products = Products()
+    of = partial(products.kernel_bytes, sizes=(512,), most=None, lengths=64, routed=False)
+    products.begin(512, 512)
+    products.meet(torch.empty(512, 96), torch.empty(96, 512))
+    assert of() == 2 * KERNEL
+    assert of(samples=2, prompt=256) == len({64, 128, 192, 256, 512}) * KERNEL
+    products.meet(torch.empty(512, 96), torch.empty(96, 4), as_is=True)
+    assert of(samples=2, prompt=256) == (5 + 1 + 2 + 1) * KERNEL
+
+
 def test_kernels_are_no_fewer_for_tiles_of_a_micro_batch() -> None:
     """Else a plan that met an MLP in tiles first would promise less than the next one takes."""
     found = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowmem_ft.core.config import RunConfig
+from lowmem_ft.planner import weigh
 from lowmem_ft.planner.compose import Turn
 from lowmem_ft.planner.cost import CostModel, Rates
 from lowmem_ft.planner.device import find_device
@@ -18,7 +19,7 @@ from lowmem_ft.planner.pipeline import Links
 from lowmem_ft.planner.profile import load_profile
 from lowmem_ft.planner.reserve import replayed
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
-from lowmem_ft.planner.weigh import Scales
+from lowmem_ft.planner.weigh import IN_FP32, Scales
 from lowmem_ft.quant.products import multiplies
 from lowmem_ft.runtime import optim, vocabulary
 from lowmem_ft.runtime.blocks import causal_model
@@ -69,6 +70,16 @@ def test_kernels_are_those_of_the_policy(packing: bool, tmp_path: Path) -> None:
     before = made.kernels(one), made.kernels(all_of_them)
     made.weigh(seven)
     assert (made.kernels(one), made.kernels(all_of_them)) == before, "whatever else is tried"
+
+
+def test_products_in_fp32_keep_what_they_are_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernels are compiled: in fp32, and of 16-bit floats that the CPU does not multiply."""
+    _, made = scales("llama", tmp_path)
+    asked = policy(rows=2, seq_len=SEQ_LEN, depth=DEPTH)
+    made.weigh(asked)
+    assert made.kernels(replace(asked, compute_dtype="float32")) == IN_FP32
+    monkeypatch.setattr(weigh, "multiplies", lambda dtype: False)
+    assert made.kernels(asked) == IN_FP32
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 1024])
