@@ -58,7 +58,7 @@ Class: TypeAlias = tuple[int, Treatment, int | None]
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
 FP32_HEAP = 1.8
-IN_FP32 = 12 << 20  # the rooms of `quant.products`, or about what MKL packs of all matrices
+IN_FP32 = 14 << 20  # the rooms of `quant.products` (12 MiB) and copies of factors, or what MKL packs of all matrices
 LONGEST = 1 << 17  # positions of models whose config names none
 HEADS = ("loss", "reference")  # parts in which the output head works
 _RING = "ring"  # of slots and of what stays of streamed weights
