@@ -90,10 +90,13 @@ def multiply_rows_together(head: nn.Module) -> None:
     head.register_forward_pre_hook(_close_together)
 
 
-def _close_together(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    x, *others = args
-    apart = any(x.stride(at) != x.shape[at + 1] * x.stride(at + 1) for at in range(x.ndim - 2))
-    return (x.clone(memory_format=torch.contiguous_format), *others) if apart else None
+def _close_together(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(it.clone(memory_format=torch.contiguous_format) if _lies_apart(it) else it for it in args)
+
+
+def _lies_apart(x: Tensor) -> bool:
+    """Whether its rows make no matrix as they lie."""
+    return any(x.stride(at) != x.shape[at + 1] * x.stride(at + 1) for at in range(x.ndim - 2))
 
 
 class _Hidden(MoeModelOutputWithPast):  # type: ignore[misc]
