@@ -247,7 +247,7 @@ class Scales:
         before one was traced.
 
         A process that plans its own run has multiplied for the micro-batches that it tried, too: for the smallest and
-        the largest, of which estimates are made, and for the last one that did not fit.
+        the largest, of which estimates are made, and for one next to its own, such as the last that did not fit.
         """
         if self._products is None:
             return 0
@@ -257,9 +257,9 @@ class Scales:
         config, tokens = self.stage.config, policy.micro_batch_tokens
         key = config.data.seq_len, tokens
         if key not in self._kernels:
-            larger = [it for it in self.tried if it > tokens][:1]
+            beside = [it for it in self.tried if it > tokens][:1] or [it for it in self.tried if it < tokens][-1:]
             self._kernels[key] = self._products.kernel_bytes(
-                sizes={*self.tried[:1], *self.tried[-1:], *larger, tokens, step_tokens(config) % tokens} - {0},
+                sizes={*self.tried[:1], *self.tried[-1:], *beside, tokens, step_tokens(config) % tokens} - {0},
                 most=None if config.data.packing else tokens,
                 lengths=config.data.seq_len // ROW_MULTIPLE,
                 routed=self.stage.routed,
