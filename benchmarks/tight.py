@@ -39,7 +39,7 @@ _saving = threading.Lock()
 
 
 def drawn_run(seed: str, folder: Path) -> dict[str, Any]:
-    """The config of a run, whose model is there, and the architecture and its size."""
+    """The architecture, its size, what was drawn of a run, and its config, whose model is there."""
     from tests.assets import ASSETS
     from tests.unit.planner.sampler import draw, preferring
 
@@ -51,16 +51,20 @@ def drawn_run(seed: str, folder: Path) -> dict[str, Any]:
     sections, kind = drawn["sections"], "whatis-pairs" if prefers else "whatis"
     files = {use: str(ASSETS / f"{kind}-{use}.jsonl") for use in ("train", "eval")}
     tokens = min(sections["train"]["tokens_per_step"], MOST_TOKENS)
+    own = {
+        **sections,
+        "train": {**sections["train"], **STEPS, "tokens_per_step": tokens},
+        "eval": {"samples": generator.choice([0, 2]), "max_new_tokens": 16},
+        "policy": {"compute_dtype": sections["policy"]["compute_dtype"]},
+    }
     return {
         "architecture": drawn["architecture"],
         "shape": drawn["shape"],
+        "sections": own,
         "config": {
-            **sections,
+            **own,
             "model": str(model_of(drawn, folder)),
-            "data": {**sections["data"], **files, "cache": None},
-            "train": {**sections["train"], **STEPS, "tokens_per_step": tokens},
-            "eval": {"samples": generator.choice([0, 2]), "max_new_tokens": 16},
-            "policy": {"compute_dtype": sections["policy"]["compute_dtype"]},
+            "data": {**own["data"], **files, "cache": None},
             "budget": {"device": "cpu"},
             "output": str(folder / seed.replace(" ", "-")),
         },
@@ -111,7 +115,7 @@ def tight_run(seed: str, folder: Path) -> dict[str, Any]:
     budget = made["budget"]["device_bytes"]
     shutil.rmtree(output, ignore_errors=True)
     found = {
-        **run,
+        **{key: run[key] for key in ("architecture", "shape", "sections")},
         "budget_bytes": budget,
         "peak_bytes": peak,
         "over": peak / budget - 1 if budget else None,
