@@ -61,10 +61,7 @@ def train(folder: Path, name: str, model: Path, steps: int, **sections: Any) -> 
     file.write_text(json.dumps(config), encoding="utf-8")
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "lowmem_ft", "train", str(file)], stdout=subprocess.DEVNULL)
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, high_water(child.pid))
-        time.sleep(0.02)
+    peak = peak_of(child)
     if child.returncode != 0:
         raise SystemExit(f"{file} ended with {child.returncode}")
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -82,6 +79,15 @@ def train(folder: Path, name: str, model: Path, steps: int, **sections: Any) -> 
         "losses": [line["loss"] for line in lines if "loss" in line],
         "grad_norms": [line["grad_norm"] for line in lines if "loss" in line],
     }
+
+
+def peak_of(child: subprocess.Popen[Any]) -> int:
+    """The largest resident set of a process, in bytes, when it has ended."""
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, high_water(child.pid))
+        time.sleep(0.02)
+    return peak
 
 
 def high_water(pid: int) -> int:

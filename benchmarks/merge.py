@@ -48,13 +48,11 @@ def write_adapter(model: Path, folder: Path) -> None:
 
 def watched(command: list[str]) -> dict[str, Any]:
     """Peak of the resident set, seconds, and what the command says in JSON."""
-    from fit import high_water  # beside this file, where scripts are run
+    from fit import peak_of  # beside this file, where scripts are run
 
-    start, peak = time.perf_counter(), 0
+    start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "lowmem_ft", *command, "--json"], stdout=subprocess.PIPE, text=True)
-    while child.poll() is None:
-        peak = max(peak, high_water(child.pid))
-        time.sleep(0.02)
+    peak = peak_of(child)
     said = child.stdout.read() if child.stdout is not None else ""
     if child.returncode != 0:
         raise SystemExit(f"{command} ended with {child.returncode}")

@@ -21,13 +21,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from common import leave, on_cpu, stamp  # beside this file, as the next one
-from fit import high_water
+from fit import peak_of
 
 SHAPES = [(384, 1024, 8, 8192), (512, 1408, 10, 32000), (768, 2048, 6, 16384), (1024, 2816, 4, 50304)]
 LENGTHS = (128, 256, 512, 1024)
@@ -103,10 +102,7 @@ def tight_run(seed: str, folder: Path) -> dict[str, Any]:
     with (folder / f"{output.name}.log").open("w+", encoding="utf-8") as log:
         given = f"budget.memory={least[1]}"
         child = subprocess.Popen([*COMMAND, "train", str(file), given], stdout=log, stderr=log)
-        peak = 0
-        while child.poll() is None:
-            peak = max(peak, high_water(child.pid))
-            time.sleep(0.02)
+        peak = peak_of(child)
         log.seek(0)
         said = [line for line in log.read().splitlines() if "emory" in line or "budget" in line]
     metrics, plan = output / "metrics.jsonl", output / "plan.json"

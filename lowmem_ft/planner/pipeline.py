@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowmem_ft.planner.compose import Place
@@ -76,3 +76,17 @@ def streamed_seconds(places: Sequence[Place], copies: Mapping[int, float], input
                 now = max(now, ready[ring.slot_of(index)])
             now += place.segment.seconds
     return now - begin
+
+
+def at_least(place: Place, seconds: float) -> Place:
+    """`place`, and so long that the head's tiles can come meanwhile."""
+    segment = place.segment
+    if segment.seconds >= seconds:
+        return place
+    return replace(place, segment=replace(segment, seconds=seconds))
+
+
+def forward_again(places: Sequence[Place], passes: int) -> list[Place]:
+    """So many passes without gradients through the blocks of a step, which put no inputs down."""
+    blocks = [it for it in places if it.segment.part == "forward"] if passes else []
+    return passes * [replace(it, segment=replace(it.segment, part="reference")) for it in blocks]

@@ -39,7 +39,7 @@ from lowmem_ft.planner.compose import (
 from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.cut import lowest_trained
 from lowmem_ft.planner.onednn import Products
-from lowmem_ft.planner.pipeline import Inputs, Links, streamed_seconds
+from lowmem_ft.planner.pipeline import Inputs, Links, at_least, forward_again, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
@@ -475,8 +475,8 @@ class Scales:
         passes = 0 if objective is None else objective.forwards
         # without gradients, as in the first sweep over preferences, the head passes once instead of twice
         heads = {"loss": head if objective is None else 1.5 * head, "reference": passes * head / 2}
-        work = [_at_least(place, heads.get(place.segment.part, 0.0)) for place in places[:-1]]
-        one = streamed_seconds([*_forward_again(work, passes), *work], copies, inputs)
+        work = [at_least(place, heads.get(place.segment.part, 0.0)) for place in places[:-1]]
+        one = streamed_seconds([*forward_again(work, passes), *work], copies, inputs)
         for matrix in moved.matrices:
             if matrix.embedding is not None:
                 one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
@@ -491,17 +491,3 @@ def _in_loss(policy: Policy) -> int:
 def _heads(found: Iterable[Segment]) -> dict[Part, Segment]:
     """Those in which the output head works."""
     return {segment.part: segment for segment in found if segment.part in HEADS}
-
-
-def _at_least(place: Place, seconds: float) -> Place:
-    """`place`, and so long that the head's tiles can come meanwhile."""
-    segment = place.segment
-    if segment.seconds >= seconds:
-        return place
-    return replace(place, segment=replace(segment, seconds=seconds))
-
-
-def _forward_again(places: Sequence[Place], passes: int) -> list[Place]:
-    """So many passes without gradients through the blocks of a step, which put no inputs down."""
-    blocks = [it for it in places if it.segment.part == "forward"] if passes else []
-    return passes * [replace(it, segment=replace(it.segment, part="reference")) for it in blocks]

@@ -230,6 +230,15 @@ def test_kernels_that_onednn_keeps(tokens: int) -> None:
     assert of(most=tokens, lengths=5000) == of(most=tokens, lengths=9000) == CACHED * (KERNEL + GIVEN_UP)
 
 
+def test_kernels_of_experts_in_larger_micro_batches_that_are_tried() -> None:
+    products = Products()
+    of = partial(products.kernel_bytes, most=None, lengths=64, routed=True)
+    products.begin(512, 512)
+    products.meet(torch.empty(320, 96), torch.empty(96, 512))
+    assert of(sizes=(512,)) == len({64, 128, 192, 256}) * KERNEL
+    assert of(sizes=(512, 2048)) == len({64, 128, 192, 256, 1024}) * KERNEL, "1280 rows go as 1024 and 256"
+
+
 def test_kernels_of_prompts() -> None:
     """They go in pieces as rows do, but where models multiply themselves as they come, and then token by token."""
     products = Products()

@@ -64,6 +64,19 @@ def test_blocks_look_before_they_work_and_after_gradients(resets: bool, monkeypa
     model(input_ids=ids)
 
 
+def test_holes_of_the_heap_are_given_back_near_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nowhere else, as their pages are asked for again."""
+    given_back: list[int] = []
+    monkeypatch.setattr(budget, "release_freed_memory", lambda: given_back.append(1))
+    model = tiny_model("llama")
+    watch = Watch(model, process_bytes() + 4096 * MIB)
+    model(input_ids=torch.arange(3, 11).unsqueeze(0))
+    assert not given_back
+    watch.budget = process_bytes() + 64 * MIB
+    model(input_ids=torch.arange(3, 11).unsqueeze(0))
+    assert len(given_back) == model.config.num_hidden_layers, "before each block"
+
+
 def test_without_a_proc_file_system_no_peak_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
