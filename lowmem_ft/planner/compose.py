@@ -235,11 +235,11 @@ class Pieces:
         return {window[1] for _, window in self.by_window} >= set(classes)
 
     def take(self, other: Pieces, classes: Sequence[Hashable]) -> None:
-        """Add what only `other` has, of windows of these blocks.
+        """Add what only `other` has, of windows of blocks of these classes.
 
         They come in the order of a trace of them all: it decides between pieces that are equally near.
         """
-        at = windows([classes[i] for i in shorten(classes)])
+        at = windows(classes)
         order = [*(("forward", window) for window in at), *(("backward", window) for window in reversed(at))]
         both = {**other.by_window, **self.by_window}
         self.outside = {**other.outside, **self.outside}

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 from torch import nn
 
-from lowmem_ft.runtime.blocks import causal_model, find_blocks
+from lowmem_ft.runtime.blocks import causal_model, find_blocks, find_decoder
 
 
 @contextmanager
-def only_blocks(model: nn.Module, only: Sequence[int] | None) -> Iterator[None]:
-    """Within it `model` has these of its blocks alone, and a config that says so."""
+def only_blocks(model: nn.Module, only: Sequence[int] | None, *, counted: bool = True) -> Iterator[None]:
+    """Within it `model` has these of its blocks alone, and a config that says so.
+
+    Args:
+        counted: so does the config that the decoder itself looks at, but not where its embeddings have a part for each
+            block.
+    """
     if only is None:
         yield
         return
     path, blocks = find_blocks(model)
     parent_path, _, name = path.rpartition(".")
     parent, text = model.get_submodule(parent_path), causal_model(model).config.get_text_config()
+    decoder = find_decoder(model)
+    own = decoder.config
     per_layer = {key: value for key, value in vars(text).items() if _one_each(value, len(blocks))}
     count = text.num_hidden_layers
     setattr(parent, name, nn.ModuleList([blocks[index] for index in only]))
-    text.num_hidden_layers = len(only)
     for key, value in per_layer.items():
         setattr(text, key, [value[index] for index in only])
+    if not counted:
+        decoder.config = copy(text)
+    text.num_hidden_layers = len(only)
     try:
         yield
     finally:
         setattr(parent, name, blocks)
+        decoder.config = own
         text.num_hidden_layers = count
         for key, value in per_layer.items():
             setattr(text, key, value)

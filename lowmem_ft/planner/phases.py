@@ -29,7 +29,6 @@ from lowmem_ft.export.through_peft import untied_by_peft
 from lowmem_ft.export.trained import MERGE_VALUES
 from lowmem_ft.export.write import COPIED
 from lowmem_ft.planner.compose import shorten
-from lowmem_ft.planner.cut import only_blocks
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
@@ -341,7 +340,7 @@ def _isolation_peak(stage: Stage, only: list[int]) -> int:
         inputs = attention_inputs(model, batch, dtype=stage.ready.compute_dtype)
         return isolation_fault(model, batch, inputs)  # which it cannot find without data
 
-    with only_blocks(whole, only), stage.attending(), adapters_disabled(whole):
+    with stage.only(only), stage.attending(), adapters_disabled(whole):
         return _work(stage, check)
 
 

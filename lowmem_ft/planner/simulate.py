@@ -126,6 +126,8 @@ class Stage:
         held: bytes of weights, adapter, gradients and optimizer.
         blocks: the decoder layers.
         kinds: of each of them, see `cut.block_kinds`.
+        whole: blocks need each other, so a step goes through all of them, but for estimates.
+        few: a block of each kind, one after the other; None where they do not run without the others.
         products: what was multiplied on a CPU that multiplies 16-bit floats.
         handed_on: bytes that a block hands to the next one for a token, at most.
         learning: of each trained parameter that was in a step, whether a gradient has reached it.
@@ -155,8 +157,12 @@ class Stage:
             )
         self._assembled = self.tracer.trace.events, marks[0]
         self.ready.activations.remove()  # each step decides anew
-        self.whole = config.adapter.prompt_learning or not stand_alone(self.ready.model)  # prefixes know the depth
+        learnt = getattr(self.ready.model, "active_peft_config", None)
+        prefixed = getattr(learnt, "peft_type", None) == "PREFIX_TUNING"  # keys and values of each block
+        self.whole = prefixed or not stand_alone(self.ready.model)
         self.kinds = block_kinds(self.ready.model)
+        last = {kind: at for at, kind in enumerate(self.kinds)}
+        self.few = None if prefixed else sorted(last.values())
         self._try_forward(policy)
         self.tracer.begin()  # what loading allocates on meta for a moment, a real run does not
         self.held = sum(event.nbytes for event in self.tracer.trace.events)
@@ -198,19 +204,24 @@ class Stage:
         return planned_attention(find_blocks(self.ready.model)[1], self.kind, self._card.capability)
 
     def _try_forward(self, policy: Policy) -> None:
-        """Give the decoder, cut down to one block of each kind if it can be, what a step would."""
-        last = {kind: at for at, kind in enumerate(self.kinds)}
-        few = None if self.whole else sorted(last.values())
+        """Give the decoder what a step would: one block of each kind, or all where those do not run alone."""
+        if self.few is not None:
+            try:
+                self.handed_on = self._handed_on(policy, self.few)
+            except UnsupportedError:
+                self.few, self.whole = None, True  # such as Zamba 2's, which look themselves up by number
+        if self.whole:
+            self.handed_on = self._handed_on(policy, None)
+
+    def _handed_on(self, policy: Policy, blocks: Sequence[int] | None) -> int:
         batch = _batch(self.config, policy, "cpu", None)
-        try:
-            with only_blocks(self.ready.model, few), self.tracer, _handing_on(self.ready.model, batch) as sizes:
-                check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
-            self.handed_on = max(sizes)
-        except UnsupportedError:
-            if self.whole:
-                raise
-            self.whole = True  # blocks that look themselves up by number (Zamba 2) run together alone
-            self._try_forward(policy)
+        with self.only(blocks), self.tracer, _handing_on(self.ready.model, batch) as sizes:
+            check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
+        return max(sizes)
+
+    def only(self, blocks: Sequence[int] | None) -> AbstractContextManager[None]:
+        """Within it the model has these of its blocks alone; None: all."""
+        return only_blocks(self.ready.model, blocks, counted=not self.whole)
 
     def step(
         self,
@@ -240,7 +251,7 @@ class Stage:
         self.ready.work_as(policy)
         if not settled:
             self.ready.mlps.forget()
-        with only_blocks(self.ready.model, only), self.attending():
+        with self.only(only), self.attending():
             shelf = Shelf(offload, open_tier=lambda sizes: NoTier())
             activations = apply_activation_policy(
                 causal_model(self.ready.model),
@@ -283,7 +294,7 @@ class Stage:
         """The same trace, gone on with an evaluation step."""
         tracer, ready = self.tracer, self._with_loss(policy)
         ready.work_as(policy)
-        with only_blocks(ready.model, only), self.attending(), tracer:
+        with self.only(only), self.attending(), tracer:
             tracer.phase, tracer.block = "eval", None
             batch = _batch(self.config, policy, self.kind, loss_tokens)
             evaluate(ready, self.config, batch)
@@ -307,7 +318,7 @@ class Stage:
         with (
             evaluating(model),
             numbered(list(self.blocks), only),
-            only_blocks(model, only),
+            self.only(only),
             self.attending(),
             tracer,
             torch.no_grad(),

@@ -197,7 +197,7 @@ class Scales:
         classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
         key = self._loss_key(policy), policy.keep_attention, classes, timed
         if key not in self._latest:
-            pieces = self._steady(policy, classes) if timed else self._traced(policy, classes, self._shortened(classes))
+            pieces = (self._steady if timed else self._traced)(policy, classes, self._shortened(classes))
             self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
         return self._weighed(policy, self._latest[key])
 
@@ -341,25 +341,27 @@ class Scales:
         pieces = self._sized.get(size)
         if pieces is None:
             pieces = self._sized[size] = Pieces()
-            mixed = len(self.keep) // 2  # blocks of both sorts serve for every number
-            for keep in (self.keep[mixed], self.keep[0], self.keep[-1]):
+            first, mixed, last = (self.keep[at] for at in (0, len(self.keep) // 2, -1))
+            # blocks of both sorts serve for every number; of those that are traced whole a few of each sort do
+            for keep in (first, last, mixed) if self._whole else (mixed, first, last):
                 classes = classes_of(self._kinds, keep)
                 if not pieces.know(classes):
                     # blocks that keep all keep attention, too, whichever way those that recompute go
                     other = replace(sized, keep_attention=not sized.keep_attention)
                     alike = self._sized.get((tokens, _way(other))) if keep == self.depth else None
-                    pieces.take(alike or self._steady(sized, classes, pieces.lack(classes)), classes)
+                    taken = self._few_of(classes, pieces.lack(classes))
+                    others = alike or self._steady(sized, classes, taken)
+                    pieces.take(others, [classes[at] for at in self._few_of(classes)])
             self._heads.setdefault(key, _heads(pieces.outside.values()))
         if key not in self._heads:
             classes = classes_of(self._kinds, self.keep[0])
             classes = classes if self._whole else classes[-1:]
-            trace = self._step(sized, classes, range(len(classes)), through="loss")
+            trace = self._step(sized, classes, self._few_of(classes), through="loss")
             self._heads[key] = _heads(self._segments(trace, sized))
         return pieces.with_heads(self._heads[key])
 
-    def _steady(self, policy: Policy, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> Pieces:
-        """Segments with the sizes of a first micro-batch and the times of the later ones."""
-        taken = self._shortened(classes, wanted)
+    def _steady(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
+        """Segments with the sizes of a first micro-batch and the times of the later ones, of those `taken`."""
         pieces = self._traced(policy, classes, taken)
         way = _way(policy)
         unknown = {kind for kind, treatment, _ in classes if treatment != "keep" and (kind, way) not in self._shares}
@@ -380,8 +382,15 @@ class Scales:
         shares: dict[Hashable, float] = {it: self._shares.get((it[0], way), 1.0) for it in recomputing}
         return pieces.with_backward(shares)
 
-    def _shortened(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
-        return list(range(len(classes))) if self._whole else shorten(classes, wanted)
+    def _shortened(self, classes: Sequence[Class]) -> list[int]:
+        """Blocks that show all that a step through these of them takes."""
+        return list(range(len(classes))) if self._whole else shorten(classes)
+
+    def _few_of(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
+        """The same for an estimate: of blocks that need others one of each class, and only what is `wanted`."""
+        if self._whole and self.stage.few is not None:
+            return sorted({one: at for at, one in enumerate(classes)}.values())
+        return self._shortened(classes) if self._whole else shorten(classes, wanted)
 
     def _step(
         self,
@@ -399,7 +408,7 @@ class Scales:
             policy,
             keep=treatments.count("keep"),
             offload=treatments.count("offload"),
-            only=None if self._whole else [first + at for at in taken],
+            only=None if len(taken) == self.depth else [first + at for at in taken],
             update=self._update is None,
             settled=settled,
             loss_tokens=_in_loss(policy),

@@ -74,6 +74,15 @@ def test_a_composed_step_whose_inputs_lie_below(name: str, keep: int, offload: i
     check_composed(stage(name, tmp_path), keep, offload)
 
 
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gpt2"])
+def test_a_composed_step_with_a_learnt_prompt(name: str, method: str, tmp_path: Path) -> None:
+    learnt = {"peft_type": method, "num_virtual_tokens": 4}
+    made = stage(name, tmp_path, adapter={"method": "peft", "peft": learnt}, data={"seq_len": 64, "packing": False})
+    assert not made.whole, "blocks do not know how many there are"
+    check_composed(made, DEPTH)
+
+
 @pytest.mark.parametrize("layers", [[DEPTH - 1], [4]], ids=str)
 def test_blocks_below_what_is_trained_put_nothing_down(layers: list[int], tmp_path: Path) -> None:
     check_composed(stage("llama", tmp_path, adapter={"layers": layers}), 0, DEPTH)

@@ -247,9 +247,19 @@ def test_an_input_is_as_large_as_the_shelf_finds_it(name: str, tmp_path: Path) -
     assert len(found) == made.depth - 1, "the last one stays"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+SHARING = {  # blocks that need others, of which a plan goes through all, and an estimate through one of each kind
+    "num_hidden_layers": DEPTH, "num_kv_shared_layers": 5, "layer_types": ["sliding_attention", "full_attention"] * 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "gemma3n", "gemma4"])
 def test_estimates_are_close_and_grow(name: str, tmp_path: Path) -> None:
-    _, made = scales(name, tmp_path)
+    sharing = SHARING if name in ("gemma3n", "gemma4") else {}
+    sparse = {"activation_sparsity_pattern": [0.95] * 4 + [0.0] * 8} if name == "gemma3n" else {}
+    _, made = scales(name, tmp_path, sizes={**sharing, **sparse})
+    assert made.stage.whole == bool(sharing)
+    assert made.stage.few is not None
+    assert len(made.stage.few) < DEPTH
     before, made.keep = 0, (0, 4, DEPTH)
     for rows, keep in ((1, 0), (3, 4), (8, DEPTH)):
         asked = policy(rows=rows, seq_len=SEQ_LEN, keep=keep, depth=DEPTH, accumulation=math.ceil(8 / rows))
