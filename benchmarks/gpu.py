@@ -280,7 +280,7 @@ def trainer_peer(side: str, model_folder: Path, device: Any, tokens_BT: Any) -> 
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             marks.append(time.perf_counter())
 
     rows = len(tokens_BT)

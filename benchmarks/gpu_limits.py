@@ -176,7 +176,7 @@ def main() -> None:
     import torch
 
     on_card = options.device.startswith("cuda")
-    card = torch.cuda.get_device_name() if on_card else "cpu"
+    card = torch.cuda.get_device_name(options.device) if on_card else "cpu"
     result: dict[str, Any] = {**stamp(torch.get_num_threads()), "card": card, "cases": []}
     left = [Case.of(text) for text in options.cases]
     waiting: list[tuple[Case, subprocess.Popen[str]]] = []

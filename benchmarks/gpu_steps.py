@@ -21,10 +21,11 @@ def watched(device: Any) -> Iterator[dict[str, int]]:
     peaks: dict[str, int] = {}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     yield peaks
     if device.type == "cuda":
-        peaks["allocated"], peaks["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        peaks["allocated"] = torch.cuda.max_memory_allocated(device)
+        peaks["reserved"] = torch.cuda.max_memory_reserved(device)
         # the pool never shrinks within it, so what is taken at the end is the most
         peaks["process"] = cuda_process_bytes(device.index or 0) or 0
 
@@ -38,7 +39,7 @@ def timed(step: Callable[[], float], device: Any, *, steps: int) -> dict[str, An
         start = time.perf_counter()
         losses.append(step())
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return {
         "first_seconds": seconds[0],

@@ -151,7 +151,8 @@ def attend_on_card(asked: Asked, *, capability: tuple[int, int] | None = None) -
     size, wide, alike = query.shape[3], value.shape[3], key.shape[2] == query.shape[2]
     scale = size**-0.5 if scale is None else scale
     q, k, v = padded(query), padded(key), padded(value)
-    if attn_mask is None and size == wide and (alike or not is_causal) and takes_flash(q, capability):
+    flashes = takes_flash(q, capability, drops=dropout_p > 0.0)
+    if attn_mask is None and size == wide and (alike or not is_causal) and flashes:
         flash = torch.ops.aten._scaled_dot_product_flash_attention.default
         out: Tensor = flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
     else:

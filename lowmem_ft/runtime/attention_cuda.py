@@ -79,10 +79,19 @@ def padded(heads: Tensor) -> Tensor:
     return nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
-def takes_flash(q: Tensor, capability: tuple[int, int] | None) -> bool:
-    """Whether FlashAttention does it: 16-bit floats, Ampere or newer, heads that are not too large."""
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
-    return fits and (capability or torch.cuda.get_device_capability(q.device)) >= (8, 0)
+def takes_flash(q: Tensor, capability: tuple[int, int] | None, *, drops: bool = False) -> bool:
+    """Whether FlashAttention does it: 16-bit floats, Ampere or newer, heads that are not too large.
+
+    Some of the largest heads have no backward on cards that are not for data centers, which nobody says when the kernel
+    is called by name (PyTorch's aten/native/transformers/cuda/sdp_utils.cpp).
+
+    Args:
+        drops: there is dropout.
+    """
+    capability, size = capability or torch.cuda.get_device_capability(q.device), q.shape[-1]
+    roomy = capability == (8, 0) or capability[0] in (9, 10)
+    fits = size <= 256 if roomy else size <= 192 or (224 < size <= 256 and not drops)
+    return fits and q.dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0)
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

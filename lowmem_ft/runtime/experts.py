@@ -1,10 +1,10 @@
 """A mixture-of-experts layer whose memory does not depend on where tokens are routed.
 
 transformers' eager forward asks the device for each expert which tokens are its own, and keeps for backward several
-times as much as its input. Here the (token, expert) pairs are sorted once, the device is waited for once, and each
-expert's rows are worked on in tiles of limited height, of which nothing but the outputs of the first product survives.
-In the second run of a block that recomputes, not even those: backward then runs a tile's first product once more and
-differentiates that tile at once. So a plan made without data holds for every routing.
+times as much as its input. Here the (token, expert) pairs are sorted, the device is waited for once in each run of a
+block, and each expert's rows are worked on in tiles of limited height, of which nothing but the outputs of the first
+product survives. In the second run of a block that recomputes, not even those: backward then runs a tile's first
+product once more and differentiates that tile at once. So a plan made without data holds for every routing.
 
 Registered with transformers as the experts implementation `EXPERTS`. The products are those of the weights themselves
 (`stack[e]`), whether dense, quantized or adapted.
@@ -97,11 +97,9 @@ class _Experts(torch.autograd.Function):
         if getattr(experts, "unread", False) and not draws:  # what draws is run all the same: others draw after it
             out_TD = torch.empty_like(hidden_TD)
         else:
-            order_P, tiles, told_3S = routing = _route(experts, hidden_TD, index_TK)
-            if runs_again() or ctx.autocast:  # under which products have other dtypes
-                order_P = told_3S = None
-            else:
-                kept_PH, ctx.tiles = hidden_TD.new_empty(len(order_P), _width(experts)), tiles
+            order_P, ctx.tiles, told_3S = routing = _route(experts, hidden_TD, index_TK)
+            if not runs_again() and not ctx.autocast:  # under which products have other dtypes
+                kept_PH = hidden_TD.new_empty(len(order_P), _width(experts))
             out_TD = _run(experts, hidden_TD, weights_TK, routing, kept_PH)
         ctx.save_for_backward(index_TK, hidden_TD, weights_TK, order_P, told_3S, kept_PH, *states)
         return out_TD

@@ -307,7 +307,7 @@ class StagedDiskTier:
         self._stream, self._device = _own_stream(self, device), device
         self._sizes = list(sizes)
         self._stages: list[Tensor] = []  # until the first copy: of a table whose rows are looked up there is none
-        self._busy: list[torch.cuda.Event | None] = [None] * STAGES
+        self._busy: list[tuple[torch.cuda.Event, Tensor] | None] = [None] * STAGES  # copies on their way, and where to
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lowmem-ft-stage")
         weakref.finalize(self, _close, self._worker)
@@ -335,11 +335,11 @@ class StagedDiskTier:
         turn, self._turn = self._turn, (self._turn + 1) % STAGES
         before = self._busy[turn]
         if before is not None:
-            before.synchronize()
+            before[0].synchronize()
         self._disk.start(block, self._stages[turn]).result()  # by the one thread that reads
         size = self._sizes[block]
         done = _copy(self._stream, self._stages[turn][:size], slot[:size], after=after)
-        self._busy[turn] = done
+        self._busy[turn] = done, slot
         return done
 
 
@@ -371,7 +371,8 @@ def _now(device: torch.device) -> torch.cuda.Event:
 
 def _copy(stream: torch.cuda.Stream, source: Tensor, target: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
     stream.wait_event(after)
-    with torch.cuda.stream(stream):
+    # in a thread that has not set a device, leaving the stream alone would give the first card a context
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream)

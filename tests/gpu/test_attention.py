@@ -25,7 +25,7 @@ def two_documents(rows: int) -> Tensor:
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("size", [12, 20, 64, 80, 128, 256])
+@pytest.mark.parametrize("size", [12, 20, 64, 80, 128, 256, 512])
 def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torch.dtype, sinks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -86,17 +86,20 @@ BOUNDS = [
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("window", [1024, 100])
-@pytest.mark.parametrize("size", [12, 64, 128])
+@pytest.mark.parametrize(("size", "sinks"), [(12, False), (64, False), (64, True), (128, False)])
 @pytest.mark.parametrize("bounds", BOUNDS, ids=len)
-def test_documents_attend_within_themselves(bounds: list[int], size: int, window: int, dtype: torch.dtype) -> None:
+def test_documents_attend_within_themselves(
+    bounds: list[int], size: int, sinks: bool, window: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 1024, heads, size, generator=generator).transpose(1, 2) for heads in (4, 2, 2))
     dout = torch.randn(2, 1024, 4, size, generator=generator)
     documents = as_bounds(bounds).expand(1, 1, window, -1)
+    sinks_H = [torch.linspace(-2, 2, 4)] if sinks else []
 
     def found(device: str, dtype: torch.dtype) -> list[Tensor]:
-        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v)]
-        out = attention(*given, documents, size**-0.5)
+        given = [it.to(device, dtype).requires_grad_() for it in (q, k, v, *sinks_H)]
+        out = attention(*given[:3], documents, size**-0.5, None, *given[3:])
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 
     for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):

@@ -48,10 +48,17 @@ def host_tier(kind: type[HostTier]) -> Iterator[None]:
 
 
 def trained(
-    model: Path, sections: dict[str, Any], *, streamed: int, activations: str, tier: Literal["host", "disk"] = "host"
+    model: Path,
+    sections: dict[str, Any],
+    *,
+    streamed: int,
+    activations: str,
+    tier: Literal["host", "disk"] = "host",
+    embeddings: Literal["none", "input"] = "none",
 ) -> tuple[list[float], dict[str, Tensor]]:
     config = settings(model, sections)
-    chosen = replace(a_policy(config, streamed=streamed, activations=activations), stream_from=tier)
+    chosen = a_policy(config, streamed=streamed, activations=activations)
+    chosen = replace(chosen, stream_from=tier, stream_embeddings=embeddings)
     torch.manual_seed(0)
     ready = assemble(config, chosen, torch.device("cuda"))
     batches = FullBatches(config, chosen, vocabulary=100)
@@ -76,6 +83,19 @@ def test_results_are_those_of_a_resident_run(model: Path, quant: str, adapter: s
             assert same(trained(model, sections, streamed=DEPTH, activations=activations), expected), kind
     disk = trained(model, sections, streamed=DEPTH - 1, activations=activations, tier="disk")
     assert same(disk, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_rows_of_every_block_are_looked_up_below(name: str, tier: Literal["host", "disk"], tmp_path: Path) -> None:
+    layers: dict[str, Any] = {"layer_types": (["sliding_attention", "full_attention"] * DEPTH)[:DEPTH]}
+    if name == "gemma3n":
+        layers["activation_sparsity_pattern"] = [0.95, *[0.0] * (DEPTH - 1)]
+    model = save_tiny(name, tmp_path / name, num_hidden_layers=DEPTH, **layers)
+    sections = {"adapter": {"rank": 4}}
+    expected = trained(model, sections, streamed=0, activations="keep")
+    below = trained(model, sections, streamed=2, activations="recompute", tier=tier, embeddings="input")
+    assert same(below, expected)
 
 
 def test_a_file_through_pinned_buffers(tmp_path: Path) -> None:

@@ -81,6 +81,20 @@ def test_a_kernel_that_is_known_and_no_scores(
     assert max(event.nbytes for event in events) < 2 * 4 * 1000 * 1000 * 2
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dropout", "roomy"), [(192, 0.1, False), (208, 0.0, True), (256, 0.0, False), (256, 0.1, True)]
+)
+def test_the_largest_heads_on_cards_with_less_shared_memory(
+    size: int, dropout: float, roomy: bool, capability: tuple[int, int]
+) -> None:
+    """Some have no backward there: the kernel would leave the gradients as it finds them."""
+    card, q = Card(capability=capability), heads(1, 2, 64, size)
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=dropout)
+    expected = EFFICIENT if roomy and capability not in ((8, 0), (9, 0)) else FLASH
+    assert kernels(traced(card, attend, q, q, q)) == {expected}
+
+
 def test_masks_prefixes_and_values_of_another_size() -> None:
     seen, learned = meta(2, 1, 100, 104, dtype=torch.bool), meta(2, 4, 100, 104)
     q, k, v = heads(2, 4, 100, 64), heads(2, 4, 104, 64), heads(2, 4, 104, 32)

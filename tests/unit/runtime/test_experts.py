@@ -237,13 +237,22 @@ def test_the_second_run_of_a_block_leaves_its_experts_out(tmp_path: Path, monkey
         runs.append(kept is not None)
         return own(experts, hidden, weights, routing, kept)
 
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        waits.append(1)
+        return route(*args, **kwargs)
+
+    waits: list[int] = []
+    route = experts_module.route
     monkeypatch.setattr(experts_module, "_run", noted)
+    monkeypatch.setattr(experts_module, "route", routed)
     layers, ids_BT = model.config.num_hidden_layers, torch.arange(3, 43)[None]
     first = run(model.train(), ids_BT)
     assert runs == [False] * 2 * layers, "nobody knows yet what is read"
+    assert len(waits) == 2 * layers, "once in each run: backward knows what the second has sorted"
     model.zero_grad()
     second = run(model, ids_BT)
     assert runs == [False] * 3 * layers
+    assert len(waits) == 4 * layers
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
 
