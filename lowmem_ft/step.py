@@ -138,7 +138,7 @@ def diverged(given: str) -> LowMemError:
     return LowMemError(
         "Training diverged: loss or gradients are not finite.",
         given=given,
-        fix="lower train.lr, or check the data for broken examples; go on from the last checkpoint with --resume",
+        fix="lower train.lr, or check the data for broken ones; --resume goes on from a checkpoint, if there is one",
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,7 +202,7 @@ def evaluate(
         found |= metrics
     else:
         accuracy = metrics["accuracy"]
-        perplexity = perplexity_of(loss)
+        perplexity = metrics.get("perplexity")
         found |= {"perplexity": perplexity, "eval_accuracy": accuracy}
         told = "beyond all numbers" if perplexity is None else f"{perplexity:.4f}"
         lines = [f"held-out loss {loss:.6f}, perplexity {told}, token accuracy {accuracy:.2%}"]
@@ -218,11 +217,6 @@ def evaluate(
     for answer in answers:
         lines = [f"{name + ':':10} {answer[name]}" for name in ("prompt", "answer", "reference")]
         print(for_output("\n".join(["", *lines])))
-
-
-def perplexity_of(loss: float) -> float | None:
-    """None, which JSON can say, where it is too large for a number, as of a model that has diverged."""
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 @app.command()

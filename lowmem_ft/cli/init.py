@@ -55,7 +55,9 @@ def init(
     out: Annotated[Path, typer.Argument(metavar="OUT.yaml", help="The file to write.")] = Path("config.yaml"),
     model: Annotated[str | None, typer.Option(help="A model folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Records to train on.")] = None,
-    held_out: Annotated[str | None, typer.Option("--eval", help="Records to evaluate on.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--eval", help="Records to evaluate on, or a share of the others.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Memory of the device, such as 8GiB.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=8, help="Tokens of a sequence.")] = None,
     method: Annotated[str | None, typer.Option(help=" | ".join(METHODS))] = None,
@@ -100,8 +102,8 @@ def init(
         found = suggest_data(data, tokenizer, positions, progress=update)
     for note in found.notes:
         reporter.say(note)
-    if held_out is not None:
-        suggest_data(held_out, tokenizer, positions)  # so that what is wrong with it shows now
+    if isinstance(RunConfig.from_dict({"model": model, "data": {"eval": held_out}}).data.eval, str):
+        suggest_data(str(held_out), tokenizer, positions)  # so that what is wrong with it shows now
 
     def length(text: str | int) -> int:
         if int(text) < 8:

@@ -32,10 +32,15 @@ BESIDE_INIT = frozenset({"init", "dropout", "lora_plus_ratio"})  # what counts b
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
 
 
+def _number(value: Any) -> Any:
+    """What stands for a whole number in quotes, as other keys take it too."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class QuantConfig(Section):
     """How the frozen base weights are stored. `type` and `double_quant` concern 4 bits only."""
 
-    bits: Literal[4, 8, 16, "auto"] = 4
+    bits: Annotated[Literal[4, 8, 16, "auto"], BeforeValidator(_number)] = 4
     type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
 
@@ -43,7 +48,7 @@ class QuantConfig(Section):
     def _warn_ignored(self) -> Self:
         ignored = sorted({"type", "double_quant"} & self.changed())
         if self.bits in (8, 16) and ignored:
-            warnings.warn(f"quant.{' and quant.'.join(ignored)} concern 4 bits: ignored with {self.bits}", stacklevel=2)
+            warnings.warn(f"quant.{' and quant.'.join(ignored)}: of 4 bits, ignored with {self.bits}", stacklevel=2)
         return self
 
 
@@ -78,7 +83,7 @@ class AdapterConfig(Section):
                 )
             unread = sorted(self.changed() - {"method", "peft", "init"})
             if unread:
-                warnings.warn(f"adapter.{', adapter.'.join(unread)} concern method lora: ignored", stacklevel=2)
+                warnings.warn(f"adapter.{', adapter.'.join(unread)}: of method lora, ignored", stacklevel=2)
         elif self.peft is not None:
             raise ConfigError("adapter.peft is set, but adapter.method is lora.", fix="set adapter.method: peft")
         return self

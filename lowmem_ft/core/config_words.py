@@ -7,10 +7,11 @@ import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from lowmem_ft.core.errors import ConfigError, nearest
+from lowmem_ft.core.sizes import parse_duration, parse_size
 from lowmem_ft.core.yaml_text import QUOTE
 
 # What other trainers call a key that has another name here
@@ -44,6 +45,12 @@ _ELSEWHERE = {
 }
 
 
+_READ: dict[Any, str] = {  # functions that read a text
+    parse_size: "a size such as 8GiB, or bytes",
+    parse_duration: "a time such as 3h or 90m, or seconds",
+}
+
+
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key below `section`, parents included."""
     found = []
@@ -58,6 +65,9 @@ def allowed_words(annotation: Any) -> str:
     """An annotation in a user's words: `4 | 8 | 16 | auto`."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
+        read = next((it.func for it in parts[1:] if isinstance(it, BeforeValidator)), None)
+        if read in _READ:
+            return _READ[read]
         return _bounded(allowed_words(parts[0]), parts[1:])  # of Field(gt=...)
     if origin is Literal:
         return " | ".join(map(str, parts))

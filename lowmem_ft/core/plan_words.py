@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lowmem_ft.core.plan import Plan
 
 SHOWN = 4  # alternatives; the page and the JSON have all
+PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
+LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
 
 
 class Listing(NamedTuple):
@@ -113,3 +115,16 @@ def _verified(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 def _words(name: str) -> str:
     return name.removesuffix("_bytes").replace("_", " ")
+
+
+def planned_against_measured(plan: Plan, measured: int) -> str:
+    """What to say after the first step, in which memory peaks: on CUDA of what is reserved, on a CPU of the process."""
+    predicted = plan.predicted
+    planned = predicted.reserved_peak_bytes if plan.device["kind"] == "cuda" else predicted.process_peak_bytes
+    error = measured / planned - 1
+    words = f"After the first step: {format_size(measured)} of {format_size(planned)} planned ({error:+.1%})."
+    direction = "more" if error > 0 else "less"
+    tolerance = LESS_ON_CPU if error < 0 and plan.device["kind"] == "cpu" else PLAN_TOLERANCE
+    if abs(error) <= tolerance:
+        return words
+    return f"{words} Warning: over {tolerance:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."

@@ -26,12 +26,13 @@ def parse_size(text: str | int) -> int:
     factor = _FOLDED.get(match[2].lower()) if match else None
     value = float(match[1]) * factor if match is not None and factor is not None else 0.0
     size = round(value) if value < math.inf else 0
-    if size < 1:
+    of_bytes = match is not None and match[2].lower() in ("", "b")
+    if size < 1 or (of_bytes and size != value):
         raise ConfigError(
             "Not a size.",
             given=repr(text),
-            allowed="a positive number and a unit: 6GiB, 6GB, 800MB, 512MiB or bytes",
-            fix="write for example 8GiB",
+            allowed="a positive number and a unit: 6GiB, 6GB, 800MB, 512MiB or whole bytes",
+            fix=f"write {match[1]}GiB, if that is what you mean" if match and of_bytes else "write for example 8GiB",
         )
     return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -94,6 +95,9 @@ def _parse_sources(value: Any) -> Any:
 
 
 def _parse_held_out(value: Any) -> Any:
+    if isinstance(value, str) and not Path(value).exists():  # a share in quotes, or from a command line
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if not isinstance(value, int | float):
         return _parse_sources(value)
     if not 0 < value < 1:

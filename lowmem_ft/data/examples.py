@@ -114,7 +114,8 @@ def encode_rows(rows: Iterable[Row], encoder: RecordEncoder, tally: Tally) -> It
                 tally.masked_lines.append(row.number)
                 continue
             unended = kept is example and not encoder.ends(example)
-            tally.counts.update(examples=1, tokens=len(kept), loss_tokens=loss_tokens, unended=int(unended))
+            silent = kept is example and encoder.says_nothing(example)
+            tally.counts.update(examples=1, tokens=len(kept), loss_tokens=loss_tokens, unended=unended, silent=silent)
             yield kept
     tally.counts["unshown"] = encoder.chat.unshown
     encoder.reader.check_columns()
@@ -145,6 +146,10 @@ class RecordEncoder:
         """Whether the last token in the loss is a special one, from which a model learns to stop."""
         last = next((label for label in reversed(example.labels) if label != IGNORE_INDEX), None)
         return last in self.special_ids
+
+    def says_nothing(self, example: Example) -> bool:
+        """Whether special tokens alone are in the loss."""
+        return example.loss_tokens <= 2 and self.special_ids.issuperset({*example.labels} - {IGNORE_INDEX})
 
     def encode(self, record: Mapping[str, Any]) -> list[Example]:
         """The examples of one record: one, or one per answer where the template shows answers differently later on.

@@ -130,7 +130,7 @@ def _record(raw: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        what = f"not valid JSON: {error.msg} at column {error.colno}."
+        what = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}."
         fix = _NAME_JSON if line in ("[", "{", "[{") else None
         raise DataError(what, given=shown, allowed="one JSON object a line", fix=fix) from error
     except (RecursionError, ValueError) as error:

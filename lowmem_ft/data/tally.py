@@ -14,7 +14,18 @@ Overlong = Literal["truncate", "drop", "error"]
 Invalid = Literal["error", "skip"]
 NOTE_LINES = 10  # line numbers that a note lists before it says "..."
 KEPT_REASONS = 3  # of skipped records, that a note tells
-COUNTS = ("records", "examples", "tokens", "loss_tokens", "truncated", "dropped", "skipped", "unended", "unshown")
+COUNTS = (
+    "records",
+    "examples",
+    "tokens",
+    "loss_tokens",
+    "truncated",
+    "dropped",
+    "skipped",
+    "unended",
+    "silent",
+    "unshown",
+)
 T = TypeVar("T")
 
 
@@ -30,7 +41,8 @@ class DataReport:
     `examples`, `tokens` and `loss_tokens` are those that are left to train on. `formats` counts records by their kind.
     `skipped` counts records that could not be used, `reasons` says why the first of them could not. `unended` counts
     examples that were not cut, and whose last token in the loss is no special one: nothing tells a model to stop.
-    `unshown` counts messages whose reasoning the chat template leaves out.
+    `silent` counts those with special tokens alone in the loss, as of an empty answer. `unshown` counts messages whose
+    reasoning the chat template leaves out.
     """
 
     path: str
@@ -44,6 +56,7 @@ class DataReport:
     skipped: int = 0
     reasons: tuple[str, ...] = ()
     unended: int = 0
+    silent: int = 0
     unshown: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
     unit: str = "examples"
@@ -75,6 +88,11 @@ class DataReport:
             notes.append(
                 f"{self.path}: {self.unended} of {self.examples} examples end without a special token, so that the "
                 "model does not learn when to stop; the chat template should end answers with one"
+            )
+        if self.silent:
+            notes.append(
+                f"{self.path}: {self.silent} of {self.examples} examples have no text in the loss, as of an empty "
+                "answer: from them the model learns to say nothing"
             )
         if self.unshown:
             notes.append(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
+from lowmem_ft.adapters.peft_format import read_adapter_config
 from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import BESIDE_INIT, Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -87,7 +88,12 @@ class Choices:
             if taken != tokens:
                 yield f"policy.micro_batch_tokens: {tokens} is taken for {taken}, whole rows of a step"
         if config.adapter.init not in get_args(Init) and config.adapter.method == "lora":
-            unread = sorted(config.adapter.changed() - BESIDE_INIT)
+            saved = read_adapter_config(config.adapter.init)
+            own = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha")}
+            differs = {
+                it for it in own.keys() & config.adapter.model_fields_set if getattr(config.adapter, it) != own[it]
+            }
+            unread = sorted((config.adapter.changed() - own.keys() | differs) - BESIDE_INIT)
             if unread:
                 yield f"adapter.{', adapter.'.join(unread)}: ignored, as {config.adapter.init} has its own"
         if config.adapter.init not in get_args(Init) and config.train.objective in WITH_REFERENCE:

@@ -140,7 +140,7 @@ def require_fit(plan: Plan) -> Plan:
     tight, least = [], [format_least(predicted.process_peak_bytes)]
     holder, size = max(plan.breakdown.items(), key=lambda item: item[1])
     if predicted.process_peak_bytes > plan.budget["device_bytes"]:
-        tight.append("budget.memory")
+        tight.append(_device_budget(plan))
     if plan.host_binds:
         tight.append("budget.host")
         least.append(f"{format_least(predicted.host_peak_bytes)} of the host")
@@ -148,7 +148,7 @@ def require_fit(plan: Plan) -> Plan:
         holder, size = "the host", predicted.host_peak_bytes
     changes = "; ".join(f"{change.key}={change.value}" for change in plan.changes)
     more = f"raise {' and '.join(tight)}"
-    if "budget.memory" in tight and plan.budget["device_bytes"] >= plan.device["free_bytes"]:
+    if tight[:1] == ["budget.memory"] and plan.budget["device_bytes"] >= plan.device["free_bytes"]:
         more = "that is all that the device has free: take one with more memory, or a smaller model"
     raise BudgetError(
         "Nothing fits the budget.",
@@ -157,6 +157,13 @@ def require_fit(plan: Plan) -> Plan:
         fix=f"what binds most is {holder} ({format_size(size)}); "
         + (f"any one of these fits: {changes}" if changes else more),
     )
+
+
+def _device_budget(plan: Plan) -> str:
+    """The key that bounds the device: on a CPU, which is its own host, the smaller one."""
+    budget = plan.run_config.budget
+    host_is_less = budget.host is not None and (budget.memory is None or budget.host < budget.memory)
+    return "budget.host" if plan.device["kind"] == "cpu" and host_is_less else "budget.memory"
 
 
 def _precisions(config: RunConfig) -> tuple[Literal[4, 8, 16], ...]:

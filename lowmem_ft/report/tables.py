@@ -28,7 +28,7 @@ BAR = 30  # characters of a full bar
 
 def plan_table(plan: Plan, *, dataset_tokens: int | None = None, price_per_hour: float | None = None) -> RenderableType:
     """The plan: does it fit, what fills the memory, why so, how fast, what else there is, and what was measured."""
-    facts = _facts(plan, cost_words(plan, dataset_tokens, price_per_hour))
+    facts = plan_facts(plan, cost_words(plan, dataset_tokens, price_per_hour))
     return Group(facts, *(_table(listing) for listing in listings(plan)))
 
 
@@ -36,7 +36,8 @@ def _bar(share: float) -> str:
     return "#" * min(BAR, max(round(share * BAR), int(share > 0)))
 
 
-def _facts(plan: Plan, cost: str) -> Table:
+def plan_facts(plan: Plan, cost: str = "") -> Table:
+    """Of the plan what a run is told by: does it fit, with which policy, why so, how fast."""
     table = Table(title="Plan", show_header=False, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -81,9 +82,8 @@ def measured_rows(run: Run) -> list[tuple[str, str, str, str]]:
 
 def measured_table(run: Run) -> Table:
     """Planned against measured memory and speed."""
-    table = Table(
-        *columns("", "planned", "measured", "of plan"), title="Planned against measured", title_justify="left"
-    )
+    header = columns("", "planned", "measured", "of plan")
+    table = Table(*header, title="Planned against measured", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for row in measured_rows(run):
         table.add_row(*row)
     return table

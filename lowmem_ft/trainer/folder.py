@@ -70,6 +70,8 @@ class RunFolder:
         place = nearest_existing(self.path.absolute())
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
             why = errno.EACCES if os.path.isdir(place) else errno.ENOTDIR
+            if hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY:
+                why = errno.EROFS
             raise _unwritable(place, OSError(why, os.strerror(why)))
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from lowmem_ft.core.errors import CheckpointError, ConfigError, SpillError
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.core.interrupt import first_interrupt
 from lowmem_ft.core.plan import Plan
+from lowmem_ft.core.plan_words import planned_against_measured
+from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.core.run import Run
-from lowmem_ft.core.sizes import format_size
 from lowmem_ft.core.sources import Sources
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
 from lowmem_ft.data.loader import BatchLoader, dealt_otherwise, eval_batches
@@ -37,6 +39,7 @@ from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.report.card import model_card
 from lowmem_ft.report.page import run_page
 from lowmem_ft.report.progress import Reporter
+from lowmem_ft.report.tables import plan_facts
 from lowmem_ft.runtime import state
 from lowmem_ft.runtime.budget import Watch, capped_allocator
 from lowmem_ft.runtime.memory import device_peak_bytes, process_peak_bytes
@@ -49,9 +52,7 @@ from lowmem_ft.trainer.samples import in_one_line, samples
 from lowmem_ft.trainer.schedule import learning_rate
 from lowmem_ft.trainer.trackers import Trackers, check_trackers, tracking
 
-PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
 _LESS = "lower data.seq_len or adapter.rank, and start over in another output folder"
-LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
 
 
 def train(
@@ -89,6 +90,8 @@ def train(
     newest = state.checkpoints(folder.checkpoints)[-1:] if resume else []
     before = folder.plan() if newest else None
     followed = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
+    if plan is None:  # else the caller has it
+        reporter.say(plan_facts(followed))
     planned = config
     if config.policy.objective == "context":  # then the plan decides how long sequences are
         its = followed.run_config
@@ -183,7 +186,8 @@ def evaluate(
     recovery: Recovery, config: RunConfig, examples: Sequence[Any], reporter: Reporter
 ) -> tuple[float, dict[str, float]]:
     """Mean loss over `examples`, in nats per loss token or, of preferences, per pair or answer, in the micro-batches of
-    the policy in force; and `accuracy` of tokens or, of preferences, means of rewards and log-probabilities."""
+    the policy in force; and `accuracy` of tokens with their `perplexity`, where that is not too large for a number (of
+    a model that diverged), or, of preferences, means of rewards and log-probabilities."""
     batches = eval_batches(
         examples,
         seq_len=config.data.seq_len,
@@ -193,7 +197,10 @@ def evaluate(
         preferences=preferences_of(config),
     )
     with reporter.task("Evaluating", unit="batches") as progress:
-        return recovery.evaluate(batches, progress)
+        loss, metrics = recovery.evaluate(batches, progress)
+    if not learns_preferences(config) and loss < math.log(sys.float_info.max):
+        metrics = {"perplexity": math.exp(loss), **metrics}
+    return loss, metrics
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -363,8 +370,12 @@ class _Loop:
         changed = {"held_out_changed": True} if self.held_out_changed else {}
         self.held_out_changed = False
         self._log({"step": self.step, "eval_loss": self.eval_loss, **named, **changed})
-        shares = {"accuracy": "token accuracy", "rewards/accuracies": "pairs won"}
-        shown = [f", {words} {metrics[name]:.1%}" for name, words in shares.items() if name in metrics]
+        words = {
+            "perplexity": "perplexity {:.4g}",
+            "accuracy": "token accuracy {:.1%}",
+            "rewards/accuracies": "pairs won {:.1%}",
+        }
+        shown = [f", {form.format(metrics[name])}" for name, form in words.items() if name in metrics]
         self.reporter.say(f"step {self.step}: held-out loss {self.eval_loss:.4f}{''.join(shown)}")
         answers = samples(self.recovery, self.config, self.eval_examples)
         for answer in answers:
@@ -481,16 +492,3 @@ class _Loop:
             eval_loss=self.eval_loss,
             measured=measured,
         )
-
-
-def planned_against_measured(plan: Plan, measured: int) -> str:
-    """What to say after the first step, in which memory peaks: on CUDA of what is reserved, on a CPU of the process."""
-    predicted = plan.predicted
-    planned = predicted.reserved_peak_bytes if plan.device["kind"] == "cuda" else predicted.process_peak_bytes
-    error = measured / planned - 1
-    words = f"After the first step: {format_size(measured)} of {format_size(planned)} planned ({error:+.1%})."
-    direction = "more" if error > 0 else "less"
-    tolerance = LESS_ON_CPU if error < 0 and plan.device["kind"] == "cpu" else PLAN_TOLERANCE
-    if abs(error) <= tolerance:
-        return words
-    return f"{words} Warning: over {tolerance:.0%} {direction} than planned; `lowmem-ft plan --verify` says where."

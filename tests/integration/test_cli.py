@@ -59,7 +59,10 @@ def test_train_eval_generate(folder: Path, monkeypatch: pytest.MonkeyPatch, capf
     here = partial(run_here, monkeypatch=monkeypatch, capfd=capfd)
     trained = run("train", folder / "config.yaml", "adapter.rank=4")
     assert trained.returncode == 0, trained.stderr
-    assert "process peak" in trained.stderr
+    told = ["Plan", "\n fits ", "\n policy ", "After the first step: ", "Planned against measured", "process peak"]
+    found_at = [trained.stderr.find(it) for it in told]
+    assert found_at[0] > -1
+    assert found_at == sorted(found_at), trained.stderr
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
 
@@ -68,6 +71,7 @@ def test_train_eval_generate(folder: Path, monkeypatch: pytest.MonkeyPatch, capf
     found = json.loads(measured.stdout)
     assert (found["eval_loss"], found["examples"]) == (best, 8)
     assert found["perplexity"] == pytest.approx(math.exp(best))
+    assert {line["eval_perplexity"] for line in lines if line.get("eval_loss") == best} == {found["perplexity"]}
     assert 0 < found["bits_per_byte"] < 8
     accuracies = {line["eval_accuracy"] for line in lines if line.get("eval_loss") == best}
     assert {found["eval_accuracy"]} == accuracies

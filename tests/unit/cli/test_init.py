@@ -124,6 +124,14 @@ def test_it_asks_for_what_is_missing(asked: Callable[..., Any]) -> None:
     assert (config.adapter.rslora, config.adapter.rank) == (True, 8)
 
 
+def test_a_share_is_held_out(command: Command) -> None:
+    arguments = ["--yes", "--model", MODEL, "--data", TRAIN, "--budget", "1GiB"]
+    assert command("init", "shared.yaml", *arguments, "--eval", "0.2")[0] == 0
+    assert RunConfig.load("shared.yaml").data.eval == 0.2
+    code, _, err = command("init", "other.yaml", *arguments, "--eval", "2")
+    assert (code, "no share of the training records" in err) == (2, True), err
+
+
 def test_an_end_of_input_ends_it(asked: Callable[..., Any]) -> None:
     assert asked(answers="").exit_code == 130
     assert list(Path().iterdir()) == []

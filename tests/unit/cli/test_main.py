@@ -17,7 +17,7 @@ import torch
 from typer.main import get_group
 
 from lowmem_ft.cli import demo, export, format_warning
-from lowmem_ft.cli.app import app, perplexity_of
+from lowmem_ft.cli.app import app
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.core.errors import LowMemError
 from lowmem_ft.core.host import prefer_short_waits
@@ -85,11 +85,6 @@ def test_names_that_the_locale_has_no_letters_for(tmp_path: Path) -> None:
     assert "The locale has no letters for a file's name" in done.stderr
     assert "tr\\xe4in.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_perplexity_of_a_model_that_diverged() -> None:
-    assert perplexity_of(1.0) == pytest.approx(2.71828)
-    assert perplexity_of(800.0) is None
 
 
 def test_other_errors_are_bugs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

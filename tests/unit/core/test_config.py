@@ -26,6 +26,10 @@ REFUSED = [
     ("adapter.dropout=1.0", ["'adapter.dropout'", "< 1"]),
     ("budget.memory=6gigs", ["budget.memory", "Not a size", "6gigs", "8GiB"]),
     ("budget.memory=0GiB", ["Not a size"]),
+    ("budget.memory=1.5", ["Not a size", "whole bytes", "1.5GiB, if that is what you mean"]),
+    ("budget.memory=true", ["takes no boolean", "a size such as 8GiB, or bytes | null"]),
+    ("train.max_time=yes", ["takes no boolean", "a time such as 3h or 90m, or seconds | null"]),
+    ("quant.bits='five'", ["'quant.bits'", "4 | 8 | 16 | auto"]),
     ("policy.activations=kep", ["keep | recompute | offload"]),
     ("train.max_time=3x", ["Not a duration", "1h30m"]),
     ("train.lr=nan", ["'train.lr'"]),
@@ -37,6 +41,7 @@ REFUSED = [
     ("model.x=1", ["'model' has no keys below it"]),
     ("data.train=3", ["'data.train'", "a list of", "3"]),
     ("data.eval=3", ["data.eval", "no share of the training records", "0 < share < 1"]),
+    ("data.eval='2'", ["data.eval", "no share of the training records"]),
     ("data.eval=-0.1", ["data.eval", "no share of the training records"]),
     ("data.eval=true", ["data.eval", "no share of the training records"]),
     ("data.train=[]", ["data.train", "list of sources is empty"]),
@@ -171,12 +176,21 @@ def test_records_of_python_are_no_files(data: Any) -> None:
         RunConfig.from_dict({"model": "m", "data": {"train": data}})
 
 
+def test_numbers_in_quotes_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"quant": {"bits": "8"}, "adapter": {"rank": "4"}, "data": {"eval": "0.2"}, "train": {"lr": "1e-4"}}
+    config = RunConfig.from_dict({"model": "m", **keys})
+    assert (config.quant.bits, config.adapter.rank, config.data.eval, config.train.lr) == (8, 4, 0.2, 1e-4)
+    monkeypatch.chdir(tmp_path)
+    Path("0.2").touch()  # of a file, however it is called, it is the path
+    assert RunConfig.from_dict({"model": "m", **keys}).data.eval == "0.2"
+
+
 def test_ignored_options_are_said() -> None:
     with pytest.warns(UserWarning, match=r"data\.eval uses each example once"):
         RunConfig.from_dict({"model": "m", "data": {"eval": [{"path": "a", "weight": 2}]}})
-    with pytest.warns(UserWarning, match=r"quant\.type concern 4 bits"):
+    with pytest.warns(UserWarning, match=r"quant\.type: of 4 bits"):
         RunConfig.from_dict({"model": "m", "quant": {"bits": 8, "type": "fp4"}})
-    with pytest.warns(UserWarning, match=r"adapter\.rank concern method lora"):
+    with pytest.warns(UserWarning, match=r"adapter\.rank: of method lora"):
         RunConfig.from_dict({"model": "m", "adapter": {"method": "peft", "peft": {"peft_type": "IA3"}, "rank": 4}})
 
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from lowmem_ft.trainer.loop import planned_against_measured
+from lowmem_ft.core.plan_words import planned_against_measured
 from tests.unit.core.test_plan import PLAN
 
 MIB = 2**20

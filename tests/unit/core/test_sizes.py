@@ -16,7 +16,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1GiB", "0", "6gigs", "6 G i B", "1e3MB", "0.4", "0.0001KB", "9" * 400, None]
+    "text", ["", "GiB", "-1GiB", "0", "6gigs", "6 G i B", "1e3MB", "0.4", "1.5", "2.5B", "0.0001KB", "9" * 400, None]
 )
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="Not a size"):

@@ -381,6 +381,14 @@ def test_answers_without_an_end_are_told(tokenizer: PreTrainedTokenizerBase, tmp
     assert (cut.truncated, cut.unended) == (1, 0)  # cut examples have no end anyway
 
 
+def test_empty_answers_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("instruction,output\nSay yes,yes\nSay nothing,\n,\n")  # the last as spreadsheets leave them
+    _, report = read_examples(path, tokenizer, seq_len=64)
+    assert (report.examples, report.silent) == (3, 2)
+    assert "2 of 3 examples have no text in the loss" in report.notes()[0]
+
+
 @pytest.mark.parametrize("name", ["gemma-3", "llava-1.5", "smolvlm", "qwen-2-vl"])
 def test_multimodal_templates_show_strings_when_asked(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """What an answer is asked with: jinja goes through the letters of a string, of which none is a part, and says

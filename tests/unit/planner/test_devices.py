@@ -80,6 +80,9 @@ def test_what_is_free_of_the_host_is_its_budget(models: dict[str, Path]) -> None
         plan = make_plan(config(models["llama"], budget=budget), device=DEVICE)
         assert plan.budget == {"device_bytes": size, "host_bytes": size}
         assert plan.fits == (plan.predicted.host_peak_bytes <= size)
+    for budget, binds in (({"memory": size, "host": 2**20}, "host"), ({"memory": 2**20, "host": size}, "memory")):
+        with pytest.raises(BudgetError, match=rf"fix: .*raise budget\.{binds}"):
+            require_fit(make_plan(config(models["llama"], budget=budget), device=DEVICE))
 
 
 def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:

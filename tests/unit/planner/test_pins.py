@@ -38,6 +38,12 @@ def test_what_an_adapter_to_go_on_from_decides(models: dict[str, Path], tmp_path
     given = config(models["llama"], adapter={"init": str(tmp_path), "rank": 64, "dropout": 0.1})
     with pytest.warns(UserWarning, match=r"adapter\.rank: ignored, as .* has its own"):
         plan = make_plan(given, device=DEVICE)
+    for explicit, told in (({"rank": 16, "alpha": 8}, "rank"), ({"alpha": 32.0}, "alpha"), ({"rank": 4}, None)):
+        with warnings.catch_warnings(record=True) as caught_ones:
+            warnings.simplefilter("always")
+            make_plan(config(models["llama"], adapter={"init": str(tmp_path), **explicit}), device=DEVICE)
+        said = [str(it.message) for it in caught_ones if "has its own" in str(it.message)]
+        assert [it.partition(": ignored")[0] for it in said] == ([f"adapter.{told}"] if told else []), "defaults, too"
     assert plan.model["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     with pytest.raises(ConfigError, match="neither a way to begin nor a folder") as caught:
         make_plan(config(models["llama"], adapter={"init": "pissa"}), device=DEVICE)

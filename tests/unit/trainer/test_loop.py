@@ -49,6 +49,14 @@ def test_two_runs_into_one_folder_do_not_meet(data: Path, resume: bool, monkeypa
     assert len(refused) == 1
 
 
+def test_the_perplexity_of_a_model_that_diverged(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none, since JSON has no number for it."""
+    monkeypatch.setattr(recovery.Recovery, "evaluate", lambda *_: (800.0, {"accuracy": 0.0}))
+    run = loop.train(config(data, train={"steps": 1}), reporter=QUIET)
+    assert run.evaluations
+    assert all(line["eval_loss"] == 800.0 and "eval_perplexity" not in line for line in run.evaluations)
+
+
 def test_a_run_whose_base_has_changed_is_told_of(data: Path, recwarn: pytest.WarningsRecorder) -> None:
     """As where a repository on the hub has a newer version."""
     model = shutil.copytree(ASSETS / "doclm-7m", data / "model")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lowmem_ft.core.config import Objective, RunConfig
-from lowmem_ft.core.errors import DataError
+from lowmem_ft.core.errors import ConfigError, DataError
 from lowmem_ft.data import mixture
 from lowmem_ft.report.progress import Reporter
 from lowmem_ft.trainer import loop
@@ -32,6 +32,12 @@ def folder(tmp_path: Path) -> Path:
         writer.writerows(rows)
     pq.write_table(pa.Table.from_pylist([{"messages": it} for it in records[:40]]), tmp_path / "train.parquet")
     return tmp_path
+
+
+def test_weights_that_ask_for_more_than_a_host_can_list(folder: Path) -> None:
+    given = over(folder, "run", [{"path": str(folder / "train.jsonl"), "weight": 1e9}])
+    with pytest.raises(ConfigError, match=r"too many examples[\s\S]*40,000,000,000 by the weights[\s\S]*134,217,728"):
+        loop.train(given, reporter=QUIET)
 
 
 COLUMNS = {"instruction": "question", "output": "answer"}
