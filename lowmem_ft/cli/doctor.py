@@ -76,7 +76,7 @@ def _limit(config: RunConfig) -> Limit:
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.health import what_limits
 
-    return what_limits(_within_positions(config), find_device(config.budget.device))
+    return what_limits(_within_positions(config), find_device(config.budget.device, config.budget.profile))
 
 
 def _within_positions(config: RunConfig) -> RunConfig:

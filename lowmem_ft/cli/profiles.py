@@ -54,7 +54,7 @@ def measure_device(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Default: the profile's name and .yaml.")] = None,
 ) -> None:
-    """Measure this machine in under a minute, and write a profile that `plan --device FILE` takes."""
+    """Measure this machine in under a minute; `budget.profile` takes the file here, `plan --device` elsewhere."""
     from lowmem_ft.planner.device import find_device
     from lowmem_ft.planner.measure import measure
 

@@ -39,6 +39,7 @@ COMMENTS: Mapping[str, str] = {
     "budget.device": "auto, cpu, cuda, cuda:N, or a profile to plan for",
     "budget.memory": "of the device, such as 8GiB (on a CPU: RAM); null: what is free",
     "budget.host": "of RAM, beside a card; null: what is free",
+    "budget.profile": "whose rates it has: here.yaml of `lowmem-ft profiles measure`; null: of a similar one",
     "data": "records, and how they become sequences",
     "data.train": "a file, a pattern, a saved dataset, a hub id, or a list of them",
     "data.eval": "held-out records, likewise, or a share of the training records: 0.05; null: none",

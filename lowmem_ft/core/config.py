@@ -95,11 +95,15 @@ class AdapterConfig(Section):
 
 
 class BudgetConfig(Section):
-    """Bytes the whole process may take. None: what is free when planning."""
+    """Bytes the whole process may take. None: what is free when planning.
+
+    `profile`: a file of `lowmem-ft profiles measure`, or the name of a profile: whose rates a device has that is here.
+    """
 
     device: str = "auto"
     memory: Size | None = None
     host: Size | None = None
+    profile: PathText | None = None
 
 
 class DataConfig(Section):
@@ -326,8 +330,10 @@ class RunConfig(Section):
         cache = data.cache if data.cache is None or data.cache == "auto" else _absolute(data.cache)
         held_out = data.eval if isinstance(data.eval, float) else _rooted_sources(data.eval)
         sources = {"train": _rooted_sources(data.train), "eval": held_out, "cache": cache}
+        profile = self.budget.profile and _rooted(self.budget.profile)
         changed = {
             "model": _rooted(self.model),
+            "budget": self.budget.model_copy(update={"profile": profile}),
             "adapter": adapter.model_copy(update={"init": init}),
             "data": data.model_copy(update=sources),
             "output": _absolute(self.output),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from lowmem_ft.core.errors import UnsupportedError, nearest
+from lowmem_ft.core.errors import ConfigError, UnsupportedError, nearest
 from lowmem_ft.core.host import release_freed_memory
 from lowmem_ft.data.packing import as_bounds
 from lowmem_ft.planner.cost import CostModel, Rates, large_product
@@ -54,7 +54,7 @@ class Device:
         free_bytes: what the process may take in all: what nobody has, and what it has already.
         process_bytes: what the process takes of the device before a model is loaded, beside PyTorch's pool.
         compute_dtype: the fastest dtype that trains there: bfloat16, or float16 on CUDA cards before Ampere.
-        profile: name or file of its profile, if that is where the facts come from.
+        profile: name or file of its profile, if that is where the facts come from, or of one that is here its rates.
         present: False for a device that is known from its profile only: one can plan for it, not train on it.
         host_free_bytes: beside a card, what the process may take of RAM; 0 where that is unknown, as for a profile.
         host_process_bytes: beside a card, what the process takes of RAM before a model is loaded.
@@ -100,15 +100,37 @@ class Device:
         return asdict(self)
 
 
-def find_device(name: str) -> Device:
+def find_device(name: str, rates: str | None = None) -> Device:
     """The device called `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:N`, or a profile's name.
 
     `cpu` is always this machine's; the profile of that name describes another.
 
+    Args:
+        rates: the profile that says how fast a device is that is here, such as a file that was measured on it; by
+            default that of a similar one, in proportion to a product of matrices that is timed now.
+
     Raises:
         UnsupportedError: no such device on this machine, and no such profile.
-        ConfigError: the profile's file is not valid.
+        ConfigError: the profile's file is not valid, or of another kind of device.
     """
+    found = _find(name)
+    if rates is None:
+        return found
+    profile = load_profile(rates)
+    if not found.present:
+        raise ConfigError(
+            "budget.profile is of a device that is here.",
+            given=f"budget.device: {name}",
+            fix="a profile to plan for has its own rates: leave budget.profile out",
+        )
+    if profile.kind != found.kind:
+        raise ConfigError(
+            "The profile is of another kind of device.", given=f"{rates}, kind {profile.kind}", allowed=found.kind
+        )
+    return replace(found, profile=rates)
+
+
+def _find(name: str) -> Device:
     kind, _, index = name.partition(":")
     if name == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"

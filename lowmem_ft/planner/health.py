@@ -201,7 +201,7 @@ def check_profile(kind: str) -> Check:
         except ConfigError:
             continue  # some other file
         if profile.kind == kind and any(figure.how == "measured" for figure in profile.figures().values()):
-            return Check(name="profile", status="ok", found=f"{path}: `plan --device {path}` plans with its figures")
+            return Check(name="profile", status="ok", found=f"{path}: `budget.profile={path}` plans with its rates")
     found = "none in this folder: times are estimates; `lowmem-ft profiles measure` makes them better"
     return Check(name="profile", status="ok", found=found)
 

@@ -65,7 +65,7 @@ def _without_collections() -> Iterator[None]:
 
 def _make_plan(config: RunConfig, device: Device | None) -> Plan:
     load_readers(config.data)
-    device = device or find_device(config.budget.device)
+    device = device or find_device(config.budget.device, config.budget.profile)
     if config.policy.objective == "context":
         config = _with_longest_sequence(config, device)
     budget = _budget(config, device)

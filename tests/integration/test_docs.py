@@ -1,5 +1,6 @@
-"""Every command, config and script of the manual, in the order of its pages, on a model that stands for the one it
-names. Only `pip install` is not run: what it names must exist; nor the demo, which has a test of its own."""
+"""Every command, config and script of the manual, in the order of its pages, and of the README's first part, on a model
+that stands for the one they name. Only `pip install` is not run: what it names must exist; nor the demo, which has a
+test of its own, and what a terminal or the network has a part in."""
 
 from __future__ import annotations
 
@@ -26,12 +27,16 @@ Command = Callable[..., tuple[int, str, str]]
 MODEL = "Qwen/Qwen3-0.6B"  # in the pages
 STOPS = "train.max_time=3h", "train.max_time=0.01s"  # in the pages, and here, so that a run is stopped
 ALONE = ("install", "models", "plan", "profiles")  # need no run of another page
+README = "README"
+ASKS = ["init", "config.yaml"], ["eval", "runs/first", "--harness", "arc_easy"]  # a terminal; the hub for questions
 ROOT = Path(__file__).parents[2]
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
     """(language, text) of each fenced block."""
-    yield from re.findall(r"^```(\w+)\n(.*?)^```$", page_text(page), re.MULTILINE | re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Fine-tune your model")[2]
+    text = page_text(page) if page != README else readme.partition("\n## ")[0]
+    yield from re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def run_line(line: str, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +46,13 @@ def run_line(line: str, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"\[(.*)\]", words[2])) <= set(extras), line
         return
-    if words == ["lowmem-ft", "demo"]:
+    if words == ["lowmem-ft", "demo"] or words[1:] in ASKS:
         return
     if words[0] == "echo":
         said, words = words[1], words[3:]
         monkeypatch.setattr(sys, "stdin", io.StringIO(said + "\n"))
+    elif words[:2] == ["lowmem-ft", "chat"]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What does ls do?\n"))
     assert words[0] == "lowmem-ft", line
     expected = re.search(r"# exit code (\d)", line)
     code, out, err = call(*words[1:])
@@ -75,7 +82,9 @@ def test_command(command: Command) -> None:  # noqa: F811
     assert "did you mean plan?" in err
 
 
-@pytest.mark.parametrize("pages", [ALONE, [page for page in PAGES if page not in ALONE]], ids=["alone", "runs"])
+@pytest.mark.parametrize(
+    "pages", [ALONE, [page for page in PAGES if page not in ALONE], [README]], ids=["alone", "runs", "README"]
+)
 def test_every_command_of_the_pages(
     pages: Sequence[str],
     tmp_path: Path,
@@ -94,7 +103,7 @@ def test_every_command_of_the_pages(
     for page in pages:
         for language, text in blocks(page):
             if language == "yaml":
-                file = tmp_path / text.splitlines()[0].removeprefix("# ")
+                file = tmp_path / text.splitlines()[0].removeprefix("# ").partition(":")[0]
                 assert yaml.safe_load(text), page
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(text)
@@ -105,6 +114,11 @@ def test_every_command_of_the_pages(
                 for line in text.splitlines():
                     run_line(line, command, monkeypatch)
     if pages == ALONE:
+        return
+    if pages == [README]:
+        assert (tmp_path / "plan.html").exists()
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        assert json.loads((tmp_path / "runs" / "first" / "result.json").read_text())["status"] == "finished"
         return
     metrics = [json.loads(line) for line in (tmp_path / "runs" / "long" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3], "stopped, and gone on with"

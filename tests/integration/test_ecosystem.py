@@ -16,11 +16,13 @@ import lowmem_ft
 from lowmem_ft.assemble import assemble
 from lowmem_ft.data.examples import Example, read_examples
 from lowmem_ft.data.packing import collate
+from lowmem_ft.data.pairs import preferences_of
+from lowmem_ft.data.preference import PreferenceExample
 from lowmem_ft.step import train_step
 
 ASSETS = Path(str(files("lowmem_ft") / "assets"))
 MODEL = str(ASSETS / "doclm-7m")
-STEPS, ROWS = 3, 8
+STEPS, ROWS, PAIRS = 3, 8, 4
 ARGUMENTS: dict[str, Any] = {
     "max_steps": STEPS, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "use_cpu": True, "logging_steps": 1,
     "report_to": [], "save_strategy": "no", "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False,
@@ -78,21 +80,52 @@ def test_trainers_have_our_losses(plan: lowmem_ft.Plan, loaded: tuple[Any, Any],
         assert theirs[1] == pytest.approx(ours[1], rel=1e-3)
 
 
-def test_preferences_with_trl_and_no_second_model(loaded: tuple[Any, Any], tmp_path: Path) -> None:
-    """A fresh adapter changes nothing, so that the reference's log-probabilities are asked of the model itself."""
+def test_preferences_with_trl_and_no_second_model(
+    loaded: tuple[Any, Any], plan: lowmem_ft.Plan, tmp_path: Path
+) -> None:
+    """A fresh adapter changes nothing, so that the reference's log-probabilities are asked of the model itself; losses
+    and gradient norms are those of our own steps on the same pairs."""
     model, tokenizer = loaded
     pairs = [
         {"prompt": f"What does {it} do?", "chosen": f" It is {it}.", "rejected": " I do not know."} for it in ASKED
     ]
     settings = trl.DPOConfig(
-        **ARGUMENTS, output_dir=str(tmp_path), per_device_train_batch_size=4, precompute_ref_log_probs=True
+        **ARGUMENTS, output_dir=str(tmp_path), per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True
     )
     data = Dataset.from_list(pairs)
     trainer = trl.DPOTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+    records = trainer.train_dataset
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(records)
     trainer.train()
-    losses = [loss for (loss,) in logged(trainer, "loss")]
-    assert losses[0] == pytest.approx(0.693147, abs=1e-4), "log 2: policy and reference are the same at first"
-    assert losses[-1] < losses[0]
+    theirs = logged(trainer, "loss", "grad_norm")
+    assert theirs[0][0] == pytest.approx(0.693147, abs=1e-4), "log 2: policy and reference are the same at first"
+    assert theirs[-1][0] < theirs[0][0]
+    # measured: losses within 2e-7, gradient norms within 3e-5
+    for found, ours in zip(theirs, our_preference_losses(plan, list(records)), strict=True):
+        assert found[0] == pytest.approx(ours[0], rel=1e-5)
+        assert found[1] == pytest.approx(ours[1], rel=1e-3)
+
+
+def our_preference_losses(plan: lowmem_ft.Plan, records: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Of our own steps with DPO, in turn over these records of token ids."""
+    config = plan.run_config.model_copy(update={"train": plan.run_config.train.model_copy(update={"objective": "dpo"})})
+    torch.manual_seed(0)
+    ready = assemble(config, plan.policy, torch.device("cpu"))
+
+    def answered(record: dict[str, Any], answer: str) -> Example:
+        prompt, ids = list(record["prompt_ids"]), list(record[answer])
+        return Example([*prompt, *ids], [*[-100] * len(prompt), *ids])
+
+    pairs = [PreferenceExample(answered(it, "chosen_ids"), answered(it, "rejected_ids")) for it in records]
+    kind = preferences_of(config)
+    assert kind is not None
+    found = []
+    for step in range(STEPS):
+        begin = PAIRS * step % len(pairs)
+        batch = kind.collate([[it] for it in pairs[begin : begin + PAIRS]], pad_id=0, length=None)
+        result = train_step(ready, [batch], lr=1e-3)
+        found.append((result.loss, result.grad_norm))
+    return found
 
 
 def test_grpo_with_trl_takes_steps(loaded: tuple[Any, Any], tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def test_what_is_said_of_the_accuracy_of_plans_is_what_was_found():
         every = [error for seed in errors[key] for error in seed]
         under = sum(error < 0 for error in every)
         assert f"| CPU: {label} | {len(every)} | {under} | +{median(every):.2%} | +{max(every):.1%}" in readme
+    processes = [it["process"] for seed in seeds for it in seed if "process" in it]
+    above = [it["error"] for it in processes]
+    assert f"once rows had every length | {len(above)} | 0 | +{median(above):.0%} | +{max(above):.0%} |" in readme
+    assert min(above) > 0
+    assert all(it["error"] <= 0.1 or it["planned"] - it["measured"] <= 64 << 20 for it in processes)
     first = errors["train"][0] + errors["train"][1]
     assert f"never under, +{median(first):.2%} in the median and +{max(first):.1%} at\nmost" in measured
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_ft.core.errors import BudgetError, UnsupportedError
+from lowmem_ft.core.errors import BudgetError, ConfigError, UnsupportedError
 from lowmem_ft.core.plan import Plan
 from lowmem_ft.planner import device as device_facts
 from lowmem_ft.planner.device import Device, cost_of, find_device
-from lowmem_ft.planner.profile import load_profile
+from lowmem_ft.planner.profile import load_profile, write_profile
 from lowmem_ft.planner.solver import make_plan, require_fit
 from lowmem_ft.trainer import loop
 from tests.unit.planner.test_solver import CARD, DEVICE, GIB, config, models  # noqa: F401 - a fixture
@@ -83,6 +83,31 @@ def test_what_is_free_of_the_host_is_its_budget(models: dict[str, Path]) -> None
     for budget, binds in (({"memory": size, "host": 2**20}, "host"), ({"memory": 2**20, "host": size}, "memory")):
         with pytest.raises(BudgetError, match=rf"fix: .*raise budget\.{binds}"):
             require_fit(make_plan(config(models["llama"], budget=budget), device=DEVICE))
+
+
+def test_a_device_that_is_here_with_the_rates_of_a_profile(models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    """Those that were measured on it, so that what runs on it is planned by them, too."""
+    slow = tmp_path / "here.yaml"
+    profile = load_profile("cpu-bf16")
+    rate = profile.flops["bfloat16"]
+    slower = {**profile.flops, "bfloat16": rate.model_copy(update={"value": rate.value / 64})}
+    write_profile(profile.model_copy(update={"flops": slower}), slow)
+    plans = [
+        make_plan(config(models["llama"], budget={"device": "cpu", "profile": it})) for it in ("cpu-bf16", str(slow))
+    ]
+    assert [plan.device["profile"] for plan in plans] == ["cpu-bf16", str(slow)]
+    assert all(Device(**plan.device).torch_device == torch.device("cpu") for plan in plans), "it runs on it"
+    seconds = [plan.predicted.step_seconds for plan in plans]
+    assert seconds[1] > 1.2 * seconds[0]
+    kept = config(models["llama"], budget={"profile": str(slow)}).rooted()
+    assert kept.budget.profile == str(slow.absolute())
+    for budget, words in (
+        ({"device": "cpu", "profile": "rtx-3090-24gb"}, "another kind of device"),
+        ({"device": "rtx-3090-24gb", "profile": "cpu"}, "is of a device that is here"),
+        ({"device": "cpu", "profile": "cqu"}, "No such device profile"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make_plan(config(models["llama"], budget=budget))
 
 
 def test_the_host_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,10 @@ def test_operator_contract(kind: str) -> None:
     out, lse = torch.ops.lowmem_ft.attention.default(q, k, v, mask, 0.3)
     backward = torch.ops.lowmem_ft.attention_backward.default
     torch.library.opcheck(backward, (torch.ones_like(out), q, k, v, mask, out, lse, 0.3))
+    torch.library.opcheck(torch.ops.lowmem_ft.capped_attention.default, (q, k, v, mask, 0.3, 20.0))
+    out, lse = torch.ops.lowmem_ft.capped_attention.default(q, k, v, mask, 0.3, 20.0)
+    backward = torch.ops.lowmem_ft.capped_attention_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), q, k, v, mask, out, lse, 0.3, 20.0))
 
 
 def test_bounds_that_a_model_has_cut_are_not_taken() -> None:

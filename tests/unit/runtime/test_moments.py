@@ -103,3 +103,11 @@ def test_an_update_takes_what_is_planned(count: int) -> None:
     measured = max(accumulate(allocator_events(step)))
     planned = max(accumulate(scratch._CPU[update](value)))
     assert measured <= planned <= 1.01 * measured
+
+
+def test_operator_contract() -> None:
+    count = 2 * moments.BLOCK
+    given = [torch.randn(count), torch.randn(count), *(torch.zeros(count, dtype=torch.uint8) for _ in range(2))]
+    scales, codes = [torch.zeros(2), torch.zeros(2)], [moments.code(signed=signed) for signed in (True, False)]
+    arguments = (*given, *scales, *codes, 0.9, 0.999, 1e-8, 0.01, 1e-3, 1)
+    torch.library.opcheck(torch.ops.lowmem_ft.adam_8bit.default, arguments)

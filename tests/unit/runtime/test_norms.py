@@ -84,3 +84,13 @@ def test_other_norms_stay(tmp_path: Path) -> None:
     model = tiny_model("gpt_neox")
     use_norms(model)
     assert not any(isinstance(it, RMSNorm) for it in model.modules())
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_operator_contract(offset: bool) -> None:
+    x, weight = torch.randn(6, FEATURES, dtype=torch.bfloat16), torch.randn(FEATURES)
+    ops = torch.ops.lowmem_ft
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-5, offset))
+    y, rstd = ops.rms_norm.default(x, weight, 1e-5, offset)
+    for backward in (ops.rms_norm_backward.default, ops.rms_norm_weight_backward.default):
+        torch.library.opcheck(backward, (torch.ones_like(y), x, weight, rstd, offset))

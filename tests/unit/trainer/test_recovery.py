@@ -131,6 +131,35 @@ def test_whichever_allocation_fails_the_step_gives_the_same_bits(
     assert trained.recovery.repeated == len(range(1, count + 1, every))
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "adapter", "every"),
+    [
+        ("llama", {"resident_blocks": 0, "streamed_blocks": 2, "offload_blocks": 2, "recompute_blocks": 0}, {}, 29),
+        ("llama", {"stream_embeddings": "both", "mlp_tile_tokens": 24}, {"dora": True, "targets": "all-linear"}, 199),
+        ("mixtral", {"experts_together": 2}, {"targets": "all-linear"}, 97),
+    ],
+    ids=["streamed and offloaded", "embeddings streamed, tiles, DoRA", "experts"],
+)
+def test_some_of_the_allocations_fail_under_other_policies(
+    name: str, own: dict[str, Any], adapter: dict[str, Any], every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(recovery, "release_freed_memory", lambda: None)
+    model = save_tiny(name, tmp_path / name, num_hidden_layers=2)
+    of = replace(policy(rows=2, seq_len=LENGTH, depth=2, keep=0, accumulation=ROWS // 2), **own)
+    trained = Trained(model, of, adapter=adapter, dropout=0.0)
+    trained.step()
+    trained.again()
+    first, count = trained.step()
+    expected = trained.state()
+    for number in range(1, count + 1, every):
+        trained.again()
+        assert trained.step(lambda at, number=number: at == number)[0] == first, number
+        assert same(trained.state(), expected), number
+    assert trained.recovery.policy == of
+    assert trained.recovery.repeated == len(range(1, count + 1, every))
+
+
 def test_failing_again_and_again_ends_in_safer_policies_and_the_same_step(model: Path) -> None:
     # without dropout, which draws other masks for other micro-batches
     trained = Trained(model, planned(), dropout=0.0)
