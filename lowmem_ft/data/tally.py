@@ -15,17 +15,8 @@ Invalid = Literal["error", "skip"]
 NOTE_LINES = 10  # line numbers that a note lists before it says "..."
 KEPT_REASONS = 3  # of skipped records, that a note tells
 COUNTS = (
-    "records",
-    "examples",
-    "tokens",
-    "loss_tokens",
-    "truncated",
-    "dropped",
-    "skipped",
-    "unended",
-    "silent",
-    "unshown",
-)
+    "records", "examples", "tokens", "loss_tokens", "truncated", "dropped", "skipped", "unended", "silent", "unshown",
+)  # fmt: skip
 T = TypeVar("T")
 
 

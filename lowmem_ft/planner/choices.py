@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowmem_ft.adapters.inject import injection_of, is_injected
-from lowmem_ft.adapters.peft_format import read_adapter_config
+from lowmem_ft.adapters.peft_format import adapter_folder, read_adapter_config
 from lowmem_ft.adapters.targets import is_inside
 from lowmem_ft.core.config import BESIDE_INIT, Init, RunConfig
 from lowmem_ft.core.errors import ConfigError
@@ -88,7 +88,7 @@ class Choices:
             if taken != tokens:
                 yield f"policy.micro_batch_tokens: {tokens} is taken for {taken}, whole rows of a step"
         if config.adapter.init not in get_args(Init) and config.adapter.method == "lora":
-            saved = read_adapter_config(config.adapter.init)
+            saved = read_adapter_config(adapter_folder(config.adapter.init))
             own = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha")}
             differs = {
                 it for it in own.keys() & config.adapter.model_fields_set if getattr(config.adapter, it) != own[it]

@@ -174,7 +174,7 @@ import os, sys
 from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner import solver
 
-def measured(name):
+def measured(*_):
     os._exit("pyarrow" in sys.modules)
 
 print(int("pyarrow" in sys.modules), flush=True)
@@ -201,7 +201,7 @@ from lowmem_ft.data.records import read_rows
 from lowmem_ft.planner import solver
 from lowmem_ft.runtime.memory import process_bytes
 
-def measured(name):
+def measured(*_):
     before = process_bytes()
     next(read_rows(Path(sys.argv[1])))
     sys.exit(10 + (process_bytes() - before > 5 << 20))

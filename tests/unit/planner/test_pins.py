@@ -34,7 +34,7 @@ def test_pins_that_cannot_be(models: dict[str, Path], pins: dict[str, Any], word
 def test_what_an_adapter_to_go_on_from_decides(models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     model = tiny_model("llama")
     inject_lora(model, targets="all-linear", rank=4, alpha=8)
-    save_adapter(model, tmp_path, base_model="base")
+    save_adapter(model, tmp_path / "adapter", base_model="base")  # of a run, whose folder is named
     given = config(models["llama"], adapter={"init": str(tmp_path), "rank": 64, "dropout": 0.1})
     with pytest.warns(UserWarning, match=r"adapter\.rank: ignored, as .* has its own"):
         plan = make_plan(given, device=DEVICE)

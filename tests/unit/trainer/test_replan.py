@@ -49,7 +49,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     monkeypatch.setattr(search, "cost_of", lambda _: CostModel(rates, kind="cpu").seconds)
 
     def let(room: int) -> None:
-        def found(name: str) -> Device:
+        def found(name: str, rates: str | None = None) -> Device:
             return replace(device, free_bytes=device.process_bytes + room)
 
         monkeypatch.setattr(solver, "find_device", found)
