@@ -28,7 +28,6 @@ from lowmem_ft.data.isolation import attention_inputs, isolation_fault, probe_ba
 from lowmem_ft.export.through_peft import untied_by_peft
 from lowmem_ft.export.trained import MERGE_VALUES
 from lowmem_ft.export.write import COPIED
-from lowmem_ft.planner.compose import shorten
 from lowmem_ft.planner.device import Device
 from lowmem_ft.planner.reserve import process_estimate
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
@@ -322,7 +321,7 @@ def _isolation_work(stage: Stage) -> int:
     It grows by the same number of bytes with each further block of a kind.
     """
     kinds = stage.kinds
-    few = list(range(len(kinds))) if stage.whole else shorten(kinds)
+    few = stage.showing(kinds)
     least = total = _isolation_peak(stage, few)
     for kind in set(kinds):
         others = [at for at, other in enumerate(kinds) if other == kind and at not in few]

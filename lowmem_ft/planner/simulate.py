@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.preference import lanes, learns_preferences
 from lowmem_ft.data.packing import Answers, Batch, as_bounds
 from lowmem_ft.generate import keeps_cache
+from lowmem_ft.planner.compose import shorten
 from lowmem_ft.planner.cut import block_kinds, numbered, only_blocks
 from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.scratch import scratch_of, whole_of
@@ -219,9 +220,14 @@ class Stage:
             check_served(self.ready.model, batch, dtype=self.ready.compute_dtype)
         return max(sizes)
 
+    def showing(self, classes: Sequence[Hashable]) -> list[int]:
+        """Blocks that, one after the other, show all that a step through blocks of these classes takes."""
+        return list(range(len(classes))) if self.whole else shorten(classes)
+
     def only(self, blocks: Sequence[int] | None) -> AbstractContextManager[None]:
         """Within it the model has these of its blocks alone; None: all."""
-        return only_blocks(self.ready.model, blocks, counted=not self.whole)
+        every = blocks is None or len(blocks) == len(self.kinds)
+        return only_blocks(self.ready.model, None if every else blocks, counted=not self.whole)
 
     def step(
         self,

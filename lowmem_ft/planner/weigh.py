@@ -6,13 +6,11 @@ microseconds; `weigh` traces the blocks that it needs at its own micro-batch, an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 
@@ -22,27 +20,14 @@ from lowmem_ft.core.plan import Policy
 from lowmem_ft.core.positions import positions_of
 from lowmem_ft.core.preference import step_tokens
 from lowmem_ft.data.packing import ROW_MULTIPLE
-from lowmem_ft.planner.compose import (
-    Part,
-    Pieces,
-    Place,
-    Segment,
-    Turn,
-    Window,
-    peaks,
-    segment_of,
-    segments,
-    shorten,
-    turns,
-    windows,
-)
+from lowmem_ft.planner.compose import Pieces, Place, Segment, Turn, peaks, turns
 from lowmem_ft.planner.cost import HOST_UPDATES
 from lowmem_ft.planner.cut import lowest_trained
-from lowmem_ft.planner.onednn import Products
 from lowmem_ft.planner.pipeline import Inputs, Links, at_least, forward_again, streamed_seconds
 from lowmem_ft.planner.replay import Script
 from lowmem_ft.planner.scratch_cuda import Card
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, Stage
+from lowmem_ft.planner.steps import LISTING, Steps, classes_of, in_loss_of, pieces_of, way_of
 from lowmem_ft.planner.trace import Cost, Event, Tier, Trace
 from lowmem_ft.quant.products import multiplies
 from lowmem_ft.runtime.blocks import causal_model
@@ -50,19 +35,12 @@ from lowmem_ft.runtime.streaming import Moved
 from lowmem_ft.runtime.tiers import PAGE
 from lowmem_ft.runtime.vocabulary import chosen
 
-Treatment: TypeAlias = Literal["keep", "recompute", "offload"]
-# Of a block: its kind, what it does with its activations, and, where it offloads, the kind of the block that made its
-# input (None: it was made before the first), because the next block gives that back
-Class: TypeAlias = tuple[int, Treatment, int | None]
-
 # In fp32 the heap keeps more beside its tensors than in 16 bits, among it what MKL packs: measured in MiB 189 where
 # tensors take 137 of the heap, 78 where they take 35
 FP32_HEAP = 1.8
 IN_FP32 = 14 << 20  # the rooms of `quant.products` (12 MiB) and copies of factors, or what MKL packs of all matrices
 LONGEST = 1 << 17  # positions of models whose config names none
-HEADS = ("loss", "reference")  # parts in which the output head works
 _RING = "ring"  # of slots and of what stays of streamed weights
-_LISTING = "aten.nonzero_static.default"  # makes the list of the positions that are in the loss
 
 
 @dataclass(frozen=True)
@@ -86,27 +64,6 @@ class Weighed:
     def turns(self) -> list[Turn]:
         """That step, as if it had been traced whole."""
         return turns(self.places, sum(place.segment.part == "forward" for place in self.places))
-
-
-def classes_of(kinds: Sequence[int], keep: int, offload: int = 0) -> list[Class]:
-    """The class of each block: the last `keep` keep, the first `offload` offload, and all others recompute."""
-    found: list[Class] = []
-    for at, kind in enumerate(kinds):
-        if at < offload:
-            found.append((kind, "offload", kinds[at - 1] if at else None))
-        else:
-            found.append((kind, "keep" if at >= len(kinds) - keep else "recompute", None))
-    return found
-
-
-def _way(policy: Policy) -> Hashable:
-    """What of it changes how blocks compute, beside who keeps and offloads."""
-    return policy.keep_attention, *_pieces(policy)
-
-
-def _pieces(policy: Policy) -> tuple[int, int]:
-    """In which MLPs and experts work."""
-    return policy.mlp_tile_tokens, policy.experts_together
 
 
 class Scales:
@@ -142,6 +99,7 @@ class Scales:
         self.stage = Stage(config, start, kind=kind, cost=cost, card=card)
         self.depth = len(self.stage.blocks)
         self._tier: Tier | None = None if kind == "cpu" else "device"
+        self._steps = Steps(self.stage, self._tier)
         self.held = next(reversed(list(self.stage.tracer.trace.curve(self._tier))))
         text = causal_model(self.stage.ready.model).config.get_text_config()
         self.longest = positions_of(text) or LONGEST
@@ -153,30 +111,21 @@ class Scales:
         self._moved: dict[tuple[int, str], Moved] = {}  # by number of streamed blocks, and embeddings
         self._heaps: dict[tuple[int, str], int] = {}  # by the same
         self._heap_counts = FP32_HEAP if start.compute_dtype == "float32" else 1.0
-        self._whole = self.stage.whole
         self.keep: Sequence[int] = range(self.depth + 1)
         self.tried: Sequence[int] = ()
         self.scripts: dict[Hashable, Script] = {}
-        self._sized: dict[Hashable, Pieces] = {}  # by tokens of the micro-batch and what `_way` says
-        self._heads: dict[
-            Hashable, dict[Part, Segment]
-        ] = {}  # by these, the tokens of a loss chunk and whether the head comes up
         self._between: dict[Hashable, Pieces] = {}
         self._evaluations: dict[Hashable, int] = {}  # by all that and the length: peak bytes
         self._samples: dict[Hashable, int] = {}  # by length, tiles and experts together: peak bytes
         self._latest: dict[Hashable, list[Place]] = {}  # the last two steps that were weighed
-        self._update: Segment | None = None
-        self._products: Products | None = None  # of the first step
         self._kernels: dict[tuple[int, int], int] = {}  # by length and tokens of the micro-batch: bytes
-        # by kind and what `_way` says: of a first backward's time how much a later one takes
-        self._shares: dict[tuple[int, Hashable], float] = {}
 
     def estimate(self, policy: Policy, smallest: int, largest: int) -> Weighed:
         """The price of `policy` from micro-batches of `smallest` and `largest` tokens, in proportion."""
         tokens, chunk = policy.micro_batch_tokens, policy.loss_chunk_tokens
-        key = tokens, chunk, self.stage.streams_head(policy), _way(policy)
+        key = tokens, chunk, self.stage.streams_head(policy), way_of(policy)
         if key not in self._between:
-            low, high = (self._typical(policy, size, min(chunk, size)) for size in (smallest, largest))
+            low, high = (self._steps.typical(policy, size, min(chunk, size), self.keep) for size in (smallest, largest))
             share = 0.0 if largest == smallest else (tokens - smallest) / (largest - smallest)
             self._between[key] = low.between(high, share)
         # what offloading changes is known without a trace
@@ -186,7 +135,7 @@ class Scales:
     def turns_of(self, policy: Policy, tokens: int, keep: int) -> list[Turn]:
         """A step in micro-batches of `tokens`, one of the two sizes that `estimate` was asked for; `keep` blocks keep,
         and all others compute again."""
-        pieces = self._typical(policy, tokens, min(policy.loss_chunk_tokens, tokens))
+        pieces = self._steps.typical(policy, tokens, min(policy.loss_chunk_tokens, tokens), self.keep)
         return turns(pieces.step(classes_of(self._kinds, keep)), self.depth)
 
     def weigh(self, policy: Policy, *, timed: bool = True) -> Weighed:
@@ -197,7 +146,7 @@ class Scales:
         classes = tuple(classes_of(self._kinds, policy.keep_blocks, policy.offload_blocks))
         key = self._loss_key(policy), policy.keep_attention, classes, timed
         if key not in self._latest:
-            pieces = (self._steady if timed else self._traced)(policy, classes, self._shortened(classes))
+            pieces = self._steps.exact(policy, classes, timed=timed)
             self._latest = {**dict([*self._latest.items()][-1:]), key: pieces.step(classes)}
         return self._weighed(policy, self._latest[key])
 
@@ -206,10 +155,9 @@ class Scales:
         tokens, key = policy.micro_batch_tokens, self._loss_key(policy)
         if key not in self._evaluations:
             self.stage.tracer.begin()
-            in_loss = _in_loss(policy)
-            only = None if self._whole else shorten(self._kinds)
-            trace = self.stage.evaluate(policy, only=only, loss_tokens=in_loss)
-            listed = {event.key for event in trace.events if event.op == _LISTING}
+            in_loss = in_loss_of(policy)
+            trace = self.stage.evaluate(policy, only=self.stage.showing(self._kinds), loss_tokens=in_loss)
+            listed = {event.key for event in trace.events if event.op == LISTING}
             longer = tokens / in_loss
             events = [e._replace(nbytes=round(e.nbytes * longer)) if e.key in listed else e for e in trace.events]
             self._evaluations[key] = max(Trace(events).curve(self._tier))
@@ -221,9 +169,9 @@ class Scales:
 
         Of a few blocks it is traced; each other one adds its cache, whichever block is at work when most is held.
         """
-        key = self.stage.config.data.seq_len, *_pieces(policy)
+        key = self.stage.config.data.seq_len, *pieces_of(policy)
         if key not in self._samples:
-            few = list(range(self.depth)) if self._whole else shorten(self._kinds)
+            few = self.stage.showing(self._kinds)
             curve = self._sampled(policy, few)
             most = max(curve)
             for kind in set(self._kinds):
@@ -235,11 +183,11 @@ class Scales:
 
     def _sampled(self, policy: Policy, blocks: Sequence[int]) -> list[int]:
         """Bytes that are held, from event to event of a sample through these blocks."""
-        return list(self.stage.sample(policy, only=None if self._whole else blocks).curve(self._tier))
+        return list(self.stage.sample(policy, only=blocks).curve(self._tier))
 
     def _loss_key(self, policy: Policy) -> Hashable:
         streams = self.stage.streams_head(policy)
-        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, *_pieces(policy)
+        sizes = policy.micro_batch_tokens, policy.loss_chunk_tokens, *pieces_of(policy)
         return self.stage.config.data.seq_len, *sizes, streams
 
     def kernels(self, policy: Policy) -> int:
@@ -249,7 +197,7 @@ class Scales:
         A process that plans its own run has multiplied for the micro-batches that it tried, too: for the smallest and
         the largest, of which estimates are made, and for one next to its own, such as the last that did not fit.
         """
-        if self._products is None:
+        if self._steps.products is None:
             return 0
         dtype: torch.dtype = getattr(torch, policy.compute_dtype)
         if dtype == torch.float32 or not multiplies(dtype):
@@ -258,7 +206,7 @@ class Scales:
         key = config.data.seq_len, tokens
         if key not in self._kernels:
             beside = [it for it in self.tried if it > tokens][:1] or [it for it in self.tried if it < tokens][-1:]
-            self._kernels[key] = self._products.kernel_bytes(
+            self._kernels[key] = self._steps.products.kernel_bytes(
                 sizes={*self.tried[:1], *self.tried[-1:], *beside, tokens, step_tokens(config) % tokens} - {0},
                 most=None if config.data.packing else tokens,
                 lengths=config.data.seq_len // ROW_MULTIPLE,
@@ -334,117 +282,6 @@ class Scales:
         ring = [(event.key, event.nbytes) for event in base if event.op == _RING]
         return ring + [(key, nbytes) for key, nbytes in self.stage.made if key not in dropped]
 
-    def _typical(self, policy: Policy, tokens: int, chunk: int) -> Pieces:
-        """Pieces that know every kind of block, of a micro-batch of `tokens` and a loss chunk."""
-        sized = replace(policy, micro_batch_tokens=tokens, loss_chunk_tokens=chunk, accumulation=1)
-        key, size = (tokens, chunk, self.stage.streams_head(policy)), (tokens, _way(policy))
-        pieces = self._sized.get(size)
-        if pieces is None:
-            pieces = self._sized[size] = Pieces()
-            first, mixed, last = (self.keep[at] for at in (0, len(self.keep) // 2, -1))
-            # blocks of both sorts serve for every number; of those that are traced whole a few of each sort do
-            for keep in (first, last, mixed) if self._whole else (mixed, first, last):
-                classes = classes_of(self._kinds, keep)
-                if not pieces.know(classes):
-                    # blocks that keep all keep attention, too, whichever way those that recompute go
-                    other = replace(sized, keep_attention=not sized.keep_attention)
-                    alike = self._sized.get((tokens, _way(other))) if keep == self.depth else None
-                    taken = self._few_of(classes, pieces.lack(classes))
-                    others = alike or self._steady(sized, classes, taken)
-                    pieces.take(others, [classes[at] for at in self._few_of(classes)])
-            self._heads.setdefault(key, _heads(pieces.outside.values()))
-        if key not in self._heads:
-            classes = classes_of(self._kinds, self.keep[0])
-            classes = classes if self._whole else classes[-1:]
-            trace = self._step(sized, classes, self._few_of(classes), through="loss")
-            self._heads[key] = _heads(self._segments(trace, sized))
-        return pieces.with_heads(self._heads[key])
-
-    def _steady(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
-        """Segments with the sizes of a first micro-batch and the times of the later ones, of those `taken`."""
-        pieces = self._traced(policy, classes, taken)
-        way = _way(policy)
-        unknown = {kind for kind, treatment, _ in classes if treatment != "keep" and (kind, way) not in self._shares}
-        if unknown:
-            # of each kind the last block that was traced, whose backward came first
-            own = [classes[at] for at in taken]
-            found = [(window, one) for window, one in zip(windows(own), own, strict=True) if one[1] != "keep"]
-            last = {one[0]: window for window, one in found if one[0] in unknown}
-            few = taken if self._whole else [taken[at] for at in shorten(own, last.values())]
-            self._step(policy, classes, few, settled=True)
-            later = dict(zip(windows([classes[at] for at in few]), range(len(few)), strict=True))
-            for kind, window in last.items():
-                segment = pieces.by_window.get(("backward", window))
-                if segment is not None:
-                    again = self.stage.tracer.seconds.get(("backward", later[window]), 0.0)
-                    self._shares[kind, way] = again / segment.seconds if segment.seconds else 1.0
-        recomputing = [it for it in classes if it[1] != "keep"]
-        shares: dict[Hashable, float] = {it: self._shares.get((it[0], way), 1.0) for it in recomputing}
-        return pieces.with_backward(shares)
-
-    def _shortened(self, classes: Sequence[Class]) -> list[int]:
-        """Blocks that show all that a step through these of them takes."""
-        return list(range(len(classes))) if self._whole else shorten(classes)
-
-    def _few_of(self, classes: Sequence[Class], wanted: Collection[Window] | None = None) -> list[int]:
-        """The same for an estimate: of blocks that need others one of each class, and only what is `wanted`."""
-        if self._whole and self.stage.few is not None:
-            return sorted({one: at for at, one in enumerate(classes)}.values())
-        return self._shortened(classes) if self._whole else shorten(classes, wanted)
-
-    def _step(
-        self,
-        policy: Policy,
-        classes: Sequence[Class],
-        taken: Sequence[int],
-        *,
-        settled: bool = False,
-        through: Literal["loss", "update"] = "update",
-    ) -> Trace:
-        """A step through those of the last blocks, which are of `classes`, that are `taken`."""
-        first = self.depth - len(classes)
-        treatments = [classes[at][1] for at in taken]
-        return self.stage.step(
-            policy,
-            keep=treatments.count("keep"),
-            offload=treatments.count("offload"),
-            only=None if len(taken) == self.depth else [first + at for at in taken],
-            update=self._update is None,
-            settled=settled,
-            loss_tokens=_in_loss(policy),
-            through=through,
-        )
-
-    def _segments(self, trace: Trace, policy: Policy) -> list[Segment]:
-        """Of a step that `_step` traced."""
-        return [self._with_whole_loss(it, policy) for it in segments(trace, self.stage.tracer.seconds, self._tier)]
-
-    def _traced(self, policy: Policy, classes: Sequence[Class], taken: Sequence[int]) -> Pieces:
-        """The segments of such a step."""
-        found = self._segments(self._step(policy, classes, taken), policy)
-        if self._update is None:
-            self._products = deepcopy(self.stage.products)
-            self._update = next(segment for segment in found if segment.part == "update")
-        pieces = Pieces()
-        pieces.add(
-            [classes[at] for at in taken], [*(segment for segment in found if segment.part != "update"), self._update]
-        )
-        return pieces
-
-    def _with_whole_loss(self, segment: Segment, policy: Policy) -> Segment:
-        """The loss of all tokens from that of fewer: the list of their positions is longer, and there are more chunks.
-        Of the last one, if it is not full, the products take as long as of the others."""
-        if segment.part not in HEADS:
-            return segment
-        tokens, in_loss, chunk = policy.micro_batch_tokens, _in_loss(policy), policy.loss_chunk_tokens
-        factor, chunks = tokens / in_loss, math.ceil(tokens / chunk) / math.ceil(in_loss / chunk)
-        listed = {event.key for event, _ in segment.events if event.op == _LISTING}
-        steps = [
-            (event._replace(nbytes=round(event.nbytes * factor)) if event.key in listed else event, birth)
-            for event, birth in segment.events
-        ]
-        return segment_of(segment.part, None, steps, segment.seconds * chunks, self._tier)
-
     def _weighed(self, policy: Policy, places: Sequence[Place], *, gone: int = 0) -> Weighed:
         """`gone`: bytes of each offloaded input, if `places` have them still on the device."""
         if policy.optimizer_on == "host":
@@ -457,8 +294,8 @@ class Scales:
     @property
     def slower_on_host(self) -> float:
         """Seconds that an update takes more there, of a model that was weighed."""
-        assert self._update is not None
-        return self._host_update.seconds - self._update.seconds
+        assert self._steps.update is not None
+        return self._host_update.seconds - self._steps.update.seconds
 
     @cached_property
     def _host_update(self) -> Segment:
@@ -467,8 +304,8 @@ class Scales:
         trained = self.stage.ready.trainable.values()
         elements, values = sum(it.numel() for it in trained), sum(it.nbytes for it in trained)
         copies = (4 * elements + values) / self._links.down + values / self._links.up
-        assert self._update is not None
-        seconds = copies + elements / HOST_UPDATES[self._optimizer.bits] + self._update.seconds
+        assert self._steps.update is not None
+        seconds = copies + elements / HOST_UPDATES[self._optimizer.bits] + self._steps.update.seconds
         return Segment("update", None, (), 0, 0, seconds)
 
     def _seconds(self, policy: Policy, places: Sequence[Place]) -> float:
@@ -490,13 +327,3 @@ class Scales:
             if matrix.embedding is not None:
                 one += tokens * (matrix.row_bytes / rate + (links.lookup if policy.stream_from == "disk" else 0.0))
         return one * max(step_tokens(self.stage.config), tokens) / tokens + places[-1].segment.seconds
-
-
-def _in_loss(policy: Policy) -> int:
-    """Tokens of a micro-batch for which the loss is traced: all further chunks are like the second."""
-    return min(policy.micro_batch_tokens, 2 * policy.loss_chunk_tokens)
-
-
-def _heads(found: Iterable[Segment]) -> dict[Part, Segment]:
-    """Those in which the output head works."""
-    return {segment.part: segment for segment in found if segment.part in HEADS}

@@ -15,8 +15,8 @@ from lowmem_ft.core.config import RunConfig
 from lowmem_ft.planner.compose import Pieces, Place, holders, peaks, segments, shorten, turns, windows
 from lowmem_ft.planner.cut import block_kinds
 from lowmem_ft.planner.simulate import Stage
+from lowmem_ft.planner.steps import HEADS, Class, classes_of
 from lowmem_ft.planner.trace import Event, Trace, with_key
-from lowmem_ft.planner.weigh import HEADS, Class, classes_of
 from tests.models import tiny_config
 from tests.unit.planner.policies import policy
 

@@ -14,8 +14,8 @@ from lowmem_ft.planner.compose import Pieces, holders, peaks, segments, shorten
 from lowmem_ft.planner.cut import block_kinds
 from lowmem_ft.planner.simulate import UNSEEN_BYTES, simulate
 from lowmem_ft.planner.solver import make_plan
+from lowmem_ft.planner.steps import classes_of
 from lowmem_ft.planner.verify import FullBatches, measured_eval_peak, measured_train_peak, verified
-from lowmem_ft.planner.weigh import classes_of
 from tests.models import save_tiny
 from tests.unit.planner.policies import policy
 from tests.unit.planner.test_compose import DEPTH, seen, stage, step_of, unrolled
