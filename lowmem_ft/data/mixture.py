@@ -9,10 +9,12 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.data.examples import Example
 from lowmem_ft.data.packing import permutation
 from lowmem_ft.data.store import StoredExamples
 
+MOST_USES = 1 << 27  # of examples in an epoch that weights ask for: 8 bytes of the host each
 COMPARED = 1 << 18  # examples whose fingerprints are compared at once
 T = TypeVar("T", covariant=True)
 
@@ -24,10 +26,23 @@ class Mixture(Sequence[T]):
     Attributes:
         weights: of each source. An epoch uses each of its examples `floor(weight)` times, and a share of
             `weight - floor(weight)` of them once more: others in each epoch, until all have had their turn.
+
+    Raises:
+        ConfigError: the weights ask for more than `MOST_USES`.
     """
 
     sources: tuple[Sequence[T], ...]
     weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        uses = sum(weight * len(source) for source, weight in zip(self.sources, self.weights, strict=True))
+        if uses > max(MOST_USES, len(self)):
+            raise ConfigError(
+                "An epoch would use too many examples.",
+                given=f"{uses:,.0f} by the weights of data.train",
+                allowed=f"{MOST_USES:,}",
+                fix="lower the weights, which say how often an epoch uses each example of a source",
+            )
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.config import DataConfig
-from lowmem_ft.core.errors import ConfigError, DataError
+from lowmem_ft.core.errors import DataError
 from lowmem_ft.core.sources import DataSource, Sources
 from lowmem_ft.data.examples import Example, RecordEncoder, encode_rows
 from lowmem_ft.data.formats import RecordReader
@@ -30,7 +30,6 @@ from lowmem_ft.data.sources import FileSet, Use, find_source, is_on_hub, list_so
 from lowmem_ft.data.store import WHOLE, StoredExamples, cache_folder, content_key, open_stored, write_stored
 from lowmem_ft.data.tally import DataReport, Tally
 
-MOST_USES = 1 << 27  # of examples in an epoch that weights ask for: 8 bytes of the host each
 Wanted = Literal["any", "pairs", "verdicts"]
 Task = Callable[[str], AbstractContextManager[Progress]]  # a name -> what is told of the bytes done
 
@@ -139,14 +138,6 @@ class _NoneHeldOutError(DataError):
 
 
 def _weight_notes(mixture: Mixture[Any], stored: Sequence[StoredExamples]) -> list[str]:
-    uses = sum(weight * len(source) for source, weight in zip(mixture.sources, mixture.weights, strict=True))
-    if uses > max(MOST_USES, len(mixture)):
-        raise ConfigError(
-            "An epoch would use too many examples.",
-            given=f"{uses:,.0f} by the weights of data.train",
-            allowed=f"{MOST_USES:,}",
-            fix="lower the weights, which say how often an epoch uses each example of a source",
-        )
     return [
         f"Warning: {stored[number].report.path}: no epoch uses an example, "
         f"for a weight of {mixture.weights[number]:g} is less than half of one of {len(mixture.sources[number])}"
