@@ -1,8 +1,8 @@
 """Predicted seconds of a training step beside real ones, on the CPU of this machine.
 
-The machine is measured (`profiles measure`), then models of 2M to 100M parameters with random weights are trained for a
-few steps each, under settings that a seed draws. The prediction reads no weights. A machine that others share is not as
-fast at the end of a run as it was at its begin, so it is measured again after every few models.
+The machine is measured (`profiles measure`), then models of 2M to 200M parameters with random weights are trained for a
+few steps each, under settings and policies that a seed draws. The prediction reads no weights. A machine that others
+share is not as fast at the end of a run as it was at its begin, so it is measured again after every few models.
 
     python benchmarks/step_time.py --out benchmarks/results/step_time.json
 """
@@ -39,7 +39,9 @@ def draw(generator: random.Random) -> dict[str, Any]:
         "hidden": hidden,
         "vocab": generator.choice([8192, 32000]),
         "bits": generator.choice([4, 4, 8, 16]),
-        "activations": generator.choice(["keep", "recompute"]),
+        "activations": generator.choice(["keep", "recompute", "offload"]),
+        "resident": generator.choice([1.0, 1.0, 0.5, 0.0]),
+        "tiled": generator.random() < 0.2,
         "seq_len": generator.choice([128, 256, 512]),
         "rows": generator.choice([1, 2, 4]),
         "rank": generator.choice([4, 16]),
@@ -82,7 +84,12 @@ def compare(drawn: dict[str, Any], folder: Path, profile: Path, steps: int) -> d
             | ({"dora": False} if drawn["kind"] == "mixtral" else {}),
             "data": {"seq_len": drawn["seq_len"]},
             "train": {"tokens_per_step": tokens},
-            "policy": {"activations": drawn["activations"], "micro_batch_tokens": tokens},
+            "policy": {
+                "activations": drawn["activations"],
+                "resident_blocks": int(layers * drawn["resident"]),
+                "mlp_tile_tokens": tokens // 4 if drawn["tiled"] and drawn["kind"] != "mixtral" else 0,
+                "micro_batch_tokens": tokens,
+            },
         }
     )
     plan = make_plan(config, device=find_device(str(profile)))

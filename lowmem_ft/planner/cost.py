@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem_ft.planner.profile import Profile, Rate
-from lowmem_ft.quant.products import TILE, multiplies
+from lowmem_ft.quant.products import TILE, is_one_of_few, multiplies, pieces, sums_rows
 
 # For profiles without a `measured` section. What the products of a step reach of a large one: 836 of 759 TFLOP/s on an
 # H200 with 2048 tokens of Llama-3.1-8B's shape (benchmarks/results/gpu_h200.json), and less where tokens are fewer.
@@ -29,6 +29,7 @@ ATTENTION_SHARES = {"hopper": 0.28, "volta": 0.4, "turing": 0.4}
 ATTENTION_SHARE = 0.6
 BANDWIDTH_SHARE = 0.75  # what streaming kernels reach of a datasheet's: 3.4 of 4.8 TB/s on an H200
 BYTES_PER_DEQUANTIZED = {4: 2.6, 8: 3.0}  # read and written per value, scales included
+BYTES_PER_PACKED = 6.0  # of 16 bits: read, written, and read again
 BYTES_PER_UPDATE = 24.0  # gradient, moments and parameter, read and written
 BYTES_PER_DRAW = 4.0
 # Of the host beside a card, Python between calls included: steps of 512 tokens of Llama-3.1-8B's shape beside an H200.
@@ -53,6 +54,7 @@ class Rates:
         elementwise: bytes that operations read, and write where memory is already.
         fresh: bytes that they write to memory that they allocate.
         exponentials: values of exp, which take arithmetic too; None where memory is slower.
+        packing: values of a product's second operand, which a CPU rearranges first.
         dequantize: values, by the bits they were stored in.
         updates: elements that the optimizer updates.
         update_call: seconds that the update of any tensor takes at least.
@@ -67,6 +69,7 @@ class Rates:
     elementwise: float
     fresh: float
     exponentials: float | None
+    packing: float
     dequantize: Mapping[int, float]
     updates: float
     draws: float
@@ -90,6 +93,7 @@ class Rates:
                 elementwise=BANDWIDTH_SHARE * bandwidth,
                 fresh=BANDWIDTH_SHARE * bandwidth,
                 exponentials=None,
+                packing=BANDWIDTH_SHARE * bandwidth / BYTES_PER_PACKED,
                 dequantize={bits: BANDWIDTH_SHARE * bandwidth / size for bits, size in BYTES_PER_DEQUANTIZED.items()},
                 updates=BANDWIDTH_SHARE * bandwidth / BYTES_PER_UPDATE,
                 draws=BANDWIDTH_SHARE * bandwidth / BYTES_PER_DRAW,
@@ -104,6 +108,7 @@ class Rates:
             elementwise=bandwidth,
             fresh=1 / max(3 / found.elementwise.value - 2 / bandwidth, 1 / bandwidth),  # two of three bytes are read
             exponentials=None if found.exponentials is None else found.exponentials.value,
+            packing=bandwidth / BYTES_PER_PACKED if found.packing is None else found.packing.value,
             dequantize={4: found.dequantize_4bit.value, 8: found.dequantize_8bit.value},
             updates=found.updates.value,
             draws=found.draws.value,
@@ -111,13 +116,17 @@ class Rates:
             update_call=1 / (found.update_calls or found.calls).value,
         )
 
+    def of_products(self, dtype: torch.dtype) -> float:
+        """Of products in a dtype; of one that profiles do not know, such as fp64, the slowest."""
+        return self.products.get(dtype) or min(self.products.values())
+
     def calls_alone(self) -> Rates:
         """A second for each call, and nothing for work: what is summed is the number of calls."""
         return Rates(
             products=dict.fromkeys(self.products, math.inf), loops=None if self.loops is None else math.inf,
             attention_forward=math.inf, attention_backward=math.inf, elementwise=math.inf, fresh=math.inf,
-            exponentials=None, dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf, draws=math.inf,
-            call=1.0, update_call=0.0,
+            exponentials=None, packing=math.inf, dequantize=dict.fromkeys(self.dequantize, math.inf), updates=math.inf,
+            draws=math.inf, call=1.0, update_call=0.0,
         )  # fmt: skip
 
 
@@ -191,7 +200,7 @@ class CostModel:
             rule = self._rules[func] = None if _takes_no_time(func) else self._elementwise
         if rule is None:
             return 0.0
-        work = rule(out, *args)
+        work = rule(out, *args, tiles) if rule == self._product else rule(out, *args)
         if rule in (self._dequantize_4bit, self._dequantize_8bit) or func is _STACK:
             work *= tiles
         calls = tiles * self._rates.call
@@ -230,32 +239,59 @@ class CostModel:
         return max(self._elementwise(out, *args), 0.0 if rate is None else out.numel() / rate)
 
     def _product(
-        self, _: None, out: Tensor, a: Tensor, b: Tensor, bias: Any, c: Tensor | None, by: Any, d: Any, *rest: Any
+        self,
+        _: None,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Any,
+        c: Tensor | None,
+        by: Tensor | None,
+        d: Tensor | None,
+        alpha: float,
+        tiles: float,
     ) -> float:
         (rows, inner), columns, times = a.shape[-2:], b.shape[-1], math.prod(a.shape[:-2])
-        work = 2.0 * rows * inner * columns
+        summed = not self._ahead and sums_rows(a) and not is_one_of_few(inner)
+        if a.dtype != torch.float32 and (self._rates.loops is not None or summed):
+            return times * self._in_float32(rows, inner, columns, c, by)
+        found = self._multiplied(rows, a, b, out, tiles)
+        if c is not None and d is not None:
+            found += self._multiplied(rows, c, d, out, tiles) + out.nbytes / self._rates.elementwise
+            if by is not None:
+                found += self._multiplied(rows, a, by, c, tiles)
+        return found
+
+    def _multiplied(self, rows: int, a: Tensor, b: Tensor, out: Tensor, tiles: float) -> float:
+        """One product. A card reads while it multiplies; a CPU packs the second operand first, and multiplies bf16 for
+        some numbers of rows only."""
+        work = 2.0 * out.numel() * a.shape[-1] / self._rates.of_products(a.dtype)
+        if self._ahead:
+            return max(work, (a.nbytes + tiles * b.nbytes + out.nbytes) / self._rates.elementwise)
+        if a.dtype != torch.bfloat16 or sums_rows(a):
+            heights = [rows]
+        else:
+            heights = pieces(math.ceil(rows / tiles))
+            work *= tiles * sum(heights) / rows
+        return work + tiles * len(heights) * b.numel() / self._rates.packing
+
+    def _in_float32(self, rows: int, inner: int, columns: int, c: Tensor | None, by: Tensor | None) -> float:
+        """As quant/products.py does it: tile by tile, whose parts are converted to fp32 and back."""
+        work, again = 2.0 * rows * inner * columns, 0
         if c is not None:
             work += 2.0 * rows * c.shape[-1] * (columns + (inner if by is not None else 0))
-        if self._rates.loops is None or a.dtype == torch.float32:
-            return times * work / self._rate(a.dtype)
-        # as quant/products.py does it: tile by tile, whose parts are converted to fp32 and back
+            again = rows * columns + (rows * inner if by is not None else 0)  # memory binds there
         top, left, along = (math.ceil(size / TILE) for size in (rows, columns, inner))
         into, back = rows * inner * left + inner * columns * top, rows * columns  # of 16 bits to 32, which are new
-        again = 0 if c is None else rows * columns + (rows * inner if by is not None else 0)  # memory binds there
         moved = 2.0 * into + 6.0 * back + _BYTES_PER_SUMMED * again
         calls = _CALLS_PER_TILE * top * left * along + (0 if c is None else top * (left + along + 1))
         memory = moved / self._rates.elementwise + 4.0 * into / self._rates.fresh
-        return times * (work / self._rate(torch.float32) + memory + calls * self._rates.call)
+        return work / self._rates.of_products(torch.float32) + memory + calls * self._rates.call
 
     def _mm(self, out: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         work = 2.0 * math.prod(out.shape) * a.shape[-1]
         loops = self._rates.loops
-        return work / (self._rate(a.dtype) if loops is None or a.dtype == torch.float32 else loops)
-
-    def _rate(self, dtype: torch.dtype) -> float:
-        """Of products in a dtype; of one that profiles do not know, such as fp64, the slowest."""
-        products = self._rates.products
-        return products.get(dtype) or min(products.values())
+        return work / (self._rates.of_products(a.dtype) if loops is None or a.dtype == torch.float32 else loops)
 
     def _addmm(self, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> float:
         return self._mm(out, a, b)

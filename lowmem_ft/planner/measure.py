@@ -28,7 +28,7 @@ from lowmem_ft.planner.profile import Bytes, Dtype, Measured, Profile, Rate, Wor
 from lowmem_ft.planner.simulate import Stage
 from lowmem_ft.planner.workspaces import architecture_of
 from lowmem_ft.quant.ops import QuantSpec, dequantize, quantize
-from lowmem_ft.quant.products import mm, multiplies
+from lowmem_ft.quant.products import ROWS, mm, multiplies
 from lowmem_ft.runtime.attention import attention
 from lowmem_ft.runtime.memory import cuda_process_bytes
 from lowmem_ft.runtime.optim import AdamW
@@ -43,10 +43,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"product": (1024, 1024, 4096), "attention": (1, 12, 512, 64), "stream": 1 << 25},
 }
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "doclm-7m"
+FEW_ROWS = (ROWS, 1024, 4096)  # of a product on a CPU
 DISK_BYTES = 256 << 20
 _SMALL = 4096  # elements of the smallest tensor whose moments are kept in 8 bits
 _UNCOUNTED = 1e12  # calls per second, before they are measured
-SECONDS = 0.75  # for each of about seventeen figures in each round, but that each is taken three times at least
+SECONDS = 0.75  # for each of about eighteen figures in each round, but that each is taken three times at least
 ROUNDS = 2  # half a minute apart, since other work beside may take seconds
 
 
@@ -81,12 +82,18 @@ def measure(device: Device, *, done: Done = lambda at, of: None) -> Profile:
     }
     if device.kind == "cpu":
         steps["exponentials"] = bench.exponentials
-        if not multiplies(torch.bfloat16):
+        if multiplies(torch.bfloat16):
+            steps["few_rows"] = bench.few_rows
+        else:
             steps["loops"] = bench.loops
     found: dict[str, float] = {}
     for at, (name, step) in enumerate([*steps.items()] * ROUNDS):
         done(at, len(steps) * ROUNDS)
         found[name] = max(step(), found.get(name, 0.0))
+    if "few_rows" in found:
+        rows, inputs, outputs = FEW_ROWS
+        work = 2.0 * rows * inputs * outputs / found["flops.bfloat16"]
+        found["packing"] = inputs * outputs * _beyond(1 / found["few_rows"], work)
     found["update_calls"] = _beyond(1 / found["small_updates"], _SMALL / found["updates"])
     done(len(steps) * ROUNDS, len(steps) * ROUNDS)
     where = f"measured on {device.name} with PyTorch {torch.__version__}: the best of several"
@@ -191,6 +198,20 @@ class _Bench:
             return float(2.0 * rows * inputs * outputs / self._best(lambda: mm(a, b, out=out)))
 
         return run
+
+    def few_rows(self) -> float:
+        """Products per second of so few rows that the second operand counts: with a matrix as it lies and turned, as
+        backward and forward have it."""
+        rows, inputs, outputs = FEW_ROWS
+        weights = [(self._random(outputs, inputs), self._random(inputs, outputs)) for _ in range(4)]  # beyond caches
+        a = self._random(rows, inputs)
+
+        def run() -> None:
+            for turned, lying in weights:
+                mm(a, turned.t())
+                mm(a, lying)
+
+        return 2 * len(weights) / self._best(run)
 
     def loops(self) -> float:
         a = self._random(64, 256)

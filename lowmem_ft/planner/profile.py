@@ -63,6 +63,8 @@ class Measured(Section):
         attention_forward, attention_backward: floating-point operations per second of the attention kernel.
         elementwise: bytes per second of a product of two tensors, which reads both and writes a new one.
         exponentials: values per second of exp; None where memory is slower.
+        packing: values per second of a bf16 product's second operand, which a CPU with units for it rearranges before
+            it multiplies; None for others.
         dequantize_4bit, dequantize_8bit: values per second.
         updates: elements per second that 8-bit AdamW updates.
         draws: random values per second, as dropout draws them.
@@ -83,6 +85,7 @@ class Measured(Section):
     update_calls: Rate | None = None
     loops: Rate | None = None
     exponentials: Rate | None = None
+    packing: Rate | None = None
 
 
 class Workspaces(Section):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.break_even import break_even
 from benchmarks.random_weights import write_model
 from benchmarks.timeline_plot import lanes, share_covered
 from lowmem_ft.quant.checkpoint import Checkpoint
@@ -74,6 +75,28 @@ def test_what_is_said_of_the_accuracy_of_plans_is_what_was_found():
     assert all(it["error"] <= 0.1 or it["planned"] - it["measured"] <= 64 << 20 for it in processes)
     first = errors["train"][0] + errors["train"][1]
     assert f"never under, +{median(first):.2%} in the median and +{max(first):.1%} at\nmost" in measured
+
+
+def test_what_is_said_of_predicted_seconds_is_what_was_found():
+    drawn = [it for name in ("step_time", "step_time_seed7") for it in result(name)["configurations"]]
+    off = [abs(it["ratio"] - 1) for it in drawn]
+    near = f"within 20% for {sum(error <= 0.2 for error in off)} of {len(off)} configurations"
+    readme, measured = (" ".join((ROOT / file).read_text().split()) for file in ("README.md", "benchmarks/MEASURED.md"))
+    assert near in readme
+    assert f"{near}, off by {median(off):.0%} in the median and {max(off):.0%} at most" in measured
+    below = [abs(it["ratio"] - 1) <= 0.2 for it in drawn if it["resident"] < 1 or it["activations"] == "offload"]
+    assert f"of the {len(below)} that stream blocks or offload inputs {sum(below)} are within 20%" in measured
+
+
+def test_break_even_is_where_it_was_predicted():
+    sweeps = result("break_even")["sweeps"]
+    for sweep in sweeps:
+        for name, key in {"predicted_break_even": "predicted_slowdown", "break_even": "slowdown"}.items():
+            assert sweep[name] == break_even(sweep["steps"], key)
+        assert sweep["predicted_break_even"] == sweep["break_even"] is not None
+    tokens = sorted(sweep["break_even"] for sweep in sweeps)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"from {tokens[0]}, {tokens[1]} and {tokens[2]} tokens a step on" in readme
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -21,7 +21,7 @@ ENDLESS = 1e30
 FREE: dict[str, Any] = {
     "products": {torch.bfloat16: ENDLESS, torch.float32: ENDLESS}, "loops": None, "attention_forward": ENDLESS,
     "attention_backward": ENDLESS, "elementwise": ENDLESS, "fresh": ENDLESS,
-    "exponentials": None, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
+    "exponentials": None, "packing": ENDLESS, "dequantize": {4: ENDLESS, 8: ENDLESS}, "updates": ENDLESS,
     "draws": ENDLESS, "call": 0.0, "update_call": 0.0,
 }  # fmt: skip
 
@@ -149,6 +149,47 @@ def test_products_that_a_processor_does_in_fp32_tiles() -> None:
     }
     assert seconds(mm, *operands_of[torch.bfloat16], **slow) == 2 * 3 * 5 * 7, "by PyTorch itself"
     assert seconds(mm, *operands_of[torch.float32], **slow) == 3 * 5 * 7
+
+
+def test_a_card_reads_and_writes_while_it_multiplies() -> None:
+    """The longer of the two counts, for each product by itself; tiles have a matrix each."""
+    n, k, m, r = 3, 5, 7, 2
+    low_rank = (meta(n, m), meta(n, k), meta(k, m), None, meta(n, r), meta(k, r), meta(r, m), 1.0)
+    product = torch.ops.lowmem_ft.product.default
+    read = 2 * (n * k + k * m + n * m), 2 * (n * k + k * r + n * r), 2 * (n * r + r * m + 2 * n * m)
+    assert seconds(product, *low_rank, elementwise=1.0) == sum(read)
+    work = 2 * n * k * m
+    assert seconds(
+        product, *low_rank[:4], None, None, None, 0.0, elementwise=1.0, products={torch.bfloat16: 1.0}
+    ) == max(work, read[0])
+    model = CostModel(Rates(**{**FREE, "elementwise": 1.0}), kind="cuda")
+    four = model.seconds(product, (*low_rank[:4], None, None, None, 0.0), {}, None, 4.0)
+    assert four == read[0] + 3 * 2 * k * m
+
+
+@pytest.mark.parametrize(("rows", "multiplied", "times"), [(3, 64, 1), (64, 64, 1), (192, 192, 1), (200, 256, 3)])
+def test_a_cpu_with_units_multiplies_in_few_shapes(rows: int, multiplied: int, times: int) -> None:
+    """And packs the second operand for each of them; fp32 it multiplies as it is."""
+    product = torch.ops.lowmem_ft.product.default
+    rest = (None, None, None, None, 0.0)
+    operands = (meta(rows, 7), meta(rows, 5), meta(5, 7), *rest)
+    assert seconds(product, *operands, kind="cpu", products={torch.bfloat16: 1.0}) == 2 * multiplied * 5 * 7
+    assert seconds(product, *operands, kind="cpu", packing=1.0) == times * 5 * 7
+    both = {"products": {torch.float32: 1.0}, "packing": 1.0}
+    floats = [meta(*shape, dtype=torch.float32) for shape in ((rows, 7), (rows, 5), (5, 7))]
+    assert seconds(product, *floats, *rest, kind="cpu", **both) == 2 * rows * 5 * 7 + 5 * 7
+    model = CostModel(Rates(**{**FREE, "products": {torch.bfloat16: 1.0}, "packing": 1.0}), kind="cpu")
+    two = model.seconds(product, (meta(2 * rows, 7), meta(2 * rows, 5), meta(5, 7), *rest), {}, None, 2.0)
+    assert two == 2 * (2 * multiplied * 5 * 7 + times * 5 * 7), "two experts, each with its own matrix"
+
+
+def test_gradients_of_matrices_are_summed_in_fp32_on_a_cpu() -> None:
+    """Where oneDNN would compile a product for each number of rows that is summed over."""
+    product, rest = torch.ops.lowmem_ft.product.default, (None, None, None, None, 0.0)
+    work = {"kind": "cpu", "products": {torch.bfloat16: ENDLESS, torch.float32: 1.0}}
+    for summed, expected in ((100, 2 * 3 * 100 * 7), (128, 0)):
+        operands = (meta(3, 7), meta(summed, 3).t(), meta(summed, 7), *rest)
+        assert seconds(product, *operands, **work) == pytest.approx(expected)
 
 
 def test_products_of_a_whole_step_in_closed_form(tmp_path: Path) -> None:

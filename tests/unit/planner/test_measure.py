@@ -14,11 +14,13 @@ from lowmem_ft.planner import measure as module
 from lowmem_ft.planner.cost import Rates
 from lowmem_ft.planner.device import cost_of, find_device
 from lowmem_ft.planner.profile import load_profile
+from lowmem_ft.quant.products import multiplies
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"product": (64, 64, 128), "attention": (1, 2, 32, 16), "stream": 1 << 12}
     monkeypatch.setitem(module.SHAPES, "cpu", small)
+    monkeypatch.setattr(module, "FEW_ROWS", (64, 32, 64))
     monkeypatch.setattr(module, "DISK_BYTES", 16 << 20)
     monkeypatch.setattr(module, "SECONDS", 0.01)
     file = tmp_path / "this.yaml"
@@ -29,6 +31,8 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert profile.measured is not None
     rates = Rates.of(profile)
     assert rates.call == 1 / profile.measured.calls.value
+    assert (profile.measured.packing is None) == (not multiplies(torch.bfloat16)) == (rates.loops is not None)
+    assert 0 < rates.packing < 1e12
     assert rates.products.keys() == {getattr(module.torch, name) for name in ("bfloat16", "float16", "float32")}
     device = find_device(str(file))
     assert device.kind == "cpu"
