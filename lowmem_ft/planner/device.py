@@ -153,8 +153,13 @@ def _find(name: str) -> Device:
 
 
 def cost_of(device: Device) -> Cost:
-    """Seconds of operations on `device`, by its profile; of a device without one by a similar one's, with products in
-    proportion, and attention too where the number of cores is what differs."""
+    """Seconds of operations on `device`."""
+    return CostModel(rates_of(device), kind=device.kind).seconds
+
+
+def rates_of(device: Device) -> Rates:
+    """What `device` reaches, by its profile; one without by a similar one's, with products in proportion, and attention
+    too where the number of cores is what differs."""
     profile = _profile_of(device)
     rates = Rates.of(profile)
     if device.profile is None:
@@ -167,7 +172,7 @@ def cost_of(device: Device) -> Cost:
             attention_forward=rates.attention_forward * cores,
             attention_backward=rates.attention_backward * cores,
         )
-    return CostModel(rates, kind=device.kind).seconds
+    return rates
 
 
 def links_of(device: Device) -> Links:

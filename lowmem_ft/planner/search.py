@@ -28,6 +28,7 @@ from lowmem_ft.planner.choices import (
     replace_rows,
 )
 from lowmem_ft.planner.device import Device, cost_of, links_of
+from lowmem_ft.planner.improve import NEAR, improved
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import Shorter, process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
@@ -35,7 +36,6 @@ from lowmem_ft.planner.weigh import Scales, Weighed
 from lowmem_ft.quant.prequantized import stored_spec
 from lowmem_ft.runtime.loss import scratch_bytes
 
-NEAR = 1.02  # estimates this much above the budget are weighed too
 TRIES = 32  # policies that are weighed exactly before the smallest is taken
 WORTH_COPIES = 1.02  # how many times faster a policy must be that copies what another one leaves on the device
 # Estimates of a card's bytes may be too low by so much: then the fastest that seems to fit is refused. Holes between
@@ -113,9 +113,9 @@ class Search:
         self._shorters: dict[Hashable, list[Shorter]] = {}
         most = max(1, MOST_TOKENS // (together * seq_len))
         taken = groups_of(groups, most) if pinned is None else [min(groups, max(1, pinned // (together * seq_len)))]
-        self._rows = [together * group for group in taken]
-        self.scales.tried = [rows * seq_len for rows in self._rows]
-        self._attentions = self.choices.attentions()
+        self.rows = [together * group for group in taken]
+        self.scales.tried = [rows * seq_len for rows in self.rows]
+        self.attentions = self.choices.attentions()
 
     def best(self, budget: int) -> Answer:
         """The policy that serves the objective best within `budget` bytes of the process."""
@@ -130,11 +130,11 @@ class Search:
                 answer = self._best(budget, place, options, tiled=True) if answer.fits else answer
             elif self._may_gain_by(place, answer):
                 other = self._best(budget, place, options, tiled=True)
-                better = other.fits and self._rank(other) < self._rank(answer)
+                better = other.fits and self.rank(other) < self.rank(answer)
                 answer = replace(other if better else answer, options=tuple(options.values()))
         return answer
 
-    def _rank(self, answer: Answer) -> tuple[float, ...]:
+    def rank(self, answer: Answer) -> tuple[float, ...]:
         """How well it serves the objective: the less the better."""
         policy, seconds = answer.weighed.policy, answer.weighed.seconds
         return {
@@ -155,7 +155,7 @@ class Search:
 
     def _may_gain_by_tiles(self, policy: Policy) -> bool:
         """Whether tiles are worth a search, if `policy` is what serves best without, or the smallest of all."""
-        longest = replace_rows(policy, self._rows[-1], self.config.data.seq_len, self.tokens)
+        longest = replace_rows(policy, self.rows[-1], self.config.data.seq_len, self.tokens)
         if len(self.choices.tiles(longest)) == 1:
             return False
         # with shorter sequences no plan was found faster, and the search takes as long as all before
@@ -176,18 +176,20 @@ class Search:
 
         found = sized([alone])
         options |= found
-        if more and objective != "memory" and any(it.process <= NEAR * budget for it in found.values()):
+        if more and objective != "memory" and any(it.process <= self.times(budget, NEAR) for it in found.values()):
             several = sized(more)
             options |= several
             answer = self._first_that_fits(several, options, budget)
         if answer is not None and objective == "speed":
             found = {it: option for it, option in found.items() if option.seconds < NEAR * answer.weighed.seconds}
         other = self._first_that_fits(found, options, budget)
-        if other is not None and (answer is None or self._rank(other) < self._rank(answer)):
+        if other is not None and (answer is None or self.rank(other) < self.rank(answer)):
             answer = other
         if answer is None or objective == "memory":
             most = None if place == self.choices.optimizers[-1] else budget
             smallest = self._smallest(budget, place, options, most=most)
+            if smallest.fits and objective == "speed":
+                smallest = improved(self, smallest, options)
             return smallest if answer is None or (smallest.fits and smallest.process < answer.process) else answer
         return replace(answer, options=tuple(options.values()))
 
@@ -200,10 +202,13 @@ class Search:
             options.setdefault(option.policy, option)
             answer = self.answer(self.scales.weigh(option.policy), options.values(), budget)
             if answer.fits:
-                return answer
+                improves = learned and self.config.policy.objective == "speed"
+                return improved(self, answer, options) if improves else answer
             if answer.host_binds and not option.policy.offload_blocks:
                 break  # nor will any other: what can lie on the disk does
-            learned[_sort(option.policy)] = max(answer.process / option.process, learned.get(_sort(option.policy), 0.0))
+            context, sort = self.device.process_bytes, _sort(option.policy)
+            times = (answer.process - context) / (option.process - context)
+            learned[sort] = max(times, learned.get(sort, 0.0))
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
             options[option.policy] = refused  # or it would pass for a safer one
         return None
@@ -212,7 +217,7 @@ class Search:
         """`smallest_answer`, whose policy is added to `options` if it is not there."""
         found = self.smallest_answer(budget, place, most=most)
         policy = found.weighed.policy
-        options.setdefault(policy, self._option(policy))
+        options.setdefault(policy, self.option(policy))
         return replace(found, options=tuple(options.values()))
 
     def smallest_answer(self, budget: int, place: Place, *, most: int | None = None) -> Answer:
@@ -234,18 +239,18 @@ class Search:
 
     def any_answer(self, budget: int) -> Answer | None:
         """One of the smallest policies that fits, if one does; its time is that of a first micro-batch."""
-        least = self.least
-        if min(self.process_estimate(it, 0, 0) for it in (least, *self._with_less_below(least))) > NEAR * budget:
+        least, near = self.least, self.times(budget, NEAR)
+        if min(self.process_estimate(it, 0, 0) for it in (least, *self._with_less_below(least))) > near:
             return None  # without a trace
         less = False
         for weighed in self.few(self.choices.optimizers[-1], timed=False):
-            if self.process_estimate(weighed.policy, weighed.allocated, weighed.heap) <= NEAR * budget:
+            if self.process_estimate(weighed.policy, weighed.allocated, weighed.heap) <= near:
                 answer = self.answer(weighed, (), budget, most=budget)
                 if answer.fits:
                     return answer
                 less |= answer.less_may_serve
             else:
-                less |= self.process_estimate(weighed.policy, 0, 0) > NEAR * budget
+                less |= self.process_estimate(weighed.policy, 0, 0) > near
                 break
         others = self._with_less_below(least) if less else ()
         answers = (self.answer(self.scales.weigh(it, timed=False), (), budget, most=budget) for it in others)
@@ -279,9 +284,14 @@ class Search:
         beside = process_estimate(self.device, self._beside[key], self.scales.heap_held(policy), kernels)
         return max(process_estimate(self.device, allocated, heap, kernels), beside)
 
+    def times(self, process: int, factor: float) -> int:
+        """`process` bytes, of which those beside the context become `factor` times as many: estimates are of those."""
+        context = self.device.process_bytes
+        return int(context + (process - context) * factor)
+
     def _shorter(self, policy: Policy) -> int:
         """What micro-batches of fewer tokens add to PyTorch's pool on a card, about."""
-        rows, packed = self._rows[-1], self.config.data.packing
+        rows, packed = self.rows[-1], self.config.data.packing
         if self.device.kind == "cpu" or (packed and policy.micro_batch_tokens == self.config.data.seq_len):
             return 0
         keeps, longest = (self.choices.keep[0], self.choices.keep[-1]), rows * self.config.data.seq_len
@@ -299,9 +309,9 @@ class Search:
         """Policies of which one is the smallest, with the optimizer in `place`. Where the loss takes little, the last
         block may as well keep: its backward is the first thing that follows. Where all have to keep, tiles save more
         than a larger micro-batch takes."""
-        rows = self._rows[:1]
+        rows = self.rows[:1]
         if self.choices.keep[0] == self.scales.depth:
-            tiled = (it for it in self._rows if len(self.choices.tiles(self._sized(it))) > 1)
+            tiled = (it for it in self.rows if len(self.choices.tiles(self.sized(it))) > 1)
             rows = [*dict.fromkeys((*rows, *itertools.islice(tiled, 1)))]
         both = itertools.product(rows, self.choices.keep[:2])
         return (self.scales.weigh(self._least(keep, place, row), timed=timed) for row, keep in both)
@@ -314,15 +324,15 @@ class Search:
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
-        return self._least(self.choices.keep[0], self.choices.optimizers[-1], self._rows[0])
+        return self._least(self.choices.keep[0], self.choices.optimizers[-1], self.rows[0])
 
-    def _sized(self, rows: int) -> Policy:
+    def sized(self, rows: int) -> Policy:
         """The first policy in micro-batches of so many rows."""
         return replace_rows(self._start, rows, self.config.data.seq_len, self.tokens)
 
     def _least(self, keep: int, place: Place, rows: int) -> Policy:
         choices = self.choices
-        below = replace(self._sized(rows), stream_embeddings=choices.levels[-1], optimizer_on=place)
+        below = replace(self.sized(rows), stream_embeddings=choices.levels[-1], optimizer_on=place)
         sized = replace(below, loss_chunk_tokens=choices.chunks(below)[0], mlp_tile_tokens=choices.tiles(below)[-1])
         return choices.blocks(sized, keep, streamed=choices.most_saved, offload=choices.offloads(sized, keep)[-1])
 
@@ -337,18 +347,18 @@ class Search:
         """Policies with their estimates: every one with no more below the device than is asked for, then for those that
         do not fit the fewest streamed blocks with which they do, with inputs on the device and with inputs below."""
         resident = []
-        for rows, together in itertools.product(self._rows, togethers or self.choices.togethers(budget)):
-            sized = replace(self._sized(rows), optimizer_on=optimizer_on, stream_embeddings=self.choices.levels[0])
+        for rows, together in itertools.product(self.rows, togethers or self.choices.togethers(budget)):
+            sized = replace(self.sized(rows), optimizer_on=optimizer_on, stream_embeddings=self.choices.levels[0])
             sized = replace(sized, experts_together=together)
             tiles = self.choices.tiles(sized)
             for tile, chunk in itertools.product(tiles if tiled else tiles[:1], self.choices.chunks(sized)):
-                for kept, keep in itertools.product(self._attentions, self.choices.keep):
-                    if kept and keep == self.scales.depth and len(self._attentions) > 1:
+                for kept, keep in itertools.product(self.attentions, self.choices.keep):
+                    if kept and keep == self.scales.depth and len(self.attentions) > 1:
                         continue  # as they are without
                     offload = self.choices.offloads(sized, keep)[0]
                     chunked = replace(sized, loss_chunk_tokens=chunk, keep_attention=kept, mlp_tile_tokens=tile)
                     policy = self.choices.blocks(chunked, keep, streamed=self.choices.streams[0], offload=offload)
-                    resident.append(self._option(policy))
+                    resident.append(self.option(policy))
         yield from resident
         yield from self._below(resident, budget)
 
@@ -356,17 +366,18 @@ class Search:
         """The same with more below the device: enough to fit, and of the smallest ones more, to show what that buys."""
         every = self.config.policy.objective != "speed"
         margins = MARGINS[:1] if every else MARGINS
-        large = (it for it in resident if it.process > budget / margins[-1])
+        large = (it for it in resident if it.process > self.times(budget, 1 / margins[-1]))
         starts = [start for it in sorted(large, key=lambda it: it.seconds) for start in self._starts(it)]
         for margin in margins:
+            most = self.times(budget, 1 / margin)
             best: dict[tuple[str, bool, bool], float] = {}  # seconds of the fastest, by what of it is stored where
             for start in starts:
                 policy, seconds = start.policy, start.known.seconds
-                if start.known.process <= budget / margin or start.least > int(budget / margin):
+                if start.known.process <= most or start.least > most:
                     continue
                 sort = policy.stream_embeddings, policy.offload_blocks > 0, policy.keep_attention
                 if every or seconds < best.get(sort, math.inf):  # none of it makes any faster
-                    found = self._fewest_streamed(policy, int(budget / margin))
+                    found = self._fewest_streamed(policy, most)
                     if found is not None:
                         best[sort] = min(best.get(sort, math.inf), found.seconds)
                         yield found
@@ -380,7 +391,7 @@ class Search:
                     for streamed in shown:
                         other = self.choices.blocks(below, below.keep_blocks, streamed=streamed, offload=offload)
                         if other != policy:
-                            yield self._option(other)
+                            yield self.option(other)
 
     def _with_embeddings(self, policy: Policy) -> Iterator[Policy]:
         """The same with the embeddings where they may lie. Loss chunks are other ones if the head does not stay."""
@@ -392,9 +403,9 @@ class Search:
             elif policy.loss_chunk_tokens == self.choices.chunks(policy)[0]:  # once for all of them
                 yield from (replace(below, loss_chunk_tokens=chunk) for chunk in self.choices.chunks(below))
 
-    def _option(self, policy: Policy) -> Option:
+    def option(self, policy: Policy) -> Option:
         if policy not in self._estimated:
-            tokens, tile = [rows * self.config.data.seq_len for rows in self._rows], policy.mlp_tile_tokens
+            tokens, tile = [rows * self.config.data.seq_len for rows in self.rows], policy.mlp_tile_tokens
             if tile:  # with less than a tile memory grows otherwise
                 tokens = [it for it in tokens if (it > tile) == (policy.micro_batch_tokens > tile)]
             weighed = self.scales.estimate(policy, tokens[0], tokens[-1])
@@ -423,7 +434,7 @@ class Search:
         def other(streamed: int) -> Policy:
             return self.choices.blocks(start, start.keep_blocks, streamed=streamed, offload=start.offload_blocks)
 
-        scales, few = self.scales, self._option(other(self.choices.streams[0]))
+        scales, few = self.scales, self.option(other(self.choices.streams[0]))
         held, heap_held = scales.held_by(few.policy), scales.heap_held(few.policy)
 
         def fits(streamed: int) -> bool:
@@ -432,9 +443,9 @@ class Search:
             return self.process_estimate(policy, allocated, few.heap - heap_held + scales.heap_held(policy)) <= budget
 
         at = bisect_left(self.choices.streams, True, key=fits)
-        return self._option(other(self.choices.streams[at])) if at < len(self.choices.streams) else None
+        return self.option(other(self.choices.streams[at])) if at < len(self.choices.streams) else None
 
-    def _order(self, option: Option) -> tuple[float, float]:
+    def order(self, option: Option) -> tuple[float, float]:
         """How well it seems to serve the objective: the less the better."""
         copies = option.policy.streams or option.policy.offload_blocks
         seconds = round(option.seconds * (WORTH_COPIES if copies else 1.0), 9)  # sums of as much may end in other bits
@@ -452,20 +463,20 @@ class Search:
         Args:
             learned: how many times what was estimated one of a sort took that was weighed meanwhile, and refused.
         """
-        queue = [(*self._order(option), at, option) for at, option in enumerate(found.values())]
+        queue = [(*self.order(option), at, option) for at, option in enumerate(found.values())]
         heapify(queue)
         tries = 0
         while queue and tries < TRIES:
             option = heappop(queue)[-1]
             sort = _sort(option.policy)
-            if option.process * learned.get(sort, 1 / NEAR) <= budget:
+            if self.times(option.process, learned.get(sort, 1 / NEAR)) <= budget:
                 yield option
                 tries += 1
-            if sort in learned and option.process <= NEAR * budget:
-                closer = self._fewest_streamed(option.policy, int(budget / learned[sort]))
+            if sort in learned and option.process <= self.times(budget, NEAR):
+                closer = self._fewest_streamed(option.policy, self.times(budget, 1 / learned[sort]))
                 if closer is not None and closer.policy not in found:
                     found[closer.policy] = closer
-                    heappush(queue, (*self._order(closer), len(found), closer))
+                    heappush(queue, (*self.order(closer), len(found), closer))
 
     def answer(self, weighed: Weighed, options: Iterable[Option], budget: int, *, most: int | None = None) -> Answer:
         """What a policy that was weighed takes in all phases, and whether that fits; `most` as of `process_peak`."""
@@ -484,5 +495,5 @@ class Search:
 
 def _sort(policy: Policy) -> Hashable:
     """The same for policies whose estimates are wrong by about as much."""
-    computing = policy.micro_batch_tokens, policy.keep_attention, policy.mlp_tile_tokens, policy.experts_together
-    return *computing, policy.stream_embeddings, policy.offload_blocks > 0
+    computing = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.keep_attention, policy.mlp_tile_tokens
+    return *computing, policy.experts_together, policy.stream_embeddings, policy.offload_blocks > 0

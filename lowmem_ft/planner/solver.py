@@ -26,8 +26,9 @@ from lowmem_ft.planner.answer import Answer, write_plan
 from lowmem_ft.planner.changes import cheapest_changes
 from lowmem_ft.planner.choices import MOST_TOKENS
 from lowmem_ft.planner.device import Device, find_device
+from lowmem_ft.planner.improve import NEAR
 from lowmem_ft.planner.reserve import process_estimate
-from lowmem_ft.planner.search import NEAR, Search
+from lowmem_ft.planner.search import Search
 from lowmem_ft.planner.weigh import LONGEST
 from lowmem_ft.quant.checkpoint import Checkpoint
 

@@ -1,0 +1,52 @@
+"""From the policy that a search ends with to a faster one, a single decision at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lowmem_ft.core.plan import Policy
+from lowmem_ft.planner.answer import Answer, Option
+from lowmem_ft.planner.choices import replace_rows
+
+if TYPE_CHECKING:
+    from lowmem_ft.planner.search import Search
+
+NEAR = 1.02  # estimates of what lies beside the context that are this much above the budget are weighed too
+STEPS = 6  # that are weighed in vain before a search ends
+
+
+def improved(search: Search, answer: Answer, options: dict[Policy, Option]) -> Answer:
+    """`answer`, or what single steps from it lead to that fits and is faster. Where estimates promised too much of what
+    was better, what a search goes on to may be the slowest by far."""
+    refused, tried = 0, {answer.weighed.policy}
+    while refused < STEPS:
+        steps = [search.option(it) for it in _steps(search, answer.weighed.policy) if it not in tried]
+        steps = [options.get(it.policy, it) for it in steps if it.seconds < answer.weighed.seconds]
+        near = [it for it in steps if it.process <= search.times(answer.budget, NEAR)]
+        if not near:
+            break
+        option = min(near, key=search.order)
+        tried.add(option.policy)
+        other = search.answer(search.scales.weigh(option.policy), (), answer.budget)
+        options[option.policy] = replace(option, allocated=other.weighed.allocated, process=other.process)
+        if other.fits and search.rank(other) < search.rank(answer):
+            answer = other
+        else:
+            refused += 1
+    return replace(answer, options=tuple(options.values()))
+
+
+def _steps(search: Search, policy: Policy) -> Iterator[Policy]:
+    """Policies that differ in a single decision that may make it faster."""
+    choices, seq_len = search.choices, search.config.data.seq_len
+    more = (rows for rows in search.rows if rows * seq_len > policy.micro_batch_tokens)
+    yield from (replace_rows(policy, rows, seq_len, search.tokens) for rows in list(more)[:1])
+    chunks = (it for it in choices.chunks(policy) if it > policy.loss_chunk_tokens)
+    yield from (replace(policy, loss_chunk_tokens=chunk) for chunk in chunks)
+    keep, offload = policy.keep_blocks + 1, max(0, policy.offload_blocks - 1)
+    if keep in choices.keep:
+        yield choices.blocks(policy, keep, streamed=policy.streamed_blocks, offload=offload)
+    if not policy.keep_attention and True in search.attentions:
+        yield replace(policy, keep_attention=True)
