@@ -272,7 +272,7 @@ class CostModel:
             heights = [rows]
         else:
             heights = pieces(math.ceil(rows / tiles))
-            work *= tiles * sum(heights) / rows
+            work *= tiles * sum(heights) / max(rows, 1)
         return work + tiles * len(heights) * b.numel() / self._rates.packing
 
     def _in_float32(self, rows: int, inner: int, columns: int, c: Tensor | None, by: Tensor | None) -> float:
