@@ -19,10 +19,10 @@ from torch import Tensor
 from lowmem_ft.planner.profile import Profile, Rate
 from lowmem_ft.quant.products import TILE, is_one_of_few, multiplies, pieces, sums_rows
 
-# For profiles without a `measured` section. A large product reaches so much of a datasheet's peak (A100, H100, H200), and
-# those of a step as much as a large one: 836 of 759 TFLOP/s on an H200 with 2048 tokens of Llama-3.1-8B's shape
-# (benchmarks/results/gpu_h200.json). Those of low rank take what memory does; its four steps come out 1% below to 12%
-# above what they took; with a tenth less for all products and low ranks for nothing 3% below to 10% above.
+# For profiles without a `measured` section. A large product reaches so much of a datasheet's peak (A100, H100, H200),
+# those of a step as much as a large one (836 of 759 TFLOP/s on an H200 with 2048 tokens of Llama-3.1-8B's shape,
+# benchmarks/results/gpu_h200.json), and those of low rank what memory does: its four steps are planned 1% below to 12%
+# above what they took.
 LARGE_PRODUCT_SHARE = 0.8
 # What attention reaches of a large product: FlashAttention-2 there 0.28; its paper says 0.6 and more of an A100
 # (arXiv:2307.08691). Before Ampere another kernel does it: assumed, as the other shares are.
