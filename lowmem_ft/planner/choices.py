@@ -22,6 +22,7 @@ from lowmem_ft.core.positions import has_position_table, positions_of
 from lowmem_ft.core.preference import WITH_REFERENCE, lanes, step_tokens
 from lowmem_ft.data.isolation import ATTENTION
 from lowmem_ft.planner.answer import host_budget
+from lowmem_ft.planner.cost import Rates
 from lowmem_ft.planner.device import Device, rates_of
 from lowmem_ft.planner.served import without_gradient
 from lowmem_ft.planner.weigh import Scales
@@ -169,6 +170,11 @@ class Choices:
         """Whether the model's attention is ours, whose results can be kept."""
         return self.scales.stage.ready.attn_implementation == ATTENTION
 
+    @cached_property
+    def _rates(self) -> Rates:
+        """Read from a file, once for all lengths."""
+        return rates_of(self.device)
+
     def attentions(self) -> tuple[bool, ...]:
         """Whether blocks that recompute may keep what attention gave: where attending takes a part of their time."""
         pinned, stage = self.config.policy.keep_attention, self.scales.stage
@@ -177,7 +183,7 @@ class Choices:
         text, block = causal_model(stage.ready.model).config.get_text_config(), stage.blocks[-1]
         text = text.per_layer_config[-1]  # Gemma 4's layers have heads of different sizes
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rates = rates_of(self.device)
+        rates = self._rates
         attending = self.config.data.seq_len * text.num_attention_heads * size / rates.attention_forward
         products = products_of(block, text) / rates.of_products(getattr(torch, self._start.compute_dtype))
         return (False, True) if attending >= ATTENDING * products else (False,)

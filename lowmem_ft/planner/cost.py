@@ -149,6 +149,7 @@ _SCATTERING = (
     _aten.index_add_.default, _aten.index_put_.default,
 )  # fmt: skip
 _STACK = _aten.stack.default
+_PRODUCT = torch.ops.lowmem_ft.product.default
 _EXPONENTIAL = (
     _aten.exp.default, _aten.exp_.default, _aten.exp.out, _aten.silu.default, _aten.silu_backward.default,
     _aten.sigmoid.default, _aten.tanh.default, _aten.tanh_.default, _aten.gelu.default, _aten.gelu_backward.default,
@@ -163,7 +164,7 @@ class CostModel:
         self._rates = rates
         self._ahead = kind == "cuda"  # the host calls on while the device works
         self._rules: dict[Any, Callable[..., float] | None] = {
-            torch.ops.lowmem_ft.product.default: self._product,
+            _PRODUCT: self._product,
             torch.ops.lowmem_ft.dequantize_4bit.default: self._dequantize_4bit,
             torch.ops.lowmem_ft.dequantize_int8.default: self._dequantize_8bit,
             torch.ops.lowmem_ft.rms_norm.default: self._norm,
@@ -201,7 +202,7 @@ class CostModel:
             rule = self._rules[func] = None if _takes_no_time(func) else self._elementwise
         if rule is None:
             return 0.0
-        work = rule(out, *args, tiles) if rule == self._product else rule(out, *args)
+        work = rule(out, *args, tiles) if func is _PRODUCT else rule(out, *args)
         if rule in (self._dequantize_4bit, self._dequantize_8bit) or func is _STACK:
             work *= tiles
         calls = tiles * self._rates.call
@@ -256,17 +257,18 @@ class CostModel:
         summed = not self._ahead and sums_rows(a) and not is_one_of_few(inner)
         if a.dtype != torch.float32 and (self._rates.loops is not None or summed):
             return times * self._in_float32(rows, inner, columns, c, by)
-        found = self._multiplied(rows, a, b, out, tiles)
+        found = self._multiplied(a, b, out, tiles)
         if c is not None and d is not None:
-            found += self._multiplied(rows, c, d, out, tiles) + out.nbytes / self._rates.elementwise
+            found += self._multiplied(c, d, out, tiles) + out.nbytes / self._rates.elementwise
             if by is not None:
-                found += self._multiplied(rows, a, by, c, tiles)
+                found += self._multiplied(a, by, c, tiles)
         return found
 
-    def _multiplied(self, rows: int, a: Tensor, b: Tensor, out: Tensor, tiles: float) -> float:
+    def _multiplied(self, a: Tensor, b: Tensor, out: Tensor, tiles: float) -> float:
         """One product. A card reads while it multiplies; a CPU packs the second operand first, and multiplies bf16 for
         some numbers of rows only."""
-        work = 2.0 * out.numel() * a.shape[-1] / self._rates.of_products(a.dtype)
+        rows, inner = a.shape[-2:]
+        work = 2.0 * out.numel() * inner / self._rates.of_products(a.dtype)
         if self._ahead:
             return max(work, (a.nbytes + tiles * b.nbytes + out.nbytes) / self._rates.elementwise)
         if a.dtype != torch.bfloat16 or sums_rows(a):

@@ -154,17 +154,17 @@ def test_the_budget_decides_between_keep_and_recompute(models: dict[str, Path]) 
 def test_of_what_is_drawn_up_nothing_that_fits_is_faster(models: dict[str, Path], name: str) -> None:
     """Every policy is weighed exactly; for budgets all over the range the plan is as fast as any.
 
-    Three sizes, of which 0, 1 or 2 blocks keep; spaces with more decisions are in test_brute_force.py.
+    Three sizes, of which 0, 1 or 2 blocks keep; and where some recompute keeping attention or not, if this processor is
+    slow enough at it beside experts. Spaces with more decisions are in test_brute_force.py.
     """
-    pins = {**WITH_EMBEDDINGS, "keep_attention": False}
-    settings = config(models[name], train={"tokens_per_step": 256}, policy=pins)
+    settings = config(models[name], train={"tokens_per_step": 256}, policy=WITH_EMBEDDINGS)
     search = Search(settings, DEVICE, 4)
     exact = []
     for option in search.options(DEVICE.free_bytes):
         weighed = search.scales.weigh(option.policy)
         exact.append((process_peak(DEVICE, search.scales, weighed).process, weighed.seconds))
     sizes = sorted(size for size, _ in exact)
-    assert len(sizes) == 3 * 3
+    assert len(sizes) == (15 if name == "llama" or True in search.attentions else 9)
     for budget in (sizes[0], sizes[4], sizes[-1]):
         plan = write_plan(search.best(budget))
         best = min(seconds for size, seconds in exact if size <= budget)
