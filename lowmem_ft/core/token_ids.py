@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lowmem_ft.core.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor, device
     from transformers import PreTrainedTokenizerBase
+
+_ON_HOST = "_on_host"  # the attribute of ids on a card
 
 
 def known_ids(config: Any) -> int:
@@ -40,3 +43,17 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> int:
     """Any id will do: padding is told by segments, never by its id."""
     pad = tokenizer.pad_token_id if tokenizer is not None else None
     return int(pad) if pad is not None and pad < known_ids(config) else 0
+
+
+def moved(ids: Tensor, where: device | str) -> Tensor:
+    """`ids` on another device, whose values `on_host` knows without asking that device."""
+    there = ids.to(where, non_blocking=True)
+    if there is not ids:
+        setattr(there, _ON_HOST, ids)
+    return there
+
+
+def on_host(ids: Tensor) -> Tensor:
+    """`ids` in RAM. To ask a card for them would wait for all that it has been given to do."""
+    known: Tensor | None = getattr(ids, _ON_HOST, None)
+    return ids.cpu() if known is None else known

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowmem_ft.core.token_ids import moved
 from lowmem_ft.data.examples import IGNORE_INDEX, Example
 
 ROW_MULTIPLE = 8  # matrix units want row lengths of a multiple of 8
@@ -74,9 +75,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`, but for `bounds`."""
-        names = ("input_ids", "labels", "position_ids", "segment_ids")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+        names = ("labels", "position_ids", "segment_ids")
+        others = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, input_ids=moved(self.input_ids, device), **others)
 
 
 class Rows(Sequence[list[int]]):

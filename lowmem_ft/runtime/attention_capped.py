@@ -55,7 +55,8 @@ def capped_attention(
         scores_GNK.view(heads, -1, scores_GNK.shape[2]).masked_fill_(hidden, _LEAST)
         most_GN1 = scores_GNK.amax(2, keepdim=True)
         sums_GN1 = scores_GNK.sub_(most_GN1).exp_().sum(2, keepdim=True)
-        out_GNE = mm(scores_GNK.to(dtype), v_GKE) / sums_GN1
+        # divided before: in fp16 sums over thousands of keys would overflow
+        out_GNE = mm(scores_GNK.div_(sums_GN1).to(dtype), v_GKE)
         out[row, queries] = out_GNE.view(heads, -1, q.shape[3]).transpose(0, 1)
         lse[row, :, queries] = sums_GN1.log_().add_(most_GN1).view(heads, -1)
 

@@ -385,7 +385,13 @@ def _pin(owner: object, memory: Tensor, device: torch.device) -> None:
         return
     driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     with torch.cuda.device(device):  # or another card would get a context
-        torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        code = driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if code != driver.cudaError.success:
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=device)  # a launch tells of the error that registering has left, and ends it
+            # whatever the driver calls it: what a host, a container or a control group allows is used up
+            said = driver.cudaGetErrorString(code)
+            raise MemoryError(f"{memory.numel()} bytes of host memory cannot be pinned ({said})")
     weakref.finalize(owner, _unpin, driver, memory.data_ptr(), device)
 
 

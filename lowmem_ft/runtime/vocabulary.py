@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem_ft.core.errors import UnsupportedError
+from lowmem_ft.core.token_ids import on_host
 from lowmem_ft.runtime.blocks import causal_model
 from lowmem_ft.runtime.ring import SLOTS, Slots
 from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, refuse_loading
@@ -93,7 +94,7 @@ class Table:
         shape = (*ids.shape, self._shape[1])
         if self._device.type == "meta":
             return torch.empty(shape, dtype=self._dtype, device=self._device)
-        rows = self._tier.rows(ids.reshape(-1).cpu(), self._row_bytes)
+        rows = self._tier.rows(on_host(ids).reshape(-1), self._row_bytes)
         return rows.view(self._dtype).view(shape).to(self._device)
 
     def tile(self, at: int, *, returns: bool) -> Tensor:

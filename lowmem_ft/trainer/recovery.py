@@ -46,7 +46,7 @@ _SMALLEST_CHUNK = 32  # loss tokens; less saves less than the rest of a step tak
 _SMALLEST_TILE = 256  # tokens of an MLP; less takes less than the weights that are dequantized for it
 _OF_STEPS = {"micro_batch_tokens", "accumulation", "loss_chunk_tokens"}  # what can change from one step to the next
 _OF_STEPS |= {"keep_blocks", "recompute_blocks", "offload_blocks", "keep_attention"}
-_OF_STEPS |= {"mlp_tile_tokens", "experts_together"}
+_OF_STEPS |= {"mlp_tile_tokens", "experts_together", "recompute_mlp_act"}
 _OF_TIERS = {"resident_blocks", "streamed_blocks", "stream_from"}  # and can once: weights go down and do not come back
 _EMBEDDINGS: tuple[Which, ...] = ("none", "input", "both")  # what is below
 
@@ -269,19 +269,21 @@ class Recovery:
         yield from self._reductions(row_tokens)
         depth = policy.resident_blocks + policy.streamed_blocks
         if policy.resident_blocks:
-            yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=self._tier(depth))
+            for tier in self._tiers(depth):
+                yield replace(policy, resident_blocks=0, streamed_blocks=depth, stream_from=tier)
         if policy.stream_embeddings != _EMBEDDINGS[-1]:
-            tier = self._tier(0, self.ready.below.matrices)
-            yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=tier)
+            for tier in self._tiers(0, self.ready.below.matrices):
+                yield replace(policy, stream_embeddings=_EMBEDDINGS[-1], stream_from=tier)
         if policy.recompute_blocks:
             yield replace(policy, recompute_blocks=0, offload_blocks=policy.offload_blocks + policy.recompute_blocks)
 
-    def _tier(self, blocks: int, matrices: Sequence[Matrix] = ()) -> Literal["host", "disk"]:
-        """Where so many blocks, or these embeddings and head, go: what the host has no room for, to the disk."""
+    def _tiers(self, blocks: int, matrices: Sequence[Matrix] = ()) -> tuple[Literal["host", "disk"], ...]:
+        """Where so many blocks, or these embeddings and head, may go: what the host has no room for, to the disk. That
+        it can pin so much shows when it is asked to."""
         if self.ready.device.type == "cpu" or self.policy.stream_from == "disk":
-            return "disk"
+            return ("disk",)
         stored = Moved.of(self.ready.below.streamable, blocks, matrices).stored
-        return "disk" if 0 < self._host_budget < process_bytes() + stored else "host"
+        return ("disk",) if 0 < self._host_budget < process_bytes() + stored else ("host", "disk")
 
     def _reductions(self, row_tokens: int) -> Iterator[Policy]:
         """The policy with half the rows in a micro-batch, or, with one row, smaller tiles, fewer experts together or a

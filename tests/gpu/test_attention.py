@@ -42,9 +42,11 @@ def test_as_in_fp32_on_the_cpu(size: int, groups: int, masked: bool, dtype: torc
         out = attention(*given[:3], None if mask is None else mask.to(device), size**-0.5, None, *given[3:])
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(device, dtype))]
 
-    for ours, expected in zip(found("cuda", dtype), found("cpu", torch.float32), strict=True):
+    for at, (ours, expected) in enumerate(zip(found("cuda", dtype), found("cpu", torch.float32), strict=True)):
         assert ours.shape == expected.shape
-        assert (ours.float().cpu() - expected).norm() <= CLOSE[dtype] * expected.norm()
+        # those of sinks are a few sums over all tokens, in which errors of either sign do not average out
+        close = CLOSE[dtype] * (2 if at == 4 else 1)
+        assert (ours.float().cpu() - expected).norm() <= close * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)

@@ -14,6 +14,7 @@ from lowmem_ft.quant.checkpoint import Checkpoint
 from lowmem_ft.quant.loader import load_weights, meta_model
 from lowmem_ft.quant.ops import QuantSpec
 from lowmem_ft.runtime.activations import apply_activation_policy
+from lowmem_ft.runtime.attend import use_attention
 from lowmem_ft.runtime.experts import ExpertLayers
 from tests.models import save_tiny
 
@@ -29,6 +30,7 @@ def step(folder: Path, bits: Any, dtype: torch.dtype, together: int, *, recomput
     load_weights(
         model, checkpoint, spec=QuantSpec(bits=bits), dtype=dtype, place=lambda _, t: t.to(DEVICE), device=DEVICE
     )
+    use_attention(model, on_card=True)  # whose bits are the same each time, whichever way blocks go
     ExpertLayers(model).work_on(together)
     torch.manual_seed(0)
     inject_lora(model, targets="all-linear", rank=8, alpha=8, dtype=dtype)

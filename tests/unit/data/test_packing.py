@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_ft.core.token_ids import on_host
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, read_examples
 from lowmem_ft.data.packing import collate, pack
 
@@ -52,6 +53,8 @@ def test_collate() -> None:
     assert single.input_ids.shape == (2, 20)
     assert torch.equal(single.to("cpu").labels, single.labels)
     assert single.to("meta").labels.is_meta
+    assert torch.equal(on_host(single.to("meta").input_ids), single.input_ids), "no device is asked for its ids"
+    assert on_host(single.to("cpu").input_ids) is single.input_ids
     assert not single.to("meta").bounds.is_meta
     assert collate([[a, b, a], [c, c]], pad_id=9).bounds.tolist() == [0, 3, 5, 8, 12, 16], "full rows have no padding"
 

@@ -76,6 +76,19 @@ def test_as_on_a_card(kind: str, dtype: torch.dtype) -> None:
         assert (ours.double() - expected.double()).norm() <= 2e-2 * expected.double().norm()
 
 
+def test_in_fp16_many_keys_do_not_overflow() -> None:
+    """What all of 2048 keys have to say sums up to more than fp16 holds, and its mean does not."""
+    q, k = (torch.zeros(1, 1, 2048, 12, dtype=torch.float16) for _ in range(2))
+    v = torch.full_like(k, 40.0)
+    out, lse = attention_capped.capped_attention(q, k, v, None, 1.0, 3.0, on_card=True)
+    torch.testing.assert_close(out, torch.full_like(out, 40.0))
+    torch.testing.assert_close(lse[0, 0], torch.arange(1, 2049).log())
+    dq, dk, dv = attention_capped.capped_attention_backward(
+        torch.ones_like(out), q, k, v, None, out, lse, 1.0, 3.0, on_card=True
+    )
+    assert all(it.isfinite().all() for it in (dq, dk, dv))
+
+
 def model_of(name: str) -> torch.nn.Module:
     """By transformers' eager function: in 5.17 and 5.20 the one that it takes by itself leaves the cap out."""
     sizes = {**SMALL, "num_hidden_layers": 4, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}

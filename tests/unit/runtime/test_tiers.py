@@ -1,15 +1,18 @@
 """Where the bytes of blocks lie below the device, and how they come up."""
 
+import contextlib
 import errno
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lowmem_ft.core.errors import LowMemError
+from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.runtime import tiers as module
 from lowmem_ft.runtime.tiers import PAGE, DiskTier, StagedDiskTier, device_memory
 
@@ -83,3 +86,24 @@ def test_rows_are_looked_up_while_pieces_come(tmp_path: Path, monkeypatch: pytes
         tier.wait(copy)
         assert torch.equal(slot, piece)
     assert len(readers) == 1
+
+
+@pytest.mark.parametrize("said", ["out of memory", "invalid argument", "OS call failed or operation not supported"])
+def test_what_cannot_be_pinned_is_a_lack_of_memory(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the driver calls it; and the next launch is not told of it."""
+    launches: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda *_: 1, cudaError=SimpleNamespace(success=0), cudaGetErrorString=lambda code: said
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+
+    def launch(*_: Any, **__: Any) -> None:
+        launches.append(True)
+        raise RuntimeError(f"CUDA error: {said}")
+
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(MemoryError, match=said) as caught:
+        module._pin(object(), torch.zeros(PAGE, dtype=torch.uint8), torch.device("cpu"))
+    assert is_out_of_memory(caught.value)
+    assert launches == [True]

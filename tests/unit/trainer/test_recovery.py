@@ -371,9 +371,10 @@ def test_a_full_disk_leaves_weights_where_they_are(model: Path, monkeypatch: pyt
 
 def test_weights_go_to_the_disk_where_the_host_of_a_card_has_no_room(model: Path) -> None:
     ready = replace(Trained(model, planned()).ready, device=torch.device("cuda"))
-    for allowed, tier in ((0, "host"), (1 << 40, "host"), (process_bytes() + 1000, "disk")):
+    both = ["host", "disk"]  # the host may not pin so much, which shows when it is asked to
+    for allowed, tiers in ((0, both), (1 << 40, both), (process_bytes() + 1000, ["disk"])):
         found = [*Recovery(ready, planned(), host_budget=allowed)._next(LENGTH)]
-        assert [it.stream_from for it in found if it.streams] == [tier, tier]
+        assert [it.stream_from for it in found if it.streams] == [*tiers, *tiers]
 
 
 def test_crossing_the_budget_is_seen_and_mended(model: Path) -> None:
