@@ -4,7 +4,7 @@ Each configuration is simulated without data, then one real training step and on
 CPU and measured by PyTorch's own allocator events. For a share of them a fresh process plans and trains as users do,
 and its resident set is held against the planned process peak.
 
-    python benchmarks/plan_accuracy.py --count 300 --out benchmarks/results/plan_accuracy.json
+    python benchmarks/plan_accuracy.py --count 300 --out benchmarks/results/plan_accuracy_seed0.json
 
 With `--preferences` each of them learns from preferences, under an objective that is drawn, too.
 

@@ -28,7 +28,7 @@ STEPS = 60
 
 
 def demo_config(assets: Path, out: Path, budget: str) -> RunConfig:
-    """The run that the demo does: NF4, LoRA of rank 16 on every linear layer, packed rows of 512 tokens."""
+    """The run that the demo does: NF4, LoRA of rank 16 on every linear layer, packed rows of 256 tokens."""
     return RunConfig.from_dict(
         {
             "model": str(assets / "doclm-7m"),

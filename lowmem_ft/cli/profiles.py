@@ -30,7 +30,7 @@ profiles_app = typer.Typer(
 # of figures by a part of their key; all others are bytes per second
 UNITS = {
     **dict.fromkeys(("flops.", "attention", "loops"), "FLOP/s"),
-    **dict.fromkeys(("dequantize", "updates", "draws", "calls"), "/s"),
+    **dict.fromkeys(("exponentials", "packing", "dequantize", "updates", "draws", "calls"), "/s"),
 }
 
 NARROW = 60  # characters of a line in which columns become too narrow to read

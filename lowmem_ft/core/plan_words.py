@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # alternatives; the page and the JSON have all
 PLAN_TOLERANCE = 0.03  # a step that takes this much more or less than planned is worth a warning
-LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 11% more than it is
+LESS_ON_CPU = 0.15  # and less of a resident set, which plans take for up to 13% more than it is
 
 
 class Listing(NamedTuple):

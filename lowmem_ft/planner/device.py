@@ -28,8 +28,8 @@ from lowmem_ft.runtime.attention import attention
 from lowmem_ft.runtime.memory import cgroup_bytes, cuda_process_bytes, process_bytes
 from lowmem_ft.runtime.optim import AdamW
 
-# The CUDA context takes 290-670 MB by card and driver (design.md, "Facts already measured"); the upper end is assumed
-# where nvidia-ml-py (extra `gpu`) is not there to measure it.
+# The CUDA context takes 290-670 MB by card and driver; the upper end is assumed where nvidia-ml-py (extra `gpu`) is not
+# there to measure it.
 CUDA_CONTEXT_BYTES = 670 * 10**6
 # Kernels that a run loads later than `load_kernels`, and streams for copies: at most 22 MiB were measured on an H200 in
 # runs of some twenty architectures, in three dtypes

@@ -406,13 +406,18 @@ def _answers(rows: int, length: int) -> Answers:
     return Answers(spans=spans, whole=spans, tokens=(length - 1,) * rows, good=good, likely=good * (length - 1))
 
 
+def _hidden(output: Any) -> Any:
+    """What a block returned hands on to the next one; of what else it returned the first (GPT's is a list)."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
 @contextmanager
 def _handing_on(model: nn.Module, batch: Batch) -> Iterator[set[int]]:
     """Within it bytes are gathered that blocks hand to the next one for a token of rows like those of `batch`."""
     sizes, rows = set[int](), len(batch.input_ids)
 
     def see(block: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = _hidden(output)
         sizes.add(hidden.nbytes // (rows * hidden.shape[-2]))
 
     hooks = [block.register_forward_hook(see) for block in find_blocks(model)[1]]
@@ -455,7 +460,7 @@ def _marked(tracer: Tracer, model: nn.Module, *, through: Literal["loss", "updat
             tracer.block = None
             if tracer.phase == "forward" and index == len(blocks) - 1:
                 tracer.phase = "loss"
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = _hidden(output)
             if torch.is_tensor(hidden) and hidden.requires_grad:
                 hidden.register_hook(arrived)  # type: ignore[no-untyped-call]
 

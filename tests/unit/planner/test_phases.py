@@ -332,7 +332,7 @@ def test_a_plan_fits_only_if_all_its_phases_do(models: dict[str, Path]) -> None:
     between = make_plan(settings.model_copy(update={"budget": less}), device=DEVICE)
     assert not between.fits
     assert between.predicted.process_peak_bytes == load
-    assert all(change.process_peak_bytes <= between.budget["device_bytes"] for change in between.changes)
+    assert between.changes == (), "none of them makes loading take less"
 
 
 def test_on_a_card_the_host_is_a_tier_of_its_own(models: dict[str, Path]) -> None:
