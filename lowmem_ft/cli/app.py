@@ -101,6 +101,8 @@ def plan(
         raise ConfigError(
             "--price-per-hour says what an epoch costs.", given=price_per_hour, fix="add --dataset-tokens, such as 50M"
         )
+    if "" in options.values():  # as of a shell's variable that is not set, which would lift the budget
+        raise ConfigError("An option is empty.", given='""', fix="leave it out, or give it a value")
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     changes = [*given, *(overrides or [])]
     if Path(model).suffix in (".yaml", ".yml") and os.path.isfile(model):
@@ -137,16 +139,21 @@ def train(
     """Fine-tune as a config file says."""
     reporter = Reporter()
     settings = RunConfig.load(config, overrides or [])
+    folder = config.absolute().parent
+    named = any(it.partition("=")[0].strip() == "output" for it in overrides or [])
+    own = resume and not named and config.name == "config.yaml" and os.path.isfile(folder / "plan.json")
+    if own and os.path.realpath(settings.output) != os.path.realpath(folder):  # a run that was moved, or renamed
+        reporter.say(f"Going on in {folder}, where this config.yaml lies, instead of in {settings.output}.")
+        settings = settings.model_copy(update={"output": str(folder)})
 
     from lowmem_ft.report.tables import measured_table
     from lowmem_ft.trainer import loop
 
     run = loop.train(settings, resume=resume, reporter=reporter)
-    if run.status == "interrupted":
+    if run.status != "finished":
         raise typer.Exit(130)
-    if run.status == "finished":
-        reporter.say(measured_table(run))
-        reporter.say(f"Adapter: {run.adapter}")
+    reporter.say(measured_table(run))
+    reporter.say(f"Adapter: {run.adapter}")
 
 
 @app.command("eval")

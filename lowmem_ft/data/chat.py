@@ -188,7 +188,14 @@ class ChatRenderer:
                 given=self.tokenizer.name_or_path or type(self.tokenizer).__name__,
                 fix="use records of 'prompt' and 'completion', or a tokenizer with chat_template.jinja",
             )
-        source = self.tokenizer.get_chat_template(tools=tools)
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # several with names, and none of them the default
+            raise DataError(
+                "the tokenizer's chat templates have no default.",
+                given=str(error).partition("\n")[0],
+                fix="write one of them into chat_template.jinja beside the tokenizer, or name it 'default'",
+            ) from None
         return Template(source, tools, self.tokenizer.special_tokens_map, self._forms.setdefault(source, {}))
 
 

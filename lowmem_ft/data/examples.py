@@ -21,6 +21,9 @@ from lowmem_ft.data.tally import DataReport, Invalid, Overlong, Tally, WrongData
 from lowmem_ft.data.template import Spans
 
 IGNORE_INDEX = -100
+# Characters of a text that is tokenized whole, however few of its tokens are wanted: it takes 150 bytes for each. Of a
+# longer one some tokens more than are wanted show that they are those of the whole: what a cut changes lies near it.
+WHOLE, BEHIND = 1 << 18, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ def read_examples(
             the chat template refuses, an example too long with `overlong="error"`; a file without records, or one
             that leaves no token in the loss; preferences.
     """
-    encoder = RecordEncoder(tokenizer, format=format, columns=columns, assistant_only=assistant_only)
+    encoder = RecordEncoder(tokenizer, format=format, columns=columns, assistant_only=assistant_only, seq_len=seq_len)
     tally = Tally(str(path), seq_len=seq_len, overlong=overlong, invalid=invalid)
     examples = list(encode_rows(read_rows(Path(path), progress), encoder, tally))
     return examples, tally.report()
@@ -127,6 +130,8 @@ class RecordEncoder:
     Args:
         tokenizer: whose rules and chat template apply.
         format, columns, assistant_only: as `read_examples` takes them.
+        seq_len: tokens of an example that are wanted. A text of more than `WHOLE` characters gives its first ones, and
+            some more by which it is known to be longer; None: all of them.
     """
 
     def __init__(
@@ -136,8 +141,10 @@ class RecordEncoder:
         format: DataFormat = "auto",
         columns: Mapping[DataRole, str] | None = None,
         assistant_only: bool = True,
+        seq_len: int | None = None,
     ) -> None:
         self.tokenizer, self.format, self.assistant_only = tokenizer, format, assistant_only
+        self.seq_len = seq_len
         self.reader = RecordReader(format=format, columns=columns or {}, chat=bool(tokenizer.chat_template))
         self.chat = ChatRenderer(tokenizer)
         self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
@@ -196,7 +203,7 @@ class RecordEncoder:
         return _labelled(ids, kept)
 
     def _tokenize(self, text: str, answers: Spans | None, *, add_special_tokens: bool) -> tuple[array[int], list[bool]]:
-        """Tokens of the whole `text`, and which of them belong to `answers` (None: all of them)."""
+        """Tokens of `text`, and which of them belong to `answers` (None: all of them)."""
         if answers is not None and not self.tokenizer.is_fast:
             raise DataError(
                 "answers cannot be told from prompts: this tokenizer does not say which characters a token stands for.",
@@ -209,10 +216,18 @@ class RecordEncoder:
         except UnicodeEncodeError as error:  # JSON can write halves of a character, which no tokenizer takes
             half = f"{text[error.start]!a} at character {error.start + 1}"
             raise DataError("the text is not Unicode: half of a surrogate pair stands alone.", given=half) from None
-        encoding = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, return_offsets_mapping=answers is not None, verbose=False
-        )
-        ids = array("i", encoding["input_ids"])
+        length = len(text) if self.seq_len is None else max(WHOLE, 4 * self.seq_len)
+        while True:
+            encoding = self.tokenizer(
+                text[:length],
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=answers is not None,
+                verbose=False,
+            )
+            ids = array("i", encoding["input_ids"])
+            if length >= len(text) or len(ids) > (self.seq_len or 0) + BEHIND:
+                break
+            length *= 2
         if answers is None:
             return ids, [True] * len(ids)
         special = [token in self.special_ids for token in ids]

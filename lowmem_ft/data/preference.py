@@ -89,6 +89,13 @@ def encode_preference(encoder: RecordEncoder, record: Mapping[str, Any]) -> tupl
     """
     content = encoder.reader.read(record, judged=True)
     if content.kind not in PREFERENCES:
+        empty = [key for key, value in record.items() if value is None]
+        if empty:  # of a file of preferences, some of which lack their verdict
+            raise DataError(
+                "the record is no preference: a value is missing.",
+                given=", ".join(f"{key} (null)" if value is None else key for key, value in record.items()),
+                allowed="chosen and rejected, or prompt, completion and label (true or false)",
+            )
         raise WrongDataError(
             "the record is no preference.",
             given=f"{content.kind}: {', '.join(record)}",

@@ -160,6 +160,7 @@ def preview(
         format=source.format or data.format,
         columns=data.columns if source.columns is None else source.columns,
         assistant_only=data.assistant_only or objective not in (None, "sft"),  # as `read_preferences`
+        seq_len=data.seq_len,
     )
     for row in find_source(source, "train").rows(progress):
         if found.records == rows:

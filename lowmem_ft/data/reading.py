@@ -180,6 +180,7 @@ def _one(
         format=source.format or data.format,
         columns=source.columns,
         assistant_only=data.assistant_only,
+        seq_len=data.seq_len,
     )
     tally = Tally(found.name, seq_len=data.seq_len, overlong=data.overlong, invalid=data.invalid)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,17 +55,33 @@ class Update(Protocol):
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
+class Log(Console):
+    """Standard error. Rich's own would lead standard output nowhere, and end, when whoever reads it goes away."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        raise  # what it is called for
+
+
 class Reporter:
     """Prints what a run tells. Everything goes to `console`; with `quiet` nothing does."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Log()
         self.quiet = quiet
 
     def say(self, text: RenderableType) -> None:
-        """One message or rich renderable."""
-        if not self.quiet:
+        """One message or rich renderable. Where nobody reads the log any more, the work goes on without."""
+        if self.quiet:
+            return
+        try:
             show(self.console, text)
+        except OSError:
+            if not isinstance(self.console, Log):
+                raise
+            self.quiet = True
 
     @contextmanager
     def task(self, name: str, *, unit: str, done: int = 0) -> Iterator[Update]:
@@ -86,7 +102,7 @@ class Reporter:
                 task = progress.add_task(printable(name), total=None, completed=done, note="")
                 yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
         else:
-            yield _Lines(self.console, name, unit, done)
+            yield _Lines(self.say, name, unit, done)
 
 
 class _Amount(ProgressColumn):
@@ -103,8 +119,8 @@ class _Amount(ProgressColumn):
 class _Lines:
     """A task told in lines: the first when it has taken a second, then every `LINE_SECONDS`."""
 
-    def __init__(self, console: Console, name: str, unit: str, before: int) -> None:
-        self.console, self.name, self.unit, self.before = console, name, unit, before
+    def __init__(self, say: Callable[[str], None], name: str, unit: str, before: int) -> None:
+        self.say, self.name, self.unit, self.before = say, name, unit, before
         self.start = time.monotonic()
         self.next_line = self.start + 1.0
 
@@ -116,8 +132,7 @@ class _Lines:
         rate = (done - self.before) / (now - self.start)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         amount = _amount(done, total, rate, self.unit)
-        line = f"{self.name}: {amount}{left} {note}".rstrip()
-        show(self.console, line)
+        self.say(f"{self.name}: {amount}{left} {note}".rstrip())
 
 
 def _amount(done: int, total: int, rate: float | None, unit: str) -> str:

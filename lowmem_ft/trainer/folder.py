@@ -197,7 +197,7 @@ class RunFolder:
         if base != sample:
             warnings.warn(
                 f"{self.path} was trained on other weights than its model has now: on these it computes something else",
-                stacklevel=4,
+                stacklevel=2,
             )
 
 

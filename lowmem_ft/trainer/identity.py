@@ -34,6 +34,7 @@ def identity_of(config: RunConfig, policy: Policy) -> dict[str, Any]:
     stored = {4: f"{policy.quant}{', double-quantized' if policy.double_quant else ''}", 8: "int8"}
     return {
         "model": Checkpoint.open(config.model, trust_remote_code=config.trust_remote_code).sample(),
+        "dtype of what is trained": "float32" if policy.compute_dtype == "float32" else "bfloat16",
         "quant": stored.get(policy.bits, f"{policy.bits} bits"),
         "adapter": _function(config.adapter),
         "train.objective": config.train.objective,

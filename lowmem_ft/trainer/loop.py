@@ -88,6 +88,8 @@ def train(
         folder.refuse_another()
     _check_before_planning(config, folder)
     newest = state.checkpoints(folder.checkpoints)[-1:] if resume else []
+    if resume and not newest:
+        reporter.say(f"{folder.path} has no checkpoint to go on from: the run starts over.")
     before = folder.plan() if newest else None
     followed = require_fit(plan or (make_plan(config) if before is None else plan_again(config, before)))
     if plan is None:  # else the caller has it
@@ -224,14 +226,15 @@ class _Loop:
     evaluated: int | None = None  # at which step that was
     best_loss: float = math.inf
     started: float = field(default_factory=time.monotonic)
+    dated: bool = False  # the chat template writes the day's date
     compared: bool = False  # the plan with what the first step took
     held_out_changed: bool = False  # since the checkpoint, and nothing was evaluated on it yet
     watch: Watch | None = None  # of the budget, on a CPU
 
     def __post_init__(self) -> None:
         self.identity = identity_of(self.config, self.plan.policy)
-        dated = writes_date(self.ready.tokenizer)
-        self.held_out = held_out_identity(self.config, self.eval_examples, dated=dated)
+        self.dated = writes_date(self.ready.tokenizer)
+        self.held_out = held_out_identity(self.config, self.eval_examples, dated=self.dated)
         self.content = content_of(self.train_examples)
         if self.ready.device.type == "cpu":
             self.watch = Watch(self.ready.model, self.plan.budget["device_bytes"])
@@ -435,9 +438,16 @@ class _Loop:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
         if meta.get("content", self.content) != self.content:
+            other = "as many tokens in each example, but other ones, or others of them in the loss"
+            if not self.dated:
+                raise CheckpointError(
+                    "The training data is not what it was, so the run cannot go on.",
+                    given=other,
+                    fix="put the data back, and data.assistant_only; or start over in another output folder",
+                )
             self.reporter.say(
-                "Warning: the training data is not what it was: as many tokens in each example, but other ones, or "
-                "others of them in the loss. A chat template that writes the day's date does that, too."
+                f"Warning: the training data is not what it was: {other}. The chat template writes the day's date, "
+                "which does that, too."
             )
         self.recovery.load_state_dict(meta.get("recovery"))
         state.restore_random(tensors, self.ready.device)

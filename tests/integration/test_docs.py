@@ -54,7 +54,7 @@ def run_line(line: str, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     elif words[:2] == ["lowmem-ft", "chat"]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("What does ls do?\n"))
     assert words[0] == "lowmem-ft", line
-    expected = re.search(r"# exit code (\d)", line)
+    expected = re.search(r"# exit code (\d+)", line)
     code, out, err = call(*words[1:])
     assert code == (int(expected[1]) if expected else 0), f"{line}\n{out}{err}"
     assert "Traceback" not in err

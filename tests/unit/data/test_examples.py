@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_ft.core.errors import DataError
+from lowmem_ft.data import examples as examples_module
 from lowmem_ft.data.examples import IGNORE_INDEX, Example, RecordEncoder, bytes_in_loss, read_examples
 
 from .conftest import ASSETS
@@ -226,3 +227,40 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     table = {chr(it): it for it in printable}
     table |= {chr(256 + at): it for at, it in enumerate(it for it in range(256) if it not in printable)}
     return bytes(table[letter] for letter in tokenizer.convert_ids_to_tokens(token))
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "completion"])
+def test_of_a_long_text_no_more_is_tokenized_than_is_wanted(
+    kind: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first tokens are those of the whole text, also where many characters make one token."""
+    words = ("a directory of files, and so on; " * 40 + " " * 300) * 60
+    records: dict[str, Any] = {
+        "text": {"text": words},
+        "chat": {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": words}]},
+        "completion": {"prompt": "What? ", "completion": words},
+    }
+    (whole,) = RecordEncoder(tokenizer).encode(records[kind])
+    monkeypatch.setattr(examples_module, "WHOLE", 300)
+    lengths: list[int] = []
+    call = type(tokenizer).__call__
+
+    def noted(self: Any, text: str, **settings: Any) -> Any:
+        lengths.append(len(text))
+        return call(self, text, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", noted)
+    for seq_len in (20, 200, 1000):
+        lengths.clear()
+        (example,) = RecordEncoder(tokenizer, seq_len=seq_len).encode(records[kind])
+        assert len(example) > seq_len
+        assert example.cut(seq_len) == whole.cut(seq_len)
+        assert max(lengths) < len(words) / 2
+    (example,) = RecordEncoder(tokenizer, seq_len=1 << 20).encode(records[kind])
+    assert example == whole, "which is no longer than what is wanted"
+
+
+def test_chat_templates_of_which_none_is_the_default(tokenizer: PreTrainedTokenizerBase, jsonl: Write) -> None:
+    tokenizer.chat_template = {"tool_use": tokenizer.chat_template}  # type: ignore[assignment]
+    with pytest.raises(DataError, match="chat templates have no default"):
+        read_examples(jsonl(CHAT), tokenizer, seq_len=32)

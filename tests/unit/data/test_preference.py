@@ -171,3 +171,16 @@ def test_several_answers_of_a_template_that_shows_them_differently(
     with pytest.raises(DataError, match="the answer is not one text"):
         read(jsonl(several), tokenizer, tmp_path)
     assert len(read(jsonl(PAIRS[0]), tokenizer, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "lacking", [{"prompt": "a", "completion": " b", "label": None}, {**PAIRS[0], "rejected": None}]
+)
+def test_a_verdict_that_is_null_is_skipped_on_request(
+    lacking: Any, tokenizer: PreTrainedTokenizerBase, jsonl: Write, tmp_path: Path
+) -> None:
+    path = jsonl(*VERDICTS, lacking)
+    found = read(path, tokenizer, tmp_path / "cache", invalid="skip")
+    assert len(found) == 2
+    with pytest.raises(DataError, match="null"):
+        read(path, tokenizer, tmp_path / "cache")

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import re
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +208,17 @@ def test_the_plot_of_a_long_run_keeps_its_highest_and_lowest_points(run: Run) ->
     assert "9.500" in page
     assert "0.250" in page
     assert len(page) < 30_000
+
+
+def test_where_nobody_reads_the_log_the_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    reporter = Reporter()
+    with reporter.task("Training", unit="steps") as update:
+        monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
+        update(1, 2)
+    reporter.say("done")
+    assert reporter.quiet

@@ -358,14 +358,35 @@ def test_the_best_of_steps_that_are_done_again_is_forgotten(data: Path, monkeypa
     assert losses[2] < run.eval_loss == min(losses[3], losses[4])
 
 
-def test_training_data_with_other_content_is_told(data: Path) -> None:
-    """Lengths decide what a step holds; a template that writes the date changes tokens and not these."""
-    for name, sections, expected in (("same", {}, False), ("other", {"assistant_only": False}, True)):
-        console = Console(file=io.StringIO(), width=200)
+def test_training_data_with_other_content_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths decide what a step holds. A template that writes the date changes no lengths: that is told."""
+    for name, sections in (("same", {}), ("other", {"assistant_only": False})):
         loop.train(config(data, name, train={"max_time": 0.001}), reporter=QUIET)
+        before = (data / name / "metrics.jsonl").read_text()
         again = config(data, name, data=sections, train={"steps": 2})
+        if sections:
+            with pytest.raises(CheckpointError, match="training data is not what it was"):
+                loop.train(again, resume=True, reporter=QUIET)
+            assert (data / name / "metrics.jsonl").read_text() == before
+            monkeypatch.setattr(loop, "writes_date", lambda _: True)
+        console = Console(file=io.StringIO(), width=200)
         loop.train(again, resume=True, reporter=Reporter(console=console))
-        assert ("Warning: the training data is not what it was" in console.file.getvalue()) == expected  # type: ignore[attr-defined]
+        told = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("Warning: the training data is not what it was" in told) == bool(sections)
+
+
+def test_a_run_without_a_checkpoint_starts_over_and_says_so(data: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    run = loop.train(config(data, train={"steps": 1}), resume=True, reporter=Reporter(console=console))
+    assert run.status == "finished"
+    assert "has no checkpoint to go on from: the run starts over" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_weights_of_another_dtype_are_no_other_optimizer(data: Path) -> None:
+    loop.train(config(data, train={"max_time": 0.001}), reporter=QUIET)
+    with pytest.raises(CheckpointError, match="another base, adapter or objective") as caught:
+        loop.train(config(data, policy={"compute_dtype": "float32"}), resume=True, reporter=QUIET)
+    assert caught.value.given == "dtype of what is trained float32"
 
 
 def test_a_run_that_ends_where_it_was_stopped_is_evaluated(data: Path) -> None:
