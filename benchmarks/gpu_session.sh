@@ -40,7 +40,7 @@ if [ "$what" = checks ]; then
   run_tests "$limit" others -n 4 --maxprocesses=4 --dist load --maxschedchunk 1 \
     tests/gpu/test_experts.py tests/gpu/test_attention_capped.py tests/gpu/test_attention.py \
     tests/gpu/test_streaming.py tests/gpu/test_allocator.py tests/gpu/test_export.py tests/gpu/test_budget.py \
-    tests/gpu/test_cuda.py tests/gpu/test_norms.py &
+    tests/gpu/test_cuda.py tests/gpu/test_norms.py tests/gpu/test_mlp_act.py &
   (
     OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/resume.py --device cuda --kills 5 --steps 8 \
       --out "$out/resume_cuda.json" >/dev/null 2>"$out/resume.txt"
@@ -53,7 +53,7 @@ if [ "$what" = checks ]; then
   ) &
   (
     PYTORCH_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=1 limited "$limit" python3 benchmarks/plan_accuracy.py \
-      --device cuda --count 300 --jobs 6 --threads 1 --seconds $((limit - 25)) \
+      --device cuda --count 360 --jobs 6 --threads 1 --seconds $((limit - 25)) \
       --known benchmarks/results/recorded_h200.jsonl.gz --record "$TMPDIR/recorded.jsonl" >/dev/null 2>"$out/accuracy.txt"
     at "configurations: $?"
   ) &

@@ -95,7 +95,7 @@ class Assembled:
 
     def work_as(self, policy: Policy) -> None:
         """Let MLPs and experts work in the pieces that `policy` says."""
-        self.mlps.work_in(policy.mlp_tile_tokens)
+        self.mlps.work_in(policy.mlp_tile_tokens, recompute_act=policy.recompute_mlp_act)
         self.experts.work_on(policy.experts_together)
 
 

@@ -160,7 +160,7 @@ class TrainConfig(Section):
 
     objective: Objective = "sft"
     tokens_per_step: Positive = 16384
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1
     steps: Positive | None = None
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -206,6 +206,7 @@ class PolicyConfig(Section):
     the largest micro-batch (batch), or the smallest peak (memory). `keep_blocks` counts blocks, the last ones;
     the others do what `activations` says, if that is not keep.
     `keep_attention` has blocks that recompute or offload keep what their attention gave, which then runs once.
+    `recompute_mlp_act` has the MLPs of blocks that keep run their activation function again, and keep less.
     `stream_embeddings` puts input embeddings, those of each layer included, or them and the output head, where
     `stream_from` says; a matrix that is both goes with the head. MLPs work on `mlp_tile_tokens` of a micro-batch's
     tokens at a time, or with 0 on all. Of a mixture's experts a card makes the products of `experts_together` at once.
@@ -216,6 +217,7 @@ class PolicyConfig(Section):
     keep_blocks: Annotated[int, Field(ge=0)] | None = None
     activations: Literal["keep", "recompute", "offload"] | None = None
     keep_attention: bool | None = None
+    recompute_mlp_act: bool | None = None
     micro_batch_tokens: Positive | None = None
     loss_chunk_tokens: Positive | None = None
     stream_from: Literal["host", "disk"] | None = None

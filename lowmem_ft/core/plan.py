@@ -47,6 +47,7 @@ class Policy:
     keep_attention: bool = False
     mlp_tile_tokens: Count = 0  # of a micro-batch, that an MLP works on at once; 0: all
     experts_together: Annotated[int, Field(ge=1)] = 1  # of a layer, whose products are made at once
+    recompute_mlp_act: bool = False
 
     @property
     def streams(self) -> bool:
@@ -58,10 +59,11 @@ class Policy:
         weights = self.quant + (" double-quantized" if self.double_quant and self.bits == 4 else "")
         weights = self.compute_dtype if self.bits == 16 else weights
         again = " but attention" if self.keep_attention else ""
+        lean = " but activation functions" if self.recompute_mlp_act else ""
         blocks = [
             f"{count} {name}"
             for name, count in (
-                ("keep", self.keep_blocks),
+                (f"keep{lean}", self.keep_blocks),
                 (f"recompute{again}", self.recompute_blocks),
                 (f"offload{again}", self.offload_blocks),
             )

@@ -115,6 +115,8 @@ class Choices:
                     yield f"quant.{name}: {value} has no effect on a checkpoint that is quantized already"
         if pinned.mlp_tile_tokens and not len(ready.mlps):
             yield "policy.mlp_tile_tokens has no effect on a model without plain MLPs"
+        if pinned.recompute_mlp_act and not len(ready.mlps):
+            yield "policy.recompute_mlp_act has no effect on a model without plain MLPs"
         if (pinned.experts_together or 1) > 1 and not len(ready.experts):
             yield "policy.experts_together has no effect on a model without experts"
         if pinned.keep_attention and not self.attends:
@@ -187,6 +189,11 @@ class Choices:
         attending = self.config.data.seq_len * text.num_attention_heads * size / rates.attention_forward
         products = products_of(block, text) / rates.of_products(getattr(torch, self._start.compute_dtype))
         return (False, True) if attending >= ATTENDING * products else (False,)
+
+    @property
+    def recomputes_act(self) -> bool:
+        """Whether MLPs may run their activation function again, which costs next to nothing."""
+        return self.config.policy.recompute_mlp_act is not False and len(self.scales.stage.ready.mlps) > 0
 
     def chunks(self, policy: Policy) -> list[int]:
         """Of the loss, with micro-batch and embeddings of `policy`, ascending."""

@@ -38,6 +38,24 @@ def improved(search: Search, answer: Answer, options: dict[Policy, Option]) -> A
     return replace(answer, options=tuple(options.values()))
 
 
+def with_acts_kept(search: Search, answer: Answer, options: dict[Policy, Option]) -> Answer:
+    """`answer`, all of whose blocks keep, or the same with what MLPs' activation functions gave kept, too, if that fits
+    with as many streamed blocks as it then takes, and is faster. Where blocks compute again, memory for one that does
+    not is worth more; and on a CPU the pages of what is kept take as long as to compute it."""
+    policy, asked = answer.weighed.policy, search.config.policy
+    keeps = policy.recompute_mlp_act and policy.keep_blocks == search.scales.depth and search.device.kind != "cpu"
+    if not (keeps and answer.fits and asked.recompute_mlp_act is None and asked.objective == "speed"):
+        return answer
+    same = search.option(replace(policy, recompute_mlp_act=False))
+    options[same.policy] = same  # whatever it takes: more memory may buy it
+    option = search.fewest_streamed(same.policy, answer.budget)
+    if option is not None and option.seconds < answer.weighed.seconds:
+        other = search.answer(search.scales.weigh(option.policy), (), answer.budget)
+        options[option.policy] = replace(option, allocated=other.weighed.allocated, process=other.process)
+        answer = other if other.fits and search.rank(other) < search.rank(answer) else answer
+    return replace(answer, options=tuple(options.values()))
+
+
 def _steps(search: Search, policy: Policy) -> Iterator[Policy]:
     """Policies that differ in a single decision that may make it faster."""
     choices, seq_len = search.choices, search.config.data.seq_len
@@ -47,6 +65,8 @@ def _steps(search: Search, policy: Policy) -> Iterator[Policy]:
     yield from (replace(policy, loss_chunk_tokens=chunk) for chunk in chunks)
     keep, offload = policy.keep_blocks + 1, max(0, policy.offload_blocks - 1)
     if keep in choices.keep:
-        yield choices.blocks(policy, keep, streamed=policy.streamed_blocks, offload=offload)
+        for level in choices.levels[choices.levels.index(policy.stream_embeddings) :][:2]:
+            below = replace(policy, stream_embeddings=level)
+            yield choices.blocks(below, keep, streamed=policy.streamed_blocks, offload=offload)
     if not policy.keep_attention and True in search.attentions:
         yield replace(policy, keep_attention=True)

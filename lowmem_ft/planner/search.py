@@ -28,7 +28,7 @@ from lowmem_ft.planner.choices import (
     replace_rows,
 )
 from lowmem_ft.planner.device import Device, cost_of, links_of
-from lowmem_ft.planner.improve import NEAR, improved
+from lowmem_ft.planner.improve import NEAR, improved, with_acts_kept
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import Shorter, process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
@@ -92,13 +92,14 @@ class Search:
         self._base_of, self._aside_of = base_of, aside_of
         self.choices = Choices(device, start, scales, host=lambda: aside_of().host)
         kept, together = start.keep_attention and self.choices.attends, self.choices.togethers(0)[0]
-        self._start = replace(start, keep_attention=kept, experts_together=together)
+        again = self.choices.recomputes_act
+        self._start = replace(start, keep_attention=kept, experts_together=together, recompute_mlp_act=again)
         scales.keep = self.choices.keep
         self._beside: dict[tuple[int, str, str], int] = {}  # by what is streamed, optimizer: what loading, saving take
         self._size(config)
 
     def lengthen(self, config: RunConfig) -> None:
-        """Go on with another sequence length, of which the model does not depend."""
+        """Go on with another sequence length, on which the model does not depend."""
         self.config = self.scales.stage.config = config
         self._start = replace(self._start, micro_batch_tokens=lanes(config) * config.data.seq_len)
         self._size(config)
@@ -132,7 +133,7 @@ class Search:
                 other = self._best(budget, place, options, tiled=True)
                 better = other.fits and self.rank(other) < self.rank(answer)
                 answer = replace(other if better else answer, options=tuple(options.values()))
-        return answer
+        return with_acts_kept(self, answer, options)
 
     def rank(self, answer: Answer) -> tuple[float, ...]:
         """How well it serves the objective: the less the better."""
@@ -377,7 +378,7 @@ class Search:
                     continue
                 sort = policy.stream_embeddings, policy.offload_blocks > 0, policy.keep_attention
                 if every or seconds < best.get(sort, math.inf):  # none of it makes any faster
-                    found = self._fewest_streamed(policy, most)
+                    found = self.fewest_streamed(policy, most)
                     if found is not None:
                         best[sort] = min(best.get(sort, math.inf), found.seconds)
                         yield found
@@ -428,7 +429,7 @@ class Search:
                     more += scratch_bytes(scales.stage.ready.head, known.policy.loss_chunk_tokens)
                 yield _Start(least, known, self.process_estimate(most, known.allocated - more, 0))
 
-    def _fewest_streamed(self, start: Policy, budget: int) -> Option | None:
+    def fewest_streamed(self, start: Policy, budget: int) -> Option | None:
         """`start` with as few streamed blocks as let it fit, by the estimate."""
 
         def other(streamed: int) -> Policy:
@@ -473,7 +474,7 @@ class Search:
                 yield option
                 tries += 1
             if sort in learned and option.process <= self.times(budget, NEAR):
-                closer = self._fewest_streamed(option.policy, self.times(budget, 1 / learned[sort]))
+                closer = self.fewest_streamed(option.policy, self.times(budget, 1 / learned[sort]))
                 if closer is not None and closer.policy not in found:
                     found[closer.policy] = closer
                     heappush(queue, (*self.order(closer), len(found), closer))

@@ -43,9 +43,9 @@ def way_of(policy: Policy) -> Hashable:
     return policy.keep_attention, *pieces_of(policy)
 
 
-def pieces_of(policy: Policy) -> tuple[int, int]:
-    """In which MLPs and experts work."""
-    return policy.mlp_tile_tokens, policy.experts_together
+def pieces_of(policy: Policy) -> tuple[int, int, bool]:
+    """In which MLPs and experts work, and what MLPs keep."""
+    return policy.mlp_tile_tokens, policy.experts_together, policy.recompute_mlp_act
 
 
 class Steps:

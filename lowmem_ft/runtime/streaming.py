@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from lowmem_ft.core.errors import UnsupportedError
 from lowmem_ft.quant.experts import QuantStack
@@ -25,6 +24,7 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.ring import SLOTS, Slots
+from lowmem_ft.runtime.saved import keeping
 from lowmem_ft.runtime.tiers import PAGE, NoTier, Tier, refuse_loading
 from lowmem_ft.runtime.vocabulary import Matrix
 
@@ -322,17 +322,14 @@ class Streaming:
         """Where autograd would keep a view of a slot for backward, let it keep the view's place instead."""
         begins = {slot.untyped_storage()._cdata: slot.storage_offset() for slot in self._slots.memory}
 
-        def pack(tensor: Tensor) -> Any:
+        def keep(tensor: Tensor) -> Callable[[], Tensor] | None:
             begin = begins.get(tensor.untyped_storage()._cdata)
             if begin is None:
-                return tensor.detach()  # itself it would hold the graph that holds it, where that is no result's
-            offset = tensor.storage_offset() - begin // tensor.element_size()
-            return tensor.dtype, offset, tensor.shape, tensor.stride()
+                return None
+            offset = int(tensor.storage_offset()) - begin // tensor.element_size()
+            return functools.partial(find, tensor.dtype, offset, tensor.shape, tensor.stride())
 
-        def unpack(kept: Any) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            dtype, offset, shape, stride = kept
+        def find(dtype: torch.dtype, offset: int, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
             self.fetch(index)
             slot = self._slots.holding(self.blocks.index(index)).view(dtype)
             return slot.as_strided(shape, stride, slot.storage_offset() + offset)
@@ -340,7 +337,7 @@ class Streaming:
         layer = self._layers[index]
         if _VIEWS not in vars(layer):
             layer.__class__ = _keeping_no_views(type(layer))  # type: ignore[arg-type]
-        setattr(layer, _VIEWS, functools.partial(saved_tensors_hooks, pack, unpack))
+        setattr(layer, _VIEWS, functools.partial(keeping, keep))
 
 
 @functools.cache

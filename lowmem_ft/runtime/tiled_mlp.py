@@ -15,7 +15,7 @@ of an input, O features of the output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import compress
 from typing import Any
 
@@ -27,7 +27,8 @@ from lowmem_ft.quant.linear import QuantLinear
 from lowmem_ft.quant.swap import is_plain_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
-from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states
+from lowmem_ft.runtime.mlp_act import linears_of, run_keeping_products
+from lowmem_ft.runtime.rerun import Unread, active_autocast, as_before, random_states, runs_again
 from lowmem_ft.runtime.traced import standing_for, traced_tiles
 
 _NAMES = frozenset({"mlp", "ffn", "feed_forward", "shared_mlp"})  # of MLPs in transformers' decoder layers
@@ -72,10 +73,14 @@ class TiledMlps:
     def __len__(self) -> int:
         return len(self._mlps)
 
-    def work_in(self, tokens: int) -> None:
-        """Let each MLP work in tiles of so many tokens from now on; with 0, on all tokens at once."""
+    def work_in(self, tokens: int, *, recompute_act: bool = False) -> None:
+        """Let each MLP work in tiles of so many tokens from now on; with 0, on all tokens at once.
+
+        Args:
+            recompute_act: what backward wants is kept of products alone, see `runtime.mlp_act`.
+        """
         for mlp in self._mlps:
-            mlp.work_in(tokens)
+            mlp.work_in(tokens, recompute_act=recompute_act)
 
     def forget(self) -> None:
         """Forget what a first backward found, as if there had been none."""
@@ -93,16 +98,18 @@ class TiledMlp:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.tokens, self.unread, self.inner = module, 0, False, Unread()
+        self.recompute_act = False
         self._own: tuple[Any, Callable[..., Tensor]] | None = None  # the forward on the instance, and the one it has
         self._like: tuple[int, torch.dtype] | None = None  # O and dtype of the output
 
-    def work_in(self, tokens: int) -> None:
+    def work_in(self, tokens: int, *, recompute_act: bool) -> None:
         """See `TiledMlps.work_in`."""
-        self.tokens = tokens
-        if tokens and self._own is None:
+        self.tokens, self.recompute_act = tokens, recompute_act
+        works = tokens > 0 or recompute_act
+        if works and self._own is None:
             self._own = vars(self.module).get("forward"), self.module.forward
             self.module.forward = functools.wraps(self.module.forward)(functools.partial(_called, self))
-        elif not tokens and self._own is not None:
+        elif not works and self._own is not None:
             before, self._own = self._own[0], None
             del self.module.forward
             if before is not None:
@@ -111,11 +118,18 @@ class TiledMlp:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP's own forward."""
         assert self._own is not None
-        return self._own[1](*args, **kwargs)
+        own, tensors = self._own[1], all(isinstance(it, Tensor) for it in args)
+        keeps = torch.is_grad_enabled() and not runs_again()  # else what is kept is wanted at once
+        if self.recompute_act and keeps and tensors and not kwargs:
+            linears = linears_of(self.module)
+            inside = {module for linear in linears for module in linear.modules()}
+            if not self.draws(besides=inside):
+                return run_keeping_products(own, linears, args)
+        return own(*args, **kwargs)
 
-    def draws(self) -> bool:
-        """Whether it draws random numbers now."""
-        for module in self.module.modules():
+    def draws(self, *, besides: Collection[nn.Module] = ()) -> bool:
+        """Whether it draws random numbers now, or modules of it that are not among these."""
+        for module in (it for it in self.module.modules() if it not in besides):
             rates = [rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)]
             rates += [module.p] if isinstance(module, nn.Dropout) else []
             if module.training and any(rate > 0 for rate in rates):
@@ -213,7 +227,8 @@ class _InTiles(torch.autograd.Function):
 def _called(mlp: TiledMlp, *args: Any, **kwargs: Any) -> Any:
     """What calling the MLP's module does."""
     shapes = {tuple(it.shape[:2]) if isinstance(it, Tensor) and it.ndim == 3 else None for it in args}
-    if kwargs or len(shapes) != 1 or None in shapes or args[0].shape[:2].numel() <= mlp.tokens:
+    whole = not mlp.tokens or kwargs or len(shapes) != 1 or None in shapes
+    if whole or args[0].shape[:2].numel() <= mlp.tokens:
         return mlp.forward(*args, **kwargs)
     if torch.is_grad_enabled() and (mlp.trains() or any(it.requires_grad for it in args)):
         anchor = torch.empty(0, requires_grad=True)

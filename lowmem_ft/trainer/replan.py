@@ -16,7 +16,9 @@ from lowmem_ft.core.plan import Plan, Policy
 from lowmem_ft.planner.solver import make_plan
 
 _OF_SUMS = ("micro_batch_tokens", "loss_chunk_tokens", "mlp_tile_tokens", "experts_together")  # the results show it
-_OF_MEMORY = ("resident_blocks", "keep_blocks", "keep_attention", "stream_embeddings", "optimizer_on")
+_OF_MEMORY = (
+    "resident_blocks", "keep_blocks", "keep_attention", "recompute_mlp_act", "stream_embeddings", "optimizer_on"
+)  # fmt: skip
 
 
 def plan_again(config: RunConfig, before: Plan) -> Plan:

@@ -72,6 +72,7 @@ def draw(
     # drawn apart, so that everything else is what it was before there were tiles
     tile = random.Random(f"{name} {length} {rows} {keep}").choice([0, 48, 100])
     together = random.Random(f"{name} {length} {rows} {keep} together").choice(togethers) if name in MIXTURES else 1
+    act = name in DENSE and random.Random(f"{name} {length} {rows} {keep} act").choice([True, False])
     quant = {"bits": bits, **({"type": pick(["nf4", "fp4"]), "double_quant": pick([True, False])} if bits == 4 else {})}
     return {
         "architecture": name,
@@ -95,6 +96,7 @@ def draw(
                 "loss_chunk_tokens": pick([16, 64, 256]),
                 "stream_embeddings": embeddings,
                 "mlp_tile_tokens": tile,
+                **({"recompute_mlp_act": True} if act else {}),
                 **({"experts_together": together} if together > 1 else {}),
             },
         },
@@ -247,6 +249,7 @@ def policy_of(config: RunConfig, blocks: int) -> Policy:
         keep_attention=bool(config.policy.keep_attention),
         mlp_tile_tokens=config.policy.mlp_tile_tokens or 0,
         experts_together=config.policy.experts_together or 1,
+        recompute_mlp_act=bool(config.policy.recompute_mlp_act),
     )  # fmt: skip
 
 
