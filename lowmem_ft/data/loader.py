@@ -249,10 +249,16 @@ class BatchLoader(Iterator[MicroBatches]):
                 deals them in another order.
         """
         now = self._identity()
-        was = {"dealt": self._dealing, **state["data"]}  # which older checkpoints do not tell
+        was = state["data"]
         changed = sorted(key for key in {*now, *was} if was.get(key) != now.get(key))
-        if changed == ["dealt"]:
-            raise dealt_otherwise(f"order {self._dealing} where it has {was['dealt']}")
+        if changed == ["dealt"]:  # after its steps other examples would come than when it was saved
+            raise DataError(
+                "The checkpoint is of another version, which deals the examples in another order, so the run cannot go "
+                "on.",
+                given=f"order {self._dealing} where it has {was['dealt']}",
+                fix="go on with the version of lowmem-ft (and torch) that wrote it, or start over in another output "
+                "folder",
+            )
         if changed:
             changed = [key for key in changed if key != "dealt"]  # which follows from the others
             raise DataError(
@@ -275,24 +281,11 @@ class BatchLoader(Iterator[MicroBatches]):
             "tokens_per_step": self.tokens_per_step,
             "seed": self.seed,
             "dealt": self._dealing,
+            "order": self.order,
         }
-        # said only where they are not the default, so that checkpoints from before they existed go on
-        if self.order != "shuffled":
-            identity["order"] = self.order
         if isinstance(self.examples, Mixture) and any(weight != 1 for weight in self.examples.weights):
             identity["weights"] = list(self.examples.weights)
-        if self._varies:
-            identity["drawn"] = "in turn"  # checkpoints of before drew by chance
         return identity | (self.preferences.identity() if self.preferences is not None else {})
-
-
-def dealt_otherwise(given: str) -> DataError:
-    """Of a checkpoint after whose steps other examples would come than when it was saved: some twice, some never."""
-    return DataError(
-        "The checkpoint is of another version, which deals the examples in another order, so the run cannot go on.",
-        given=given,
-        fix="go on with the version of lowmem-ft (and torch) that wrote it, or start over in another output folder",
-    )
 
 
 def eval_batches(

@@ -59,4 +59,4 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
-        self._lost = int(state.get("lost", 0))  # older checkpoints do not tell
+        self._lost = int(state["lost"])

@@ -151,7 +151,7 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     try:
         file, header = _File(path), read_header(path)[0]
         content = content_checksum(header, file.meta.get("state", ""))
-        if file.meta.get(CHECKSUM, content) != content:  # older files have none
+        if file.meta.get(CHECKSUM) != content:
             raise ValueError("its content is not what was written")
         meta = read_json(file.meta.get("state", "{}"))
         if not isinstance(meta, dict):

@@ -192,7 +192,7 @@ class RunFolder:
         """Warn if `sample` (of `Checkpoint.sample`) is not of the weights that the finished run was trained on."""
         try:
             base = read_json_file(self.finished)["base"]
-        except (OSError, ValueError, KeyError, TypeError):  # a run that is not finished, or of before it was told
+        except (OSError, ValueError, KeyError, TypeError):  # a run that is not finished
             return
         if base != sample:
             warnings.warn(

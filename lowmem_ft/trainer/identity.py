@@ -50,17 +50,13 @@ def _function(adapter: AdapterConfig) -> dict[str, Any]:
     return adapter.model_dump(include=set(_OF_FUNCTION))
 
 
-def check_identity(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Hold a run against the one that a checkpoint is of; those of before it was told go on.
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Hold a run against the one that a checkpoint is of.
 
     Raises:
         CheckpointError: they differ.
     """
-    if saved is None:
-        return
     was, wanted = _flat(saved), _flat(now)
-    if saved.get("adapter") == {}:  # it began with a saved adapter, before it was told which
-        wanted.pop("adapter.init (content)", None)
     changed = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
     if not changed:
         return

@@ -27,7 +27,7 @@ from lowmem_ft.core.preference import learns_preferences
 from lowmem_ft.core.run import Run
 from lowmem_ft.core.sources import Sources
 from lowmem_ft.core.token_ids import check_ids, goes_beyond, pad_id_of
-from lowmem_ft.data.loader import BatchLoader, dealt_otherwise, eval_batches
+from lowmem_ft.data.loader import BatchLoader, eval_batches
 from lowmem_ft.data.mixture import Mixture, content_of, count_shared
 from lowmem_ft.data.pairs import balance_note, preferences_of
 from lowmem_ft.data.reading import Wanted, check_sources, read_preferences, read_sources
@@ -428,16 +428,14 @@ class _Loop:
         steps = {meta["step"], meta["data"]["steps"], state.step_of(checkpoint)}
         if len(steps) > 1:
             raise ValueError(f"it is of several steps: {', '.join(map(str, steps))}")
-        check_identity(meta.get("identity"), self.identity)
-        if "identity" not in meta and self.config.data.packing:  # of about when packing became another
-            raise dealt_otherwise("a checkpoint that does not tell of which run it is, with data.packing: true")
+        check_identity(meta["identity"], self.identity)
         state.restore_weights(self.ready.trainable, tensors)
         # learning rate, weight decay and such are those of the config
         self.ready.optimizer.load_state(state.below(tensors, "optimizer"), meta["optimizer"], settings=False)
         if self.ready.scaler is not None and meta["scaler"] is not None:
             self.ready.scaler.load_state_dict(meta["scaler"])
         loader.load_state_dict(meta["data"])
-        if meta.get("content", self.content) != self.content:
+        if meta["content"] != self.content:
             other = "as many tokens in each example, but other ones, or others of them in the loss"
             if not self.dated:
                 raise CheckpointError(
@@ -449,11 +447,11 @@ class _Loop:
                 f"Warning: the training data is not what it was: {other}. The chat template writes the day's date, "
                 "which does that, too."
             )
-        self.recovery.load_state_dict(meta.get("recovery"))
+        self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
         self.step = int(meta["step"])
-        if same_held_out(meta.get("held_out", self.held_out), self.held_out):
-            self.eval_loss, self.evaluated = meta["eval_loss"], meta.get("evaluated")
+        if same_held_out(meta["held_out"], self.held_out):
+            self.eval_loss, self.evaluated = meta["eval_loss"], meta["evaluated"]
             self.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
         else:
             self.held_out_changed = True
@@ -467,8 +465,7 @@ class _Loop:
         """The held-out loss of the best weights that are kept."""
         if not self.folder.best.exists():
             return math.inf
-        told = state.read_checkpoint(self.folder.best)[1]
-        return float(told.get("eval_loss", self.best_loss))  # older files do not tell
+        return float(state.read_checkpoint(self.folder.best)[1]["eval_loss"])
 
     def _finish(self) -> Run:
         if self.lost:

@@ -206,7 +206,7 @@ class Recovery:
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Go on under the policy that was in force, if the plan is the one that it came from."""
         if saved is not None and saved["planned"] == asdict(self._planned):
-            self._passed = saved.get("passed", 0)
+            self._passed = saved["passed"]
             self._follow(Policy(**saved["policy"]))
 
     def _insist(self, work: Callable[[], T], retreat: Callable[[], bool]) -> T:

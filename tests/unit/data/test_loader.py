@@ -124,9 +124,7 @@ def test_resuming_with_other_data_is_refused_but_not_with_other_micro_batches(ex
         BatchLoader(changed, **SETTINGS).load_state_dict(state)
 
 
-def test_a_state_of_another_order_is_refused_and_one_that_tells_none_goes_on(
-    examples: list[Example], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_of_another_order_is_refused(examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a version that packs rows otherwise: some examples would come twice, and some never."""
     state = BatchLoader(examples, **SETTINGS).state_dict()
     monkeypatch.setattr("lowmem_ft.data.loader.permutation", lambda count, seed: np.arange(count))
@@ -135,8 +133,6 @@ def test_a_state_of_another_order_is_refused_and_one_that_tells_none_goes_on(
         other.load_state_dict(state)
     with pytest.raises(DataError, match="seed 4"):
         BatchLoader(examples, **{**SETTINGS, "seed": 4}).load_state_dict(state)
-    del state["data"]["dealt"]
-    other.load_state_dict(state)
 
 
 def test_little_data_takes_short_rows() -> None:
@@ -194,7 +190,7 @@ def test_longest_first(examples: list[Example]) -> None:
             assert total == Counter(tuple(example.input_ids) for example in examples)
         with pytest.raises(DataError, match="order longest_first"):
             BatchLoader(examples, **settings).load_state_dict(BatchLoader(examples, **SETTINGS).state_dict())
-        with pytest.raises(DataError, match="order None"):
+        with pytest.raises(DataError, match="order shuffled"):
             BatchLoader(examples, **SETTINGS).load_state_dict(BatchLoader(examples, **settings).state_dict())
 
 
