@@ -79,8 +79,9 @@ def inject_peft(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             parameters that are out of its reach, or a method that peft does not have on this model's layers.
         UnsupportedError: LoRA that starts from changed base weights (PiSSA, OLoRA, LoftQ, CorDA).
     """
-    settings = peft_config(config)
+    config_class(config)  # there is such a method
     check_served(config)
+    settings = peft_config(config)
     check_base_unchanged(
         settings.to_dict(), "adapter.peft", fix="leave init_lora_weights out: LoRA starts from nothing"
     )

@@ -74,5 +74,4 @@ def expandable_segments(environ: Mapping[str, str] = os.environ, platform: str =
 
 def _settings(text: str) -> list[tuple[str, str]]:
     """(key, value) of each setting; a value may be a list in brackets."""
-    found = re.findall(r"([^,:\[\]]+):(\[[^\]]*\]|[^,\[\]]*)", re.sub(r"\s", "", text))
-    return [(key, value) for key, value in found]
+    return re.findall(r"([^,:\[\]]+):(\[[^\]]*\]|[^,\[\]]*)", re.sub(r"\s", "", text))

@@ -1,5 +1,6 @@
 """Folders that are no runs, and adapters that are none, told before anything is loaded."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -87,6 +88,14 @@ def test_a_run_that_its_time_ended_is_not_done(
     (tmp_path / "c.yaml").write_text(f"model: {ASSETS / 'doclm-7m'}\ndata: {{train: t.jsonl}}\n")
     monkeypatch.setattr(loop, "train", lambda *_, **__: SimpleNamespace(status="out_of_time"))
     assert command("train", tmp_path / "c.yaml")[0] == 130
+
+
+def test_what_the_host_may_take(command: Command) -> None:
+    given = ("plan", ASSETS / "doclm-7m", "--device", "colab-t4-16gb", "--seq-len", 128, "--json", "--host-budget")
+    code, out, _ = command(*given, "6GiB")
+    assert (code, json.loads(out)["budget"]["host_bytes"]) == (0, 6 << 30)
+    code, out, _ = command(*given, "1MiB")
+    assert (code, "host" in json.loads(out)["reason"]) == (3, True)
 
 
 def test_an_option_that_is_empty(command: Command) -> None:

@@ -59,7 +59,7 @@ def test_weighing_few_blocks_is_simulating_all(name: str, keeps: tuple[int, ...]
 @pytest.mark.skipif(not multiplies(torch.bfloat16), reason="this CPU multiplies no bf16, so oneDNN has no part in it")
 @pytest.mark.parametrize("packing", [True, False])
 def test_kernels_are_those_of_the_policy(packing: bool, tmp_path: Path) -> None:
-    """They were those of the smallest micro-batch, of packed rows, and else of the largest that a step could have."""
+    """Not those of the smallest micro-batch, where rows are packed, or else of the largest that a step could have."""
     data = {"seq_len": SEQ_LEN, "packing": packing}
     _, made = scales("llama", tmp_path, data=data, train={"tokens_per_step": 64 * SEQ_LEN})
     one, seven, all_of_them = (policy(rows=rows, seq_len=SEQ_LEN, depth=DEPTH) for rows in (1, 7, 64))

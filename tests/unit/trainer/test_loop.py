@@ -189,6 +189,14 @@ def test_keep_best_restores_the_best_evaluation(data: Path) -> None:
     assert torch.equal(saved[f"base_model.model.{path}lora_B.weight"], best[name])
 
 
+def test_without_keep_best_the_last_weights_are_saved(data: Path) -> None:
+    wrecked = {"steps": 4, "eval_every": 2, "lr": 0.5, "warmup": 0, "schedule": "constant", "keep_best": False}
+    run = loop.train(config(data, train=wrecked), reporter=QUIET)
+    losses = [line["eval_loss"] for line in run.metrics if "eval_loss" in line]
+    assert run.eval_loss == losses[-1] > min(losses)
+    assert not (run.folder / "checkpoints" / "best.safetensors").exists()
+
+
 def test_a_budget_too_small_stops_before_anything_is_written(data: Path) -> None:
     with pytest.raises(BudgetError):
         loop.train(config(data, budget={"memory": "10MB"}), reporter=QUIET)
@@ -202,7 +210,7 @@ def test_a_run_without_data_stops_before_it_is_planned(data: Path, monkeypatch: 
 
 
 def test_what_needs_no_plan_is_told_before_it_is_made(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of a large model takes minutes."""
+    """A plan of a large model takes seconds."""
     monkeypatch.setattr(loop, "make_plan", lambda _: pytest.fail("planned"))
     (data / "other.jsonl").write_text('{"question": "?"}\n')
     (data / "file").write_text("mine")
