@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lowmem_ft.core.plan import Policy
 from lowmem_ft.planner.answer import Answer, Option
-from lowmem_ft.planner.choices import replace_rows
+from lowmem_ft.planner.choices import Place, replace_rows
 
 if TYPE_CHECKING:
     from lowmem_ft.planner.search import Search
 
 NEAR = 1.02  # estimates of what lies beside the context that are this much above the budget are weighed too
+LACKS = 1.08  # how many times the budget an estimate must be for nothing to fit
 STEPS = 6  # that are weighed in vain before a search ends
+
+
+def lacks_room(search: Search, budget: int, place: Place) -> bool:
+    """Whether nothing fits with the optimizer there, by traces that a search wants, too: those of tiles it may not."""
+    least = search.least_of(search.choices.keep[0], place, search.rows[0])
+    return not least.mlp_tile_tokens and search.option(least).process > search.times(budget, LACKS)
 
 
 def improved(search: Search, answer: Answer, options: dict[Policy, Option]) -> Answer:
@@ -70,3 +77,9 @@ def _steps(search: Search, policy: Policy) -> Iterator[Policy]:
             yield choices.blocks(below, keep, streamed=policy.streamed_blocks, offload=offload)
     if not policy.keep_attention and True in search.attentions:
         yield replace(policy, keep_attention=True)
+
+
+def sort_of(policy: Policy) -> Hashable:
+    """The same for policies whose estimates are wrong by about as much."""
+    computing = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.keep_attention, policy.mlp_tile_tokens
+    return *computing, policy.experts_together, policy.stream_embeddings, policy.offload_blocks > 0

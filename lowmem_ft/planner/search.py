@@ -28,7 +28,7 @@ from lowmem_ft.planner.choices import (
     replace_rows,
 )
 from lowmem_ft.planner.device import Device, cost_of, links_of
-from lowmem_ft.planner.improve import NEAR, improved, with_acts_kept
+from lowmem_ft.planner.improve import NEAR, improved, lacks_room, sort_of, with_acts_kept
 from lowmem_ft.planner.phases import OF_A_RUN, Aside, Base
 from lowmem_ft.planner.reserve import Shorter, process_estimate, process_peak
 from lowmem_ft.planner.scratch_cuda import Card
@@ -122,7 +122,9 @@ class Search:
         """The policy that serves the objective best within `budget` bytes of the process."""
         first, *others = self.choices.optimizers
         options: dict[Policy, Option] = {}
-        answer = self._best(budget, first, options, tiled=False)
+        answer = self._smallest(budget, first, options) if others and lacks_room(self, budget, first) else None
+        if answer is None or answer.fits:
+            answer = self._best(budget, first, options, tiled=False)
         if answer.fits and self._may_gain_by_tiles(answer.weighed.policy):
             answer = self._best(budget, first, options, tiled=True)
         for place in others:
@@ -207,7 +209,7 @@ class Search:
                 return improved(self, answer, options) if improves else answer
             if answer.host_binds and not option.policy.offload_blocks:
                 break  # nor will any other: what can lie on the disk does
-            context, sort = self.device.process_bytes, _sort(option.policy)
+            context, sort = self.device.process_bytes, sort_of(option.policy)
             times = (answer.process - context) / (option.process - context)
             learned[sort] = max(times, learned.get(sort, 0.0))
             refused = replace(option, allocated=answer.weighed.allocated, process=answer.process)
@@ -315,7 +317,7 @@ class Search:
             tiled = (it for it in self.rows if len(self.choices.tiles(self.sized(it))) > 1)
             rows = [*dict.fromkeys((*rows, *itertools.islice(tiled, 1)))]
         both = itertools.product(rows, self.choices.keep[:2])
-        return (self.scales.weigh(self._least(keep, place, row), timed=timed) for row, keep in both)
+        return (self.scales.weigh(self.least_of(keep, place, row), timed=timed) for row, keep in both)
 
     def smallest_process(self) -> int:
         """What the process takes at least, about."""
@@ -325,13 +327,14 @@ class Search:
     @property
     def least(self) -> Policy:
         """The policy with the smallest peak, give or take the last block."""
-        return self._least(self.choices.keep[0], self.choices.optimizers[-1], self.rows[0])
+        return self.least_of(self.choices.keep[0], self.choices.optimizers[-1], self.rows[0])
 
     def sized(self, rows: int) -> Policy:
         """The first policy in micro-batches of so many rows."""
         return replace_rows(self._start, rows, self.config.data.seq_len, self.tokens)
 
-    def _least(self, keep: int, place: Place, rows: int) -> Policy:
+    def least_of(self, keep: int, place: Place, rows: int) -> Policy:
+        """The smallest with so many blocks that keep and rows in a micro-batch, and the optimizer in `place`."""
         choices = self.choices
         below = replace(self.sized(rows), stream_embeddings=choices.levels[-1], optimizer_on=place)
         sized = replace(below, loss_chunk_tokens=choices.chunks(below)[0], mlp_tile_tokens=choices.tiles(below)[-1])
@@ -469,7 +472,7 @@ class Search:
         tries = 0
         while queue and tries < TRIES:
             option = heappop(queue)[-1]
-            sort = _sort(option.policy)
+            sort = sort_of(option.policy)
             if self.times(option.process, learned.get(sort, 1 / NEAR)) <= budget:
                 yield option
                 tries += 1
@@ -492,9 +495,3 @@ class Search:
             process=max(phases[name]["device_bytes"] for name in OF_A_RUN), allocated=peak.allocated,
             reserved=peak.reserved, pool=peak.pool, phases=phases, options=tuple(options), tokens=self.tokens,
         )  # fmt: skip
-
-
-def _sort(policy: Policy) -> Hashable:
-    """The same for policies whose estimates are wrong by about as much."""
-    computing = policy.micro_batch_tokens, policy.loss_chunk_tokens, policy.keep_attention, policy.mlp_tile_tokens
-    return *computing, policy.experts_together, policy.stream_embeddings, policy.offload_blocks > 0

@@ -142,8 +142,9 @@ def test_whichever_allocation_fails_the_step_gives_the_same_bits(
         ("llama", {"resident_blocks": 0, "streamed_blocks": 2, "offload_blocks": 2, "recompute_blocks": 0}, {}, 29),
         ("llama", {"stream_embeddings": "both", "mlp_tile_tokens": 24}, {"dora": True, "targets": "all-linear"}, 199),
         ("mixtral", {"experts_together": 2}, {"targets": "all-linear"}, 97),
+        ("llama", {"recompute_mlp_act": True, "keep_blocks": 2, "recompute_blocks": 0}, {"targets": "all-linear"}, 37),
     ],
-    ids=["streamed and offloaded", "embeddings streamed, tiles, DoRA", "experts"],
+    ids=["streamed and offloaded", "embeddings streamed, tiles, DoRA", "experts", "activation functions again"],
 )
 def test_some_of_the_allocations_fail_under_other_policies(
     name: str, own: dict[str, Any], adapter: dict[str, Any], every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
