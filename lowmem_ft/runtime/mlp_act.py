@@ -75,7 +75,7 @@ class _Call:
         return y
 
     def is_spoiled(self) -> bool:
-        """Whether the first run has written over what a second one would begin with."""
+        """Whether something was written over what a second run begins with."""
         begins = (it for it, _ in (*self._inputs, *self._outputs))
         return any(it._version != version for it, version in zip(begins, self._versions, strict=False))
 
@@ -117,6 +117,8 @@ class _Call:
         return found if found.shape == shape else found.as_strided(shape, stride)
 
     def _run_again(self) -> None:
+        if self.is_spoiled():  # as autograd itself says of what it has kept
+            raise RuntimeError("what the gradient of an MLP is computed from was modified by an inplace operation")
         self._found, self._others = {}, 0
         outputs = iter(enumerate(self._outputs))
 

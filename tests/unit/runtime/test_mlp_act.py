@@ -139,6 +139,15 @@ def test_what_is_written_over_is_kept(act: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_what_is_written_over_later_is_an_error() -> None:
+    mlp = Mlp(nn.functional.silu)
+    x = torch.randn(2, 3, 8, requires_grad=True) * 1
+    out = run(mlp, x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_backward_may_come_twice() -> None:
     mlp, x = Mlp(nn.functional.silu), torch.randn(2, 3, 8, requires_grad=True)
     out = run(mlp, x)
