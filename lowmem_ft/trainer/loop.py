@@ -438,15 +438,11 @@ class _Loop:
         if meta["content"] != self.content:
             other = "as many tokens in each example, but other ones, or others of them in the loss"
             if not self.dated:
-                raise CheckpointError(
-                    "The training data is not what it was, so the run cannot go on.",
-                    given=other,
-                    fix="put the data back, and data.assistant_only; or start over in another output folder",
-                )
-            self.reporter.say(
-                f"Warning: the training data is not what it was: {other}. The chat template writes the day's date, "
-                "which does that, too."
-            )
+                fix = "put the data back, and data.assistant_only; or start over in another output folder"
+                what = "The training data is not what it was, so the run cannot go on."
+                raise CheckpointError(what, given=other, fix=fix)
+            date = "The chat template writes the day's date, which does that, too."
+            self.reporter.say(f"Warning: the training data is not what it was: {other}. {date}")
         self.recovery.load_state_dict(meta["recovery"])
         state.restore_random(tensors, self.ready.device)
         self.step = int(meta["step"])
