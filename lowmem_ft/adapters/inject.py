@@ -21,13 +21,13 @@ from lowmem_ft.adapters.targets import (
     find_trained_modules,
     in_layers,
     is_inside,
-    is_linear,
     select_targets,
 )
 from lowmem_ft.core.config import Init
 from lowmem_ft.core.errors import ConfigError
 from lowmem_ft.core.host import Trimmer
 from lowmem_ft.quant.experts import QuantStack
+from lowmem_ft.quant.swap import is_linear
 
 Bias = Literal["none", "all", "lora_only"]
 _ATTRIBUTE = "_lowmem_injection"

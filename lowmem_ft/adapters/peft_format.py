@@ -34,7 +34,7 @@ from lowmem_ft.adapters.peft_config import (
     with_tied,
 )
 from lowmem_ft.adapters.peft_methods import check_base_unchanged, check_conv1d, is_prompt_learning
-from lowmem_ft.adapters.targets import adaptable, is_linear
+from lowmem_ft.adapters.targets import adaptable
 from lowmem_ft.core.errors import CheckpointError
 from lowmem_ft.core.files import SAVING, open_to_others, remove_orphans, writing_prefix
 from lowmem_ft.core.json_text import read_json_file
@@ -42,6 +42,7 @@ from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.checkpoint import Checkpoint, read_header
 from lowmem_ft.quant.checksum import CHECKSUM, content_checksum
 from lowmem_ft.quant.shards import PYTORCH, write_file
+from lowmem_ft.quant.swap import is_linear
 
 _PREFIX = "base_model.model."
 _PEFT_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")

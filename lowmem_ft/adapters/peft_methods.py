@@ -17,11 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from lowmem_ft.adapters.targets import adaptable, ends_with, is_linear
+from lowmem_ft.adapters.targets import adaptable, ends_with
 from lowmem_ft.core.errors import ConfigError, LowMemError, UnsupportedError, nearest
 from lowmem_ft.core.out_of_memory import is_out_of_memory
 from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.swap import has_conv1d
+from lowmem_ft.quant.swap import has_conv1d, is_linear
 
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lowmem_ft.core.errors import ConfigError, UnsupportedError, nearest
 from lowmem_ft.quant.experts import QuantStack
 from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.swap import is_expert_stack, is_plain_linear
+from lowmem_ft.quant.swap import is_expert_stack, is_linear
 
 # Mixers whose kernels on a card take the matrix of `out_proj` itself; of the first five peft refuses adapters on it
 _FUSED = frozenset(
@@ -34,11 +34,6 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module | Tensor]:
             found[path] = module
     head = _head(model)
     return {path: target for path, target in found.items() if head is None or target is not head}
-
-
-def is_linear(target: object) -> bool:
-    """Whether LoraLinear can adapt it."""
-    return isinstance(target, QuantLinear) or (isinstance(target, nn.Module) and is_plain_linear(target))
 
 
 def ends_with(path: str, name: str) -> bool:

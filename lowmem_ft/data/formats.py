@@ -183,6 +183,11 @@ def _kind(record: Mapping[str, Any], format: DataFormat, *, judged: bool) -> str
     return "messages" if any(key in record for key in LISTS) else None
 
 
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The keys of a record for a message, which says of which the value is null."""
+    return ", ".join(f"{key} (null)" if value is None else key for key, value in record.items())
+
+
 def _lacks_keys(record: Mapping[str, Any], format: DataFormat) -> DataError:
     wanted = KINDS if format == "auto" else {format: KINDS["preference" if format == "chosen" else format]}
     allowed = " or ".join(" and ".join(f"'{key}'" for key in keys) for keys in wanted.values())
@@ -194,7 +199,7 @@ def _lacks_keys(record: Mapping[str, Any], format: DataFormat) -> DataError:
         fix = f"'{beneath}' holds records: write them as an array of their own, or one a line"
     return DataError(
         "the record lacks the keys of its format.",
-        given=", ".join(f"{key} (null)" if value is None else key for key, value in record.items()) or "no keys",
+        given=keys_of(record) or "no keys",
         allowed=allowed,
         fix=fix or "name the columns in data.columns, for example {instruction: question, output: answer}",
     )

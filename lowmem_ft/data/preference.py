@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lowmem_ft.core.errors import DataError
 from lowmem_ft.data.examples import Example, RecordEncoder
-from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation
+from lowmem_ft.data.formats import PREFERENCES, Completion, Conversation, keys_of
 from lowmem_ft.data.records import Row, at
 from lowmem_ft.data.store import BAD, CHOSEN, GOOD, REJECTED, StoredExamples
 from lowmem_ft.data.tally import Tally, WrongDataError
@@ -89,11 +89,11 @@ def encode_preference(encoder: RecordEncoder, record: Mapping[str, Any]) -> tupl
     """
     content = encoder.reader.read(record, judged=True)
     if content.kind not in PREFERENCES:
-        empty = [key for key, value in record.items() if value is None]
-        if empty:  # of a file of preferences, some of which lack their verdict
+        # of a file of preferences, some of which lack their verdict
+        if any(value is None for value in record.values()):
             raise DataError(
                 "the record is no preference: a value is missing.",
-                given=", ".join(f"{key} (null)" if value is None else key for key, value in record.items()),
+                given=keys_of(record),
                 allowed="chosen and rejected, or prompt, completion and label (true or false)",
             )
         raise WrongDataError(

@@ -88,6 +88,11 @@ def has_conv1d(model: nn.Module) -> bool:
     return hasattr(sys.modules[type(model).__module__], "Conv1D")
 
 
+def is_linear(target: object) -> bool:
+    """Whether it is a linear layer, quantized or not, without an adapter."""
+    return isinstance(target, QuantLinear) or (isinstance(target, nn.Module) and is_plain_linear(target))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     if isinstance(module, QuantLinear) or not isinstance(module, nn.Linear | Conv1D):
         return False

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.swap import is_plain_linear
+from lowmem_ft.quant.swap import is_linear
 from lowmem_ft.runtime.rerun import active_autocast, as_before
 from lowmem_ft.runtime.saved import keeping
 
@@ -32,8 +31,7 @@ def linears_of(module: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for child in module.children():
         wraps = isinstance(getattr(child, "base_layer", None), nn.Module)
-        is_linear = wraps or isinstance(child, QuantLinear) or is_plain_linear(child)
-        found += [child] if is_linear else linears_of(child)
+        found += [child] if wraps or is_linear(child) else linears_of(child)
     return found
 
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_ft.core.host import release_freed_memory
-from lowmem_ft.quant.linear import QuantLinear
-from lowmem_ft.quant.swap import is_plain_linear
+from lowmem_ft.quant.swap import is_linear
 from lowmem_ft.runtime.activations import unread_layers
 from lowmem_ft.runtime.blocks import find_blocks
 from lowmem_ft.runtime.mlp_act import linears_of, run_keeping_products
@@ -50,7 +49,7 @@ def _of_tokens(module: nn.Module) -> bool:
     wrapped = getattr(module, "base_layer", None)
     if isinstance(wrapped, nn.Module):  # an adapter on it
         return _of_tokens(wrapped)
-    if isinstance(module, QuantLinear) or is_plain_linear(module):
+    if is_linear(module):
         return True
     own = next(module.parameters(recurse=False), None), next(module.buffers(recurse=False), None)
     if own != (None, None):
